@@ -6,8 +6,12 @@
 Overrides apply to the run's config. A run without one starts without experts. Ctrl-C drains the router.
 """
 
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+from hydra.core.hydra_config import HydraConfig
 
 from hpc_router.cluster.commands.manual_start import claim_router
 from hpc_router.cluster.commands.up import train_classifier
@@ -15,7 +19,7 @@ from hpc_router.cluster.planning.plan import with_absolute_paths
 from hpc_router.config import compose, frozen
 from hpc_router.config.schema import Deployment
 from hpc_router.config.sources import parse_override
-from hpc_router.state.run_directory import make_run
+from hpc_router.state.run_directory import RunDir, make_run
 from launch.entry import Call, launch
 
 
@@ -24,9 +28,21 @@ def router(call: Call) -> int:
     deployment = with_absolute_paths(deployment_for(path, call))
     run = make_run(path)
     train_classifier(run, deployment)
+    replica = claim_router(run)
+    if not HydraConfig.initialized():  # a job of a sweep has to return to Hydra
+        become_router(run, deployment, replica)
     from hpc_router.router.main import main
 
-    return main(run, deployment, replica=claim_router(run))
+    return main(run, deployment, replica=replica)
+
+
+def become_router(run: RunDir, deployment: Deployment, replica: str) -> NoReturn:
+    """Replace this process by the router, so that the modules that composed the config take no memory in its
+    processes."""
+    config = os.memfd_create("config", 0)  # 0: the router inherits it
+    os.write(config, frozen.to_yaml(deployment).encode())
+    words = ["--run", str(run.path), "--replica", replica, "--config", f"/proc/self/fd/{config}"]
+    os.execv(sys.executable, [sys.executable, "-m", "hpc_router.router", *words])
 
 
 def deployment_for(path: Path, call: Call) -> Deployment:

@@ -31,13 +31,14 @@ class HeadCache(Generic[H]):
     `parse`.
     """
 
-    __slots__ = ("_heads", "_ids", "_last", "_parse", "_seen_once")
+    __slots__ = ("_heads", "_ids", "_last", "_last_whole", "_parse", "_seen_once")
 
     def __init__(self, parse: Callable[[bytes], H | None], *, ids: bool = False) -> None:
         self._parse = parse
         self._ids = ids
         self._heads: dict[bytes, H | None] = {}
         self._last: tuple[bytes, bytes, H] = b"\0", b"", cast(H, None)  # before and after the length's digits
+        self._last_whole: tuple[bytes, H] = b"\0", cast(H, None)
         self._seen_once: set[bytes] = set()
 
     def lookup(self, data: bytes) -> tuple[H, bytes, bytes] | None:
@@ -65,12 +66,12 @@ class HeadCache(Generic[H]):
                 return None
             key = data[:first] + data[last : end - 1]  # without the last byte: never equal to a key of the other branch
         request_id = b""
-        if self._ids and (at := key.find(ID_LINE)) >= 0:
-            first = at + len(ID_LINE)
-            request_id = key[first : key.find(b"\r", first)]
+        if self._ids and (line := key.find(ID_LINE)) >= 0:
+            begin = line + len(ID_LINE)
+            request_id = key[begin : key.find(b"\r", begin)]
             if len(request_id) > _MAX_ID_BYTES or not request_id.replace(b"-", b"").isalnum():
                 return None
-            key = key[:first] + key[first + len(request_id) :]
+            key = key[:begin] + key[begin + len(request_id) :]
         try:
             head = self._heads[key]
         except KeyError:
@@ -80,6 +81,25 @@ class HeadCache(Generic[H]):
         if at >= 0 and not request_id:
             self._last = data[:first], data[last:end], head
         return head, data[end:], request_id
+
+    def lookup_start(self, data: bytes) -> tuple[H, int] | None:
+        """Head and its size, if `data` starts with a cached head that has no length; None: use the parser. `parse` gets
+        the bytes of the head alone."""
+        last, last_head = self._last_whole
+        if data.startswith(last):
+            return last_head, len(last)
+        end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
+        if end < 4 or data.find(_LENGTH, 0, end) >= 0:
+            return None
+        key = data[:end]
+        try:
+            head = self._heads[key]
+        except KeyError:
+            head = self._add(key, key)
+        if head is None:
+            return None
+        self._last_whole = key, head
+        return head, end
 
     def _add(self, key: bytes, data: bytes) -> H | None:
         if key not in self._seen_once:

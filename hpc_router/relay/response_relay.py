@@ -43,7 +43,7 @@ class ResponseRelay:
     not buffered, whatever its content type.
     """
 
-    __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "_streaming_events", "response", "status")
+    __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "events", "response", "status")
 
     def __init__(
         self, request: Request, limits: RelayLimits, abort_detector: type[AbortDetector], *, stream: bool
@@ -52,7 +52,7 @@ class ResponseRelay:
         self._limits = limits
         self._abort_detector = abort_detector
         self._stream = stream
-        self._streaming_events = False
+        self.events: EventStream | None = None
         self.status = 0
         self.response: Response | None = None
 
@@ -63,16 +63,11 @@ class ResponseRelay:
     async def relay(self, upstream: UpstreamResponse, head: bytes) -> None:
         """Relay all of it. Raises what `UpstreamResponse.stream_to` raises, UpstreamAbortedError and
         DownstreamGoneError."""
-        self.status = upstream.status
         if upstream.content_type == CONTENT_TYPE:
-            self._streaming_events = True
-            events = _EventStream(self._request, self.status, head, self._limits, self._abort_detector())
-            try:
-                await upstream.stream_to(events)
-                await events.end()
-            finally:
-                events.stop_pings()
+            self.begin_events(upstream.status, head)
+            await self.relay_events(upstream)
             return
+        self.status = upstream.status
         whole = upstream.complete_body
         if whole is not None and len(whole) <= SHORT_BYTES:
             self._abort_detector().check_body(whole)
@@ -92,9 +87,30 @@ class ResponseRelay:
             body.length = len(body.buffered)
             await body.drain()
 
+    def begin_events(self, status: int, head: bytes) -> "EventStream":
+        """The sink for the events of a stream. They end with `end_events`, unless `relay_events` takes over."""
+        self.status = status
+        self.events = EventStream(self._request, status, head, self._limits, self._abort_detector())
+        return self.events
+
+    def end_events(self) -> None:
+        """The upstream body has ended without an error. Raises as `relay`."""
+        assert self.events is not None
+        self.events.stop_pings()
+        self.events.end()
+
+    async def relay_events(self, upstream: UpstreamResponse) -> None:
+        """Relay the rest of the events and their end."""
+        assert self.events is not None
+        try:
+            await upstream.stream_to(self.events)
+            self.events.end()
+        finally:
+            self.events.stop_pings()
+
     async def end_with_error(self, event: bytes) -> None:
         """End a committed response that cannot be completed. `event`: the error as an event."""
-        if not self._streaming_events:
+        if self.events is None:
             self._request.abort()
         elif not self._request.write(event):
             await self._request.drain(limit_s=self._limits.write_s)
@@ -127,14 +143,19 @@ class _BufferedBody:
             buffered = bytes(self.buffered)
             if self.length is None:
                 self._detector.check(buffered)
-            await self._request.start_response(*self._head, length=self.length)
+            self._request.start_response(*self._head, length=self.length)
             self._request.write(buffered)
             self.buffered.clear()
         await self._request.drain(limit_s=self._limits.write_s)
 
 
-class _EventStream:
+class EventStream:
     """A sink that forwards complete events only. The first event commits the response."""
+
+    __slots__ = (
+        "_abort_detector", "_chunk_writer", "_head", "_limits", "_mark", "_ping_timer", "_request", "_splitter",
+        "_started",
+    )  # fmt: skip
 
     def __init__(
         self, request: Request, status: int, head: bytes, limits: RelayLimits, abort_detector: AbortDetector
@@ -145,36 +166,35 @@ class _EventStream:
         self._abort_detector = abort_detector
         self._mark = abort_detector.event_mark
         self._splitter = EventSplitter()
-        self._pending_events = b""  # events received before the response was started
         self._started = False
         self._chunk_writer: ChunkWriter | None = None
         self._ping_timer: asyncio.TimerHandle | None = None
 
     def write(self, data: bytes) -> bool:
-        try:
-            events = self._splitter.feed(data)
-        except EventTooLargeError as error:
-            raise UpstreamError(str(error)) from error
-        if not events:
-            return True
+        if data.endswith(EVENT_ENDS) and not self._splitter.tail:  # the usual case
+            events = data
+        else:
+            try:
+                events = self._splitter.feed(data)
+            except EventTooLargeError as error:
+                raise UpstreamError(str(error)) from error
+            if not events:
+                return True
         if events.rfind(self._mark) >= 0:
             self._abort_detector.check_events(events)
-        if self._started:
-            return self._request.write(events)
-        self._pending_events += events
-        return False
+        if not self._started:
+            self._start()
+        return self._request.write(events)
 
     def chunk_writer(self) -> ChunkWriter | None:
         return None if self._splitter.tail else self._chunk_writer
 
     async def drain(self) -> None:
-        if not self._started:
-            await self._start()
         self.stop_pings()
         await self._request.drain(limit_s=self._limits.write_s)
         self._schedule_ping()
 
-    async def end(self) -> None:
+    def end(self) -> None:
         """The upstream body has ended without an error."""
         try:
             last = self._splitter.end()
@@ -182,22 +202,20 @@ class _EventStream:
             raise UpstreamError(f"the replica's stream is cut: {error}") from error
         self._abort_detector.check_events(last)
         if not self._started:
-            self._pending_events += last
-            await self._start()
-        elif last:
+            self._start()
+        if last:
             self._request.write(last)
 
     def stop_pings(self) -> None:
         if self._ping_timer is not None:
             self._ping_timer.cancel()
 
-    async def _start(self) -> None:
-        await self._request.start_response(*self._head, length=None)
+    def _start(self) -> None:
+        self._request.start_response(*self._head, length=None)
         self._started = True
         write = self._request.write_chunk
         self._chunk_writer = None if write is None else ChunkWriter(write, _EVENT_CHUNK_ENDS, self._mark)
-        if self._pending_events:
-            self._request.write(self._pending_events)
+        self._schedule_ping()
 
     def _schedule_ping(self) -> None:
         self._request.idle = True

@@ -31,10 +31,7 @@ class UnfinishedEventError(ValueError):
 class EventSplitter:
     """Converts chunks to complete events. `tail`: the received part of an incomplete event."""
 
-    __slots__ = ("tail",)
-
-    def __init__(self) -> None:
-        self.tail = b""
+    tail = b""
 
     def feed(self, chunk: bytes) -> bytes:
         """All bytes up to the end of the last complete event; empty if no event is complete."""

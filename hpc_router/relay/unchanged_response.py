@@ -23,7 +23,7 @@ async def relay_unchanged(
         on_progress()
         return Response(upstream.status, head, whole)
     try:
-        await request.start_response(upstream.status, head, length=upstream.length)
+        request.start_response(upstream.status, head, length=upstream.length)
         await upstream.stream_to(_ClientSink(request, on_progress))
     except DownstreamGoneError:
         pass  # the handler is about to be cancelled

@@ -14,10 +14,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m hpc_router.router", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--replica", required=True, help="the router's replica name, such as router-0.g1")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config of this router (default: the run's)")
     arguments = parser.parse_args()
     try:
         run = open_run(arguments.run)
-        return serve(run, frozen.read(run.config), replica=arguments.replica)
+        return serve(run, frozen.read(arguments.config or run.config), replica=arguments.replica)
     except HpcRouterError as error:
         sys.stderr.write(f"{error}\n")
         return 2

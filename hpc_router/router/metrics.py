@@ -71,27 +71,24 @@ class HistogramCollector(Collector):
         """Observations may have more labels than `labels`; the exposition sums over the others."""
         self._about = name, text, labels
         self._bounds = bounds
-        self._counts: dict[tuple[str, ...], list[int]] = {}
-        self._sums: dict[tuple[str, ...], float] = {}
+        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and the sum as a list of one
 
     def add(self, value: float, *labels: str) -> None:
-        try:
-            self._counts[labels][bisect_left(self._bounds, value)] += 1
-            self._sums[labels] += value
-        except KeyError:
-            self._counts[labels] = [0] * (len(self._bounds) + 1)
-            self._sums[labels] = 0.0
-            self.add(value, *labels)
+        series = self._series.get(labels) or self._new_series(labels)
+        series[0][bisect_left(self._bounds, value)] += 1
+        series[1][0] += value
+
+    def _new_series(self, labels: tuple[str, ...]) -> tuple[list[int], list[float]]:
+        return self._series.setdefault(labels, ([0] * (len(self._bounds) + 1), [0.0]))
 
     def dump(self) -> Any:
-        return [[labels, counts, self._sums[labels]] for labels, counts in self._counts.items()]
+        return [[labels, counts, added] for labels, (counts, (added,)) in self._series.items()]
 
     def absorb(self, dumped: Any) -> None:
         for labels, counts, added in dumped:
-            key = tuple(labels)
-            before = self._counts.get(key, [0] * len(counts))
-            self._counts[key] = [a + b for a, b in zip(before, counts, strict=True)]
-            self._sums[key] = self._sums.get(key, 0.0) + added
+            before, sums = self._new_series(tuple(labels))
+            before[:] = [a + b for a, b in zip(before, counts, strict=True)]
+            sums[0] += added
 
     def collect(self) -> Iterator[Metric]:
         name, text, labels = self._about
@@ -99,24 +96,23 @@ class HistogramCollector(Collector):
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
         by_label: dict[tuple[str, ...], list[int]] = {}
         sums: dict[tuple[str, ...], float] = {}
-        for values, counts in self._counts.items():
+        for values, (counts, (added,)) in self._series.items():
             key = values[: len(labels)]
             before = by_label.get(key, [0] * len(counts))
             by_label[key] = [a + b for a, b in zip(before, counts, strict=True)]
-            sums[key] = sums.get(key, 0.0) + self._sums[values]
+            sums[key] = sums.get(key, 0.0) + added
         for key, counts in by_label.items():
             family.add_metric(key, list(zip(bounds, accumulate(counts), strict=True)), sums[key])
         yield family
 
     def fold(self, last: str) -> None:
         """Move the counts with this last label to an empty one."""
-        gone = [(labels, counts, self._sums[labels]) for labels, counts in self._counts.items() if labels[-1] == last]
-        for labels, counts, added in gone:
-            del self._counts[labels], self._sums[labels]
+        for labels in [labels for labels in self._series if labels[-1] == last]:
+            counts, (added,) = self._series.pop(labels)
             self.absorb([[(*labels[:-1], ""), counts, added]])
 
     def last_labels(self) -> set[str]:
-        return {labels[-1] for labels in self._counts} - {""}
+        return {labels[-1] for labels in self._series} - {""}
 
 
 class Metrics:

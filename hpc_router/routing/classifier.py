@@ -17,6 +17,7 @@ from hpc_router.routing.artefact import NORM_SPACE, Artefact
 from hpc_router.routing.term_sums import TermSums
 
 _EXCLUDED: Final = -math.inf
+_new_tuple: Final = tuple.__new__  # a named tuple's own constructor is a call of Python code
 
 
 class Classification(NamedTuple):
@@ -74,20 +75,28 @@ class Classifier:
 
     def classify(self, text: str) -> Classification:
         values, length, known = self._values(text)
-        best, top, runner_up, second = self._best_and_runner_up(values)
-        if self._offsets is not None:  # values are divided by the length already, and centroids do not have length one
+        top = max(values)
+        best = values.index(top)  # the first one wins a tie
+        for cluster in self._same_expert[best]:
+            values[cluster] = _EXCLUDED
+        second = max(values)
+        if self._offsets is None:
+            score, margin = top / length, (top - second) / length
+        else:  # values are divided by the length already, and centroids do not have length one
             offset = self._offsets[best]
             score = (top - offset) / (math.sqrt(-2 * offset) or 1.0)
             margin = top - second
-        else:
-            score, margin = top / length, (top - second) / length
-        return Classification(
-            self.artefact.clusters[best],
-            self.experts[best],
-            max(-1.0, min(1.0, score)),
-            None if second == _EXCLUDED else margin,
-            None if second == _EXCLUDED else self.experts[runner_up],
-            known,
+        alone = second == _EXCLUDED
+        return _new_tuple(
+            Classification,
+            (
+                self.artefact.clusters[best],
+                self.experts[best],
+                score if -1.0 <= score <= 1.0 else math.copysign(1.0, score),
+                None if alone else margin,
+                None if alone else self.experts[values.index(second)],
+                known,
+            ),
         )
 
     def scores(self, text: str) -> list[float]:
@@ -98,7 +107,11 @@ class Classifier:
     def explain(self, text: str, *, limit: int = 10) -> tuple[Term, ...]:
         """Returns the terms that contributed most to the margin, the largest absolute weight first."""
         values, length, _ = self._values(text)
-        best, _, runner_up, second = self._best_and_runner_up(values)
+        best = values.index(max(values))
+        for cluster in self._same_expert[best]:
+            values[cluster] = _EXCLUDED
+        second = max(values)
+        runner_up = values.index(second)
         terms = []
         for term, columns in self._terms.by_term(text).items():
             weight = (columns[best] - (0.0 if second == _EXCLUDED else columns[runner_up])) / length
@@ -118,12 +131,3 @@ class Classifier:
         if self._offsets is not None:
             values = [value / length + offset for value, offset in zip(values, self._offsets, strict=True)]
         return values, length, int(sums[clusters + 1])
-
-    def _best_and_runner_up(self, values: list[float]) -> tuple[int, float, int, float]:
-        """Returns index and value of the best cluster and of another expert's best cluster. Overwrites `values`."""
-        top = max(values)
-        best = values.index(top)  # the first one wins a tie
-        for cluster in self._same_expert[best]:
-            values[cluster] = _EXCLUDED
-        second = max(values)
-        return best, top, values.index(second), second

@@ -12,7 +12,7 @@ else the best expert). `unavailable`: the prompt's cluster has no expert in this
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing.classifier import Classifier, Term
@@ -21,6 +21,8 @@ KINDS = ("classifier", "least_in_flight", "model_field", "round_robin")
 
 
 class RouteReason(StrEnum):
+    __hash__ = str.__hash__  # that of an enum is a call of Python code
+
     NAMED = "named"
     CLASSIFIED = "classified"
     POLICY = "policy"
@@ -28,6 +30,9 @@ class RouteReason(StrEnum):
     NO_KNOWN_TERMS = "no_known_terms"
     SPILLED = "spilled"
     UNAVAILABLE = "unavailable"
+
+
+_CLASSIFIED: Final = RouteReason.CLASSIFIED  # a look-up in the enum costs more than one here
 
 
 class Decision(NamedTuple):
@@ -104,18 +109,18 @@ class ClassifierPolicy:
         self._orders: dict[tuple[str | None, str | None, str | None], tuple[str, ...]] = {}
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
-        result = self._classifier.classify(text)
-        best = result.expert or self._fallback or result.runner_up
-        if result.known_terms == 0:
+        cluster, own, score, margin, runner_up, known_terms = self._classifier.classify(text)
+        best = own or self._fallback or runner_up
+        if known_terms == 0:
             # no term was recognised, so the decision has no cluster, score or margin
             return Decision(self._fallback or best, RouteReason.NO_KNOWN_TERMS)
-        if result.margin is not None and result.margin < self._classifier.margin_threshold:
+        if margin is not None and margin < self._classifier.margin_threshold:
             expert, reason = self._fallback or best, RouteReason.LOW_MARGIN
-        elif result.expert is None:
+        elif own is None:
             expert, reason = best, RouteReason.UNAVAILABLE
         else:
-            expert, reason = best, RouteReason.CLASSIFIED
-        return Decision(expert, reason, result.cluster, result.score, result.margin, result.runner_up)
+            expert, reason = own, _CLASSIFIED
+        return tuple.__new__(Decision, (expert, reason, cluster, score, margin, runner_up))
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
         decision = self.select(text, ready=ready)
@@ -125,10 +130,11 @@ class ClassifierPolicy:
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         key = decision.expert, decision.cluster, decision.runner_up
-        if key not in self._orders:
+        order = self._orders.get(key)
+        if order is None:
             best = None if decision.cluster is None else self._expert_of[decision.cluster]
-            self._orders[key] = _distinct(decision.expert, best, decision.runner_up, self._fallback)
-        return self._orders[key]
+            order = self._orders[key] = _distinct(decision.expert, best, decision.runner_up, self._fallback)
+        return order
 
 
 class RoundRobin:

@@ -28,8 +28,15 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
     name = first if first in body else next((name for name in PROMPT_FIELDS if name in body), None)
     if name is None:
         return ""
+    value = body[name]
+    if name == "messages" and type(value) is list and len(value) == 1:  # the usual first turn, without a generator
+        only = value[0]
+        if type(only) is dict and only.get("role") == "user" and "type" not in only:
+            content = only.get("content")
+            if type(content) is str:
+                return content[:window]
     texts, size = [], 0
-    for text in _READERS[name](body[name]):
+    for text in _READERS[name](value):
         if text:
             texts.append(text[:window])
             size += len(text) + 1

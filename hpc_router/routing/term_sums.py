@@ -66,6 +66,7 @@ class TermSums:
         vocabulary |= {word: rows[row] for word, row in words.items()}
         prefix_rows = {prefix: rows[row] for prefix, row in prefixes.items()}
         self._token_rows = _TokenRows(vocabulary, prefix_rows, prefix=features.prefix)
+        self._row_of = self._token_rows.__getitem__
         self._pair_rows = {pair: rows[row] for pair, row in pairs.items()}
 
     def sums(self, text: str) -> list[float]:
@@ -73,11 +74,11 @@ class TermSums:
         words, symbols = self._features.split(text)
         if len(words) > self._max_words:
             words = words[: self._max_words]
-        tokens = words if self._counts_repeats else {*words, *symbols}
-        total = sum(map(self._token_rows.__getitem__, tokens), self._bias)
+        total = sum(map(self._row_of, words if self._counts_repeats else {*words, *symbols}), self._bias)
         if self._pair_rows:
             total = sum(map(self._pair_rows.get, set(pairwise(words)), repeat(0)), total)
-        return self._columns(total)
+        lanes = (total ^ self._bias).to_bytes(self._bytes, "little")  # biased lanes -> two's complement
+        return [*map(mul, self._unpack(lanes), self._step_sizes)]
 
     def by_term(self, text: str) -> dict[str, list[float]]:
         """Returns, for each term of the text, what it contributes to each column of `sums`.

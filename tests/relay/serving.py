@@ -106,7 +106,7 @@ async def served(
 
 def sends(*pieces: bytes, length: int | None = None, head: bytes = b"") -> Handler:
     async def handler(request: Request) -> Response | None:
-        await request.start_response(200, head, length=length)
+        request.start_response(200, head, length=length)
         for piece in pieces:
             if not request.write(piece):
                 await request.drain()

@@ -26,6 +26,7 @@ POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 def empty_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_parser, "_HEADS", HeadCache(request_parser._cacheable_head, ids=True))
     monkeypatch.setattr(response_parser, "_HEADS", HeadCache(response_parser._cacheable_head))
+    monkeypatch.setattr(response_parser, "_CHUNKED_HEADS", HeadCache(response_parser._cacheable_chunked_head))
 
 
 @dataclass
@@ -158,6 +159,54 @@ def test_requests_are_what_the_parser_makes_of_them(given: list[list[bytes]]) ->
 def test_responses_are_what_the_parser_makes_of_them(given: list[list[bytes]]) -> None:
     for pieces in given:
         assert response(*pieces) == response(*pieces, parse=True)
+
+
+CHUNKED_HEADS = [
+    "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\ntransfer-encoding: chunked\r\nConnection: close\r\n\r\n",
+    "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n",
+    "HTTP/1.1 204 x\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "HTTP/1.1 100 x\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n",
+    "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n",
+]
+CHUNKS = [
+    b"3\r\nabc\r\n", b"5\r\n\r\n0\r\n\r\n", b"7\r\nab\r\n0\r\n\r\n", b"a\r\n0123456789\r\n", b"A\r\n0123456789\r\n",
+    b"03\r\nabc\r\n", b"3;x=1\r\nabc\r\n", b"4\r\nabc\r\n", b"zz\r\n", b"10\r\n0123456789abcdef\r\n",
+]  # fmt: skip
+ENDS = [b"0\r\n\r\n", b"0\r\nA: b\r\n\r\n", b"", b"00\r\n\r\n", b"0\r\n\r\n0\r\n\r\n"]
+
+
+@given(st.data())
+def test_chunked_responses_are_what_the_parser_makes_of_them(data: st.DataObject) -> None:
+    """However they are cut, with heads that were seen before."""
+    heads = data.draw(st.lists(st.sampled_from(CHUNKED_HEADS), min_size=1, max_size=2))
+    for _ in range(data.draw(st.integers(3, 6))):
+        start = data.draw(st.sampled_from(heads)).encode()
+        pieces = [start, *data.draw(st.lists(st.sampled_from(CHUNKS), max_size=4)), data.draw(st.sampled_from(ENDS))]
+        joined: list[bytes] = []
+        for piece in pieces:
+            kind = data.draw(st.sampled_from(["alone", "alone", "joined", "cut"]))
+            at = data.draw(st.integers(0, len(piece))) if kind == "cut" else 0
+            if kind != "alone" and joined:
+                joined[-1] += piece[:at] if kind == "cut" else piece
+                joined.append(piece[at:] if kind == "cut" else b"")
+            else:
+                joined += [piece[:at], piece[at:]]
+        cut = [piece for piece in joined if piece]
+        assert response(*cut) == response(*cut, parse=True)
+
+
+def test_a_stream_with_a_cached_head_needs_no_http_parser() -> None:
+    pieces = CHUNKED_HEADS[1].encode() + b"3\r\nabc\r\n", b"3\r\ndef\r\n", b"3\r\nghi\r\n0\r\n\r\n"
+    for _ in range(2):
+        response(*pieces)
+    parser = ResponseParser()
+    for piece in pieces:
+        parser.feed(piece)
+        assert parser._parser is None
+    assert (parser.status, parser.complete, b"".join(parser.chunks)) == (200, True, b"abcdefghi")
 
 
 HOSTILE = [data for data, _, _ in REFUSED.values()] + [data for data, _ in ODD.values()]

@@ -275,7 +275,7 @@ async def test_handlers_that_go_on_are_cancelled(relay: Relay, monkeypatch: pyte
             if request.method == "POST":
                 return Response(413)
             if request.path == "/full":
-                await request.start_response(200, b"", length=None)
+                request.start_response(200, b"", length=None)
                 while True:
                     if not request.write(b"x" * 2**16):
                         await request.drain()

@@ -200,7 +200,7 @@ class RunningRouter:
         for replica in self.gateway.table.all():
             if replica.state is RoutingState.READY:
                 for _ in range(connections):
-                    client.pool.put(replica.address, await client.connect(replica.address))
+                    client.put(await client.connect(replica.address))
 
 
 @asynccontextmanager

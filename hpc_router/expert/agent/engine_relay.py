@@ -21,6 +21,7 @@ from hpc_router.relay.upstream.interface import (
     Upstream,
     UpstreamTimeouts,
     address_of,
+    request_line,
 )
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class FastRelay(PendingResponse, ResponseCallback):
     def begin(self, client: Upstream, body: bytes) -> bool:
         """Sends the request. Returns False if that is not possible without waiting; the request then needs a task."""
         request = self._request
-        started = client.start(request.method, ENGINE, request.target, head=_head(request), body=body, callback=self)
+        start = request_line(request.method, ENGINE, request.target) + _head(request)
+        started = client.start(ENGINE, b"%bcontent-length: %d\r\n\r\n%b" % (start, len(body), body), self)
         if started is None:
             return False
         self.started = started

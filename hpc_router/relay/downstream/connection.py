@@ -1,6 +1,6 @@
 """The connection of one client: one request after another, each followed by its response.
 
-A connection is idle (`_deadline` is set), or it serves a request: `pending` until a task runs, and then `_task`. Each
+A connection is idle (`_deadline` is set), or it serves a request: `pending` until a task runs, and then `task`. Each
 event of the event loop makes at most one step. An idle connection passes the next request to the handler, in the call
 that received it. The handler returns a `PendingResponse`, which needs a task only if it is resumed, or a coroutine,
 which gets a task at once. Reading continues meanwhile: a disconnect cancels the request, and further requests wait in
@@ -9,24 +9,18 @@ the parser, up to a limit.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from email.utils import formatdate
-from functools import lru_cache
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from hpc_router.errors import RequestTimeoutError
+from hpc_router.relay.downstream.client_request import REASONS, ClientRequest
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
     PendingResponse,
-    Request,
     Response,
-    check_encoding,
     error_response,
 )
-from hpc_router.relay.downstream.request_parser import ParsedRequest, RefusedError, RequestHead, RequestParser
+from hpc_router.relay.downstream.request_parser import RefusedError, RequestParser
 
 if TYPE_CHECKING:
     from hpc_router.relay.downstream.server import Server
@@ -35,151 +29,23 @@ logger = logging.getLogger(__name__)
 
 LINGER_S: Final = 5.0
 """Time for a client that is still sending to read the response before the connection is closed."""
-_REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
-_WITHOUT_BODY: Final = frozenset({204, 304})
-
-
-@lru_cache(maxsize=1)
-def _date(at: int) -> bytes:
-    return formatdate(at, usegmt=True).encode()
-
-
-class ClientRequest(ParsedRequest, Request):
-    """A parsed request whose response goes to `connection`."""
-
-    __slots__ = ("_chunked", "_response_started", "_without_body", "connection")
-
-    connection: "ClientConnection"
-
-    def __init__(self, head: RequestHead, chunks: list[bytes | bytearray], request_id: bytes, complete: bool) -> None:
-        super().__init__(head, chunks, request_id, complete)
-        self._response_started = self._chunked = False
-        self._without_body = head.method == "HEAD"
-
-    @property
-    def response_started(self) -> bool:
-        return self._response_started
-
-    @property
-    def idle(self) -> bool:
-        return self.connection.idle
-
-    @idle.setter
-    def idle(self, yes: bool) -> None:
-        self.connection.idle = yes
-
-    def complete_body(self) -> bytes | None:
-        if not self.complete or len(self.chunks) != 1 or self.head.encoded:
-            return None
-        return bytes(self.chunks[0])
-
-    async def read(self, *, limit_s: float | None = None) -> bytes:
-        check_encoding(self.headers)
-        if not self.complete:
-            if self.head.expects and not self.chunks and self.failure is None:
-                self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            try:
-                async with asyncio.timeout(limit_s):
-                    while not self.complete and self.failure is None:
-                        await self.connection.wait_for_event()
-            except TimeoutError as error:
-                raise RequestTimeoutError(f"the body did not arrive within {limit_s:g} s") from error
-            if self.failure is not None:
-                raise self.failure
-        return b"".join(self.chunks)
-
-    async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
-        self.send(status, head, length)
-
-    def send(self, status: int, head: bytes, length: int | None, body: bytes = b"") -> None:
-        """Send the head and the known part of the body."""
-        self._response_started = True
-        if not self.complete:
-            self.keep_alive = False
-        if status in _WITHOUT_BODY:
-            self._without_body, framing = True, b""
-        elif length is not None:
-            framing = b"content-length: %d\r\n" % length
-        elif self.head.http_1_0:
-            self.keep_alive, framing = False, b""  # closing the connection ends the body
-        else:
-            self._chunked, framing = not self._without_body, b"transfer-encoding: chunked\r\n"
-        if not self.keep_alive:
-            framing += b"connection: close\r\n"
-        elif self.head.http_1_0:
-            framing += b"connection: keep-alive\r\n"
-        cross_origin = self.connection.cross_origin
-        if cross_origin.origins:
-            framing += cross_origin.lines(self.headers)
-        self.connection.write(
-            b"HTTP/1.1 %d %b\r\n%b%bdate: %b\r\n\r\n%b"
-            % (
-                status,
-                _REASONS.get(status, b""),
-                head,
-                framing,
-                _date(int(time.time())),
-                b"" if self._without_body else body,
-            )
-        )
-
-    def write(self, data: bytes) -> bool:
-        if self._chunked and data:  # an empty chunk would end the body
-            return self.connection.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return self.connection.write(b"" if self._without_body else data)
-
-    @property
-    def write_chunk(self) -> Callable[[bytes], bool] | None:
-        return self.connection.write if self._chunked else None
-
-    async def drain(self, *, limit_s: float | None = None) -> None:
-        await self.connection.drain(limit_s)
-
-    def abort(self) -> None:
-        self.connection.abort()
-
-    def respond(self, status: int, head: bytes, body: bytes) -> None:
-        connection = self.connection
-        connection.pending = None
-        if connection.stopping:
-            self.keep_alive = False
-        try:
-            self.send(status, head, len(body), body)
-        except DownstreamGoneError:
-            pass
-        else:
-            connection.responded(self)
-
-    def resume(self) -> None:
-        self.connection.run_pending()
-
-    def finish(self, response: Response | None) -> None:
-        """Complete the response after the handler has returned."""
-        if response is not None:
-            if self._response_started:
-                raise AssertionError("the handler has returned a second response")
-            self.send(response.status, response.head, len(response.body), response.body)
-        elif not self._response_started:
-            raise AssertionError("the handler has neither sent nor returned a response")
-        elif self._chunked:
-            self.connection.write(b"0\r\n\r\n")
 
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_deadline", "_lingering", "_loop", "_parser", "_refusal", "_request", "_server", "_task", "_timer",
-        "_transport", "_waiter", "_writable", "cross_origin", "idle", "pending",
+        "_deadline", "_lingering", "_loop", "_parser", "_refusal", "_request", "_timer", "_transport", "_waiter",
+        "_writable", "cross_origin", "idle", "pending", "server", "task",
     )  # fmt: skip
 
     def __init__(self, server: "Server") -> None:
-        self._server = server
+        self.server = server
         self.cross_origin = server.cross_origin
         self._loop = server.loop
         self._parser = RequestParser(max_body=server.max_body, request_type=ClientRequest)
         self._transport: asyncio.Transport | None = None
         self._request: ClientRequest | None = None  # being served
         self.pending: PendingResponse | Coroutine[Any, Any, Response | None] | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline: float | None = None  # for the next request's head; None while a request is served
@@ -195,14 +61,6 @@ class ClientConnection(asyncio.Protocol):
         if self._deadline is not None and self._transport is not None:
             self._transport.close()  # after the last response has been sent
 
-    @property
-    def task(self) -> "asyncio.Task[None] | None":
-        return self._task
-
-    @property
-    def stopping(self) -> bool:
-        return self._server.stopping
-
     # From one request to the next.
 
     def _start_next(self) -> None:
@@ -212,13 +70,13 @@ class ClientConnection(asyncio.Protocol):
             self._deadline = None
             self._request = request = waiting.popleft()
             request.connection = self
-            self.pending = self._server.handler(request)
+            self.pending = self.server.handler(request)
             if not isinstance(self.pending, PendingResponse):
                 self.run_pending()
         elif self._refusal is not None:
             self._run(self._refuse, self._refusal)
         else:
-            self._deadline = self._loop.time() + self._server.keep_alive_s
+            self._deadline = self._loop.time() + self.server.keep_alive_s
 
     def run_pending(self) -> None:
         """Continue the request in a task."""
@@ -226,7 +84,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _run(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         self._deadline = None
-        self._task = self._loop.create_task(self._to_end(step, *args))
+        self.task = self._loop.create_task(self._to_end(step, *args))
 
     async def _serve(self) -> None:
         request, pending = self._request, self.pending
@@ -234,7 +92,7 @@ class ClientConnection(asyncio.Protocol):
         assert pending is not None
         self.pending = None
         response = await (pending.run() if isinstance(pending, PendingResponse) else pending)
-        if self._server.stopping:
+        if self.server.stopping:
             request.keep_alive = False
         request.finish(response)
         await self._end(request)
@@ -247,12 +105,12 @@ class ClientConnection(asyncio.Protocol):
             self._start_next()
         else:
             self._request = None  # frees the body
-            self._deadline = self._loop.time() + self._server.keep_alive_s
+            self._deadline = self._loop.time() + self.server.keep_alive_s
 
     async def _end(self, request: ClientRequest) -> None:
         """The response is complete; the client may not have read it yet."""
         if not self._writable:
-            await self.drain(self._server.keep_alive_s)
+            await self.drain(self.server.keep_alive_s)
         if not request.keep_alive:
             await self._close(linger=not request.complete)
 
@@ -263,7 +121,7 @@ class ClientConnection(asyncio.Protocol):
             response.head += self.cross_origin.lines(self._parser.partial_headers)
         self.write(
             b"HTTP/1.1 %d %b\r\n%bcontent-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (response.status, _REASONS[response.status], response.head, len(response.body), response.body)
+            % (response.status, REASONS[response.status], response.head, len(response.body), response.body)
         )
         await self._close(linger=True)
 
@@ -279,7 +137,7 @@ class ClientConnection(asyncio.Protocol):
             with suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_S):
                     await self.wait_for_event()  # a disconnect cancels this task
-        self._deadline = self._loop.time() + self._server.keep_alive_s  # for reading the rest of the response
+        self._deadline = self._loop.time() + self.server.keep_alive_s  # for reading the rest of the response
         self._transport.close()
 
     async def _to_end(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
@@ -293,7 +151,7 @@ class ClientConnection(asyncio.Protocol):
                 raise
             logger.exception("a connection failed")
         if self._transport is not None and not self._transport.is_closing():
-            self._task = self._request = None  # frees the bodies
+            self.task = self._request = None  # frees the bodies
             self._start_next()
 
     # Called by requests.
@@ -330,8 +188,8 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._server.connections.add(self)
-        self._deadline = self._loop.time() + self._server.keep_alive_s
+        self.server.connections.add(self)
+        self._deadline = self._loop.time() + self.server.keep_alive_s
         self._timer = self._loop.call_at(self._deadline, self._check_deadline)
 
     def data_received(self, data: bytes) -> None:
@@ -354,7 +212,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._server.left(self)
+        self.server.left(self)
         self._parser.release()
         if self._timer is not None:
             self._timer.cancel()
@@ -363,7 +221,7 @@ class ClientConnection(asyncio.Protocol):
             pending.cancel()
         elif pending is not None:
             pending.close()
-        task, self._task = self._task, None  # a cancelled task refers to its frames, and they to this object
+        task, self.task = self.task, None  # a cancelled task refers to its frames, and they to this object
         if task is not None:
             task.cancel()
 
@@ -385,4 +243,4 @@ class ClientConnection(asyncio.Protocol):
         if self._deadline is not None and now >= self._deadline:
             self.abort()
             return
-        self._timer = self._loop.call_at(self._deadline or now + self._server.keep_alive_s, self._check_deadline)
+        self._timer = self._loop.call_at(self._deadline or now + self.server.keep_alive_s, self._check_deadline)

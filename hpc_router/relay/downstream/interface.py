@@ -68,6 +68,8 @@ class Request(ABC):
     headers: Headers
     request_id: bytes
     keep_alive: bool
+    response_started: bool
+    """The head of a response has been sent."""
     idle: bool
     """True while nothing has been written since it was set to True."""
 
@@ -84,17 +86,16 @@ class Request(ABC):
         """Send the complete response of a `PendingResponse`. Arguments as in `Response`."""
         raise NotImplementedError
 
+    def end(self) -> None:
+        """End the streamed response of a `PendingResponse`."""
+        raise NotImplementedError
+
     def resume(self) -> None:
         """Continue a `PendingResponse` in a task."""
         raise NotImplementedError
 
-    @property
     @abstractmethod
-    def response_started(self) -> bool:
-        """The head of a response has been sent."""
-
-    @abstractmethod
-    async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
+    def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
         """Send the head. `length` of the body; None: unknown, the body is chunked."""
 
     @abstractmethod
@@ -118,8 +119,8 @@ class Request(ABC):
 
 
 class PendingResponse:
-    """A request that is served by callbacks. It ends with `Request.respond`, or continues in a task after
-    `Request.resume`. Not abstract, because `isinstance` takes several times as long with an abstract class."""
+    """A request that is served by callbacks. It ends with `Request.respond` or `Request.end`, or continues in a task
+    after `Request.resume`. Not abstract, because `isinstance` takes several times as long with an abstract class."""
 
     __slots__ = ()
 

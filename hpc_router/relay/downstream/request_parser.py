@@ -77,6 +77,13 @@ class ParsedRequest:
         self.complete = complete
         self.failure: RoutingError | None = None
 
+    def complete_body(self) -> bytes | None:
+        """See `Request.complete_body`."""
+        if not self.complete or len(self.chunks) != 1 or self.head.encoded:
+            return None
+        body = self.chunks[0]
+        return body if type(body) is bytes else bytes(body)
+
 
 R = TypeVar("R", bound=ParsedRequest)
 
@@ -98,7 +105,7 @@ class RequestParser(Generic[R]):
         self._target = b""
         self._fields: list[tuple[bytes, bytes]] = []
         self._bytes_since_progress = 0  # since the last body chunk or end of a request
-        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
+        self._parser: httptools.HttpRequestParser | None = None  # created when needed
 
     def feed(self, data: bytes) -> None:
         """Raises RefusedError, once; earlier requests remain in `waiting`."""
@@ -119,7 +126,8 @@ class RequestParser(Generic[R]):
 
     def parse(self, data: bytes) -> None:
         """Feed `data` to the HTTP parser without the head cache."""
-        assert self._parser is not None
+        if self._parser is None:
+            self._parser = httptools.HttpRequestParser(self)
         self._bytes_since_progress += len(data)
         try:
             self._parser.feed_data(data)

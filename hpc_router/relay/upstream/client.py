@@ -8,24 +8,22 @@ stream go from the upstream socket to the sink in one step, without waking a tas
 import asyncio
 import math
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager
-from functools import lru_cache
+import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Final, Self
 
 from hpc_router.errors import UpstreamConnectError, UpstreamError, UpstreamTimeoutError
-from hpc_router.net.protocol import path_at
-from hpc_router.relay.upstream.connection import MAX_SINGLE_WRITE_BYTES, Connection
+from hpc_router.relay.upstream.awaited_exchange import MAX_SINGLE_WRITE_BYTES
+from hpc_router.relay.upstream.connection import Connection
+from hpc_router.relay.upstream.exchange import Exchange
 from hpc_router.relay.upstream.interface import (
     Address,
     PendingRequest,
     ResponseCallback,
-    Sink,
-    UpstreamResponse,
     UpstreamTimeouts,
+    request_line,
 )
-from hpc_router.relay.upstream.pool import Pool
 from hpc_router.relay.upstream.timeouts import IdleTimer
 
 KEEP_ALIVE_S: Final = 4.0
@@ -33,8 +31,6 @@ KEEP_ALIVE_S: Final = 4.0
 STALE_S: Final = 1.0
 """A pooled connection that the server has closed fails within this time; later the server may have started the
 request."""
-_SHORT_TARGET: Final = 256
-"""Characters; the request lines of longer targets are not cached."""
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -59,8 +55,9 @@ class UpstreamClient:
         self._resend = resend
         self._socket_options = tuple(socket_options)
         self._socket_path = socket_path
-        self.pool: Pool[Address | str, Connection] = Pool(keep_s=KEEP_ALIVE_S)
         self._tls = tls
+        self._pool: dict[Address | str, list[Connection]] = {}  # idle connections, the one used last at the end
+        self._sweep: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,7 +68,12 @@ class UpstreamClient:
         self.close()
 
     def close(self) -> None:
-        self.pool.close()
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for idle in self._pool.values():
+            for connection in tuple(idle):
+                connection.abort()
+        self._pool.clear()
 
     def request(
         self,
@@ -84,36 +86,27 @@ class UpstreamClient:
         watch: Callable[[IdleTimer], None] | None = None,
         started: PendingRequest | None = None,
         limits: UpstreamTimeouts | None = None,
-    ) -> "_Exchange":
+    ) -> "Exchange":
         """See `interface.Upstream`."""
         assert started is None or isinstance(started, Connection)
         request = request_head(method, address, target, head, body)
-        return _Exchange(self, address, request, body, method == "HEAD", watch, started, limits or self.limits)
+        return Exchange(self, address, request, body, method == "HEAD", watch, started, limits or self.limits)
 
     def start(
-        self,
-        method: str,
-        address: Address,
-        target: str,
-        *,
-        head: bytes,
-        body: bytes,
-        callback: ResponseCallback,
-        limits: UpstreamTimeouts | None = None,
+        self, address: Address, message: bytes, callback: ResponseCallback, limits: UpstreamTimeouts | None = None
     ) -> Connection | None:
         """See `interface.Upstream`."""
-        if len(body) > MAX_SINGLE_WRITE_BYTES or (connection := self.pool.get(self._socket_path or address)) is None:
+        if len(message) > MAX_SINGLE_WRITE_BYTES or (connection := self._pooled(self._socket_path or address)) is None:
             return None
-        request = b"%b%bcontent-length: %d\r\n\r\n%b" % (_request_line(method, address, target), head, len(body), body)
-        connection.start(request, callback, limits or self.limits)
+        connection.start(message, callback, limits or self.limits)
         return connection
 
-    async def response_started(self, call: "_Exchange") -> Connection:
+    async def response_started(self, call: "Exchange") -> Connection:
         """Send the request and wait for the head of the response. Returns the connection.
 
         The server may close a pooled connection while it is being used again. If it closes at once without sending a
         byte, the request is sent again over a new connection."""
-        pooled = call.started or self.pool.get(self._socket_path or call.address)
+        pooled = call.started or self._pooled(self._socket_path or call.address)
         if pooled is not None:
             try:
                 return await self._exchange_on(pooled, call, sent=call.started is not None)
@@ -128,7 +121,7 @@ class UpstreamClient:
             raise
         return await self._exchange_on(connection, call)
 
-    async def _exchange_on(self, connection: Connection, call: "_Exchange", *, sent: bool = False) -> Connection:
+    async def _exchange_on(self, connection: Connection, call: "Exchange", *, sent: bool = False) -> Connection:
         try:
             if not sent:
                 connection.begin(call.limits, head_only=call.head_only)
@@ -144,7 +137,7 @@ class UpstreamClient:
     async def connect(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
         """A new connection. Raises UpstreamConnectError, and UpstreamTimeoutError if the idle timer was tightened."""
         loop = asyncio.get_running_loop()
-        made = Connection(self.pool, self._socket_path or address)
+        made = Connection(self, self._socket_path or address)
         idle_timer = made.idle_timer
         try:
             async with asyncio.timeout(self.limits.connect_s) as limit:
@@ -170,90 +163,61 @@ class UpstreamClient:
         idle_timer.on_timeout = made.on_timeout
         return made
 
+    @property
+    def pooled(self) -> int:
+        """Number of idle connections."""
+        return sum(map(len, self._pool.values()))
+
+    def _pooled(self, address: Address | str) -> Connection | None:
+        """The connection with the shortest idle time: the server is least likely to have closed it, and connections
+        that the load does not need expire."""
+        idle = self._pool.get(address)
+        while idle:
+            connection = idle.pop()
+            usable_until, connection.usable_until = connection.usable_until, 0.0
+            if connection.usable and usable_until > time.monotonic():
+                return connection
+            connection.abort()
+        return None
+
+    def put(self, connection: Connection) -> None:
+        """The connection may be used for another exchange."""
+        connection.usable_until = time.monotonic() + KEEP_ALIVE_S
+        try:
+            self._pool[connection.address].append(connection)
+        except KeyError:
+            self._pool[connection.address] = [connection]
+        if self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(KEEP_ALIVE_S, self._close_expired)
+
+    def discard(self, connection: Connection) -> None:
+        """The connection is closed."""
+        if connection.usable_until and self._pool:
+            self._pool[connection.address].remove(connection)
+
+    def _close_expired(self) -> None:
+        now = time.monotonic()
+        for idle in self._pool.values():
+            expired = [connection for connection in idle if connection.usable_until <= now]
+            del idle[: len(expired)]  # they are the first
+            for connection in expired:
+                connection.usable_until = 0.0
+                connection.abort()
+        self._pool = {address: idle for address, idle in self._pool.items() if idle}
+        next_at = min((idle[0].usable_until for idle in self._pool.values()), default=None)
+        self._sweep = None
+        if next_at is not None:
+            self._sweep = asyncio.get_running_loop().call_later(max(0.0, next_at - now), self._close_expired)
+
     async def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
             self._tls = await asyncio.to_thread(ssl.create_default_context)  # reads files
         return self._tls
 
 
-class _Exchange(AbstractAsyncContextManager[UpstreamResponse]):
-    """Context manager of one request and its response."""
-
-    __slots__ = ("_client", "_connection", "address", "body", "head", "head_only", "limits", "started", "watch")
-
-    def __init__(
-        self,
-        client: UpstreamClient,
-        address: Address,
-        head: bytes,
-        body: bytes | None,
-        head_only: bool,
-        watch: Callable[[IdleTimer], None] | None,
-        started: Connection | None,
-        limits: UpstreamTimeouts,
-    ) -> None:
-        self._client = client
-        self._connection: Connection | None = None
-        self.started = started  # the connection over which the request was sent already
-        self.address = address
-        self.head = head
-        self.body = body
-        self.head_only = head_only
-        self.watch = watch
-        self.limits = limits
-
-    async def __aenter__(self) -> UpstreamResponse:
-        self._connection = await self._client.response_started(self)
-        return _Response(self._connection)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._connection is not None
-        self._connection.finish()
-
-
-class _Response(UpstreamResponse):
-    def __init__(self, connection: Connection) -> None:
-        parser = connection.parser
-        self.status = parser.status
-        self.headers = parser.headers
-        self.length = parser.length
-        self._connection = connection
-
-    @property
-    def complete_body(self) -> bytes | None:
-        return self._connection.complete_body()
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        connection = self._connection
-        while chunk := await connection.chunk():
-            connection.idle_timer.pause()
-            yield chunk
-            connection.idle_timer.restart(connection.idle_s)
-
-    async def stream_to(self, sink: Sink) -> None:
-        await self._connection.stream_to(sink)
-
-
 def request_head(method: str, address: Address, target: str, head: bytes, body: bytes | None) -> bytes:
     """Request line and headers. Raises ValueError for a target that would end the request line."""
-    line = _request_line(method, address, target)
+    line = request_line(method, address, target)
     if body is None and method not in _WITH_BODY:
         return b"%b%b\r\n" % (line, head)
     return b"%b%bcontent-length: %d\r\n\r\n" % (line, head, len(body or b""))
-
-
-def _request_line(method: str, address: Address, target: str) -> bytes:
-    """Request line and `Host` header."""
-    return (_cached_request_line if len(target) <= _SHORT_TARGET else _cached_request_line.__wrapped__)(
-        method, address, target
-    )
-
-
-@lru_cache(maxsize=512)
-def _cached_request_line(method: str, address: Address, target: str) -> bytes:
-    if not target.isascii() or not target.isprintable() or " " in target:
-        raise ValueError("a request target holds printable ASCII without spaces")
-    path = path_at(address.base_path, target)
-    return b"%b\r\nhost: %b\r\n" % (f"{method} {path} HTTP/1.1".encode(), address.header)

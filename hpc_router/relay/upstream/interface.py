@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, Protocol
 from yarl import URL
 
 from hpc_router.errors import UpstreamError
+from hpc_router.net.protocol import path_at
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.upstream.timeouts import IdleTimer
 
@@ -50,6 +51,23 @@ def address_of(url: str) -> Address:
     return Address(parts.raw_host or "", parts.port or 0, parts.scheme == "https", header, parts.raw_path.rstrip("/"))
 
 
+def request_line(method: str, address: Address, target: str) -> bytes:
+    """Request line and `Host` header. Raises ValueError for a target that would end the request line."""
+    return (_cached_request_line if len(target) <= _SHORT_TARGET else _cached_request_line.__wrapped__)(
+        method, address, target
+    )
+
+
+@lru_cache(maxsize=512)
+def _cached_request_line(method: str, address: Address, target: str) -> bytes:
+    if not target.isascii() or not target.isprintable() or " " in target:
+        raise ValueError("a request target holds printable ASCII without spaces")
+    path = path_at(address.base_path, target)
+    return b"%b\r\nhost: %b\r\n" % (f"{method} {path} HTTP/1.1".encode(), address.header)
+
+
+_SHORT_TARGET: Final = 256
+"""Characters; the request lines of longer targets are not cached."""
 CHUNK_END: Final = b"\r\n"
 CHUNK_ENDS: Final = (CHUNK_END,)
 
@@ -122,11 +140,20 @@ class ResponseCallback(ABC):
 
     @abstractmethod
     def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
-        """The complete response was received in one read. False: not accepted; `on_incomplete` is called next."""
+        """The complete response was received in one read. False: not accepted; `on_head` is called next."""
+
+    def on_head(self, status: int, headers: Headers) -> "Sink | None":
+        """The head was received. Returns what gets the body; None: `on_incomplete` is called next."""
+        return None
+
+    def on_end(self) -> None:
+        """The sink got the complete body. `on_incomplete` is called next if this raises an error."""
+        raise NotImplementedError
 
     @abstractmethod
     def on_incomplete(self) -> None:
-        """A part of the response was received, or the exchange failed. Call `request` with `started` to continue."""
+        """The response has to be awaited from here on: the callback takes no more of it, the sink is full, or the
+        exchange has failed. Call `request` with `started` to continue in a task."""
 
 
 class PendingRequest(Protocol):
@@ -144,18 +171,10 @@ class Upstream(Protocol):
     limits: UpstreamTimeouts
 
     def start(
-        self,
-        method: str,
-        address: Address,
-        target: str,
-        *,
-        head: bytes,
-        body: bytes,
-        callback: ResponseCallback,
-        limits: UpstreamTimeouts | None = None,
+        self, address: Address, message: bytes, callback: ResponseCallback, limits: UpstreamTimeouts | None = None
     ) -> PendingRequest | None:
-        """Send a request at once over a pooled connection. Returns None, and sends nothing, if no connection is
-        pooled. `limits` replace those of the client."""
+        """Send a complete request, from its `request_line` to its body, at once over a pooled connection. Returns None,
+        and sends nothing, if no connection is pooled or the message is long. `limits` replace those of the client."""
 
     def request(
         self,

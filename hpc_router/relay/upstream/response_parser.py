@@ -63,20 +63,53 @@ class ResponseParser:
             if self.complete:
                 self.keep_alive = False  # the data after the response does not belong to it
                 return
-            if not self._head_only and (cached := cached_response(data)) is not None:
-                head, body, _ = cached
-                self.status, self.headers, self.keep_alive = head
-                self.length = len(body)
-                if body:
-                    self.chunks.append(body)
-                self.complete = True
+            if not self.status and not self._head_only:
+                if (cached := cached_response(data)) is not None:
+                    self.take(*cached)
+                    return
+                data = self.take_cached_start(data)
+            if self.status and self._take_chunk(data):
                 return
         self.parse(data)
+
+    def take(self, head: "CachedHead", body: bytes, _id: bytes = b"") -> None:
+        """Take a complete response with a cached head."""
+        self.status, self.headers, self.keep_alive = head
+        self.length = len(body)
+        if body:
+            self.chunks.append(body)
+        self.complete = True
+
+    def take_cached_start(self, data: bytes) -> bytes:
+        """Take the head of a chunked response, if it is cached. Returns the data after it."""
+        start = _CHUNKED_HEADS.lookup_start(data)
+        if start is None:
+            return data
+        (self.status, self.headers, self.keep_alive), size = start
+        self.at_chunk_boundary = True
+        return data[size:]
+
+    def _take_chunk(self, data: bytes) -> bool:
+        """After a cached head: take the data without an HTTP parser, if it is a complete chunk, the last chunk, or
+        both."""
+        size = len(data)
+        if data.endswith(_LAST_CHUNK) and (size == len(_LAST_CHUNK) or data[size - 7 : size - 5] == b"\r\n"):
+            size -= len(_LAST_CHUNK)
+        if size:
+            prefix = chunk_prefix(size)
+            if not data.startswith(prefix) or data[size - 2 : size] != b"\r\n":
+                return False
+            self.chunks.append(data[len(prefix) : size - 2])
+        self.complete = size < len(data)
+        return True
 
     def parse(self, data: bytes) -> None:
         """Feed `data` to the HTTP parser without the head cache."""
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
+            if self.status:  # the head was cached; the HTTP parser needs only the framing from it
+                self._parser.feed_data(_CHUNKED)
+                self._chunk_ended = True
         before = len(self.chunks)
         try:
             self._parser.feed_data(data)
@@ -121,6 +154,8 @@ class ResponseParser:
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
+        if self.status:
+            return  # from the cache
         status = self._parser.get_status_code()
         version = self._parser.get_http_version()
         if version not in _VERSIONS:
@@ -158,13 +193,13 @@ class ResponseParser:
             self.complete = True
 
 
-class _Head(NamedTuple):
+class CachedHead(NamedTuple):
     status: int
     headers: Headers
     keep_alive: bool
 
 
-def _cacheable_head(data: bytes) -> _Head | None:
+def _cacheable_head(data: bytes) -> CachedHead | None:
     """The head of `data`, if that is one complete response and may be cached."""
     parser = ResponseParser()
     try:
@@ -177,10 +212,30 @@ def _cacheable_head(data: bytes) -> _Head | None:
         return None
     # Content-Length differs at_chunk_boundary messages with the same head.
     fields = [field for field in parser.headers.fields if field[0] != b"content-length"]
-    return _Head(parser.status, Headers(fields), parser.keep_alive)
+    return CachedHead(parser.status, Headers(fields), parser.keep_alive)
 
 
+def _cacheable_chunked_head(head: bytes) -> CachedHead | None:
+    """The parsed `head`, if it is that of a chunked response and may be cached."""
+    parser = ResponseParser()
+    try:
+        parser.parse(head)
+        chunked = parser.status != 0 and b"transfer-encoding" in parser.headers and not parser.complete
+        parser.parse(_LAST_CHUNK)
+    except UpstreamError:
+        return None
+    finally:
+        parser.release()
+    if not chunked or not parser.complete or parser.status in _WITHOUT_BODY:
+        return None
+    return CachedHead(parser.status, parser.headers, parser.keep_alive)
+
+
+_LAST_CHUNK: Final = b"0\r\n\r\n"
+_CHUNKED: Final = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 _HEADS: Final = HeadCache(_cacheable_head)
+_CHUNKED_HEADS: Final = HeadCache(_cacheable_chunked_head)
+
 cached_response: Final = _HEADS.lookup
 """Head, body and an unused id, if the data is one complete response with a cached head; else None."""
 

@@ -92,6 +92,8 @@ class Replica:
     reservations: "set[Reservation]" = field(default_factory=set)
     peer_in_flight: int = 0
     column: int = NO_COLUMN  # of the shared counters: its requests in flight
+    request_starts: dict[str, bytes] = field(default_factory=dict)  # API path -> request line, host, authorization
+    routing_lines: dict[tuple[str, str], bytes] = field(default_factory=dict)  # expert, reason -> response headers
     address: Address = field(init=False)
     capacity: int = field(init=False)
 
@@ -191,9 +193,10 @@ class Reservation:
 
     def release(self) -> None:
         replica, owner = self.replica, self._owner
-        if self in replica.reservations:
-            replica.reservations.remove(self)
-            owner.cells[replica.column] = len(replica.reservations)
+        reservations = replica.reservations
+        if self in reservations:
+            reservations.remove(self)
+            owner.cells[replica.column] = len(reservations)
             owner.offer(replica)
 
     def __enter__(self) -> Self:

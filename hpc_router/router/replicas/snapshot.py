@@ -73,6 +73,8 @@ def _snapshot(replica: Replica) -> ReplicaSnapshot:
 
 
 def _update(table: ReplicaTable, replica: Replica, item: ReplicaSnapshot) -> None:
+    if item.key != replica.key:
+        replica.request_starts.clear()  # they contain the key
     replica.key, replica.models, replica.trouble = item.key, item.models, item.trouble
     replica.listed_max_model_len = item.listed_max_model_len
     replica.recent_error, replica.health = item.recent_error, replace(item.health)

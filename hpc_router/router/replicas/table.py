@@ -213,9 +213,10 @@ class ReplicaTable:
                 continue
             if len(replicas) == 1:
                 replica = replicas[0]
-                if replica in avoid or replica is not (only or replica) or replica.state is not READY:
+                if replica.state is not READY or replica in avoid or replica is not (only or replica):
                     continue
-                return (replica, expert) if replica.has_room else None
+                busy = len(replica.reservations) + replica.peer_in_flight >= replica.capacity
+                return None if busy else (replica, expert)
             if replicas:
                 fits = _has_room if only is None and not avoid else partial(_is_candidate, avoid=avoid, only=only)
                 best = None

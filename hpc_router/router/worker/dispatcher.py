@@ -2,19 +2,16 @@
 
 Select an expert -> acquire a replica -> relay. Until the first body byte, a failed attempt is retried on another
 replica: `auto` on replicas of its expert, of the runner-up and of the fallback; a named expert only on its own
-replicas, for which it waits up to `router.queue_timeout_s`. The `HealthReporter` gets what a request observed of a
-replica. Backpressure (429, or 503 with `Retry-After`) is no evidence of bad health, and an error is evidence only if
-another replica of the same expert serves the same request. Retries have a budget.
+replicas, for which it waits up to `router.queue_timeout_s`. Retries have a budget. A request that callbacks have
+begun continues here from its state: with its reservation, its connection, and its stream if that has begun.
 """
 
 import asyncio
-import errno
-import json
 import logging
 import time
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Final
 
 from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import (
@@ -26,12 +23,10 @@ from hpc_router.errors import (
     UpstreamError,
     UpstreamTimeoutError,
 )
-from hpc_router.net import protocol
 from hpc_router.relay.api_formats import ErrorReply
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
     Response,
-    json_response,
 )
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.response_relay import RelayLimits, ResponseRelay
@@ -41,70 +36,23 @@ from hpc_router.relay.upstream.interface import (
     UpstreamTimeouts,
 )
 from hpc_router.router.metrics import Metrics
-from hpc_router.router.replicas.replica import Event, Replica, Reservation, RoutingState
+from hpc_router.router.replicas.replica import Replica, Reservation, RoutingState
 from hpc_router.router.replicas.sessions import not_found
 from hpc_router.router.replicas.table import QueueFullError, ReplicaLostError, ReplicaTable
+from hpc_router.router.worker.attempt_review import AttemptReview, HealthReporter, RetryError, error_result
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, ErrorResponses
 from hpc_router.router.worker.retry_budget import RetryBudget
-from hpc_router.router.worker.routed_request import (
-    MISSING_STATUSES,
-    RETRY_STATUSES,
-    REVIEWED_STATUSES,
-    RequestResult,
-    RoutedRequest,
-)
-from hpc_router.state.registry import RecordKind
+from hpc_router.router.worker.routed_request import REVIEWED_STATUSES, RequestResult, RoutedRequest
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 6
-_BUSY: Final = 429
-_AWAY: Final = 503
-_FAILED: Final = 500
-_LOST: Final = 502
-"""With the "starting" header: the engine had received the request and went away."""
-_LOCAL_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
-"""Local causes of failed connections, which say nothing about the replica."""
-_MAX_ENGINES_LOST: Final = 2
-"""Engines that a request may lose: it may be the cause, and must not crash all engines of its expert."""
-_MAX_ERROR_BYTES: Final = 2**20
 _NOTEWORTHY_S: Final = 0.001
 """A shorter time before an attempt is not subtracted in the statistics of the replica."""
-_BARE_PHRASES: Final = ("Not Found", "Method Not Allowed")
-_MAX_QUOTED_BYTES: Final = 200
-"""Of an engine's error, in a message of the router."""
 
 
 def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
     return UpstreamTimeouts(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
-
-
-class HealthReporter(Protocol):
-    """Gets what requests observe of replicas."""
-
-    def connect_failed(self, replica: Replica, trouble: str) -> None:
-        """No connection could be made."""
-
-    def request_failed(self, replica: Replica, trouble: str) -> None:
-        """It failed a request that another replica served."""
-
-    def request_succeeded(self, replica: Replica) -> None:
-        """It served a request after it had failed one."""
-
-    def state_reported(self, replica: Replica, event: Event) -> None:
-        """It reported its own state in a response."""
-
-    def recheck(self, replica: Replica) -> None:
-        """A request failed, possibly because of the replica: probe it."""
-
-
-class _RetryError(Exception):
-    """This attempt failed before anything was sent to the client; the failure is recorded. `begun`: the engine may have
-    begun the request."""
-
-    def __init__(self, *, begun: bool) -> None:
-        super().__init__()
-        self.begun = begun
 
 
 @dataclass(slots=True)
@@ -116,6 +64,7 @@ class Dispatcher:
     config: RouterConfig
     in_flight: InFlight
     errors: ErrorResponses = field(init=False)
+    review: AttemptReview = field(init=False)
     relay_limits: RelayLimits = field(init=False)
     stream_timeouts: UpstreamTimeouts = field(init=False)
     response_timeouts: UpstreamTimeouts = field(init=False)
@@ -123,6 +72,7 @@ class Dispatcher:
 
     def __post_init__(self) -> None:
         self.errors = ErrorResponses(self.metrics)
+        self.review = AttemptReview(self.health, self.metrics)
         self.configure(self.config)
 
     def configure(self, config: RouterConfig) -> None:
@@ -169,10 +119,10 @@ class Dispatcher:
                 attempts += 1
                 try:
                     return await self._attempt(routed, reservation)
-                except _RetryError as error:
+                except RetryError as error:
                     if error.begun and not routed.repeatable:
                         lost = _unknown_outcome(reservation.replica, routed.method)
-                        routed.error_result = routed.error_result or _error_result(routed, reservation, lost)
+                        routed.error_result = routed.error_result or error_result(routed, reservation, lost)
                         break
                     broken = isinstance(error.__cause__, UpstreamError)
                     if not (attempts == 1 and broken) and not self._may_retry(reservation.replica):
@@ -215,44 +165,39 @@ class Dispatcher:
     def _exchange(
         self, routed: RoutedRequest, reservation: Reservation
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        head, body = routed.outgoing or routed.request_for(reservation)
-        sent, routed.sent, routed.outgoing = routed.sent, None, None
+        head, body = routed.request_for(reservation)
+        sent, routed.sent = routed.sent, None
         return self.client.request(
-            routed.method, reservation.replica.address, routed.target, head=head, body=body or None,
+            routed.method, reservation.replica.address, routed.endpoint.target, head=head, body=body or None,
             watch=reservation.watch, started=sent, limits=routed.timeouts(),
         )  # fmt: skip
 
     async def _attempt(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
         replica, expert = reservation.replica, reservation.expert
         reason = routed.reason_at(expert)
-        stream = routed.call.fields.get("stream") is True
-        relay = ResponseRelay(routed.request, self.relay_limits, routed.api_format.abort_detector, stream=stream)
-        routed.phase = "before_first_byte"
-        waited_s = 0.0 if routed.sent is not None else time.perf_counter() - routed.started
+        begun, routed.relay = routed.relay, None
+        relay = begun or routed.new_relay()
+        routed.phase = "before_first_byte" if begun is None else "streaming"
+        waited_s = 0.0 if begun is not None or routed.sent is not None else time.perf_counter() - routed.started
 
         try:
             async with self._exchange(routed, reservation) as upstream:
-                if upstream.status in REVIEWED_STATUSES:
-                    error = await self._review_status(routed, reservation, upstream)
-                    if error is not None:
-                        return error
-                elif replica.recent_error:
-                    self.health.request_succeeded(replica)
-                if routed.failed_attempts and 200 <= upstream.status < 300:
-                    self._report_failures(routed, expert)
-                if routed.on_success is not None and 200 <= upstream.status < 300:
-                    routed.on_success(replica, expert, reason)
-                self.metrics.first_byte.add(time.perf_counter() - routed.started, expert, replica.name)
-                if waited_s > _NOTEWORTHY_S:
-                    self.metrics.before_attempt.add(waited_s, expert, replica.name)
-                routed.phase = "streaming"
-                await relay.relay(upstream, routed.response_head(reservation, upstream.headers))
+                if begun is not None:
+                    await relay.relay_events(upstream)
+                else:
+                    if upstream.status in REVIEWED_STATUSES:
+                        error = await self.review.review_status(routed, reservation, upstream)
+                        if error is not None:
+                            return error
+                    if waited_s > _NOTEWORTHY_S:
+                        self.metrics.before_attempt.add(waited_s, expert, replica.name)
+                    await relay.relay(upstream, routed.accept(reservation, upstream.status, upstream.headers))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
         except UpstreamTimeoutError as error:
             if reservation.lost and not relay.committed:
-                self._record_failure(routed, reservation, error)
-                raise _RetryError(begun=True) from error
+                self.review.record_failure(routed, reservation, error)
+                raise RetryError(begun=True) from error
             timeout = self._timeout_error(routed, replica, answered=relay.status != 0)
             if not relay.committed:
                 raise timeout from error
@@ -261,110 +206,13 @@ class Dispatcher:
             )
         except UpstreamError as error:
             if not relay.committed:
-                self._record_failure(routed, reservation, error)
+                self.review.record_failure(routed, reservation, error)
                 if isinstance(error, UpstreamAbortedError):  # the next attempt may fail in the same way
-                    routed.error_result = _error_result(routed, reservation, _failure_reply(replica, error))
-                raise _RetryError(begun=not isinstance(error, UpstreamConnectError) or error.sent) from error
+                    routed.error_result = error_result(routed, reservation, _failure_reply(replica, error))
+                raise RetryError(begun=not isinstance(error, UpstreamConnectError) or error.sent) from error
             self.health.recheck(replica)
             await self._end_with_error(routed, expert, relay, _failure_reply(replica, error))
         return RequestResult(relay.status, expert, reason, relay.response)
-
-    async def _review_status(
-        self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
-    ) -> RequestResult | None:
-        """Check an error status, before anything is sent to the client. Raises _RetryError if another replica should be
-        tried; otherwise returns the result, or None to relay the response."""
-        replica, status, headers = reservation.replica, upstream.status, upstream.headers
-        external = replica.record.kind is RecordKind.EXTERNAL
-        if status == 401 and external:  # the client's own token is valid
-            routed.avoid |= {replica}
-            self.metrics.failovers.add(replica.name, status)
-            message = f"{replica.record.url} answered 401: `hpc-router register` it again with --token-file"
-            fault = ErrorReply(502, "upstream_error", "endpoint_unauthorized", message)
-            routed.error_result = _error_result(routed, reservation, fault)
-            raise _RetryError(begun=False)
-        if status == 401 and replica.key is not None:
-            raise UpstreamConnectError("the replica refused the router's key")
-        if status in MISSING_STATUSES:
-            return await self._review_missing(routed, reservation, upstream)
-        if status not in RETRY_STATUSES:
-            return None
-        routed.avoid |= {replica}
-        begun = False
-        if protocol.DRAINING_HEADER.encode() in headers:
-            self.metrics.failovers.add(replica.name, "draining")
-            # At the address of an external endpoint a new server may start.
-            self.health.state_reported(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
-        elif protocol.STARTING_HEADER.encode() in headers:
-            self.metrics.failovers.add(replica.name, "starting")
-            self.health.state_reported(replica, Event.SAYS_STARTING)
-            begun = status == _LOST
-            routed.engines_lost += begun
-            if routed.engines_lost >= _MAX_ENGINES_LOST:
-                return await self._error_response(routed, reservation, upstream)
-        elif status == _BUSY or (status == _AWAY and b"retry-after" in headers):
-            self.metrics.failovers.add(replica.name, _BUSY if status == _BUSY else "busy")
-            routed.error_result = await self._error_response(routed, reservation, upstream)
-        else:
-            self.metrics.failovers.add(replica.name, status)
-            routed.error_result = await self._error_response(routed, reservation, upstream)
-            if status == _FAILED and any(seen == _FAILED for _, _, seen in routed.failed_attempts):
-                return routed.error_result  # two replicas fail in the same way: the request is the cause
-            routed.failed_attempts += ((replica, reservation.expert, status),)
-            begun = True
-        raise _RetryError(begun=begun)
-
-    async def _review_missing(
-        self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
-    ) -> RequestResult:
-        """The engine's error, if it is one of the API. Otherwise the engine does not serve the path; another replica of
-        the expert may have another engine."""
-        replica, expert = reservation.replica, reservation.expert
-        if replica.recent_error:
-            self.health.request_succeeded(replica)
-        result = await self._error_response(routed, reservation, upstream)
-        assert result.response is not None
-        if _is_api_error(result.response.body):
-            return result
-        engine = replica.record.engine.kind or replica.record.url
-        path, said = routed.target.partition("?")[0], result.response.body[:_MAX_QUOTED_BYTES].decode(errors="replace")
-        message = f"the engine of {expert!r} ({engine}) does not serve {routed.method} {path} ({result.status}: {said})"
-        fault = ErrorReply(404, "invalid_request_error", "unsupported_operation", message)
-        result = _error_result(routed, reservation, fault)
-        routed.avoid |= {replica}
-        if routed.only is None and self.table.has_ready(expert, routed.avoid):
-            routed.error_result = result
-            raise _RetryError(begun=False)
-        return result
-
-    def _report_failures(self, routed: RoutedRequest, expert: str) -> None:
-        """A replica of this expert has served the request: report the replicas of the expert that failed it."""
-        for replica, of, seen in routed.failed_attempts:
-            if of == expert:
-                what = f" answered {seen}" if isinstance(seen, int) else f": {seen}"
-                self.health.request_failed(replica, f"{replica.record.url}{what}")
-        routed.failed_attempts = ()
-
-    async def _error_response(
-        self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
-    ) -> RequestResult:
-        body = await upstream.read(_MAX_ERROR_BYTES)
-        response = Response(upstream.status, routed.response_head(reservation, upstream.headers), body)
-        return RequestResult(upstream.status, reservation.expert, routed.reason_at(reservation.expert), response)
-
-    def _record_failure(self, routed: RoutedRequest, reservation: Reservation, error: UpstreamError) -> None:
-        replica, expert = reservation.replica, reservation.expert
-        logger.warning("%s: %s failed before its first byte: %s", routed.request_id, replica.name, error)
-        self.metrics.failovers.add(replica.name, type(error).__name__)
-        routed.avoid |= {replica}
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno in _LOCAL_ERRNOS:
-            return
-        if isinstance(error, UpstreamConnectError):
-            self.health.connect_failed(replica, f"{replica.record.url}: {error}")
-        else:
-            routed.failed_attempts += ((replica, expert, str(error)),)
-            self.health.recheck(replica)
 
     def _timeout_error(self, routed: RoutedRequest, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
         """The error for a timeout. It is no evidence against the replica, whose probes succeed."""
@@ -383,29 +231,9 @@ class Dispatcher:
         logger.warning("%s: broken off: %s", routed.request_id, fault.message)
         self.metrics.broken.add(expert)
         try:
-            await relay.end_with_error(routed.api_format.error_event(fault))
+            await relay.end_with_error(routed.endpoint.api_format.error_event(fault))
         except DownstreamGoneError:
             self.metrics.cancelled.add("streaming")
-
-
-def _is_api_error(body: bytes) -> bool:
-    """Whether the API itself answers 404 or 405, such as for an unknown model. A server without this path answers with
-    the status alone, or not in the format of an API."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return False
-    error = value.get("error", value) if isinstance(value, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return bool(message) and message not in _BARE_PHRASES
-
-
-def _error_result(routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
-    """An error of the router about this replica."""
-    response = json_response(routed.api_format.error_body(fault), status=fault.status)
-    response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
-    response.head += routed.routing_headers(reservation)
-    return RequestResult(fault.status, reservation.expert, routed.reason_at(reservation.expert), response)
 
 
 def _unknown_outcome(replica: Replica, method: str) -> ErrorReply:

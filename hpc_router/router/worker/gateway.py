@@ -44,7 +44,8 @@ from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError
 from hpc_router.router.worker.request_body import ApiCall, decode
-from hpc_router.router.worker.route_request import UNKNOWN_ENDPOINT, ApiEndpoint, RequestRouting, endpoint_of
+from hpc_router.router.worker.route_request import UNKNOWN_ENDPOINT, RequestRouting, endpoint_of
+from hpc_router.router.worker.routed_request import ApiEndpoint
 from hpc_router.routing.policy import Policy
 from hpc_router.routing.prompt_text import PROMPT_FIELDS
 
@@ -118,7 +119,10 @@ class Gateway:
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
         """Serve a request. One that only has to be routed and sent needs no task; all others get a coroutine."""
-        request_id = self._request_id(request)
+        if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
+            request_id = request.request_id.decode()
+        else:
+            request_id = f"{random.getrandbits(128):032x}"
         body = request.complete_body()
         endpoint: ApiEndpoint | None = request.headers.cached.get(self, UNKNOWN_ENDPOINT)
         if endpoint is UNKNOWN_ENDPOINT:
@@ -151,11 +155,6 @@ class Gateway:
         simple = request.method == "POST" and request.path in _FAST_PATHS and self._is_authorized(request.headers)
         endpoint = request.headers.cached[self] = endpoint_of(request) if simple else None
         return endpoint
-
-    def _request_id(self, request: Request) -> str:
-        if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
-            return request.request_id.decode()
-        return f"{random.getrandbits(128):032x}"
 
     def _find_route(self, request: Request) -> Handler:
         path = request.path.rstrip("/") or "/"

@@ -3,13 +3,13 @@
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import parse_qs
 
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import BadRequestError, UnknownModelError, suggest
 from hpc_router.net import protocol
-from hpc_router.relay.api_formats import ApiFormat, api_format_of
+from hpc_router.relay.api_formats import api_format_of
 from hpc_router.relay.downstream.interface import Request
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import should_spill
@@ -17,7 +17,7 @@ from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.request_body import ApiCall, check_values, decode
-from hpc_router.router.worker.routed_request import RoutedRequest
+from hpc_router.router.worker.routed_request import ApiEndpoint, RoutedRequest
 from hpc_router.router.worker.stored_responses import StoredResponses, not_found
 from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import prompt_text
@@ -25,14 +25,6 @@ from hpc_router.state.registry import split_replica
 
 _NAMED: Final = RouteReason.NAMED
 _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
-
-
-class ApiEndpoint(NamedTuple):
-    """`path` without a final slash; `target`: path and query of the upstream request."""
-
-    path: str
-    target: str
-    api_format: ApiFormat
 
 
 UNKNOWN_ENDPOINT: Final = ApiEndpoint("", "", api_format_of(""))
@@ -56,19 +48,20 @@ class RequestRouting:
 
     def route(self, request: Request, request_id: str, call: ApiCall, endpoint: ApiEndpoint) -> RoutedRequest:
         started = time.perf_counter()
-        path, target, api_format = endpoint
-        model = call.model
+        model = call.fields.get("model")
+        if type(model) is not str or not model:
+            model = call.model  # raises
         if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
             raise BadRequestError("'stream' must be true or false", param="stream")
         session = None
-        if path == protocol.RESPONSES:
+        if endpoint.path == protocol.RESPONSES:
             session = session_id(request.headers)
             continued = self.sessions.continued(session, call.fields, self.table, model=model)
             if continued is not None:
                 turn, replica = continued
                 reason = turn.reason if model == "auto" else RouteReason.NAMED
                 routed = RoutedRequest(
-                    self.dispatcher, request, request_id, call, api_format, target, (turn.expert,), reason, started
+                    self.dispatcher, request, request_id, call, endpoint, (turn.expert,), reason, started
                 )
                 routed.only = replica
                 return routed
@@ -78,8 +71,8 @@ class RequestRouting:
             experts: tuple[str, ...] = (model,)
             reason = _NAMED
         else:
-            experts, reason = self._choose_experts(path, call, first=api_format.prompt_field)
-        routed = RoutedRequest(self.dispatcher, request, request_id, call, api_format, target, experts, reason, started)
+            experts, reason = self._choose_experts(call, endpoint)
+        routed = RoutedRequest(self.dispatcher, request, request_id, call, endpoint, experts, reason, started)
         if session is not None:
             routed.on_success = partial(self.sessions.answered, session)
         return routed
@@ -87,8 +80,8 @@ class RequestRouting:
     async def route_stored(self, request: Request, request_id: str, session: str | None) -> RoutedRequest:
         """Route a request for a stored response to the replica that has it."""
         started = time.perf_counter()
-        path, target, api_format = endpoint_of(request)
-        stored = protocol.STORED_RESPONSE.fullmatch(path)
+        endpoint = endpoint_of(request)
+        stored = protocol.STORED_RESPONSE.fullmatch(endpoint.path)
         assert stored is not None
         response_id = stored[1]
         turn = None if session is None else self.sessions.find(session)
@@ -99,22 +92,22 @@ class RequestRouting:
             "model": replica.record.serves.get(expert),
             "stream": parse_qs(request.query).get("stream") == ["true"],
         }
-        routed = RoutedRequest(
-            self.dispatcher, request, request_id, ApiCall(b"", fields), api_format, target, (expert,), _NAMED, started
-        )
+        call = ApiCall(b"", fields)
+        routed = RoutedRequest(self.dispatcher, request, request_id, call, endpoint, (expert,), _NAMED, started)
         routed.method = "GET" if request.method == "HEAD" else request.method
         routed.repeatable = routed.method == "GET"
         routed.only, routed.lost_error = replica, partial(not_found, response_id)
         return routed
 
-    def _choose_experts(self, path: str, call: ApiCall, *, first: str) -> tuple[tuple[str, ...], RouteReason]:
+    def _choose_experts(self, call: ApiCall, endpoint: ApiEndpoint) -> tuple[tuple[str, ...], RouteReason]:
         """The experts to try in order, by the policy, and the reason for the first one."""
-        if path in protocol.INCOMPARABLE_PATHS:
+        if endpoint.path in protocol.INCOMPARABLE_PATHS:
             raise BadRequestError(
-                f"'auto' cannot be the model at {path}: the vectors, scores and tokens of experts differ, so name one",
+                f"'auto' cannot be the model at {endpoint.path}: the vectors, scores and tokens of experts differ, so "
+                "name one",
                 param="model",
             )
-        decision = self._decide(self.prompt(call, first=first))
+        decision = self._decide(self.prompt(call, first=endpoint.api_format.prompt_field))
         experts = self.policy.order(decision)
         if not experts:
             raise UnknownModelError(
@@ -153,13 +146,14 @@ class RequestRouting:
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
 
     def _decide(self, text: str) -> Decision:
+        policy, metrics = self.policy, self.metrics
         started = time.perf_counter()
-        decision = self.policy.select(text, ready=self.table.ready() if self.policy.weighs_load else {})
-        self.metrics.decision.add(time.perf_counter() - started)
-        version = self.policy.version
+        decision = policy.select(text, ready=self.table.ready() if policy.weighs_load else {})
+        metrics.decision.add(time.perf_counter() - started)
+        version = policy.version
         if version is not None:
-            self.metrics.decided.add(version, decision.cluster or "", decision.reason)
-            shadow = self.policy.shadow
+            metrics.decided.add(version, decision.cluster or "", decision.reason)
+            shadow = policy.shadow
             if shadow is not None:  # only counted
                 agreed = shadow.select(text, ready={}).expert == decision.expert
                 self.metrics.shadowed.add(version, shadow.version, "yes" if agreed else "no")

@@ -7,8 +7,7 @@ connection, a retry, a stream, a long body) is left to `dispatcher`, which conti
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hpc_router.errors import RoutingError
 from hpc_router.net import protocol
@@ -20,11 +19,13 @@ from hpc_router.relay.downstream.interface import (
     Response,
 )
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
+from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
 from hpc_router.relay.upstream.interface import (
     PendingRequest,
     ResponseCallback,
     UpstreamTimeouts,
+    request_line,
 )
 from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
 from hpc_router.router.replicas.replica import Replica, Reservation
@@ -45,15 +46,23 @@ _SESSION: Final = protocol.SESSION_HEADER.encode()
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
 
+class ApiEndpoint(NamedTuple):
+    """`path` without a final slash; `target`: path and query of the upstream request."""
+
+    path: str
+    target: str
+    api_format: ApiFormat
+
+
 class RoutedRequest(PendingResponse, ResponseCallback):
     """A request with its route, and the state of its dispatch. `experts`: tried in this order. `reason`: why the first
     of them was chosen. `only`: the only replica that may serve it. `on_success` is called with the replica of a 2xx
     response, before the client receives any of it.
 
     It counts as in flight from `start` until its end. It is served by callbacks if only the replica has to be awaited:
-    an expert has a free replica, a connection is pooled, and a short response without an error is received in one read.
-    Otherwise it continues in a task, from the current state. Rarely used fields are class attributes until they are
-    set, which saves time per request.
+    an expert has a free replica, a connection is pooled, and the response is short and received in one read, or a
+    stream of events. Otherwise it continues in a task, from the current state. Rarely used fields are class attributes
+    until they are set, which saves time per request.
     """
 
     method = "POST"
@@ -65,8 +74,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     phase = "queued"
     reservation: Reservation | None = None
     sent: PendingRequest | None = None
-    outgoing: tuple[bytes, bytes] | None = None
-    """The request to the reserved replica, once it is sent without a task, and its header lines and body."""
+    """The request to the reserved replica, once it is sent without a task."""
+    relay: ResponseRelay | None = None
+    """The relay of a stream that is served without a task, or was until the task took over."""
     avoid: frozenset[Replica] = frozenset()
     error_result: "RequestResult | None" = None
     """The last error response of a replica, which the client gets if no other replica serves the request."""
@@ -84,8 +94,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         request: Request,
         request_id: str,
         call: ApiCall,
-        api_format: ApiFormat,
-        target: str,
+        endpoint: ApiEndpoint,
         experts: tuple[str, ...],
         reason: RouteReason,
         started: float,
@@ -94,8 +103,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.request = request
         self.request_id = request_id
         self.call = call
-        self.api_format = api_format
-        self.target = target
+        self.endpoint = endpoint
         self.experts = experts
         self.reason = reason
         self.started = started
@@ -109,18 +117,23 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.request.resume()
             return
         try:
-            self.outgoing = head, body = self.request_for(reservation)
-            self.sent = sent = dispatcher.client.start(
-                "POST", reservation.replica.address, self.target, head=head, body=body, callback=self,
-                limits=self.timeouts(),
-            )  # fmt: skip
+            replica, headers = reservation.replica, self.request.headers
+            body = _body(self.call, reservation.expert, replica)
+            message = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (
+                replica.request_starts.get(self.endpoint.target) or self._request_start(replica),
+                headers.cached.get(NOT_UPSTREAM) or crossing(headers, drop=NOT_UPSTREAM),
+                self.request_id.encode(),
+                len(body),
+                body,
+            )
+            self.sent = sent = dispatcher.client.start(replica.address, message, self, self.timeouts())
         except Exception:
             self._release()
             raise
         if sent is None:  # no connection is pooled
             self.request.resume()
         else:
-            reservation.watch(sent.idle_timer)
+            reservation.idle_timer = sent.idle_timer
             self.phase = "before_first_byte"
 
     async def run(self) -> Response | None:
@@ -136,6 +149,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.dispatcher.metrics.cancelled.add(self.phase)
 
     def _release(self) -> None:
+        if self.relay is not None and self.relay.events is not None:
+            self.relay.events.stop_pings()
         if self.reservation is not None:
             self.reservation.release()
         self.dispatcher.in_flight.leave()
@@ -144,25 +159,65 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         dispatcher, reservation = self.dispatcher, self.reservation
         if status in REVIEWED_STATUSES or headers.content_type == CONTENT_TYPE or len(body) > SHORT_BYTES:
             return False
-        if self.api_format.abort_detector.may_be_aborted(body):
+        if self.endpoint.api_format.abort_detector.may_be_aborted(body):
             return False
         assert reservation is not None
-        replica, expert = reservation.replica, reservation.expert
-        head = self.response_head(reservation, headers)
-        if replica.recent_error:
-            dispatcher.health.request_succeeded(replica)
-        if dispatcher.in_flight.closing:
-            self.request.keep_alive = False
-        metrics = dispatcher.metrics
-        metrics.first_byte.add(time.perf_counter() - self.started, expert, replica.record.replica)
-        metrics.requests.add(expert, self.reason_at(expert).value, status)
+        head = self.accept(reservation, status, headers)
+        dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), status)
         reservation.release()
         dispatcher.in_flight.leave()
         self.request.respond(status, head, body)
         return True
 
+    def on_head(self, status: int, headers: Headers) -> EventStream | None:
+        """Events of a stream go from the replica's connection to the client's without a task."""
+        if status in REVIEWED_STATUSES or headers.content_type != CONTENT_TYPE:
+            return None
+        assert self.reservation is not None
+        head = self.accept(self.reservation, status, headers)
+        self.relay = relay = self.new_relay()
+        return relay.begin_events(status, head)
+
+    def on_end(self) -> None:
+        relay, reservation = self.relay, self.reservation
+        assert relay is not None
+        assert reservation is not None
+        relay.end_events()
+        self.dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), relay.status)
+        self._release()
+        self.request.end()
+
     def on_incomplete(self) -> None:
         self.request.resume()
+
+    def new_relay(self) -> ResponseRelay:
+        stream = self.call.fields.get("stream") is True
+        detector = self.endpoint.api_format.abort_detector
+        return ResponseRelay(self.request, self.dispatcher.relay_limits, detector, stream=stream)
+
+    def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:
+        """The response goes to the client. Returns its header lines."""
+        dispatcher, replica, expert = self.dispatcher, reservation.replica, reservation.expert
+        if status not in REVIEWED_STATUSES and replica.recent_error:
+            dispatcher.health.request_succeeded(replica)
+        if 200 <= status < 300:
+            if self.failed_attempts:
+                dispatcher.review.report_failures(self, expert)
+            if self.on_success is not None:
+                self.on_success(replica, expert, self.reason_at(expert))
+        if dispatcher.in_flight.closing:
+            self.request.keep_alive = False
+        dispatcher.metrics.first_byte.add(time.perf_counter() - self.started, expert, replica.record.replica)
+        self.phase = "streaming"
+        return self.response_head(reservation, headers)
+
+    def _request_start(self, replica: Replica) -> bytes:
+        """Request line and the header lines that are the same for all requests to this replica."""
+        path, target, _ = self.endpoint
+        start = request_line("POST", replica.address, target) + replica.authorization
+        if target == path:  # there are only a few paths
+            replica.request_starts[path] = start
+        return start
 
     def request_for(self, reservation: Reservation) -> tuple[bytes, bytes]:
         """Header lines and body of the request to this replica."""
@@ -183,14 +238,19 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     def response_head(self, reservation: Reservation, headers: Headers) -> bytes:
         """The header lines of the response to the client: the engine's and the router's."""
         return b"%bx-request-id: %b\r\n%b" % (
-            crossing(headers, drop=_OWN_DOWNSTREAM),
+            headers.cached.get(_OWN_DOWNSTREAM) or crossing(headers, drop=_OWN_DOWNSTREAM),
             self.request_id.encode(),
             self.routing_headers(reservation),
         )
 
     def routing_headers(self, reservation: Reservation) -> bytes:
-        expert = reservation.expert
-        return _routing_headers(expert, reservation.replica.record.replica, self.reason_at(expert))
+        replica, expert = reservation.replica, reservation.expert
+        reason = self.reason_at(expert)
+        lines = replica.routing_lines.get((expert, reason))
+        if lines is None:
+            text = f"x-expert: {expert}\r\nx-replica: {replica.name}\r\nx-route-reason: {reason}\r\n"
+            lines = replica.routing_lines[expert, reason] = text.encode()
+        return lines
 
     def reason_at(self, expert: str) -> RouteReason:
         return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
@@ -220,13 +280,8 @@ def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
     A replica with one expert means it by each of its model names; for others the record has the name.
     """
     record, asked = replica.record, call.fields["model"]
-    if record.serves.get(expert) == asked:
+    wanted = record.serves.get(expert) or replica.model_for(expert)
+    if wanted is None or asked == wanted:
         return call.raw
-    wanted = replica.model_for(expert)
     aliased = record.kind is RecordKind.EXPERT and len(record.serves) == 1 and asked in replica.models
-    return call.raw if wanted is None or asked == wanted or aliased else call.body(wanted)
-
-
-@lru_cache(maxsize=1024)
-def _routing_headers(expert: str, replica: str, reason: RouteReason) -> bytes:
-    return f"x-expert: {expert}\r\nx-replica: {replica}\r\nx-route-reason: {reason}\r\n".encode()
+    return call.raw if aliased else call.body(wanted)

@@ -30,15 +30,15 @@ async def echo(request: Request) -> Response | None:
     head = b"x-length: %d\r\n" % len(body)
     match request.path[:2]:
         case "/s":
-            await request.start_response(200, head, length=None)
+            request.start_response(200, head, length=None)
             for at in range(0, len(text), 50):
                 if not request.write(text[at : at + 50]):
                     await request.drain()
         case "/f":
-            await request.start_response(201, head, length=len(text))
+            request.start_response(201, head, length=len(text))
             request.write(text)
         case "/e":
-            await request.start_response(200, head, length=None)
+            request.start_response(200, head, length=None)
         case "/n":
             return Response(204, head)
         case "/c":

@@ -150,6 +150,34 @@ async def test_the_last_answer_of_a_connection_closes_it() -> None:
         assert (await reader.read()).endswith(b"<fast /1>")
 
 
+async def test_a_streamed_response_may_end_without_a_task() -> None:
+    async with serving("/1") as (served, reader, writer):
+        for _ in range(2):
+            writer.write(GET % 1)
+            await eventually(lambda: bool(served.works))
+            request = served.works.pop().request
+            request.start_response(200, b"", length=None)
+            request.write(b"abc")
+            request.end()
+            assert (await reader.readuntil(b"\r\n0\r\n\r\n")).endswith(b"\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
+        assert not served.handled
+
+
+async def test_a_streamed_response_that_ends_while_the_server_stops_is_the_connection_s_last() -> None:
+    async with asyncio.TaskGroup() as tasks, serving("/1") as (served, reader, writer):
+        writer.write(GET % 1)
+        await eventually(lambda: bool(served.works))
+        request = served.works.pop().request
+        request.start_response(200, b"", length=None)
+        connection = request.connection  # type: ignore[attr-defined]
+        tasks.create_task(connection.server.shut_down())
+        await eventually(lambda: connection.server.stopping)
+        request.end()
+        assert not request.keep_alive
+        assert (await reader.read()).endswith(b"\r\n\r\n0\r\n\r\n")
+        writer.close()
+
+
 async def test_the_end_of_serving_waits_for_an_answer_to_be_taken() -> None:
     """By a client that reads slowly: the last of it is in the transport's buffer, and nobody is being served."""
     sock = socket.create_server(("127.0.0.1", 0))

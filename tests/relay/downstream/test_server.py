@@ -27,7 +27,7 @@ async def echo(request: Request) -> Response | None:
         return Response(415)
     except BadRequestError:
         return Response(400)
-    await request.start_response(200, b"", length=None)
+    request.start_response(200, b"", length=None)
     request.write(b"<%b>" % body)
     return None
 
@@ -225,7 +225,7 @@ async def test_a_client_that_asks_and_never_reads_is_cut_after_the_limit(listen:
         if request.path == "/":
             return await echo(request)
         try:
-            await request.start_response(200, b"", length=None)
+            request.start_response(200, b"", length=None)
             while True:
                 written += 2**16
                 if not request.write(b"x" * 2**16):
@@ -247,7 +247,7 @@ async def test_a_client_that_leaves_its_half_and_never_reads_is_not_kept() -> No
 
     async def handler(request: Request) -> Response | None:
         try:
-            await request.start_response(200, b"", length=None)
+            request.start_response(200, b"", length=None)
             while request.write(b"x" * 2**16):
                 await asyncio.sleep(0)
             full.set()
@@ -278,7 +278,7 @@ async def test_an_answer_to_an_answer_breaks_the_connection() -> None:
     """As when a handler fails in the midst of a stream: a second head would look like a part of the body."""
 
     async def handler(request: Request) -> Response:
-        await request.start_response(200, b"", length=None)
+        request.start_response(200, b"", length=None)
         request.write(b"a")
         return Response(500, b"", b"failed")
 
@@ -293,7 +293,7 @@ async def test_an_aborted_answer_ends_the_connection_quietly(relay: Relay, caplo
     """Also where the request's body has not come."""
 
     async def handler(request: Request) -> Response | None:
-        await request.start_response(200, b"", length=None)
+        request.start_response(200, b"", length=None)
         request.abort()
         return None
 

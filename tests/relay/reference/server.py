@@ -41,12 +41,8 @@ class _Request(Request):
         self.headers = Headers(fields)
         self.keep_alive = request.keep_alive
         self._transport: asyncio.Transport | None = None
-        self._chunked = self.idle = False
+        self._chunked = self.idle = self.response_started = False
         self.sent: web.StreamResponse | None = None
-
-    @property
-    def response_started(self) -> bool:
-        return self._transport is not None
 
     async def read(self, *, limit_s: float | None = None) -> bytes:
         check_encoding(self.headers)
@@ -64,18 +60,23 @@ class _Request(Request):
         except TimeoutError as error:
             raise RequestTimeoutError(f"the body did not arrive within {limit_s:g} s") from error
 
-    async def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
+    def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
         self.sent = answer = web.StreamResponse(status=status, headers=self._fields(head))
         answer.content_length = length
         if not self.keep_alive or (self._request.version < HttpVersion11 and length is None):
             answer.force_close()  # its end is the connection's, even for a client that asks to keep it
         try:
-            await answer.prepare(self._request)
+            answer.prepare(self._request).send(None)
+        except StopIteration:
+            pass  # it has nothing to wait for
         except ConnectionError as error:
             raise DownstreamGoneError("the client has gone") from error
+        else:
+            raise AssertionError("aiohttp waits before it sends a head")
         if self._request.transport is None:
             raise DownstreamGoneError("the client has gone")
         self._transport = self._request.transport
+        self.response_started = True
         self._chunked = answer.headers.get("transfer-encoding") == "chunked"
 
     def write(self, data: bytes) -> bool:

@@ -180,7 +180,7 @@ async def test_an_answer_before_the_body_is_taken_ends_the_sending() -> None:
     answer: Answer = [sized(b"too large", status=b"413 x"), End.HANG]
     async with scripted(answer, reads_bodies=False) as server, UpstreamClient(PATIENT) as client:
         assert await fetch(client, server.address, "POST", body=b"x" * 2**26) == (413, b"too large")
-        assert len(client.pool) == 0
+        assert client.pooled == 0
 
 
 async def test_a_unix_socket(make_client: MakeClient, short: Path) -> None:
@@ -280,16 +280,16 @@ async def test_idle_connections_are_closed_before_the_engine_does(monkeypatch: p
     monkeypatch.setattr(upstream_module, "KEEP_ALIVE_S", 0.05)
     async with scripted([sized(b"a")]) as server, UpstreamClient(PATIENT) as client:
         await fetch(client, server.address)
-        assert len(client.pool) == 1
+        assert client.pooled == 1
         await eventually(lambda: server.left == 1)
-        assert len(client.pool) == 0
+        assert client.pooled == 0
 
 
 async def test_what_comes_unasked_spoils_a_kept_connection() -> None:
     async with scripted([sized(b"a")]) as server, UpstreamClient(PATIENT) as client:
         await fetch(client, server.address)
         server.writers[0].write(sized(b"a second answer"))
-        await eventually(lambda: len(client.pool) == 0)
+        await eventually(lambda: client.pooled == 0)
         assert await fetch(client, server.address) == (200, b"a")
 
 

@@ -1,0 +1,188 @@
+"""What a failed attempt or an error status means: try another replica, report the replica, or answer the client.
+
+Backpressure (429, or 503 with `Retry-After`) is no evidence of bad health, and an error is evidence only if another
+replica of the same expert serves the same request.
+"""
+
+import errno
+import json
+import logging
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from hpc_router.errors import UpstreamConnectError, UpstreamError
+from hpc_router.net import protocol
+from hpc_router.relay.api_formats import ErrorReply
+from hpc_router.relay.downstream.interface import Response, json_response
+from hpc_router.relay.upstream.interface import UpstreamResponse
+from hpc_router.router.metrics import Metrics
+from hpc_router.router.replicas.replica import Event, Replica, Reservation
+from hpc_router.router.worker.routed_request import MISSING_STATUSES, RETRY_STATUSES, RequestResult, RoutedRequest
+from hpc_router.state.registry import RecordKind
+
+logger = logging.getLogger(__name__)
+
+_BUSY: Final = 429
+_AWAY: Final = 503
+_FAILED: Final = 500
+_LOST: Final = 502
+"""With the "starting" header: the engine had received the request and went away."""
+_LOCAL_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
+"""Local causes of failed connections, which say nothing about the replica."""
+_MAX_ENGINES_LOST: Final = 2
+"""Engines that a request may lose: it may be the cause, and must not crash all engines of its expert."""
+_MAX_ERROR_BYTES: Final = 2**20
+_BARE_PHRASES: Final = ("Not Found", "Method Not Allowed")
+_MAX_QUOTED_BYTES: Final = 200
+"""Of an engine's error, in a message of the router."""
+
+
+class HealthReporter(Protocol):
+    """Gets what requests observe of replicas."""
+
+    def connect_failed(self, replica: Replica, trouble: str) -> None:
+        """No connection could be made."""
+
+    def request_failed(self, replica: Replica, trouble: str) -> None:
+        """It failed a request that another replica served."""
+
+    def request_succeeded(self, replica: Replica) -> None:
+        """It served a request after it had failed one."""
+
+    def state_reported(self, replica: Replica, event: Event) -> None:
+        """It reported its own state in a response."""
+
+    def recheck(self, replica: Replica) -> None:
+        """A request failed, possibly because of the replica: probe it."""
+
+
+class RetryError(Exception):
+    """This attempt failed before anything was sent to the client; the failure is recorded. `begun`: the engine may have
+    begun the request."""
+
+    def __init__(self, *, begun: bool) -> None:
+        super().__init__()
+        self.begun = begun
+
+
+@dataclass(slots=True)
+class AttemptReview:
+    health: HealthReporter
+    metrics: Metrics
+
+    async def review_status(
+        self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
+    ) -> RequestResult | None:
+        """Check an error status, before anything is sent to the client. Raises RetryError if another replica should be
+        tried; otherwise returns the result, or None to relay the response."""
+        replica, status, headers = reservation.replica, upstream.status, upstream.headers
+        external = replica.record.kind is RecordKind.EXTERNAL
+        if status == 401 and external:  # the client's own token is valid
+            routed.avoid |= {replica}
+            self.metrics.failovers.add(replica.name, status)
+            message = f"{replica.record.url} answered 401: `hpc-router register` it again with --token-file"
+            fault = ErrorReply(502, "upstream_error", "endpoint_unauthorized", message)
+            routed.error_result = error_result(routed, reservation, fault)
+            raise RetryError(begun=False)
+        if status == 401 and replica.key is not None:
+            raise UpstreamConnectError("the replica refused the router's key")
+        if status in MISSING_STATUSES:
+            return await self._review_missing(routed, reservation, upstream)
+        if status not in RETRY_STATUSES:
+            return None
+        routed.avoid |= {replica}
+        begun = False
+        if protocol.DRAINING_HEADER.encode() in headers:
+            self.metrics.failovers.add(replica.name, "draining")
+            # At the address of an external endpoint a new server may start.
+            self.health.state_reported(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
+        elif protocol.STARTING_HEADER.encode() in headers:
+            self.metrics.failovers.add(replica.name, "starting")
+            self.health.state_reported(replica, Event.SAYS_STARTING)
+            begun = status == _LOST
+            routed.engines_lost += begun
+            if routed.engines_lost >= _MAX_ENGINES_LOST:
+                return await self._error_response(routed, reservation, upstream)
+        elif status == _BUSY or (status == _AWAY and b"retry-after" in headers):
+            self.metrics.failovers.add(replica.name, _BUSY if status == _BUSY else "busy")
+            routed.error_result = await self._error_response(routed, reservation, upstream)
+        else:
+            self.metrics.failovers.add(replica.name, status)
+            routed.error_result = await self._error_response(routed, reservation, upstream)
+            if status == _FAILED and any(seen == _FAILED for _, _, seen in routed.failed_attempts):
+                return routed.error_result  # two replicas fail in the same way: the request is the cause
+            routed.failed_attempts += ((replica, reservation.expert, status),)
+            begun = True
+        raise RetryError(begun=begun)
+
+    async def _review_missing(
+        self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
+    ) -> RequestResult:
+        """The engine's error, if it is one of the API. Otherwise the engine does not serve the path; another replica of
+        the expert may have another engine."""
+        replica, expert = reservation.replica, reservation.expert
+        if replica.recent_error:
+            self.health.request_succeeded(replica)
+        result = await self._error_response(routed, reservation, upstream)
+        assert result.response is not None
+        if _is_api_error(result.response.body):
+            return result
+        engine = replica.record.engine.kind or replica.record.url
+        path, said = routed.endpoint.path, result.response.body[:_MAX_QUOTED_BYTES].decode(errors="replace")
+        message = f"the engine of {expert!r} ({engine}) does not serve {routed.method} {path} ({result.status}: {said})"
+        fault = ErrorReply(404, "invalid_request_error", "unsupported_operation", message)
+        result = error_result(routed, reservation, fault)
+        routed.avoid |= {replica}
+        if routed.only is None and routed.dispatcher.table.has_ready(expert, routed.avoid):
+            routed.error_result = result
+            raise RetryError(begun=False)
+        return result
+
+    def report_failures(self, routed: RoutedRequest, expert: str) -> None:
+        """A replica of this expert has served the request: report the replicas of the expert that failed it."""
+        for replica, of, seen in routed.failed_attempts:
+            if of == expert:
+                what = f" answered {seen}" if isinstance(seen, int) else f": {seen}"
+                self.health.request_failed(replica, f"{replica.record.url}{what}")
+        routed.failed_attempts = ()
+
+    async def _error_response(
+        self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
+    ) -> RequestResult:
+        body = await upstream.read(_MAX_ERROR_BYTES)
+        response = Response(upstream.status, routed.response_head(reservation, upstream.headers), body)
+        return RequestResult(upstream.status, reservation.expert, routed.reason_at(reservation.expert), response)
+
+    def record_failure(self, routed: RoutedRequest, reservation: Reservation, error: UpstreamError) -> None:
+        replica, expert = reservation.replica, reservation.expert
+        logger.warning("%s: %s failed before its first byte: %s", routed.request_id, replica.name, error)
+        self.metrics.failovers.add(replica.name, type(error).__name__)
+        routed.avoid |= {replica}
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _LOCAL_ERRNOS:
+            return
+        if isinstance(error, UpstreamConnectError):
+            self.health.connect_failed(replica, f"{replica.record.url}: {error}")
+        else:
+            routed.failed_attempts += ((replica, expert, str(error)),)
+            self.health.recheck(replica)
+
+
+def error_result(routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
+    """An error of the router about this replica."""
+    response = json_response(routed.endpoint.api_format.error_body(fault), status=fault.status)
+    response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
+    response.head += routed.routing_headers(reservation)
+    return RequestResult(fault.status, reservation.expert, routed.reason_at(reservation.expert), response)
+
+
+def _is_api_error(body: bytes) -> bool:
+    """Whether the API itself answers 404 or 405, such as for an unknown model. A server without this path answers with
+    the status alone, or not in the format of an API."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    error = value.get("error", value) if isinstance(value, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    return bool(message) and message not in _BARE_PHRASES
