@@ -20,6 +20,7 @@ from hpc_router.errors import HpcRouterError, ScaledToZeroError
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.replicas.admission import QueueLimits
 from hpc_router.router.replicas.balancing import affinity, load_bound, power_of_two_choices, rendezvous
+from hpc_router.router.replicas.lifetime import Lifetimes, outliving
 from hpc_router.router.replicas.replica import NO_COLUMN, READY, Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.waiting_line import Waiter, WaitingLine
 from hpc_router.state.registry import Record, RecordKind
@@ -42,6 +43,8 @@ class QueueFullError(HpcRouterError):
 
 
 AffinitySlot = Callable[[], int | None]
+ExpectedDuration = Callable[[str], float]
+"""The expected duration of a request in seconds, by expert."""
 _has_room: Final[Callable[[Replica], bool]] = attrgetter("has_room")
 
 
@@ -64,6 +67,7 @@ class ReplicaTable:
     queue_columns: Mapping[str, int] = field(default_factory=dict)
     on_change: Callable[[], None] | None = None
     expected_ready_at: Mapping[str, float] = field(default_factory=dict)
+    lifetimes: Lifetimes = field(default_factory=Lifetimes)
     _scaled_to_zero: Mapping[str, str] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
@@ -184,9 +188,10 @@ class ReplicaTable:
         avoid: Collection[Replica] = (),
         only: Replica | None = None,
         affinity_slot: AffinitySlot | None = None,
+        needed_s: ExpectedDuration | None = None,
     ) -> Reservation | None:
         """A reservation on the replica that `pick` chooses."""
-        picked = self.pick(experts, avoid=avoid, only=only, affinity_slot=affinity_slot)
+        picked = self.pick(experts, avoid=avoid, only=only, affinity_slot=affinity_slot, needed_s=needed_s)
         return None if picked is None else self.reserve(*picked)
 
     def pick(
@@ -196,10 +201,13 @@ class ReplicaTable:
         avoid: Collection[Replica] = (),
         only: Replica | None = None,
         affinity_slot: AffinitySlot | None = None,
+        needed_s: ExpectedDuration | None = None,
     ) -> tuple[Replica, str] | None:
         """A replica with room, of the first of these experts that has a ready one, and the expert.
 
-        `avoid`: never these; `only`: this one or none. `affinity_slot` is called only where affinity may decide."""
+        `avoid`: never these; `only`: this one or none. `affinity_slot` is called only where affinity may decide,
+        `needed_s` only where a replica nears the end of its walltime: the request goes where it fits into the rest,
+        else to the longest-lived replica."""
         for expert in experts:
             replicas = self._by_expert.get(expert, ())
             if self.peers:
@@ -219,6 +227,8 @@ class ReplicaTable:
                 return None if busy else (replica, expert)
             if replicas:
                 fits = _has_room if only is None and not avoid else partial(_is_candidate, avoid=avoid, only=only)
+                if needed_s is not None and expert in self.lifetimes.expiring:
+                    fits = outliving(list(filter(fits, replicas)), needed_s(expert)).__contains__
                 best = None
                 if affinity_slot is not None and self.pin_bound:
                     best = self._by_affinity(expert, replicas, affinity_slot(), fits)

@@ -8,6 +8,7 @@ gets what this worker knows, so that nothing is lost.
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -200,6 +201,7 @@ class ControlClient:
         while True:
             present = {replica.name for replica in self.table.all()}
             self.metrics.forget(present=present, now=asyncio.get_running_loop().time())
+            self.table.lifetimes.refresh(self.table.all(), now=time.time())
             counted = self.metrics.dump()
             if counted != self._reported:
                 self._reported = counted

@@ -108,7 +108,11 @@ class Dispatcher:
             reservation, routed.reservation = routed.reservation, None
             if reservation is None:
                 reservation = self.table.acquire(
-                    routed.experts, avoid=routed.avoid, only=routed.only, affinity_slot=routed.slot
+                    routed.experts,
+                    avoid=routed.avoid,
+                    only=routed.only,
+                    affinity_slot=routed.slot,
+                    needed_s=routed.needed_s,
                 )
             if reservation is None and routed.error_result is not None:
                 return routed.error_result
@@ -118,7 +122,9 @@ class Dispatcher:
             with reservation:
                 attempts += 1
                 try:
-                    return await self._attempt(routed, reservation)
+                    result = await self._attempt(routed, reservation)
+                    routed.measure(reservation)
+                    return result
                 except RetryError as error:
                     if error.begun and not routed.repeatable:
                         lost = _unknown_outcome(reservation.replica, routed.method)

@@ -112,7 +112,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         """Send the request if that is possible without waiting; otherwise continue in a task."""
         dispatcher = self.dispatcher
         dispatcher.in_flight.enter()
-        self.reservation = reservation = dispatcher.table.acquire(self.experts, affinity_slot=self.slot)
+        self.reservation = reservation = dispatcher.table.acquire(
+            self.experts, affinity_slot=self.slot, needed_s=self.needed_s
+        )
         if reservation is None:
             self.request.resume()
             return
@@ -164,6 +166,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         assert reservation is not None
         head = self.accept(reservation, status, headers)
         dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), status)
+        self.measure(reservation)
         reservation.release()
         dispatcher.in_flight.leave()
         self.request.respond(status, head, body)
@@ -184,6 +187,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         assert reservation is not None
         relay.end_events()
         self.dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), relay.status)
+        self.measure(reservation)
         self._release()
         self.request.end()
 
@@ -254,6 +258,16 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
     def reason_at(self, expert: str) -> RouteReason:
         return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
+
+    def measure(self, reservation: Reservation) -> None:
+        """The response is complete: note its duration, where replicas have a walltime."""
+        if reservation.replica.record.expires_at is not None:
+            elapsed_s = time.perf_counter() - self.started
+            self.dispatcher.table.lifetimes.ended(reservation.expert, elapsed_s, self.call.fields)
+
+    def needed_s(self, expert: str) -> float:
+        """How long it is expected to take there."""
+        return self.dispatcher.table.lifetimes.expected_s(expert, self.call.fields)
 
     def slot(self) -> int | None:
         """The affinity slot of its conversation (see `balancing`): of the session, else of the first user message."""
