@@ -197,12 +197,18 @@ class FakeSlurm:
     def submit_all(self, submissions: Sequence[Submission]) -> dict[str, str | None]:
         results: dict[str, str | None] = {}
         for submission in submissions:
-            results |= dict.fromkeys(submission.argv_of, self._submit(submission))
+            for job in submission.jobs:
+                self._write_submitter(job, start_ticks(os.getpid()) or 0)
+        try:
+            for submission in submissions:
+                results |= dict.fromkeys(submission.argv_of, self._submit(submission))
+        except HostDied:
+            for job in (job for submission in submissions for job in submission.jobs if job.info() is None):
+                self._write_submitter(job, 0)  # of a process that is gone
+            raise
         return results
 
     def _submit(self, submission: Submission) -> str | None:
-        for job in submission.jobs:
-            self._write_submitter(job, start_ticks(os.getpid()) or 0)
         failure = self.failures.pop(0) if self.failures else None
         self.stamp_folders()
         if self.now < self.away_until:
@@ -213,8 +219,6 @@ class FakeSlurm:
         if failure is not None:
             self.log(f"submission of {', '.join(submission.argv_of)}: {failure}")
         if failure in ("host-dies", "host-dies-after-sbatch"):
-            for job in submission.jobs:
-                self._write_submitter(job, 0)  # of a process that is gone
             if failure == "host-dies-after-sbatch":
                 self._add(submission)
             raise HostDied
