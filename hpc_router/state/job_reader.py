@@ -44,7 +44,8 @@ _FIELDS: Final[Mapping[str, type]] = {
 
 @dataclass(frozen=True, slots=True)
 class JobRecords:
-    """The records of one job. `claimed_at`: modification time of its folder (Unix seconds)."""
+    """The records of one job. `claimed_at`: when its submission began (Unix seconds), or the folder's modification time
+    until then. Later writes do not count: a job that was not recorded writes into its folder too."""
 
     replica: str
     claimed_at: float
@@ -98,13 +99,22 @@ class JobReader:
         else:
             seen_at = known.seen_at
         found = _read(folder, Path(path))
-        records, whole = JobRecords(replica, stamp[0] / 1e9, **found), None not in found.values()
+        claimed_at = _submitted_at(path) if "submitter" in found else None
+        records = JobRecords(replica, stamp[0] / 1e9 if claimed_at is None else claimed_at, **found)
+        whole = None not in found.values()
         self._cached[replica] = _Cached(records, stamp, seen_at, now, settled=whole and now - seen_at >= SETTLED_S)
         return records
 
     def keep_only(self, replicas: Iterable[str]) -> None:
         """Forget all other jobs."""
         self._cached = {name: self._cached[name] for name in replicas if name in self._cached}
+
+
+def _submitted_at(path: str) -> float | None:
+    try:
+        return Path(path, FILES[Submitter]).stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _read(folder: int, path: Path) -> dict[str, Any]:

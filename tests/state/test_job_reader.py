@@ -8,7 +8,7 @@ import pytest
 from hpc_router.state import job_reader
 from hpc_router.state.atomic_files import load_json
 from hpc_router.state.job_reader import SAME_PASS_S, SETTLED_S, JobReader
-from hpc_router.state.job_records import FailureReason, JobDir, JobInfo, JobPhase, JobProgress, Runner, Stop
+from hpc_router.state.job_records import FailureReason, JobDir, JobInfo, JobPhase, JobProgress, Runner, Stop, Submitter
 from hpc_router.state.run_directory import RunDir, make_run
 
 
@@ -113,3 +113,14 @@ def test_a_record_that_cannot_be_read_is_not_missing(run: RunDir, monkeypatch: p
     monkeypatch.setattr(job_reader, "load_json", fails)
     with pytest.raises(OSError, match="Input/output error"):
         JobReader(run).read("math-0.g1")
+
+
+def test_the_age_of_a_claim_is_that_of_its_submission(run: RunDir) -> None:
+    """Not of the last write: a job that was not recorded writes its process and its progress there."""
+    job = claimed(run)
+    job.write(Submitter(1, 1, "login"))
+    os.utime(job.path / "submitter.json", (5.0, 5.0))
+    job.write(JobProgress(JobPhase.READY))
+    records = JobReader(run).read("math-0.g1")
+    assert records is not None
+    assert records.claimed_at == 5.0

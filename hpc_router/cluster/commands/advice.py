@@ -71,6 +71,5 @@ SETTINGS_ADVICE: Final = "`hpc-router set KEY=` restores the configured value; a
 SPACE_ADVICE: Final = "free space or raise the quota: records, logs and the control loop need it"
 NODE_EXCLUDED_ADVICE: Final = "`hpc-router nodes forget {node}` lets jobs start there again, once it is repaired"
 NODE_FAILING_ADVICE: Final = (
-    "the control loop excludes at most a quarter of a partition's nodes; `cluster.exclude` or "
-    "`hpc-router drain {node}` leaves it out"
+    "the control loop excludes at most a quarter of a partition's nodes; `hpc-router drain {node}` keeps jobs off it"
 )

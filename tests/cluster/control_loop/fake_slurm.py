@@ -5,6 +5,7 @@ write the same files as real ones. Nothing here decides at random: a storm calls
 """
 
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -196,12 +197,18 @@ class FakeSlurm:
     def submit_all(self, submissions: Sequence[Submission]) -> dict[str, str | None]:
         results: dict[str, str | None] = {}
         for submission in submissions:
-            results |= dict.fromkeys(submission.argv_of, self._submit(submission))
+            for job in submission.jobs:
+                self._write_submitter(job, start_ticks(os.getpid()) or 0)
+        try:
+            for submission in submissions:
+                results |= dict.fromkeys(submission.argv_of, self._submit(submission))
+        except HostDied:
+            for job in (job for submission in submissions for job in submission.jobs if job.info() is None):
+                self._write_submitter(job, 0)  # of a process that is gone
+            raise
         return results
 
     def _submit(self, submission: Submission) -> str | None:
-        for job in submission.jobs:
-            job.write(Submitter(os.getpid(), start_ticks(os.getpid()) or 0, "here"))
         failure = self.failures.pop(0) if self.failures else None
         self.stamp_folders()
         if self.now < self.away_until:
@@ -212,8 +219,6 @@ class FakeSlurm:
         if failure is not None:
             self.log(f"submission of {', '.join(submission.argv_of)}: {failure}")
         if failure in ("host-dies", "host-dies-after-sbatch"):
-            for job in submission.jobs:
-                job.write(Submitter(os.getpid(), 0, "here"))  # of a process that is gone
             if failure == "host-dies-after-sbatch":
                 self._add(submission)
             raise HostDied
@@ -225,6 +230,10 @@ class FakeSlurm:
         return (
             process.submit(replace(submission, gpus=())).error if failure is None else self._refuse(submission, failure)
         )
+
+    def _write_submitter(self, job: JobDir, ticks: int) -> None:
+        job.write(Submitter(os.getpid(), ticks, socket.gethostname()))
+        os.utime(job.path / "submitter.json", (self.now, self.now))
 
     def _refuse(self, submission: Submission, failure: str) -> str:
         if failure == "unanswered-but-submitted":

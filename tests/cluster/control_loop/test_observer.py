@@ -188,7 +188,8 @@ def test_a_claim_that_is_being_submitted_gets_none(run: RunDir) -> None:
     assert job.exit() is None
     job.write(Submitter(os.getpid(), start_ticks(os.getpid()) or 0, socket.gethostname()))
     old = time.time() - 2 * CLAIM_S
-    os.utime(job.path, (old, old))
+    for path in (job.path / "submitter.json", job.path):
+        os.utime(path, (old, old))
     RunObserver(run, Waiting()).observe()
     assert job.exit() is None
 

@@ -137,7 +137,9 @@ class SlurmLauncher:
             if snapshot is not None
             else set()
         )
-        unknown = self._cancel_unknown_jobs(snapshot) if snapshot is not None else set()
+        unknown = self._unknown_jobs(snapshot) if snapshot is not None else set()
+        if snapshot is not None:
+            self._cancel_unknown_jobs(snapshot)
         return sorted((jobs & queued) | unknown | self._steps_left(replicas))
 
     def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
@@ -178,19 +180,20 @@ class SlurmLauncher:
             return []
         return [(f"{info.job_id}.{process.step_id}", info)]
 
-    def _cancel_unknown_jobs(self, snapshot: QueueSnapshot) -> set[str]:
+    def _cancel_unknown_jobs(self, snapshot: QueueSnapshot) -> None:
         """Cancel jobs of this run whose submission counts as failed: sbatch may fail after it has submitted."""
         if snapshot.asked_at == self._checked_at:
-            return set()
+            return
         self._checked_at = snapshot.asked_at
-        held = {job_id: queued for job_id, queued in snapshot.jobs.items() if _holds_resources(queued)}
-        unknown = {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
-        for job_id in sorted(unknown):
+        for job_id in sorted(self._unknown_jobs(snapshot)):
             logger.warning(
                 "job %s (%s) was submitted although sbatch failed: cancelling it", job_id, snapshot.jobs[job_id].name
             )
             _scancel(job_id)
-        return unknown
+
+    def _unknown_jobs(self, snapshot: QueueSnapshot) -> set[str]:
+        held = {job_id: queued for job_id, queued in snapshot.jobs.items() if _holds_resources(queued)}
+        return {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
 
     def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
         """Whether its replica has ended, or was asked to, and is not known to run in this job."""
