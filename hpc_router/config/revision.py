@@ -16,7 +16,17 @@ from hpc_router.config.schema import Deployment
 
 ROUTER: Final = "router"
 _NOT_OF_JOBS: Final = frozenset(
-    {"handover", "handover_margin_s", "ask_s", "reconcile_s", "max_failures", "login", "replicas_per_job"}
+    {
+        "handover",
+        "handover_margin_s",
+        "ask_s",
+        "reconcile_s",
+        "max_failures",
+        "keep_generations",
+        "keep_days",
+        "login",
+        "replicas_per_job",
+    }
 )
 """Keys of `cluster` that no job reads."""
 _NOT_OF_AGENTS: Final = frozenset({"replicas", "description", "exemplars", "handover", "max_in_flight"})

@@ -47,7 +47,7 @@ def _refusal(key: str) -> str:
     if section == "experts" and len(path) == 2 and path[1] == "replicas":
         return f"{key}: `hpc-router scale {path[0]}=N` changes the number of replicas"
     if path and type_at(Deployment, parts) is not None:
-        return f"{key} cannot change while a deployment runs: give it to `hpc-router up` for a new run"
+        return f"{key}: `hpc-router apply {key}=VALUE` changes it, and replaces the jobs that use it"
     if section in ("policy", "router"):
         return f"'{key}' cannot be set while a router serves{suggest(key, LIVE)}"
     return f"'{key}' is not a key of the config (keys that can be set: {', '.join(LIVE)})"

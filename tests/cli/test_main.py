@@ -509,10 +509,10 @@ def test_a_count_is_a_plain_number(word: str) -> None:
         ("policy.margin=inf", "policy.margin=inf: out of range"),
         (
             "router.port=1",
-            "router.port cannot change while a deployment runs: give it to `hpc-router up` for a new run",
+            "router.port: `hpc-router apply router.port=VALUE` changes it, and replaces the jobs that use it",
         ),
-        ("cluster.warn_s=9", "cluster.warn_s cannot change while a deployment runs"),
-        ("experts.math.engine.python=x", "experts.math.engine.python cannot change while a deployment runs"),
+        ("cluster.warn_s=9", "`hpc-router apply cluster.warn_s=VALUE`"),
+        ("experts.math.engine.python=x", "`hpc-router apply experts.math.engine.python=VALUE`"),
         ("experts.math.replicas=3", "`hpc-router scale math=N` changes the number of replicas"),
         ("router.pings=9", "did you mean 'router.ping_s'?"),
         ("cluster.warm_s=9", "'cluster.warm_s' is not a key of the config (keys that can be set: "),

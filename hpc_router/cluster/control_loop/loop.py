@@ -35,7 +35,7 @@ from hpc_router.cluster.control_loop.reconcile import (
     reconcile,
 )
 from hpc_router.cluster.control_loop.retention import Retention
-from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Observed
+from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Observed, all_attempts
 from hpc_router.cluster.launchers.interface import JobState, Launcher
 from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.cluster.launchers.slurm.node_fit import resources_of
@@ -129,7 +129,9 @@ class ControlLoop:
         }
         self._forecast.write(seen.desired, seen.observed, partitions, time.time())
         self._report_handovers(seen.observed)
-        self._nodes.apply(seen.observed, time.time())
+        if self._nodes.apply(seen.observed, time.time()):
+            waiting = [a.replica for a in all_attempts(seen.observed) if a.live and a.job is JobState.PENDING]
+            self.cancel(self.update_exclusions(waiting))
         self._retention.apply(seen.observed, time.time())
 
     def _report_handovers(self, observed: Observed) -> None:

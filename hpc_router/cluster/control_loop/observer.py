@@ -192,11 +192,8 @@ class RunObserver:
             return report.end
         if job.replica in self._hung:
             return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG_MESSAGE)
-        if (
-            job.info is not None
-            and job.info.runner is Runner.SLURM
-            and not _has_batch_log(JobDir(self._run, job.replica))
-        ):
+        info = job.info
+        if info is not None and info.runner is Runner.SLURM and not _has_batch_log(JobDir(self._run, job.replica)):
             others = (JobDir(self._run, name) for name in self._claimed() if name != job.replica)
             seen = any(other.process() is not None or _has_batch_log(other) for other in others)
             reason = FailureReason.NODE_FAILED if seen else FailureReason.RUN_UNSEEN

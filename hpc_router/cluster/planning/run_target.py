@@ -165,5 +165,6 @@ def _refuse_differing(run: RunDir, base: Deployment, asked: Deployment) -> None:
         more = f" and {len(keys) - MAX_KEYS_SHOWN} more" if len(keys) > MAX_KEYS_SHOWN else ""
         raise ConfigError(
             f"the config of {run.path} is frozen and differs in {', '.join(keys[:MAX_KEYS_SHOWN])}{more}; leave the "
-            "overrides out to complete that run or --run out for a new one; `hpc-router scale` changes replica counts"
+            "overrides out to complete that run or --run out for a new one; `hpc-router apply` changes the config, "
+            "`hpc-router scale` replica counts"
         )

@@ -86,7 +86,7 @@ def test_a_job_that_waits(run: RunDir) -> None:
 def test_a_job_that_waits_in_vain(run: RunDir) -> None:
     told = cause(run, waiting("PartitionTimeLimit", NOON))
     assert told.what == "its job waits: it asks for more time than its partition allows; so it will never start"
-    assert told.advice == "edit cluster.walltime or cluster.partition, then `hpc-router up` in a new run"
+    assert told.advice == "change cluster.walltime or cluster.partition with `hpc-router apply`"
 
 
 def test_a_held_job_is_named_in_the_advice(run: RunDir) -> None:
@@ -117,12 +117,12 @@ def advice_texts() -> Iterator[str]:
 
 
 def test_advice_names_no_key_that_cannot_be_changed() -> None:
-    """A config is frozen: `set` changes some keys while a deployment runs, all others need a new run."""
+    """`set` changes some keys at once, `apply` all others by replacing jobs; the place of a run needs a new one."""
     named = {text: keys for text in advice_texts() if (keys := KEY.findall(text))}
     assert len(named) > 20
     for text, keys in named.items():
         for key in keys:
-            assert "a new run" in text or (key in LIVE and "hpc-router set" in text), text
+            assert "hpc-router apply" in text or "a new run" in text or (key in LIVE and "hpc-router set" in text), text
 
 
 def ends(*exits: Exit | None) -> Observed:

@@ -315,7 +315,7 @@ async def fallbacks(one: Serving) -> set[str | None]:
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("router.port=8000", "router.port cannot change"),
+        ("router.port=8000", "`hpc-router apply router.port=VALUE`"),
         ("router.max_in_flight=many", "'router.max_in_flight'"),
         ("router.max_in_flight=0", "router.max_in_flight"),
         ("router.max_in_fligth=5", "did you mean 'router.max_in_flight'"),

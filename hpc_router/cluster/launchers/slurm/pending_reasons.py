@@ -17,13 +17,15 @@ class PendingReason:
     hopeless: bool = False
 
 
-_EDIT: Final = "edit {}, then `hpc-router up` in a new run"
+_EDIT: Final = "change {} with `hpc-router apply`"
 _LIMIT: Final = "`sacctmgr show qos` and `scontrol show assoc_mgr` show the limits"
 _JOB: Final = "JOBID"
 """Placeholder for the job's id; it stays where the id is not known."""
 _HELD: Final = "`scontrol release JOBID` releases it"
-_SHORTER: Final = "`scontrol update JobId=JOBID TimeLimit=H:MM:SS`, or cluster.walltime in a new run"
-_MOVE: Final = "`scontrol update JobId=JOBID Partition=NAME` moves it; for all jobs, cluster.partition in a new run"
+_SHORTER: Final = "`scontrol update JobId=JOBID TimeLimit=H:MM:SS`, or cluster.walltime by `hpc-router apply`"
+_MOVE: Final = (
+    "`scontrol update JobId=JOBID Partition=NAME` moves it; for all jobs, cluster.partition by `hpc-router apply`"
+)
 
 _REASONS: Final[dict[str, PendingReason]] = {
     "Resources": PendingReason("it is next in line and waits for nodes to become free"),
@@ -80,7 +82,7 @@ _REASONS: Final[dict[str, PendingReason]] = {
     "InvalidQOS": PendingReason("its qos is not valid", _EDIT.format("cluster.qos"), True),
     "QOSNotAllowed": PendingReason("its account or partition may not use the qos", _EDIT.format("cluster.qos"), True),
     "QOSUsageThreshold": PendingReason(
-        "its account has used up what the qos grants", "another cluster.qos or cluster.account needs a new run"
+        "its account has used up what the qos grants", "`hpc-router apply` sets another cluster.qos or cluster.account"
     ),
     "MaxMemPerLimit": PendingReason(
         "it asks for more memory than the site allows", _EDIT.format("resources.memory_gb"), True

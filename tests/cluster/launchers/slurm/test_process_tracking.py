@@ -70,7 +70,7 @@ def test_a_drain_that_cut_answers_is_reported_for_an_hour(run: RunDir) -> None:
     assert cause.view is READY
     assert cause.what == "math-0.g1 drained after SIGTERM; 3 answers were cut off"
     assert cause.advice is not None
-    assert cause.advice.startswith("a longer cluster.drain_s in a new run ")
+    assert cause.advice.startswith("a longer cluster.drain_s (`hpc-router apply`) ")
     assert last_ends(run, ended(cut=3), now=NOON + RECENT_S + 1) == []
     assert last_ends(run, ended(cut=0)) == []
 
