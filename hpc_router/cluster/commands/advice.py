@@ -8,8 +8,8 @@ from hpc_router.state.job_records import FailureReason
 
 _R = FailureReason
 FAILURE_ADVICE: Final[Mapping[FailureReason, str]] = {
-    _R.OUT_OF_MEMORY: "give it more memory by `hpc-router apply`: fewer tokens (max_model_len), a quantised model, more "
-    "GPUs, or fewer replicas on one node",
+    _R.OUT_OF_MEMORY: "give it more memory by `hpc-router apply`: fewer tokens (max_model_len), a quantised model, "
+    "more GPUs, or fewer replicas on one node",
     _R.WEIGHTS: "complete the model's files, then `hpc-router up` tries again; if the message names a wrong folder or "
     "hub id, change experts.{expert}.model (or that of its adapter) with `hpc-router apply`",
     _R.CUDA: "check the node's GPU and driver (nvidia-smi there) and that the engine's build matches it",
