@@ -61,6 +61,10 @@ EXTERNAL_ADVICE: Final = (
     "it again with --probe-path, --no-probe or --token-file"
 )
 CUT_ADVICE: Final = "a longer {key} in a new run lets drains wait longer; preemption allows no more than GraceTime"
+GAP_ADVICE: Final = (
+    "`sacctmgr show qos` and `scontrol show assoc_mgr` show the limits; another replica would serve meanwhile, and a "
+    "longer cluster.walltime in a new run makes it rarer"
+)
 STEP_ADVICE: Final = "`squeue --steps --jobs={job_id}` lists the steps that hold the job's resources"
 SLURM_ADVICE: Final = (
     "`scontrol ping` shows whether slurmctld is up; replicas that run go on serving, and missing ones are submitted "
