@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import re
 import signal
 import socket
@@ -33,18 +34,23 @@ class Service:
     deployed: OnSlurm
     loads: tuple[Load, ...]
     unready_s: dict[tuple[str, str], float] = field(default_factory=dict)
+    began_at: float = field(default_factory=time.monotonic)
 
-    def failures(self, kind: str, *, since: float = 0.0) -> list[Failure]:
-        """`since`: monotonic."""
-        return [f for load in self.loads for f in load.failures if f.kind == kind and f.at >= since]
+    def failures(self, kind: str, *, since: float = 0.0, until: float = math.inf) -> list[Failure]:
+        """`since`, `until`: monotonic."""
+        return [f for load in self.loads for f in load.failures if f.kind == kind and since <= f.at <= until]
 
-    def without_answer_s(self, *, since: float) -> float:
-        """The longest time until now in which no short request of a load was answered."""
+    def without_answer_s(self, *, since: float, until: float) -> float:
+        """The longest time in which no short request of a load was answered."""
         longest = 0.0
         for load in self.loads:
-            times = [since, *(at for at in load.answered_at if at >= since), time.monotonic()]
+            times = [since, *(at for at in load.answered_at if since <= at <= until), until]
             longest = max(longest, *(b - a for a, b in itertools.pairwise(times)))
         return longest
+
+    def slow_requests(self) -> list[str]:
+        """Short requests that took more than SLOW_S."""
+        return [text for text in self.slow() if ": request " in text]
 
     def slow(self) -> list[str]:
         return [text for load in self.loads for text in load.slow]

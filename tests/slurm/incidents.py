@@ -51,12 +51,13 @@ async def preempted(service: Service) -> Outcome:
 
 
 async def cancelled(service: Service) -> Outcome:
+    """Slurm kills it after KillWait."""
     deployed, replica = service.deployed, service.deployed.serving(SLOT)
     deployed.cluster.run(["scancel", deployed.job_id(replica)])
     successor = await _replaced(deployed, replica)
     end = deployed.job(replica).exit()
     assert end is not None
-    return Outcome(submitted_s=_submitted_at(deployed, successor) - end.at)
+    return Outcome(frozenset({replica}), _submitted_at(deployed, successor) - end.at)
 
 
 async def agent_killed(service: Service) -> Outcome:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,10 +10,12 @@ from typing import Any, Final
 
 import pytest
 
+from launch import tiny_model
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.continuity import events, under_load
 from tests.slurm.deployment import OnSlurm, on_slurm
 from tests.slurm.test_handover import handed_over
+from tests.support.needs import VLLM_ENV, engine_python
 from tests.support.waiting import eventually, eventually_sync
 
 pytestmark = pytest.mark.slurm
@@ -52,6 +55,35 @@ async def test_all_replicas_of_a_job_hand_over_together(cluster: SlurmCluster, s
         assert len({deployed.job_id(f"{host}-0.g1") for host in hosts}) == 1
         assert len({deployed.job_id(f"{host}-0.g2") for host in hosts}) == 1, "one job, as before"
         assert deployed.job_id(f"{hosts[0]}-0.g1") != deployed.job_id(f"{hosts[0]}-0.g2")
+
+
+@pytest.mark.long
+@pytest.mark.vllm
+@pytest.mark.timeout(900)  # two starts of vLLM on a CPU
+async def test_vllm_hands_over(cluster: SlurmCluster) -> None:
+    model = cluster.shared / "tiny-handover"
+    argv = [engine_python("transformers"), tiny_model.__file__, model]
+    await asyncio.to_thread(subprocess.run, argv, check=True)
+    overrides = (
+        *SIM,
+        "~experts.law",
+        f"experts.math.model={model}",
+        f"experts.math.engine={{kind: vllm, python: {engine_python('vllm')}, threads: 1}}",
+        "experts.math.engine.options={device: cpu, max_model_len: 512, extra: {enforce-eager: true}}",
+        "experts.math.resources.cpus=2",
+        f"cluster.env={VLLM_ENV}",
+        "cluster.walltime=5",
+    )
+    with on_slurm(cluster, "vllm-handover", *QUICK, *overrides) as deployed:
+        async with under_load(deployed, "math", streams=4, per_s=1, stream_tokens=40) as service:
+            await eventually(partial(handed_over, deployed, "math-0", 1), within_s=400)
+            end = await eventually(deployed.job("math-0.g1").exit, within_s=120)
+            await asyncio.sleep(5)
+        print([load.done for load in service.loads], service.slow(), service.unready_s, end)
+        assert [failure for load in service.loads for failure in load.failures] == []
+        assert (end.ok, end.cut) == (True, 0)
+        assert service.unready("math") == 0
+        assert service.done("stream") > 8
 
 
 def cause_of(deployed: OnSlurm, replica: str, text: str) -> str | None:
