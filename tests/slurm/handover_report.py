@@ -42,7 +42,7 @@ OVERRIDES: Final = (
     "cluster.handover_margin_s=10",
 )
 HEAD: Final = (
-    "| event | failed requests | broken streams (on dead replicas) | longest time without an answer | submitted after |",
+    "| event | failed requests | broken streams (on dead replicas) | longest without an answer | submitted after |",
     "|---|---|---|---|---|",
 )
 

@@ -21,7 +21,12 @@ from tests.support.waiting import eventually, eventually_sync
 pytestmark = pytest.mark.slurm
 
 OPTIONS: Final = "{ttft_ms: 10, itl_ms: 20, load_s: 2}"
-SIM: Final = ("topology=sim", "policy.fallback=null", *(f"~experts.{n}" for n in ("medicine", "generalist", "code")))
+SIM: Final = (
+    "topology=sim",
+    "policy=model_field",
+    "policy.fallback=null",
+    *(f"~experts.{n}" for n in ("medicine", "generalist", "code")),
+)
 QUICK: Final = (
     "router.resources.sbatch={nodelist: c1}",
     "cluster.warn_s=10",
@@ -62,7 +67,7 @@ async def test_all_replicas_of_a_job_hand_over_together(cluster: SlurmCluster, s
 @pytest.mark.timeout(900)  # two starts of vLLM on a CPU
 async def test_vllm_hands_over(cluster: SlurmCluster) -> None:
     model = cluster.shared / "tiny-handover"
-    argv = [engine_python("transformers"), tiny_model.__file__, model]
+    argv = [str(engine_python("transformers")), tiny_model.__file__, str(model)]
     await asyncio.to_thread(subprocess.run, argv, check=True)
     overrides = (
         *SIM,
