@@ -106,10 +106,11 @@ async def walltime_ends(deployed: OnSlurm, load: "LoadSize") -> list[Row]:
 
 
 async def incident(deployed: OnSlurm, load: "LoadSize", one: Incident) -> Row:
+    before = deployed.claimed()
     async with under_load(deployed, "law", streams=load.streams, per_s=load.per_s, stream_tokens=TOKENS) as service:
         await asyncio.sleep(TOKENS * ITL_MS / 1000)
         outcome = await one.cause(service)
-    submitted_once(deployed)
+    assert submitted_once(deployed, before), deployed.claimed()
     return row(service, one.name, since=service.began_at, until=time.monotonic(), outcome=outcome)
 
 

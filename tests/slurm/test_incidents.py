@@ -42,6 +42,7 @@ def deployed() -> Iterator[OnSlurm]:
 
 @pytest.mark.parametrize("incident", incidents(away_s=20, stalled_s=20), ids=lambda incident: incident.name)
 async def test_only_streams_on_dead_replicas_break(deployed: OnSlurm, incident: Incident) -> None:
+    before = deployed.claimed()
     async with under_load(deployed, "law") as service:
         outcome = await incident.cause(service)
     broken = service.failures("stream")
@@ -52,4 +53,4 @@ async def test_only_streams_on_dead_replicas_break(deployed: OnSlurm, incident: 
     if incident.within_s is not None:
         assert outcome.submitted_s is not None
         assert outcome.submitted_s <= incident.within_s
-    submitted_once(deployed)
+    assert submitted_once(deployed, before)
