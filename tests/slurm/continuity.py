@@ -81,7 +81,8 @@ async def connected(deployed: OnSlurm) -> AsyncIterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     argv = [sys.executable, "-m", "hpc_router.cli", "connect", "--run", str(deployed.run), "--port", str(port)]
-    process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
+    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(*argv, stdout=pipe, stderr=null)
     assert process.stdout is not None
     try:
         yield (await process.stdout.readline()).decode().strip()

@@ -11,6 +11,7 @@ from tests.slurm.deployment import OnSlurm, on_slurm
 from tests.slurm.disk import mounted_disk
 from tests.slurm.incidents import Incident, incidents, submitted_once
 from tests.support.needs import need
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slurm
 
@@ -44,11 +45,12 @@ def deployed() -> Iterator[OnSlurm]:
 async def test_only_streams_on_dead_replicas_break(deployed: OnSlurm, incident: Incident) -> None:
     before = deployed.claimed()
     async with under_load(deployed, "law") as service:
+        await eventually(lambda: service.done("stream") > 20)
         outcome = await incident.cause(service)
     broken = service.failures("stream")
-    print(incident.name, outcome, service.slow(), service.unready("law"), broken)
+    print(incident.name, outcome, service.slow(), service.unready("law"), len(broken))
     assert service.failures("request") == []
-    assert {failure.replica for failure in broken} <= outcome.hit
+    assert {failure.replica for failure in broken} <= outcome.hit, broken
     assert service.unready("law") == 0
     if incident.within_s is not None:
         assert outcome.submitted_s is not None
