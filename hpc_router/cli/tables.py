@@ -147,9 +147,10 @@ def _left(ends_at: float | None) -> str:
 
 
 def _remark(replica: Mapping[str, Any]) -> str:
-    """The problem of a replica; for an external endpoint also its address."""
+    """The problem of a replica and its successor; for an external endpoint also its address."""
     waits = f"waits: {replica['pending']}" if replica["pending"] else None
-    problem = replica["message"] or replica["trouble"] or waits
+    successor = f"{replica['successor']} is to replace it" if replica["successor"] else None
+    problem = replica["message"] or replica["trouble"] or waits or successor
     where = replica["url"] if replica["kind"] == "external" else None
     return ": ".join(str(part) for part in (where, replica["reason"], problem) if part)
 

@@ -133,7 +133,7 @@ class OnSlurm(Deployed):
         return sorted(ids & set(listed))
 
     def nothing_left(self) -> None:
-        assert self.queued() == []
+        eventually_sync(lambda: not self.queued(), within_s=30, every_s=0.5)  # Slurm cleans up after a job
         super().nothing_left()
 
 
@@ -142,9 +142,12 @@ def _generation(replica: str) -> int:
 
 
 @contextmanager
-def on_slurm(cluster: SlurmCluster, name: str, *overrides: str, wait_all: bool = True) -> Iterator[OnSlurm]:
-    """Up, then down whatever happened; afterwards nothing is left."""
-    folder = cluster.shared / name
+def on_slurm(
+    cluster: SlurmCluster, name: str, *overrides: str, wait_all: bool = True, shared: Path | None = None
+) -> Iterator[OnSlurm]:
+    """Up, then down whatever happened; afterwards nothing is left. `shared`: in which folder, other than the cluster's
+    own."""
+    folder = (shared or cluster.shared) / name
     folder.mkdir()
     scratch = folder / "none"  # each node has its own /tmp, which dies with it
     scratch.mkdir()

@@ -63,6 +63,10 @@ EXTERNAL_ADVICE: Final = (
 CUT_ADVICE: Final = (
     "a longer {key} (`hpc-router apply`) lets drains wait longer; preemption allows no more than GraceTime"
 )
+GAP_ADVICE: Final = (
+    "`sacctmgr show qos` and `scontrol show assoc_mgr` show the limits; another replica would serve meanwhile, and a "
+    "longer cluster.walltime (`hpc-router apply`) makes it rarer"
+)
 STEP_ADVICE: Final = "`squeue --steps --jobs={job_id}` lists the steps that hold the job's resources"
 SLURM_ADVICE: Final = (
     "`scontrol ping` shows whether slurmctld is up; replicas that run go on serving, and missing ones are submitted "

@@ -35,7 +35,8 @@ class DisplayedState(StrEnum):
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
     """One replica. `reason` and `message` are those of its last failure; without one, `message` says how its models get
-    to the node's disk. `load_s`, `stage_s`, `stage_bytes`: see `JobProgress`."""
+    to the node's disk. `load_s`, `stage_s`, `stage_bytes`: see `JobProgress`. `successor`: the replica that is to
+    replace it."""
 
     expert: str
     replica: str
@@ -55,6 +56,7 @@ class ReplicaView:
     load_s: float | None = None  # from the engine's start until it was ready
     stage_s: float | None = None
     stage_bytes: int | None = None
+    successor: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -74,6 +76,7 @@ class ReplicaView:
             "load_s": self.load_s,
             "stage_s": self.stage_s,
             "stage_bytes": self.stage_bytes,
+            "successor": self.successor,
             "url": self.url,
         }
 
@@ -107,8 +110,8 @@ def _view(
     if not attempts:
         return ReplicaView(slot.expert, slot.replica(1), DisplayedState.MISSING, kind=kind)
     living = [a for a in attempts if a.live]
-    living = [a for a in living if a.ready] or living  # a successor that waits or starts does not serve
-    attempt = living[-1] if living else attempts[-1]
+    serving = [a for a in living if a.ready] or living  # a successor that waits or starts does not serve
+    attempt = serving[-1] if serving else attempts[-1]
     record = records.get(attempt.replica)
     progress = attempt.progress
     state = _displayed_state(attempt, failed=given_up is not None)
@@ -137,6 +140,7 @@ def _view(
         load_s=progress.load_s if progress is not None else None,
         stage_s=progress.stage_s if progress is not None else None,
         stage_bytes=progress.stage_bytes if progress is not None else None,
+        successor=living[-1].replica if living and living[-1] is not attempt else None,
     )
 
 

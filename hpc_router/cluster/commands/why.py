@@ -1,7 +1,8 @@
 """Why a replica does not serve: the reason of its failure, the last lines of its log, and advice.
 
-For a job that waits in Slurm's queue: the reason, and Slurm's estimate of its start. For a router that serves: what it
-reports about its processes, its settings and its replicas.
+For a job that waits in Slurm's queue: the reason, and Slurm's estimate of its start. For a replica whose walltime ends:
+its handover, and whether that will be late. For a router that serves: what it reports about its processes, its settings
+and its replicas.
 """
 
 import time
@@ -16,6 +17,7 @@ from hpc_router.cluster.commands.advice import (
     DEGRADED_ADVICE,
     EXTERNAL_ADVICE,
     FAILURE_ADVICE,
+    GAP_ADVICE,
     LOG_ADVICE,
     NODE_EXCLUDED_ADVICE,
     NODE_FAILING_ADVICE,
@@ -30,6 +32,7 @@ from hpc_router.cluster.commands.logs import last_lines, tail
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.status import ask_router, process_problems, replica_views
 from hpc_router.cluster.control_loop.desired_state import forgotten_nodes, host_expert, node_exclusions
+from hpc_router.cluster.control_loop.forecast import PlannedHandover, forecast
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.node_exclusion import BY, failing_nodes
 from hpc_router.cluster.control_loop.slots import Observed, Slot
@@ -37,7 +40,7 @@ from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
 from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.state.job_records import FailureReason
+from hpc_router.state.job_records import FailureReason, JobPhase
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
@@ -82,7 +85,11 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     causes = [_cause(run, view, now=now) for view in shown if view.state not in fine]
     if control.deployment.cluster.kind == "allocation":
         causes = [_step_cause(cause) for cause in causes]
-    causes += _last_ends(run, shown, seen.observed, forgiven=seen.desired.forgiven, now=now)
+    planned = forecast(seen.desired, seen.observed, now)[1]
+    causes += _handovers(shown, planned, now=now)
+    refused = {handover.replica for handover in planned if handover.refused is not None}  # said already
+    others = [view for view in shown if view.replica not in refused]
+    causes += _last_ends(run, others, seen.observed, forgiven=seen.desired.forgiven, now=now)
     if control.deployment.cluster.kind != "local":
         causes = _with_signals_note(causes)
     answer = ask_router(run)[1]
@@ -101,6 +108,31 @@ def _step_cause(cause: Cause) -> Cause:
         return cause
     what = f"its step has not begun: other steps hold the resources of job {view.job_id}, or it is just starting"
     return Cause(view, what, STEP_ADVICE.format(job_id=view.job_id))
+
+
+def _handovers(shown: Sequence[ReplicaView], planned: Sequence[PlannedHandover], *, now: float) -> list[Cause]:
+    """The handovers of the displayed replicas that are due or under way."""
+    found = {handover.replica: handover for handover in planned}
+    return [_handover(view, found[view.replica], now=now) for view in shown if view.replica in found]
+
+
+def _handover(view: ReplicaView, planned: PlannedHandover, *, now: float) -> Cause:
+    waiting = None
+    if planned.refused is not None:
+        how = f"Slurm refused a second job beside it, so the next one starts when it has ended: {planned.refused}"
+    elif planned.mode != "overlap":
+        how = f"{planned.successor or 'its successor'} starts when it has ended"
+    elif planned.successor is None:
+        how = "its successor is due and not submitted yet"
+    elif planned.reason in (None, *JobPhase):
+        how = f"{planned.successor} is to replace it and is starting"
+    else:
+        waiting = explain_pending(planned.reason or "")
+        how = f"{planned.successor} is to replace it and waits: {waiting.what}"
+    ready = f"; expected to be ready at {_moment(planned.ready_at, now=now)}" if planned.ready_at is not None else ""
+    gap = f"; no replica of this slot serves for about {planned.late_s:.0f} s" if planned.late_s is not None else ""
+    what = f"its walltime ends at {_moment(planned.expires_at, now=now)}: {how}{ready}{gap}"
+    return Cause(view, what, GAP_ADVICE if planned.refused is not None else waiting.advice if waiting else None)
 
 
 def _last_ends(
@@ -248,13 +280,18 @@ def expected(starts_at: float | None, *, now: float) -> str:
     """Slurm's estimate as text, in local time."""
     if starts_at is None:
         return "Slurm gives no estimate yet"
-    begin, today = datetime.fromtimestamp(starts_at), datetime.fromtimestamp(now)
+    return f"Slurm expects to start it at {_moment(starts_at, now=now)}"
+
+
+def _moment(at: float, *, now: float) -> str:
+    """A time with the minutes, hours or days until then, in local time."""
+    begin, today = datetime.fromtimestamp(at), datetime.fromtimestamp(now)
     day = "" if begin.date() == today.date() else f"{begin:%Y-%m-%d} "
-    minutes = round((starts_at - now) / 60)
+    minutes = round((at - now) / 60)
     if minutes < 1:
-        return f"Slurm expects to start it at {day}{begin:%H:%M}, which is now"
+        return f"{day}{begin:%H:%M}, which is now"
     if minutes < 120:
         left = "a minute" if minutes == 1 else f"{minutes} minutes"
     else:
         left = f"{round(minutes / 60)} hours" if minutes < 48 * 60 else f"{round(minutes / 1440)} days"
-    return f"Slurm expects to start it at {day}{begin:%H:%M}, in {left}"
+    return f"{day}{begin:%H:%M}, in {left}"

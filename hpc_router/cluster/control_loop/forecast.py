@@ -6,11 +6,11 @@ will have one, and the handovers that are due or under way. Readers: the router 
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from hpc_router.cluster.control_loop.handover import Due, Durations, measured, schedule
-from hpc_router.cluster.control_loop.reconcile import Desired
+from hpc_router.cluster.control_loop.reconcile import Desired, refusal
 from hpc_router.cluster.control_loop.slots import Attempt, Observed
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.state.atomic_files import read_json, replace_json
@@ -33,7 +33,8 @@ class ExpectedReady:
 @dataclass(frozen=True, slots=True)
 class PlannedHandover:
     """A handover that is due or under way. `late_s`: how long no replica will serve, None if that is not known or not
-    expected; `reason`: why the successor waits."""
+    expected; `reason`: why the successor waits; `refused`: Slurm's message if it refused a second job beside this one,
+    so that `mode` is not the configured one."""
 
     replica: str
     mode: str
@@ -43,6 +44,7 @@ class PlannedHandover:
     ready_at: float | None = None
     late_s: float | None = None
     reason: str | None = None
+    refused: str | None = None
 
 
 def forecast(
@@ -72,15 +74,26 @@ def _handing_over(observed: Observed, due: Mapping[str, Due], now: float) -> lis
 def _planned(
     observed: Observed, job: Attempt, due: Due, durations: Mapping[str, Durations], now: float
 ) -> PlannedHandover:
-    newer = [a for a in observed[job.slot] if a.generation > job.generation and a.live]
-    planned = PlannedHandover(job.replica, due.mode, round(due.due_at, 1), due.expires_at)
-    if not newer:
-        return planned
-    found = _expected(newer[-1], durations.get(job.slot.expert, Durations()), now)
-    late_s = None if found.ready_at is None else round(max(0.0, found.ready_at - due.drains_at), 1) or None
-    return PlannedHandover(
-        job.replica, due.mode, planned.due_at, due.expires_at, found.replica, found.ready_at, late_s, found.reason
+    newer = [a for a in observed[job.slot] if a.generation > job.generation]
+    refused = refusal(newer) if due.mode == "overlap" else None
+    planned = PlannedHandover(
+        job.replica,
+        due.mode if refused is None else "drain_first",
+        round(due.due_at, 1),
+        due.expires_at,
+        refused=refused.message if refused is not None else None,
     )
+    known = durations.get(job.slot.expert, Durations())
+    successor = next((a for a in reversed(newer) if a.live), None)
+    if planned.mode != "overlap":
+        gap_s = round(max(known.drain_s, default=0.0) + max(known.load_s, default=0.0), 1)
+        name = successor.replica if successor is not None else None
+        return replace(planned, successor=name, ready_at=round(due.drains_at + gap_s, 1), late_s=gap_s or None)
+    if successor is None:
+        return planned
+    found = _expected(successor, known, now)
+    late_s = None if found.ready_at is None else round(max(0.0, found.ready_at - due.drains_at), 1) or None
+    return replace(planned, successor=found.replica, ready_at=found.ready_at, late_s=late_s, reason=found.reason)
 
 
 def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:

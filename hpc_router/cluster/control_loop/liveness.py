@@ -1,6 +1,7 @@
 """Hang detector: finds agents whose lease beats have stopped and that do not answer at `/health`.
 
-Such an agent is lost, and its job may have ended; it hangs if its job still runs after HUNG_BEATS intervals. One sign
+Such an agent is lost, and its job may have ended. It hangs if its job still runs after HUNG_BEATS intervals, or at once
+if its node neither accepts nor refuses a connection: the node is off, and Slurm marks it down much later. One sign
 alone is not enough: a stalled file system stops beats, and a busy node answers late. Beats are timed by this process's
 own clock, so an observer needs some intervals before it finds anything.
 """
@@ -8,6 +9,7 @@ own clock, so an observer needs some intervals before it finds anything.
 import asyncio
 from collections.abc import Sequence
 from typing import Final, NamedTuple
+from urllib.parse import urlsplit
 
 from hpc_router.net.http_client import Unreachable, call, session
 from hpc_router.net.protocol import HEALTH
@@ -16,10 +18,13 @@ from hpc_router.state.registry import Record
 LOST_BEATS: Final = 2
 HUNG_BEATS: Final = 8
 """In lease intervals without a new beat."""
+CONNECT_S: Final = 2.0
+"""Time limit for a connection to a node, long enough to repeat a lost packet."""
 
 
 class SilentReplicas(NamedTuple):
-    """Replicas without beat and answer: `lost` after LOST_BEATS, `hung` after HUNG_BEATS (a subset of `lost`)."""
+    """Replicas without beat and answer: `lost` after LOST_BEATS, `hung` (a subset of `lost`) after HUNG_BEATS, or if
+    their node cannot be reached."""
 
     lost: set[str]
     hung: set[str]
@@ -37,7 +42,7 @@ class HangDetector:
         self._beats: dict[str, _Beat] = {}
 
     def silent(self, records: Sequence[Record], *, read_at: float) -> SilentReplicas:
-        """Calls `/health` of replicas whose beats have stopped, for two seconds at most. `read_at`: monotonic time at
+        """Calls `/health` of replicas whose beats have stopped, for four seconds at most. `read_at`: monotonic time at
         which the records were read."""
         self._beats = {record.replica: self._beat(record, read_at) for record in records}
         beats = {
@@ -46,15 +51,17 @@ class HangDetector:
             if record.beat_s is not None
         }
         late = [record for record in records if beats.get(record.replica, 0.0) >= LOST_BEATS]
-        lost = asyncio.run(_unanswering(late)) if late else set()
-        return SilentReplicas(lost, {replica for replica in lost if beats[replica] >= HUNG_BEATS})
+        lost = asyncio.run(_unanswering(late)) if late else {}
+        hung = {name for name, reachable in lost.items() if not reachable or beats[name] >= HUNG_BEATS}
+        return SilentReplicas(set(lost), hung)
 
     def _beat(self, record: Record, now: float) -> _Beat:
         before, beat = self._beats.get(record.replica), (record.beat, record.nonce)
         return before if before is not None and before.beat == beat else _Beat(beat, now)
 
 
-async def _unanswering(records: Sequence[Record]) -> set[str]:
+async def _unanswering(records: Sequence[Record]) -> dict[str, bool]:
+    """The replicas that do not answer at `/health`, and whether their node can be reached."""
     async with session() as client:
 
         async def answers(record: Record) -> bool:
@@ -64,5 +71,22 @@ async def _unanswering(records: Sequence[Record]) -> set[str]:
                 return False
             return isinstance(response.body, dict) and response.body.get("replica") == record.replica
 
-        answered = await asyncio.gather(*(answers(record) for record in records))
-    return {record.replica for record, answers_now in zip(records, answered, strict=True) if not answers_now}
+        reachable = await asyncio.gather(*(_is_reachable(record.url) for record in records))
+        reached = [record for record, connects in zip(records, reachable, strict=True) if connects]
+        answered = await asyncio.gather(*(answers(record) for record in reached))
+    silent = {record.replica: True for record, answer in zip(reached, answered, strict=True) if not answer}
+    return silent | {r.replica: False for r, connects in zip(records, reachable, strict=True) if not connects}
+
+
+async def _is_reachable(url: str) -> bool:
+    """Whether the node accepts or refuses a connection."""
+    parts = urlsplit(url)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    writer.close()
+    return True

@@ -19,7 +19,7 @@ Rules, one slot at a time:
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -232,9 +232,15 @@ def _hand_over(
 def _submit_successor(
     slot: Slot, generation: int, tried: Sequence[Attempt], desired: Desired, now: float, *, after: str | None
 ) -> Iterator[Action]:
-    """Submit a successor of a job that serves. The slot is not given up meanwhile."""
-    submitting = _submit_next(slot, generation, tried, desired, now, after=after)
+    """Submit a successor of a job that serves. The slot is not given up meanwhile. A limit may refuse a second job now
+    and allow it later, so refusals only add a pause: a router without a successor ends the service."""
+    submitting = _submit_next(slot, generation, tried, desired, now, after=after, tolerated={FailureReason.REFUSED})
     yield from (action for action in submitting if not isinstance(action, GiveUp))
+
+
+def refusal(successors: Sequence[Attempt]) -> Exit | None:
+    """The end of the first of these that Slurm refused to run beside the job that they succeed."""
+    return next((attempt.exit for attempt in successors if _is_refused(attempt)), None)
 
 
 def _is_refused(attempt: Attempt) -> bool:
@@ -242,11 +248,19 @@ def _is_refused(attempt: Attempt) -> bool:
 
 
 def _submit_next(
-    slot: Slot, generation: int, past: Sequence[Attempt], desired: Desired, now: float, *, after: str | None = None
+    slot: Slot,
+    generation: int,
+    past: Sequence[Attempt],
+    desired: Desired,
+    now: float,
+    *,
+    after: str | None = None,
+    tolerated: Set[FailureReason] = frozenset(),
 ) -> Iterator[Action]:
-    """Submit the next generation, after a pause if the attempts in `past` failed."""
+    """Submit the next generation, after a pause if the attempts in `past` failed. Failures for a `tolerated` reason
+    never give the slot up."""
     ends = _consecutive_failures(past, forgiven=desired.forgiven.get(str(slot), 0))
-    blamed = [end for end in ends if end.reason not in BLAMELESS]
+    blamed = [end for end in ends if end.reason not in BLAMELESS and end.reason not in tolerated]
     if blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures):
         yield GiveUp(slot, len(blamed), blamed[0])
         return

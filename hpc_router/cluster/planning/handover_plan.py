@@ -38,7 +38,8 @@ class HandoverPlan:
         }
 
     def text(self) -> str:
-        gap = "no gap" if self.gap_s == 0 else "a gap of its queue and load time"
+        waits = "drain and load" if self.mode == "drain_first" else "drain, queue and load"
+        gap = "no gap" if self.gap_s == 0 else f"a gap of its {waits} time"
         if self.gap_s:
             gap = f"a gap of about {self.gap_s:.0f} s"
         cost = "" if self.gpu_minutes is None else f", {self.gpu_minutes:.1f} GPU-minutes for both jobs at once"

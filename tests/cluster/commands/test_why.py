@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -18,6 +19,7 @@ from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.status import status
 from hpc_router.cluster.commands.why import Cause, expected, router_causes
 from hpc_router.cluster.control_loop.desired_state import exclude_nodes
+from hpc_router.cluster.control_loop.forecast import PlannedHandover
 from hpc_router.cluster.control_loop.node_exclusion import BY
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
@@ -32,10 +34,11 @@ from hpc_router.state.job_records import (
     JobInfo,
     JobPhase,
     JobProgress,
+    Process,
     Runner,
     start_ticks,
 )
-from hpc_router.state.registry import RecordKind
+from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.control_loop.support import ended
 from tests.cluster.programs import Programs
@@ -174,6 +177,74 @@ def test_other_ends_are_not_repeated(
 ) -> None:
     shown = [ReplicaView("math", view, DisplayedState.READY)]
     assert why._last_ends(run, shown, observed, forgiven=forgiven, now=now) == []
+
+
+PLANNED = PlannedHandover("math-0.g1", "overlap", NOON, NOON + 600)
+WAITS = replace(PLANNED, successor="math-0.g2", ready_at=NOON + 900, late_s=330.0, reason="Priority")
+
+
+@pytest.mark.parametrize(
+    ("planned", "said"),
+    [
+        (PLANNED, "its successor is due and not submitted yet"),
+        (
+            WAITS,
+            "math-0.g2 is to replace it and waits: jobs of higher priority go first; expected to be ready at 12:15, in "
+            "15 minutes; no replica of this slot serves for about 330 s",
+        ),
+        (
+            replace(PLANNED, successor="math-0.g2", ready_at=NOON + 120, reason="loading"),
+            "math-0.g2 is to replace it and is starting; expected to be ready at 12:02, in 2 minutes",
+        ),
+        (replace(PLANNED, successor="math-0.g2"), "math-0.g2 is to replace it and is starting"),
+        (
+            replace(PLANNED, mode="drain_first", successor="math-0.g2", ready_at=NOON + 630, late_s=50.0),
+            "math-0.g2 starts when it has ended; expected to be ready at 12:10, in 10 minutes; no replica of this slot "
+            "serves for about 50 s",
+        ),
+        (
+            replace(PLANNED, mode="drain_first", refused="QOSMaxSubmitJobPerUserLimit"),
+            "Slurm refused a second job beside it, so the next one starts when it has ended: "
+            "QOSMaxSubmitJobPerUserLimit",
+        ),
+    ],
+)
+def test_a_handover_and_what_delays_it(planned: PlannedHandover, said: str) -> None:
+    view = ReplicaView("math", "math-0.g1", DisplayedState.READY)
+    (told,) = why._handovers([view], [planned], now=NOON)
+    assert told.what == f"its walltime ends at 12:10, in 10 minutes: {said}"
+    assert (told.advice is not None) == (planned is WAITS or planned.refused is not None)
+
+
+def test_why_and_status_show_a_handover_under_way(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """math-0.g1 serves near its end, and Slurm lets math-0.g2 wait."""
+    deployment = Deployment(experts={"math": ExpertConfig(model="m", engine=EngineConfig(kind="sim"))})
+    deployment.policy.kind = "model_field"
+    deployment.cluster.kind = "slurm"
+    run.config.write_text(frozen.to_yaml(deployment))
+    now = time.time()
+    began, ends, starts = (f"{datetime.fromtimestamp(now + s):%Y-%m-%dT%H:%M:%S}" for s in (-1000, 60, 3600))
+    lines = (
+        f"1\\tRUNNING\\tn1\\t{began}\\t{ends}\\tmath\\t/\\tbatch\\tNone",
+        f"2\\tPENDING\\t\\t{starts}\\tN/A\\tmath\\t/\\tbatch\\tResources",
+    )
+    text = "\\n".join([*lines, ""])
+    Programs(tmp_path / "bin", monkeypatch).add("squeue", f"printf '{text}'")
+    for number in (1, 2):
+        job = JobDir(run, f"math-0.g{number}")
+        assert job.claim()
+        job.write(JobInfo(str(number), "login1", runner=Runner.SLURM, submitted_at=now - 1000))
+    JobDir(run, "math-0.g1").write(JobProgress(JobPhase.READY, ready_at=now - 900))
+    JobDir(run, "math-0.g1").write(Process(1, 1, "n1", started_at=now - 950))
+    record = Record(RecordKind.EXPERT, "math-0.g1", "http://n1:1", State.READY, {"math": None}, job_id="1", node="n1")
+    publish(run.registry, record)
+    (told,) = why.why(run, "math")
+    assert told.view.replica == "math-0.g1"
+    assert "math-0.g2 is to replace it and waits: it is next in line" in told.what
+    assert main(["status", "--run", str(run.path)]) == 0
+    assert "math-0.g2 is to replace it" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_step_that_waits_in_a_job_of_the_user() -> None:

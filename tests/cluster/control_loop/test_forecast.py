@@ -80,3 +80,30 @@ def test_files_are_written_when_their_content_changes(tmp_path: Path) -> None:
     assert json.loads(run.forecast_json.read_text()) == content
     files.write(ONE, {MATH: (OLD, waiting(2))}, {"math": "gpu"}, DUE + 2)
     assert json.loads(run.forecast_json.read_text())["experts"]["math"]["replica"] == "math-0.g2"
+
+
+def test_a_successor_that_starts_after_the_end_leaves_a_gap() -> None:
+    """The drain and the load: 0 s, for no drain was measured, and 50 s."""
+    desired = replace(ONE, handovers={"math": replace(POLICY, mode="drain_first")})
+    successor = replace(waiting(2, reason="Dependency", after="math-0.1"), submitted_at=DUE)
+    (planned,) = forecast(desired, {MATH: (serving(), successor)}, DUE)[1]
+    drains_at = BEGAN + LIFE_S - POLICY.warn_s
+    assert planned == PlannedHandover(
+        "math-0.g1", "drain_first", DUE, BEGAN + LIFE_S, "math-0.g2", ready_at=drains_at + 50, late_s=50
+    )
+
+
+def test_a_refused_overlap_is_named() -> None:
+    """The next one starts after the end, submitted or not."""
+    refused = ended(2, FailureReason.REFUSED, at=DUE)
+    (planned,) = handovers(serving(), refused)
+    assert (planned.mode, planned.refused, planned.successor, planned.late_s) == ("drain_first", "it ended", None, 50)
+    (planned,) = handovers(serving(), refused, waiting(3, reason="Dependency", after="math-0.1"))
+    assert (planned.mode, planned.refused, planned.successor, planned.late_s) == (
+        "drain_first",
+        "it ended",
+        "math-0.g3",
+        50,
+    )
+    failed = ended(2, FailureReason.CRASHED, at=DUE)
+    assert handovers(serving(), failed)[0].refused is None

@@ -82,8 +82,17 @@ def test_none_submits_when_the_job_has_ended() -> None:
 def test_a_refused_overlap_falls_back_to_the_jobs_end() -> None:
     refused = ended(2, FailureReason.REFUSED, at=DUE)
     assert decide(serving(), refused) == [Submit(MATH, 3, after="math-0.1", replaces="math-0.g1")]
-    again = ended(3, FailureReason.REFUSED, at=DUE + 1)
-    assert decide(serving(), refused, again, now=DUE + 99) == []
+    again = [ended(3, FailureReason.REFUSED, at=DUE + 1), ended(4, FailureReason.REFUSED, at=DUE + 2)]
+    assert decide(serving(), refused, *again, now=DUE + 3) == [Wait("math-0.g5", DUE + 4, "2 failures in a row")]
+    after = Submit(MATH, 5, after="math-0.1", replaces="math-0.g1")
+    assert decide(serving(), refused, *again, now=DUE + 4) == [after], "the limit may allow it later"
+
+
+def test_a_refused_standby_is_submitted_again_with_pauses() -> None:
+    """Nothing could replace the router once its job has ended."""
+    router = serving(slot=ROUTER_SLOT)
+    refused = [replace(ended(n, FailureReason.REFUSED, at=BEGAN + n), slot=ROUTER_SLOT) for n in (2, 3, 4)]
+    assert decide(router, *refused, router=True, now=BEGAN + 20) == [Submit(ROUTER_SLOT, 5, after="router-0.1")]
 
 
 def test_a_refused_overlap_does_not_give_the_slot_up() -> None:

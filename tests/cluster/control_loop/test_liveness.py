@@ -1,9 +1,10 @@
 """Who hangs: beats that stopped by our own clock, and nobody who answers."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -73,6 +74,32 @@ def test_one_is_lost_before_it_hangs() -> None:
     assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set())
     with answering("math-0.g1") as url:
         assert pulse.silent([record(url)], read_at=clock()) == (set(), set())
+
+
+@contextmanager
+def unreachable() -> Iterator[str]:
+    """An address that neither accepts nor refuses connections, as that of a node that is off: its queue is full."""
+    with socket.socket() as listener, ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_one_whose_node_is_off_hangs_at_once() -> None:
+    """Slurm marks the node down much later."""
+    clock = Clock()
+    pulse = HangDetector()
+    with unreachable() as url:
+        pulse.silent([record(url)], read_at=clock())
+        clock.now += LOST_BEATS * BEAT_S - 0.1
+        assert pulse.silent([record(url)], read_at=clock()) == (set(), set())
+        clock.now += 0.1
+        assert pulse.silent([record(url)], read_at=clock()) == ({"math-0.g1"}, {"math-0.g1"})
+        assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set()), "its node refuses: it is up"
 
 
 def test_one_that_answers_does_not_hang() -> None:

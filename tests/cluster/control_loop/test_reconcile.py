@@ -205,7 +205,8 @@ def test_a_successor_that_was_refused_or_cancelled_is_followed_by_the_next(reaso
     assert decide(desired, router, lost[0]) == [Submit(ROUTER_SLOT, 3, after="7")]
     assert isinstance(decide(desired, router, *lost)[0], Wait)
     refused = [replace(failed(n, reason=FailureReason.REFUSED), slot=ROUTER_SLOT) for n in (2, 3)]
-    assert decide(desired, router, *refused) == [], "the router itself has not failed"
+    (wait,) = decide(desired, router, *refused)
+    assert isinstance(wait, Wait), "the router itself has not failed"
 
 
 def test_a_job_that_goes_on_after_its_exit_record_is_cancelled() -> None:
