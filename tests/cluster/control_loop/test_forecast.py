@@ -86,7 +86,8 @@ def test_a_successor_that_starts_after_the_end_leaves_a_gap() -> None:
     """The drain and the load: 0 s, for no drain was measured, and 50 s."""
     desired = replace(ONE, handovers={"math": replace(POLICY, mode="drain_first")})
     successor = replace(waiting(2, reason="Dependency", after="math-0.1"), submitted_at=DUE)
-    (planned,) = forecast(desired, {MATH: (serving(), successor)}, DUE)[1]
+    observed = {MATH: (serving(), successor)}
+    (planned,) = forecast(desired, observed, DUE, measured(observed))[1]
     drains_at = BEGAN + LIFE_S - POLICY.warn_s
     assert planned == PlannedHandover(
         "math-0.g1", "drain_first", DUE, BEGAN + LIFE_S, "math-0.g2", ready_at=drains_at + 50, late_s=50
