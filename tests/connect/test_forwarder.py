@@ -397,7 +397,7 @@ async def test_bodies_that_cannot_be_forwarded(
 async def test_a_stalled_file_system_delays_no_request(
     run: RunDir, start: Starter, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last view stands, and nothing more is read before the file system responds."""
+    """The last result is used, and nothing more is read until the file system responds."""
     router, connected = await start(), await connect()
     enter(run, record_of(router.url))
     await connected.chat()
