@@ -111,9 +111,8 @@ async def _until_stopped(options: ConnectOptions, sock: socket.socket, on_servin
     for number in _STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` and scripts let background jobs ignore it
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    max_body = int(
-        (options.max_body_mb + 1) * 2**20
-    )  # above the router's limit, so that the router refuses larger bodies
+    # Above the router's limit, so that the router refuses larger bodies.
+    max_body = int((options.max_body_mb + 1) * 2**20)
     with closing(Forwarder(options.run, hold_s=options.hold_s, adds_tokens=options.port is None)) as forwarder:
         async with listening(forwarder.handle, sock, max_body=max_body):
             on_serving()

@@ -411,7 +411,7 @@ class TestTheVerb:
 
     def test_where_nothing_lives(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["drain", "--run", str(run.path), "router"]) == 1
-        assert "nothing of router runs" in capsys.readouterr().err
+        assert "no job of router runs" in capsys.readouterr().err
 
     def test_a_wrong_name(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
         """Nobody is drained, not even those that were named rightly."""
