@@ -1,8 +1,8 @@
 """Hang detector: finds agents whose lease beats have stopped and that do not answer at `/health`.
 
-Such an agent is lost, and its job may have ended; it hangs if its job still runs after HUNG_BEATS intervals. One sign
-alone is not enough: a stalled file system stops beats, and a busy node answers late. Beats are timed by this process's
-own clock, so an observer needs some intervals before it finds anything.
+Such an agent is lost, and its job may have ended. It hangs if its job still runs after HUNG_BEATS intervals. One of the
+two signs alone is not enough: a stalled file system stops beats, and a busy node answers late. This process times beats
+by its own clock, so it needs some intervals before it finds anything.
 """
 
 import asyncio
@@ -15,11 +15,12 @@ from hpc_router.state.registry import Record
 
 LOST_BEATS: Final = 2
 HUNG_BEATS: Final = 8
-"""In lease intervals without a new beat."""
+"""Lease intervals without a beat after which an agent counts as hung."""
 
 
 class SilentReplicas(NamedTuple):
-    """Replicas without beat and answer: `lost` after LOST_BEATS, `hung` after HUNG_BEATS (a subset of `lost`)."""
+    """Replicas that send no beat and do not answer: `lost` after LOST_BEATS intervals, `hung` after HUNG_BEATS (a
+    subset of `lost`)."""
 
     lost: set[str]
     hung: set[str]
@@ -31,14 +32,14 @@ class _Beat(NamedTuple):
 
 
 class HangDetector:
-    """Remembers when each replica's beat last changed."""
+    """Finds silent replicas. Remembers when each replica's beat last changed."""
 
     def __init__(self) -> None:
         self._beats: dict[str, _Beat] = {}
 
     def silent(self, records: Sequence[Record], *, read_at: float) -> SilentReplicas:
-        """Calls `/health` of replicas whose beats have stopped, for two seconds at most. `read_at`: monotonic time at
-        which the records were read."""
+        """Returns the silent replicas. Calls `/health` of those whose beats have stopped, for two seconds at most.
+        `read_at`: monotonic time at which the records were read."""
         self._beats = {record.replica: self._beat(record, read_at) for record in records}
         beats = {
             record.replica: (read_at - self._beats[record.replica].seen_at) / record.beat_s

@@ -52,7 +52,8 @@ class RunObserver:
         """The replicas about which the last observation queried the controller."""
 
     def observe(self, *, fresh: bool = False) -> Observed:
-        """Raises OSError if the run directory cannot be read. `fresh`: query the controller now."""
+        """Returns the attempts of each slot. Raises OSError if the run directory cannot be read. `fresh`: query the
+        controller now."""
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended]
         reports = self._launcher.observe(open_names, fresh=fresh)
@@ -69,8 +70,8 @@ class RunObserver:
         return {slot: tuple(sorted(found, key=lambda a: a.generation)) for slot, found in slots.items()}
 
     def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
-        """The replicas about which to query the controller now: once for each newly lost one, since its job may have
-        ended. Routers are left out, because this loop ends with its router."""
+        """Returns the replicas about which to query the controller now: once for each replica that is newly lost,
+        because its job may have ended. Routers are left out, because this loop ends with its router."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
         silent = self._hang_detector.silent(
@@ -130,8 +131,8 @@ class RunObserver:
         return attempt
 
     def _end(self, replica: str, report: JobReport, stop: Stop) -> Exit:
-        """The exit of a job that wrote none itself. If no node has seen the run directory yet, another job would fail
-        in the same way; else it is the node."""
+        """Returns the exit of a job that wrote none itself. If no node has seen the run directory yet, another job
+        would fail in the same way; otherwise this node is the cause."""
         if (stop.drain_at or stop.cancel_at) is not None and replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
@@ -162,7 +163,8 @@ def record_exit(job: JobDir, end: Exit) -> Exit:
 
 
 def _is_alive(submitter: Submitter | None) -> bool:
-    """Whether the submitter runs on this host. One of another host counts as gone: the age of its claim decides."""
+    """Returns whether the submitter runs on this host. One of another host counts as gone; then the age of its claim
+    decides."""
     here = submitter is not None and submitter.host == socket.gethostname()
     return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 

@@ -15,6 +15,8 @@ from hpc_router.state.registry import State, replica_name
 
 
 class Slot(NamedTuple):
+    """The place of one replica. `name` is a number, or a letter and a number."""
+
     expert: str
     name: str
 
@@ -23,7 +25,7 @@ class Slot(NamedTuple):
 
     @property
     def managed(self) -> bool:
-        """Whether the control loop submits and ends its jobs."""
+        """Returns whether the control loop submits and ends the jobs of this slot."""
         return self.name.isdecimal()
 
     def replica(self, generation: int) -> str:
@@ -39,10 +41,10 @@ _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
-    it is alive. `hung`: its job runs, but it renews no lease and answers no call. `after`: id of the job whose end it
-    waited for when it was submitted. `expires_at`: when its walltime ends. `revision`: of the config that it
-    was submitted with. Times are Unix seconds."""
+    """One generation of a slot, with its job. `submitted`: it has a job, not only a claim. `submitting`: the process
+    that submits it is alive. `hung`: its job runs, but renews no lease and answers no call. `after`: id of the job
+    whose end it was submitted to wait for. `expires_at`: end of its walltime. `revision`: revision of the config with
+    which it was submitted. Times are Unix seconds."""
 
     slot: Slot
     generation: int
@@ -74,22 +76,23 @@ class Attempt:
 
     @property
     def live(self) -> bool:
-        """Whether it serves, or may serve later."""
+        """Returns whether it serves, or may serve later."""
         return self.submitted and self.job not in _NOT_LIVE
 
     @property
     def holds_resources(self) -> bool:
-        """Whether its job may still hold resources."""
+        """Returns whether its job may still hold resources."""
         return self.submitted and self.job is not JobState.ENDED
 
     @property
     def ready_at(self) -> float | None:
-        """When it was first ready."""
+        """Returns when it was first ready."""
         return self.progress.ready_at if self.progress is not None else None
 
     @property
     def draining_at(self) -> float | None:
-        """Since when it drains, also without a request of ours; None if it does not."""
+        """Returns when its drain began, also if another process than the control loop started it; None if it does not
+        drain."""
         return self.progress.at if self.progress is not None and self.progress.phase is JobPhase.DRAINING else None
 
     @property
@@ -102,7 +105,7 @@ class Attempt:
 
 
 Observed = Mapping[Slot, tuple[Attempt, ...]]
-"""Oldest generation first."""
+"""The attempts of each slot, oldest generation first."""
 
 
 def all_attempts(observed: Observed) -> list[Attempt]:

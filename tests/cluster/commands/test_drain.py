@@ -125,7 +125,7 @@ def test_a_standby_replaces_what_ends(run: RunDir) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mth-0", r"nothing here is named 'mth-0'; did you mean 'math-0'\? \(valid: .*math-0\.g2.*n1.*n2"),
+        ("mth-0", r"this run has nothing named 'mth-0'; did you mean 'math-0'\? \(valid: .*math-0\.g2.*n1.*n2"),
         ("n9", r"'n9'; did you mean 'n\d"),
         ("law-x0", "law-x0 is an external endpoint; `hpc-router unregister law-x0`"),
     ],
@@ -210,7 +210,7 @@ def test_an_agent_is_asked(run: RunDir, control: ControlLoop) -> None:
 def test_an_adapter_goes_only_with_its_host(run: RunDir, control: ControlLoop) -> None:
     control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
     with pytest.raises(
-        ConfigError, match=r"law is an adapter on the engine of math; drain math, with all that it serves$"
+        ConfigError, match=r"law is an adapter on the engine of math; drain math, which drains all that it serves$"
     ):
         drain(control, ["law"])
     assert JobDir(run, "math-0.g1").stop() is None
@@ -261,7 +261,7 @@ def test_a_node_that_is_drained_gets_no_further_jobs(run: RunDir, control: Contr
     with agent(run, "math-0.g1"):
         retired = drain(control, ["n7"])
     assert (retired.asked, retired.excluded) == (("math-0.g1",), ("n7",))
-    assert "node n7 gets no further jobs; `hpc-router drain --undo n7` ends that" in retired.lines()
+    assert "no further job starts on node n7 until `hpc-router drain --undo n7`" in retired.lines()
     facts = run.read_desired()["excluded_nodes"]["n7"]
     assert (facts["reason"], facts["by"]) == ("drain", getpass.getuser())
     assert exclusions(control, "math-0.g2") == "n[1-2],n7"
@@ -353,7 +353,7 @@ def test_an_expert_that_loses_its_last_ready_replica_is_a_warning(run: RunDir, c
         assert drain(control, ["math-0"]).warnings == ()
     with agent(run, "code-0.g1"):
         (warning,) = drain(control, ["code"]).warnings
-    assert warning.startswith("code has no ready replica until another has started")
+    assert warning.startswith("code has no ready replica until another one starts")
 
 
 def test_an_endpoint_elsewhere_goes_on_serving() -> None:
@@ -396,7 +396,7 @@ class TestTheVerb:
         with agent(run, "math-0.g1"):
             assert main(["drain", "--run", str(run.path), "math-0", "code"]) == 0
         said = capsys.readouterr()
-        assert said.out == "math-0.g1 drains\ncode-0.g1 gets its job's signal, and drains\n"
+        assert said.out == "math-0.g1 drains\ncode-0.g1 drains: its job got SIGTERM\n"
         assert "no router will replace" in said.err
 
     def test_json(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,7 +248,7 @@ def test_an_interrupted_drain_names_what_still_drains(place: Place) -> None:
     with frozen_agent(place, run, "a-0.g1"):
         drain = place.start("drain", "a", "--wait")
         assert drain.stdout is not None
-        assert "a-0.g1 gets its job's signal" in drain.stdout.readline()
+        assert "a-0.g1 drains: its job got SIGTERM" in drain.stdout.readline()
         os.killpg(drain.pid, signal.SIGINT)
         _, said = drain.communicate(timeout=60)
     assert drain.returncode == 130, said

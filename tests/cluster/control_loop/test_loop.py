@@ -149,7 +149,7 @@ def test_scaling_warns_of_experts_without_a_ready_replica(run: RunDir, control: 
     registry.publish(run.registry, record("math-1.g1"))
     assert scale(run, {"math": 3})[1] == []
     (warning,) = scale(run, {"math": 1})[1]
-    assert warning.startswith("math has no ready replica until another has started")
+    assert warning.startswith("math has no ready replica until another one starts")
     counts, warnings = scale(run, {"math": 0})
     assert counts["math"] == 0
     assert warnings == ["math=0: it has no replicas, and requests for it fail until it is scaled up"]
@@ -264,7 +264,7 @@ def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: ControlLoo
         def living(self, attempts: list[Attempt]) -> None:
             desired_state.want_up(run, {})
 
-    with pytest.raises(LaunchError, match="started again in the meantime"):
+    with pytest.raises(LaunchError, match="started again by `hpc-router up`"):
         down(run, watcher=Up())
     assert not JobDir(run, "router-0.g1").path.exists()
 

@@ -63,7 +63,7 @@ def test_gpus_of_all_replicas_together() -> None:
     wrong = deployment(a=two, b=two)
     wrong.cluster.gpus = 7
     assert faults(wrong) == [
-        "cluster.gpus=7: this machine has fewer GPUs than all replicas need: 8 (a 4, b 4)",
+        "cluster.gpus=7: all replicas together need 8 GPUs (a 4, b 4)",
     ]
     wrong.cluster.gpus = 8
     make_plan(wrong)

@@ -87,7 +87,7 @@ def test_requests_that_fit(resources: dict[str, Any]) -> None:
         ({"cpus": 9}, ".cpus=9: partition batch has at most 8 per node"),
         ({"memory_gb": 15.7}, ".memory_gb=15.7: partition batch has at most 15.62 GB per node"),
         ({"nodes": 5}, ".nodes=5: partition batch has 4"),
-        ({"nodes": 4, "gpus": 1}, ".nodes=4: partition batch has 3 with all that is asked for"),
+        ({"nodes": 4, "gpus": 1}, ".nodes=4: partition batch has 3 with all requested resources"),
         ({"walltime": "1-00:01:00"}, ".walltime=1-00:01:00: partition batch allows at most 1-00:00:00"),
         (
             {"constraint": "fats"},
@@ -96,11 +96,11 @@ def test_requests_that_fit(resources: dict[str, Any]) -> None:
         ({"constraint": "fast&(ib|old)"}, "has the feature 'old'"),
         (
             {"cpus": 128, "gpus": 4, "partition": "big"},
-            ": no node of partition big has all that is asked for at once",
+            ": no node of partition big has all requested resources at once",
         ),
         (
             {"constraint": "a100&v100", "partition": "big"},
-            ": no node of partition big has all that is asked for at once",
+            ": no node of partition big has all requested resources at once",
         ),
     ],
 )
