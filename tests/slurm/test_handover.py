@@ -1,4 +1,4 @@
-"""Walltimes end under load, of an expert and of the router: no request fails and no stream breaks."""
+"""The walltimes of an expert and of the router end under load: no request fails and no stream breaks."""
 
 import json
 from functools import partial
@@ -34,7 +34,7 @@ def events(deployed: OnSlurm, kind: str) -> list[dict[str, Any]]:
 
 
 def handed_over(deployed: OnSlurm, expert: str) -> bool:
-    """Twice."""
+    """Whether the expert handed over twice."""
     return len([event for event in events(deployed, "handover_done") if event["expert"] == expert]) >= 2
 
 

@@ -1,4 +1,4 @@
-"""A steady load of streams and short requests for the time that a block runs, and what failed of it."""
+"""A steady load of streams and short requests for the duration of a block, and its failures."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,8 @@ MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 @dataclass
 class Load:
-    """`failures`: each failed request or broken stream, and `slow`: each that took more than SLOW_S, with its start."""
+    """A load. `failures`: each failed request or broken stream. `slow`: each that took more than SLOW_S, with its start
+    time."""
 
     client: openai.AsyncOpenAI
     models: tuple[str, ...]
@@ -31,7 +32,7 @@ class Load:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Load"]:
-        """Requests that are in flight at the end of the block are waited for."""
+        """Runs the load during the block, then waits for the requests in flight."""
         tasks = [asyncio.create_task(self._stream_forever(n)) for n in range(self.streams)]
         tasks.append(asyncio.create_task(self._request_forever()))
         try:

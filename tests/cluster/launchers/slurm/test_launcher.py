@@ -1,4 +1,4 @@
-"""What is known of a Slurm job, from its own files and from a view of the queue."""
+"""The state of a Slurm job, from its own files and from a snapshot of the queue."""
 
 import time
 from pathlib import Path
@@ -15,8 +15,8 @@ from hpc_router.state.run_directory import RunDir, make_run
 NOW = time.time()
 
 
-class SeenQueue(Queue):
-    """A view that a test made."""
+class FixedQueue(Queue):
+    """A queue with a fixed snapshot."""
 
     def __init__(self, run: RunDir, jobs: dict[str, QueuedJob], asked_at: float = NOW) -> None:
         super().__init__(run, ask_s=30.0)
@@ -39,7 +39,7 @@ def submitted(run: RunDir, *, runner: Runner = Runner.SLURM, at: float = NOW, sh
 
 
 def observed(run: RunDir, queued: QueuedJob | None, asked_at: float = NOW):  # type: ignore[no-untyped-def]
-    queue = SeenQueue(run, {} if queued is None else {"7": queued}, asked_at)
+    queue = FixedQueue(run, {} if queued is None else {"7": queued}, asked_at)
     return SlurmLauncher(run, Deployment(), queue).observe(["math-0.g1"])["math-0.g1"]
 
 
@@ -77,7 +77,7 @@ def test_its_own_files_are_newer_than_the_view(run: RunDir) -> None:
 
 
 def test_slurms_state_is_awaited_for_a_job_without_exit_record(run: RunDir) -> None:
-    """A step that ends with status 0 on a node that was given up is no crash."""
+    """A step that ends with status 0 on a lost node is not a crash."""
     job = submitted(run)
     job.write(Ended(0, time.time()))
     assert observed(run, QueuedJob("RUNNING")).state is JobState.ENDING
@@ -97,7 +97,7 @@ def test_a_job_submitted_after_the_view_is_not_lost(run: RunDir) -> None:
 
 def test_a_job_that_slurm_has_forgotten_is_missing_in_answers_of_ones_own(run: RunDir) -> None:
     submitted(run)
-    queue = SeenQueue(run, {})
+    queue = FixedQueue(run, {})
     launcher = SlurmLauncher(run, Deployment(), queue)
     for answered in range(MIN_MISSED_ANSWERS + 1):
         queue.answers = answered
@@ -106,22 +106,22 @@ def test_a_job_that_slurm_has_forgotten_is_missing_in_answers_of_ones_own(run: R
 
 
 def test_a_job_submitted_although_sbatch_failed_is_cancelled(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sbatch may time out and have submitted all the same."""
+    """sbatch may time out after it has submitted the job."""
     job = JobDir(run, "math-0.g1")
     job.claim()
     queued = QueuedJob("PENDING", name="math-0.g1:demo", folder=str(run.path))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": queued}))
     calls = calls_of(launcher, monkeypatch)
     assert launcher.remaining(["math-0.g1"]) == []
     job.write(Exit(ok=False, reason=FailureReason.UNANSWERED, message="Socket timed out"))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": queued}))
     assert launcher.remaining(["math-0.g1"]) == ["7"]
     assert calls == [("7",)]
 
 
 def test_without_a_snapshot_the_files_count(run: RunDir) -> None:
     submitted(run)
-    queue = SeenQueue(run, {})
+    queue = FixedQueue(run, {})
     queue.now = None
     assert SlurmLauncher(run, Deployment(), queue).observe(["math-0.g1"])["math-0.g1"].state is JobState.PENDING
 
@@ -168,20 +168,20 @@ def calls_of(launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch) -> list[t
 
 
 def test_a_job_is_cancelled_with_sigterm_only(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm's own end gives the site's KillWait, which may be shorter than the drain."""
+    """A plain scancel gives a job only the site's KillWait, which may be shorter than the drain."""
     submitted(run).write(Process(1, 1, "n1", step_id="0"))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {}))
     calls = calls_of(launcher, monkeypatch)
     launcher.cancel(["math-0.g1"])
     assert calls == [("--state=PENDING", "7"), ("--signal=TERM", "7")]
 
 
-def test_a_replica_that_shares_its_job_goes_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_shares_its_job_is_cancelled_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted(run, shared=True).write(Process(1, 1, "n1", step_id="3"))
     other = JobDir(run, "math-1.g1")
     other.claim()
     other.write(JobInfo("7", "login1", runner=Runner.SLURM, shared=True))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {}))
     calls = calls_of(launcher, monkeypatch)
     launcher.cancel(["math-0.g1"])
     assert calls == [("--signal=TERM", "7.3")]
@@ -191,11 +191,11 @@ def test_a_replica_that_shares_its_job_goes_alone(run: RunDir, monkeypatch: pyte
     assert ("--state=PENDING", "7") in calls
 
 
-def test_a_step_in_a_job_of_somebody_else_never_ends_the_job(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelling_a_step_never_ends_the_users_job(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     job = submitted(run, runner=Runner.STEP, shared=True)
     job.write(Process(1, 1, "n1", step_id="2"))
     job.write(Stop(cancel_at=NOW))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob("RUNNING")}))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": QueuedJob("RUNNING")}))
     calls = calls_of(launcher, monkeypatch)
     launcher.cancel(["math-0.g1"])
     launcher.kill(["math-0.g1"])
@@ -207,5 +207,5 @@ def test_remaining_jobs_come_from_slurm(run: RunDir) -> None:
     job = submitted(run)
     job.write(Ended(0, NOW))
     for word, left in (("COMPLETING", ["7"]), ("RUNNING", ["7"]), ("COMPLETED", [])):
-        launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob(word)}))
+        launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": QueuedJob(word)}))
         assert launcher.remaining(["math-0.g1"]) == left
