@@ -35,7 +35,7 @@ timeout."""
 
 
 class RequestNotTakenError(Exception):
-    """There was no connection to the router, so it does not have the request."""
+    """The router does not have the request, because there was no connection to it."""
 
 
 class ResponseLostError(HpcRouterError):

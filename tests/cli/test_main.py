@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -97,9 +97,9 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
             "--probe-path 'x y'",
         ),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
-        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1\r"], "has '\\r' at position 10"),
-        (["register", "--run", "new", "--expert", "m", "--url", " http://h:1"], "has ' ' at position 0"),
-        (["register", "--run", "new", "--expert", "m", "--url", "http://h :1"], "has ' ' at position 8"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1\r"], "contains '\\r' at position 10"),
+        (["register", "--run", "new", "--expert", "m", "--url", " http://h:1"], "contains ' ' at position 0"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h :1"], "contains ' ' at position 8"),
         (["unregister", "--run", "new", "--expert", "m", "--url", "http://h:1\n"], "no run directory"),
         (["register", "--run", "new", "--expert", "m\r", "--url", "http://h:1"], "--expert 'm\\r': cannot name"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--model", "m\r"], "--model 'm\\r'"),
@@ -220,46 +220,44 @@ def test_logs_of_a_job_that_never_began(capsys: pytest.CaptureFixture[str]) -> N
     assert Output(capsys, "logs", "--run", "run", "math", "-n", "2").out == "math-0.g1 | two\nmath-0.g1 | three\n"
 
 
-def test_logs_follow(elsewhere: Path) -> None:
-    """New lines are printed, also of files that are created later. Half a line is printed once it is complete."""
-    run = make_run(elsewhere / "run")
-    job = JobDir(run, "math-0.g1")
+LOGS = [sys.executable, "-m", "hpc_router.cli", "logs", "--run", "run"]
+
+
+@contextmanager
+def followed_job(folder: Path) -> Iterator[tuple[JobDir, IO[str]]]:
+    """A job whose agent has logged one line, and the further output of `logs -f`."""
+    job = JobDir(make_run(folder / "run"), "math-0.g1")
     job.claim()
     job.agent_log.write_text("before\n")
-    command = [sys.executable, "-m", "hpc_router.cli", "logs", "--run", "run", "-f"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+    with subprocess.Popen([*LOGS, "-f"], stdout=subprocess.PIPE, text=True) as follower:
         assert follower.stdout is not None
         assert follower.stdout.readline() == "math-0.g1 | before\n"
+        yield job, follower.stdout
+        follower.terminate()
+
+
+def test_logs_follow(elsewhere: Path) -> None:
+    """New lines are printed, also of files that are created later. Half a line is printed once it is complete."""
+    with followed_job(elsewhere) as (job, lines):
         with job.agent_log.open("a") as log:
             log.write("after\nhal")
             log.flush()
-            assert follower.stdout.readline() == "math-0.g1 | after\n"
+            assert lines.readline() == "math-0.g1 | after\n"
             log.write("f\n")
-        assert follower.stdout.readline() == "math-0.g1 | half\n"
+        assert lines.readline() == "math-0.g1 | half\n"
         job.engine_log.write_text("engine\n")
-        assert follower.stdout.readline() == "math-0.g1 | engine\n"
-        follower.terminate()
+        assert lines.readline() == "math-0.g1 | engine\n"
 
 
 def test_logs_continue_after_a_rotation(elsewhere: Path) -> None:
     """The end of the older file comes before the newer one; `logs` reads both."""
-    run = make_run(elsewhere / "run")
-    job = JobDir(run, "math-0.g1")
-    job.claim()
-    job.agent_log.write_text("before\n")
-    command = [sys.executable, "-m", "hpc_router.cli", "logs", "--run", "run", "-f"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
-        assert follower.stdout is not None
-        assert follower.stdout.readline() == "math-0.g1 | before\n"
+    with followed_job(elsewhere) as (job, lines):
         with job.agent_log.open("a") as log:
             log.write("last\nlines\n")
         job.agent_log.replace(rotated_path(job.agent_log))
         job.agent_log.write_text("first\n")
-        assert [follower.stdout.readline() for _ in range(3)] == [
-            f"math-0.g1 | {line}\n" for line in ("last", "lines", "first")
-        ]
-        follower.terminate()
-    shown = subprocess.run(command[:-1], stdout=subprocess.PIPE, text=True, check=True)
+        assert [lines.readline() for _ in range(3)] == [f"math-0.g1 | {line}\n" for line in ("last", "lines", "first")]
+    shown = subprocess.run(LOGS, stdout=subprocess.PIPE, text=True, check=True)
     assert shown.stdout == "".join(f"math-0.g1 | {line}\n" for line in ("before", "last", "lines", "first"))
 
 

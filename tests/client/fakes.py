@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -125,6 +125,20 @@ async def fake_router(run: RunDir, *acts: Act) -> AsyncIterator[FakeRouter]:
         yield router
     finally:
         await runner.cleanup()
+
+
+Starter = Callable[..., Awaitable[FakeRouter]]
+
+
+@asynccontextmanager
+async def router_starter(run: RunDir) -> AsyncIterator[Starter]:
+    """`await start(*acts)` starts a router on a free port that the registry does not list yet."""
+    async with AsyncExitStack() as stack:
+
+        async def start(*acts: Act) -> FakeRouter:
+            return await stack.enter_async_context(fake_router(run, *acts))
+
+        yield start
 
 
 def record_of(

@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,23 +26,20 @@ from hpc_router.net.protocol import DRAINING_HEADER
 from hpc_router.state.registry import RecordKind, State, publish, withdraw
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.client.fakes import (
-    Act,
     FakeRouter,
+    Starter,
     answers,
     breaks_off,
     drains,
     enter,
-    fake_router,
     hangs_up,
     leaves_after,
     overloaded,
     record_of,
+    router_starter,
 )
 
 GUARD_S = 60.0
-
-
-Starter = Callable[..., Awaitable[FakeRouter]]
 
 
 @pytest.fixture
@@ -53,13 +49,8 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 async def start(run: RunDir) -> AsyncIterator[Starter]:
-    """`await start(*acts)` starts a router on a free port that the registry does not list yet."""
-    async with AsyncExitStack() as stack:
-
-        async def one(*acts: Act) -> FakeRouter:
-            return await stack.enter_async_context(fake_router(run, *acts))
-
-        yield one
+    async with router_starter(run) as start:
+        yield start
 
 
 @dataclass

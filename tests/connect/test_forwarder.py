@@ -22,21 +22,19 @@ from hpc_router.relay.headers import Headers
 from hpc_router.state.registry import State
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.client.fakes import (
-    Act,
     FakeRouter,
+    Starter,
     answers,
     breaks_off,
     drains,
     enter,
-    fake_router,
     hangs_up,
     leaves_after,
     overloaded,
     record_of,
+    router_starter,
 )
 from tests.support.waiting import GUARD_S, eventually
-
-Starter = Callable[..., Awaitable[FakeRouter]]
 
 
 @pytest.fixture
@@ -46,13 +44,8 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 async def start(run: RunDir) -> AsyncIterator[Starter]:
-    """`await start(*acts)` starts a router on a free port that the registry does not list yet."""
-    async with AsyncExitStack() as stack:
-
-        async def one(*acts: Act) -> FakeRouter:
-            return await stack.enter_async_context(fake_router(run, *acts))
-
-        yield one
+    async with router_starter(run) as start:
+        yield start
 
 
 @dataclass

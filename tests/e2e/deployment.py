@@ -79,6 +79,17 @@ class Deployed:
     def processes(self) -> list[int]:
         return with_word(str(self.run), str(self.scratch))
 
+    @contextmanager
+    def running(self, *, wait_all: bool) -> Iterator[None]:
+        """Starts the deployment, and takes it down at the end of the block. Asserts that nothing is left."""
+        try:
+            self.up(*(["--wait", "all"] if wait_all else []))
+            yield
+        finally:
+            if self.run.exists():
+                self.verb("down")
+        self.nothing_left()
+
     def nothing_left(self) -> None:
         """Asserts that no process, socket or record is left."""
         eventually_sync(lambda: not self.processes())
@@ -96,11 +107,6 @@ def deployed(folder: Path, *overrides: str, wait_all: bool = True) -> Iterator[D
     """A deployment that is up in the block and always taken down afterwards; nothing is left."""
     scratch = Path(tempfile.mkdtemp(prefix="hpcr-", dir="/tmp"))  # short: a socket's path has 107 bytes
     one = Deployed(folder / "run", scratch, [f"cluster.scratch={scratch}", *overrides])
-    try:
-        one.up(*(["--wait", "all"] if wait_all else []))
+    with one.running(wait_all=wait_all):
         yield one
-    finally:
-        if one.run.exists():
-            one.verb("down")
-    one.nothing_left()
     shutil.rmtree(scratch)

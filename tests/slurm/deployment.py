@@ -150,10 +150,5 @@ def on_slurm(cluster: SlurmCluster, name: str, *overrides: str, wait_all: bool =
     scratch.mkdir()
     one = OnSlurm(folder / "run", scratch, ["cluster=slurm", *overrides], cluster=cluster)
     one.record_queries()
-    try:
-        one.up(*(["--wait", "all"] if wait_all else []))
+    with one.running(wait_all=wait_all):
         yield one
-    finally:
-        if one.run.exists():
-            one.verb("down")
-    one.nothing_left()

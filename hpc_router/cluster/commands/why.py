@@ -46,7 +46,7 @@ RANK_LINES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """`what` describes the problem of a replica; `lines` are from its log."""
+    """Why a replica does not serve. `what`: the problem. `lines`: from the replica's log."""
 
     view: ReplicaView
     what: str

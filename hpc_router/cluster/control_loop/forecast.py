@@ -101,7 +101,7 @@ def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
 
 
 class ForecastFiles:
-    """Writes both files."""
+    """Writes `estimates.json` and `forecast.json`."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run

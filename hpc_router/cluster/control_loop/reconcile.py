@@ -52,8 +52,8 @@ KILL_AGAIN_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """`replicas`: number per expert. `forgiven`: failures up to this generation of a slot do not count. `standby`: a
-    router that has served for STANDBY_S gets a successor whose job waits for its end.
+    """The desired state of a run. `replicas`: number per expert. `forgiven`: failures up to this generation of a slot do
+    not count. `standby`: a router that has served for STANDBY_S gets a successor whose job waits for its end.
 
     `handovers`: how the jobs of each expert, and of the router, are replaced near their walltime. `revisions`: of the
     config that their jobs should have; `overlapping`: those of which two jobs can run when that has changed.

@@ -64,7 +64,8 @@ class JobRequest:
 
 
 class Launcher(Protocol):
-    """Methods take batches, because each call costs a child process or a query to the Slurm controller."""
+    """Submits, observes and ends jobs. Methods take batches, because each call costs a child process or a query to the
+    Slurm controller."""
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
         """Claims and submits. Returns the replicas that this call submitted, without those that another process had

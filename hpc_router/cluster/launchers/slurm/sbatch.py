@@ -28,7 +28,8 @@ _SAME_NAME: Final = ("partition", "account", "qos", "constraint", "reservation",
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """One Slurm job. `command`: what srun runs in each task. `jobid`: the existing job in which the steps run."""
+    """One Slurm job. `command`: what srun runs in each task. `jobid`: the existing job in which the steps run; None for
+    a new job."""
 
     run: RunDir
     requests: tuple[JobRequest, ...]
