@@ -171,8 +171,8 @@ def wait(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> DrainResult:
-    """Waits until all drained replicas have ended or the drain time is over; returns the result with `left`. Reads only
-    files; runs passes if no control loop will."""
+    """Waits until all drained replicas have ended or the drain time is over; returns the result with `left`. Only reads
+    files, unless no control loop will replace the jobs: then it runs passes itself."""
     cluster, router = control.deployment.cluster, control.deployment.router
     deadline = clock() + max(cluster.drain_s, router.drain_s) + MARGIN_S
     no_loop = drained.needs_reconcile(control.run)
