@@ -82,7 +82,7 @@ def test_adapters_answer_under_their_names_and_differ_from_their_base(pair: Depl
     if engine_of(pair) != "vllm":
         pytest.skip("transformers serve has no adapters")
 
-    def asked(client: openai.OpenAI, model: str, prompt: str) -> tuple[str, str, str | None]:
+    def answer_of(client: openai.OpenAI, model: str, prompt: str) -> tuple[str, str, str | None]:
         raw = client.chat.completions.with_raw_response.create(
             model=model, messages=[{"role": "user", "content": prompt}], max_tokens=12, temperature=0.0
         )
@@ -90,10 +90,10 @@ def test_adapters_answer_under_their_names_and_differ_from_their_base(pair: Depl
         return raw.headers["x-expert"], done.model, done.choices[0].message.content
 
     with pair.client() as client:
-        said = {name: asked(client, name, SUED) for name in ("math", *ADAPTERS)}
-        assert {name: (expert, model) for name, (expert, model, _) in said.items()} == {n: (n, n) for n in said}
-        assert len({text for _, _, text in said.values()}) == 3
-        assert asked(client, "auto", SUED) == said["law"]
+        answers = {name: answer_of(client, name, SUED) for name in ("math", *ADAPTERS)}
+        assert {name: (expert, model) for name, (expert, model, _) in answers.items()} == {n: (n, n) for n in answers}
+        assert len({text for _, _, text in answers.values()}) == 3
+        assert answer_of(client, "auto", SUED) == answers["law"]
         assert {m.id for m in client.models.list()} == {"auto", "code", "math", *ADAPTERS}
     served = {r["replica"]: set(r["serves"]) for r in records(pair) if r["kind"] == "expert"}
     assert served == {"code-0.g1": {"code"}, "math-0.g1": {"math", *ADAPTERS}}

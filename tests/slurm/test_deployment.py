@@ -118,11 +118,11 @@ def test_up_again_twice_at_once_changes_nothing(deployed: OnSlurm) -> None:
 
 def test_status_is_one_screen_with_what_slurm_knows(deployed: OnSlurm) -> None:
     before = len(deployed.slurm_queries())
-    told = deployed.status()
+    status = deployed.status()
     asked = [query for query in deployed.slurm_queries()[before:] if not query.by_loop]
     assert [question.command for question in asked] == ["squeue"]
     for name in EXPERTS:
-        (replica,) = told["experts"][name]["replicas"]
+        (replica,) = status["experts"][name]["replicas"]
         assert (replica["job_state"], replica["state"], replica["in_flight"]) == ("RUNNING", "ready", 0)
         assert replica["node"] in ("n1", "n2", "n3")
         assert 0 < replica["ends_at"] - time.time() <= 30 * 60
@@ -307,11 +307,11 @@ def test_why_shows_the_reason_of_a_waiting_job(deployed: OnSlurm, cluster: Slurm
     deployed.verb("scale", "law=12")
     try:
 
-        def told() -> list[dict[str, Any]]:
+        def causes() -> list[dict[str, Any]]:
             causes: list[dict[str, Any]] = json.loads(deployed.verb("why", "law", "--json").stdout)
             return [cause for cause in causes if cause["pending"]]
 
-        cause = eventually_sync(told, every_s=1.0)[0]
+        cause = eventually_sync(causes, every_s=1.0)[0]
         assert cause["pending"] in ("Resources", "Priority")
         assert cause["job_state"] == "PENDING"
         assert "wait" in cause["what"]

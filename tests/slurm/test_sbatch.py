@@ -53,7 +53,7 @@ class ByHand:
         eventually_sync(lambda: self.job(number)["JobState"] in over, every_s=0.2)
         return self.job(number)
 
-    def said(self, number: str) -> str:
+    def job_output(self, number: str) -> str:
         (log,) = self.cluster.shared.glob(f"*-{number}.log")
         return log.read_text()
 
@@ -148,8 +148,8 @@ def test_what_slurm_shows_of_a_refused_job(by_hand: ByHand) -> None:
     absent = by_hand.submit("expert.sbatch", str(by_hand.cluster.shared / "nowhere"), "math")
     unknown = by_hand.submit("expert.sbatch", str(by_hand.run.path), "maths", "topology=sim")
     assert by_hand.ended(absent)["ExitCode"] == by_hand.ended(unknown)["ExitCode"] == "2:0"
-    assert "usage: sbatch" in by_hand.said(absent)
-    assert "did you mean 'math'" in by_hand.said(unknown)
+    assert "usage: sbatch" in by_hand.job_output(absent)
+    assert "did you mean 'math'" in by_hand.job_output(unknown)
 
 
 def test_each_expert_answers_through_the_router(by_hand: ByHand) -> None:
@@ -166,13 +166,13 @@ def test_a_bench_measures_from_a_node(by_hand: ByHand) -> None:
     by_hand.has_ready("code", "math")
     words = ("bench=smoke", "bench.model=math", "bench.users=[2]", "bench.requests=6", "bench.max_tokens=4")
     number = by_hand.submit("bench.sbatch", str(by_hand.run.path), *words, options=("--nodelist=n1",))
-    assert by_hand.ended(number)["ExitCode"] == "0:0", by_hand.said(number)
+    assert by_hand.ended(number)["ExitCode"] == "0:0", by_hand.job_output(number)
     (path,) = (by_hand.run.path / "bench").glob("*.jsonl")
     found: dict[str, Any] = json.loads(path.read_text())
     assert (found["users"], found["succeeded"], found["experts"]) == (2, 6, {"math": 1.0})
     origin = found["provenance"]
     assert (origin["job_id"], origin["hardware"]["host"]) == (number, "n1")
-    assert str(path) in by_hand.said(number)
+    assert str(path) in by_hand.job_output(number)
 
 
 def test_a_training_makes_an_artefact(by_hand: ByHand) -> None:
@@ -184,11 +184,11 @@ def test_a_training_makes_an_artefact(by_hand: ByHand) -> None:
     words = (str(data), str(output), "features=lexical")
     number = by_hand.submit("train.sbatch", *words, "method=exemplars", options=("--nodelist=n1",))
     refused = by_hand.submit("train.sbatch", *words, "clusters=1", options=("--nodelist=c1",))
-    assert by_hand.ended(number)["ExitCode"] == "0:0", by_hand.said(number)
+    assert by_hand.ended(number)["ExitCode"] == "0:0", by_hand.job_output(number)
     assert Classifier(read(output)).classify("a comet near the moon").expert == "astronomy"
-    assert str(output) in by_hand.said(number)
+    assert str(output) in by_hand.job_output(number)
     assert by_hand.ended(refused)["ExitCode"] == "2:0"
-    assert "a classifier needs 2 or more" in by_hand.said(refused)
+    assert "a classifier needs 2 or more" in by_hand.job_output(refused)
 
 
 def test_a_training_without_data_or_output_is_refused() -> None:

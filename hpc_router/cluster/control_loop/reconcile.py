@@ -55,8 +55,8 @@ class Desired:
     """The desired state of a run. `replicas`: number per expert. `forgiven`: failures up to this generation of a slot
     do not count. `standby`: a router that has served for STANDBY_S gets a successor whose job waits for its end.
 
-    `handovers`: how the jobs of each expert, and of the router, are replaced near their walltime. `revisions`: the config
-    revision that their jobs should have. `overlapping`: the names whose old and new job can run at the same time.
+    `handovers`: how the jobs of each expert, and of the router, are replaced near their walltime. `revisions`: the
+    config revision that their jobs should have. `overlapping`: those whose old and new job can run at the same time.
 
     `down`: no job is wanted. `clear`: every live job must end. Only the verb `down` sets it, because a loop that still
     runs must not end a router that was started after `down`.

@@ -129,7 +129,7 @@ def test_on_the_loopback_of_another_node_the_identity_is_not_checked(
     no use here."""
     run = configured(tmp_path)
     leads(monkeypatch, "http://127.0.0.1:41000", node="n17")
-    monkeypatch.setattr(router_access, "check_identity", lambda *_: pytest.fail("asked somebody on this node"))
+    monkeypatch.setattr(router_access, "check_identity", lambda *_: pytest.fail("checked a process on this node"))
     assert main(["url", "--run", str(run.path), "--ssh"]) == 0
     out, err = capsys.readouterr()
     assert out == f"ssh -N -J hpc -L 8000:127.0.0.1:41000 {getpass.getuser()}@n17\n"

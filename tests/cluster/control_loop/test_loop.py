@@ -136,7 +136,7 @@ def test_scaling_adds_and_drains(run: RunDir, control: ControlLoop) -> None:
     eventually_sync(lambda: started(run, "math-1.g1"))
     registry.publish(run.registry, record("math-1.g1"))
     desired_state.scale(run, control.deployment, {"math": 1}, control.preview().observed)
-    control.run_pass()  # the drain call finds nobody at that address, so the deadline ends it
+    control.run_pass()  # no process answers the drain call, so the deadline ends the replica
     assert JobDir(run, "math-1.g1").stop() is not None
     eventually_sync(lambda: control.run_pass() and live(control) == ["math-0.g1"])
     assert (run.path / "math-1.g1.stopped").read_text() == "SIGTERM"

@@ -15,7 +15,7 @@ RECORD = Record(RecordKind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READ
 
 
 class Slurm:
-    """A controller with one running job. It answers only when it is queried anew."""
+    """A controller with one running job. It answers only `fresh` queries."""
 
     def __init__(self) -> None:
         self.now, self.asked = 0.0, 0
