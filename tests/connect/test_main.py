@@ -25,6 +25,7 @@ from hpc_router.cluster.commands.tunnel import LocalHost, tunnel_to_forwarder
 from hpc_router.connect import listener
 from hpc_router.connect.listener import RunningForwarder, _listen_unix, running_forwarder, serving_address
 from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.net.addresses import free_port
 from hpc_router.state.job_records import start_ticks
 from hpc_router.state.private_folder import make_private, user_folder
 from hpc_router.state.registry import State
@@ -52,12 +53,6 @@ async def router(run: RunDir) -> AsyncIterator[FakeRouter]:
     async with fake_router(run) as made:
         enter(run, record_of(made.url))
         yield made
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
 
 
 async def cli(run: RunDir, *words: str) -> tuple[int, str, str]:
