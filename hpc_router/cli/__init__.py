@@ -1,1 +1,1 @@
-"""The command line: arguments in, tables and exit codes out."""
+"""The command line: parses arguments, calls the verbs, prints results and returns exit statuses."""

@@ -1,4 +1,4 @@
-"""The verb `bench`, with a task for each benchmark. Only `agreement` needs a run."""
+"""The verb `bench`, with a task for each benchmark. Only `agreement` needs a running deployment."""
 
 import argparse
 from dataclasses import asdict
@@ -26,12 +26,12 @@ def add_bench(verbs: "Verbs[Parser]") -> None:
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options that were given; the others keep the benchmark's defaults."""
+    """Returns the options that the user gave; the others keep the benchmark's defaults."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _add_router(benchmarks: "Verbs[Parser]") -> None:
-    details = " Relays that are not installed are named and skipped."
+    details = " Relays that are not installed are skipped, with a note."
     parser = add_verb(benchmarks, _bench_router, details=details, run=False, json=True)
     parser.add_argument("--only", type=name_list, default=(), metavar="NAME,...", help="measure only these relays")
     parser.add_argument("--streams", type=count, metavar="N", help="concurrent streams (default 1000)")
@@ -40,7 +40,7 @@ def _add_router(benchmarks: "Verbs[Parser]") -> None:
     parser.add_argument("--rounds", type=count, metavar="N", help="rounds, each with every relay (default 3)")
     parser.add_argument("--connections", type=count, metavar="N", help="connections for short requests (default 16)")
     parser.add_argument(
-        "--soak", type=count, default=0, metavar="N", help="then send N requests: does its memory grow?"
+        "--soak", type=count, default=0, metavar="N", help="then send N requests and check that memory does not grow"
     )
     parser.add_argument(
         "--quiet",
@@ -59,13 +59,15 @@ def _add_router(benchmarks: "Verbs[Parser]") -> None:
         help="another checkout of this router, measured beside it",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: analysis/results)")
-    parser.add_argument("--quick", action="store_true", help="one short round; the figures mean little")
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round, to see that it works; its figures are not reliable"
+    )
 
 
 def _bench_router(arguments: argparse.Namespace) -> int:
-    """the cost of relaying: this router beside nginx, haproxy, vllm-router, sglang-router and no router
+    """measure the cost of relaying: this router beside nginx, haproxy, vllm-router, sglang-router and no router
 
-    hpc-router bench router --quick                   half a minute: does it work here?
+    hpc-router bench router --quick                   half a minute, to see that it works
     hpc-router bench router                           a quarter of an hour
     hpc-router bench router --only nginx,router --seconds 10 --soak 1000000
     """
@@ -104,15 +106,15 @@ def _add_soak(benchmarks: "Verbs[Parser]") -> None:
         "--strike",
         action="append",
         metavar="KIND=SECONDS",
-        help="kill a replica, a worker or the control process every SECONDS, or `once`; repeat for more kinds; `none`: "
-        "nothing (default: replica=5, worker=60, control=once)",
+        help="kill a replica, a worker or the control process every SECONDS, or `once`; repeat for more kinds; `none` "
+        "kills nothing (default: replica=5, worker=60, control=once)",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the arrivals (default 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (default: analysis/results)")
 
 
 def _bench_soak(arguments: argparse.Namespace) -> int:
-    """load on a deployment of its own while its processes are killed: what fails?
+    """load a deployment of its own while its processes are killed, and report what fails
 
     hpc-router bench soak                             a minute
     hpc-router bench soak --seconds 600               the long form
@@ -138,16 +140,16 @@ def _add_agreement(benchmarks: "Verbs[Parser]") -> None:
     parser = add_verb(benchmarks, _bench_agreement)
     parser.add_argument("--vllm", required=True, metavar="PYTHON", help="interpreter that has vLLM")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="a tokenizer's folder")
-    parser.add_argument("--model", metavar="EXPERT", help="the model to ask (default auto)")
+    parser.add_argument("--model", metavar="EXPERT", help="model of the requests (default auto)")
     parser.add_argument("--users", type=count, metavar="N", help="number of users (default 8)")
     parser.add_argument("--requests", type=count, metavar="N", help="requests per tool and round (default 200)")
-    parser.add_argument("--tokens", type=count, metavar="N", help="maximum tokens of an answer (default 32)")
+    parser.add_argument("--tokens", type=count, metavar="N", help="most tokens of an answer (default 32)")
     parser.add_argument("--rounds", type=count, metavar="N", help="rounds, each with both tools (default 3)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the result (default: analysis/results)")
 
 
 def _bench_agreement(arguments: argparse.Namespace) -> int:
-    """the load generator's figures beside those of `vllm bench serve`, on a running deployment
+    """compare the load generator's figures with those of `vllm bench serve`, on a running deployment
 
     hpc-router bench agreement --vllm .venv-vllm/bin/python --tokenizer /models/llama
     """

@@ -76,19 +76,27 @@ def _add_pack(tasks: "Verbs[Parser]") -> None:
         type=expert_number,
         default=[],
         metavar="EXPERT=N",
-        help="its capacity (default: all equal)",
+        help="capacity of this expert, in any unit (default: all equal)",
     )
     parser.add_argument(
-        "--limit", type=number, default=1.0, metavar="F", help="highest load / capacity share (default 1)"
+        "--limit",
+        type=number,
+        default=1.0,
+        metavar="F",
+        help="highest ratio of an expert's share of the load to its share of the capacity (default 1)",
     )
     parser.add_argument(
-        "--max-loss", type=number, default=0.1, metavar="X", help="highest loss of accuracy (default 0.1)"
+        "--max-loss",
+        type=number,
+        default=0.1,
+        metavar="X",
+        help="highest total loss of accuracy (default 0.1)",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="write the artefact with the new table here")
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    """move clusters between experts until no expert exceeds its share of the load"""
+    """move clusters to other experts until no expert exceeds its share of the load"""
     from hpc_router.cli.classify import pack
 
     return print_value(
@@ -106,9 +114,15 @@ def _pack(arguments: argparse.Namespace) -> int:
 def _add_assign(tasks: "Verbs[Parser]") -> None:
     parser = _add_task(tasks, _assign, prompts=False)
     parser.add_argument(
-        "table", nargs="+", type=cluster_assignment, metavar="CLUSTER=EXPERT", help="CLUSTER= removes its expert"
+        "table",
+        nargs="+",
+        type=cluster_assignment,
+        metavar="CLUSTER=EXPERT",
+        help="the new expert of a cluster; CLUSTER= removes its expert",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write it (default: in place)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for the changed artefact (default: ARTEFACT itself)"
+    )
 
 
 def _assign(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 
 def evaluation_text(result: Mapping[str, Any]) -> RenderableType:
+    """Formats the result of `cli.classify.evaluate`."""
     artefact = result["artefact"]
     clusters, prompts = artefact["clusters"], result["prompts"]
     parts: list[RenderableType] = [

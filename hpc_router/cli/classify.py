@@ -1,4 +1,4 @@
-"""`hpc-router classify`: predict with an artefact, evaluate it, and edit its cluster -> expert table.
+"""`hpc-router classify`: predicts with an artefact, evaluates it, and edits its table of the expert of each cluster.
 
 Each function returns JSON values; the command line prints them.
 """
@@ -21,13 +21,13 @@ from hpc_router.routing.training.quality import stored_quality
 
 
 def with_cluster_names(artefact: Artefact) -> Artefact:
-    """Return the artefact with the cluster's own name as the expert of each cluster that has none."""
+    """Returns the artefact; each cluster without an expert gets its own name as its expert."""
     experts = tuple(expert or cluster for expert, cluster in zip(artefact.experts, artefact.clusters, strict=True))
     return replace(artefact, experts=experts)
 
 
 def predict(folder: Path, prompts: Path, *, fallback: str | None = None) -> Iterator[dict[str, object]]:
-    """Yield one decision per prompt (*contract*: its keys), after reading and checking all prompts."""
+    """Reads and checks all prompts, then yields one decision per prompt (*contract*: its keys)."""
     artefact = read(folder)
     policy = ClassifierPolicy(Classifier(with_cluster_names(artefact)), fallback=fallback)
     for row in read_rows(prompts):
@@ -35,10 +35,11 @@ def predict(folder: Path, prompts: Path, *, fallback: str | None = None) -> Iter
 
 
 def evaluate(folder: Path, prompts: Path, *, fit: Path | None = None, costs: Mapping[str, float]) -> dict[str, Any]:
-    """Return balance, margins and latency; with labels also accuracy, with `correct` also cost against quality.
+    """Returns the artefact's balance, margins and latency on these prompts; if they have labels, also its accuracy, and
+    if they have `correct`, cost against quality.
 
-    `fit`: labelled prompts that name the clusters (default: the experts or the evaluated prompts). `costs`: cost of an
-    answer by expert, instead of the measured one.
+    `fit`: labelled prompts that name the clusters (default: the artefact's experts, else the evaluated prompts).
+    `costs`: cost of an answer by expert, instead of the measured one.
     """
     artefact = read(folder)
     classifier = Classifier(with_cluster_names(artefact))
@@ -109,11 +110,11 @@ def _cost_quality(
     experts = list(quality.experts)
     unknown = sorted(set(costs) - set(experts))
     if unknown:
-        raise ConfigError(f"--cost {unknown[0]}: no measured expert{suggest(unknown[0], experts)}")
+        raise ConfigError(f"--cost {unknown[0]}: the artefact has no such expert{suggest(unknown[0], experts)}")
     if any(set(experts) - set(row.correct) for row in rows):
         raise ConfigError(f'"correct" must name {", ".join(experts)} in each row')
     cost = np.array([costs.get(name, float(c)) for name, c in zip(experts, quality.cost, strict=True)])
-    if len(set(cost.tolist())) == 1:  # no costs are known: assume that the better expert is the more expensive one
+    if len(set(cost.tolist())) == 1:  # equal costs: the better expert counts as the more expensive one
         cost = (np.arange(len(experts)) == quality.rate.mean(axis=0).argmax()).astype(np.float64)
     expensive, cheap = int(cost.argmax()), int(cost.argmin())
     gain = quality.rate[:, expensive] - quality.rate[:, cheap]
@@ -123,14 +124,15 @@ def _cost_quality(
 
 
 def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> dict[str, Any]:
-    """Assign clusters to other experts and write the artefact as a new version. Nothing is trained again.
+    """Assigns clusters to other experts and writes the artefact as a new version, without training.
 
-    `table`: the new expert of each cluster to be changed; None: the cluster has no expert. Raises ConfigError.
+    `table`: the new expert of each cluster to be changed; None leaves the cluster without an expert. Raises ConfigError
+    for a cluster that the artefact does not have.
     """
     artefact = read(folder)
     for cluster in table:
         if cluster not in artefact.clusters:
-            raise ConfigError(f"{cluster}: no cluster of {folder}{suggest(cluster, artefact.clusters)}")
+            raise ConfigError(f"{folder} has no cluster '{cluster}'{suggest(cluster, artefact.clusters)}")
     experts = tuple(table.get(c, e) for c, e in zip(artefact.clusters, artefact.experts, strict=True))
     changed = replace(artefact, experts=experts)
     changed.write(output)
@@ -140,10 +142,12 @@ def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> di
 def pack(
     folder: Path, prompts: Path, *, capacity: Mapping[str, float], limit: float, max_loss: float, output: Path | None
 ) -> dict[str, Any]:
-    """Rebalance the table against the traffic of `prompts`, and write it to `output` if given.
+    """Moves clusters to other experts so that each expert gets its share of the load of `prompts`. Returns the shares
+    and moves, and writes the changed artefact to `output` if given.
 
-    The loss of a move is in accuracy: from the artefact's measured quality, else from the labels of the prompts.
-    `capacity`: by expert, in any unit; empty for equal experts. `limit`: factor on the capacity share.
+    The cost of a move is a loss of accuracy, estimated from the artefact's measured quality, else from the labels of
+    the prompts. `capacity`: by expert, in any unit; empty for equal experts. `limit`: highest ratio of an expert's
+    share of the load to its share of the capacity. `max_loss`: highest total loss of accuracy.
     """
     artefact = read(folder)
     rows = [row for row in read_rows(prompts) if row.text.strip()]
@@ -156,7 +160,9 @@ def pack(
     if len(experts) < 2:
         if capacity:
             raise ConfigError("--capacity names one expert; it must name all of them, or be left out")
-        raise ConfigError(f'{prompts}: no "expert" or "domain" names the experts; give --capacity EXPERT=N')
+        raise ConfigError(
+            f'{prompts}: the rows name fewer than two experts in "expert" or "domain"; give --capacity EXPERT=N'
+        )
     if quality is not None and set(experts) <= set(quality.experts):
         score = quality.rate[:, [quality.experts.index(name) for name in experts]]
     else:

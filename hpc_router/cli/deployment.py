@@ -20,7 +20,9 @@ def _add_overrides(parser: Parser) -> None:
 
 def add_plan(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, plan, json=True)
-    parser.add_argument("--no-ask", action="store_true", help="do not let the engines check their flags (faster)")
+    parser.add_argument(
+        "--no-ask", action="store_true", help="skip the checks that start programs: engines and Slurm (faster)"
+    )
     _add_overrides(parser)
 
 
@@ -45,7 +47,9 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def add_up(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, up)
-    parser.add_argument("--wait", choices=("any", "all"), default="any", help="return when any expert is ready, or all")
+    parser.add_argument(
+        "--wait", choices=("any", "all"), default="any", help="return when any expert is ready (default), or all"
+    )
     _add_overrides(parser)
 
 
@@ -60,7 +64,8 @@ def up(arguments: argparse.Namespace) -> int:
 
 
 def run_up(given: Path | None, overrides: list[str], *, config_dir: Path | None, wait_all: bool) -> int:
-    """The body of `up` and of `launch.deploy`. `given` is the run directory that was named, if any."""
+    """Runs `up`, for the verb and for `launch.deploy`; returns the exit status. `given`: the run directory that the
+    user named, if any."""
     from hpc_router.cli.tables import UpProgress
     from hpc_router.cluster.commands.up import Served
     from hpc_router.cluster.commands.up import up as bring_up
@@ -77,7 +82,7 @@ def run_up(given: Path | None, overrides: list[str], *, config_dir: Path | None,
 
 
 def print_usage(run: RunDir, url: str) -> None:
-    """Commands with which to use the endpoint at `url`."""
+    """Prints commands that use the endpoint at `url`."""
     name = shlex.quote(os.path.relpath(run.path) if run.path.is_relative_to(Path.cwd()) else str(run.path))
     print(f"serving at {url}/v1  (model: auto, or an expert's name)\n")
     print(f'  hpc-router chat --run {name} "Is 91 a prime?"')
@@ -94,7 +99,7 @@ def add_down(verbs: "Verbs[Parser]") -> None:
 
 
 def down(arguments: argparse.Namespace) -> int:
-    """end a deployment: drain, end all jobs, leave nothing
+    """end a deployment: its replicas finish their requests, then all its jobs end
 
     hpc-router down --run runs/mine
     """

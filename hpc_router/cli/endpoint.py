@@ -25,7 +25,7 @@ def add_route(verbs: "Verbs[Parser]") -> None:
 
 
 def route(arguments: argparse.Namespace) -> int:
-    """explain where a prompt would go
+    """explain which expert a prompt would go to
 
     hpc-router route "What is the derivative of x^2?"
     """
@@ -46,11 +46,16 @@ def route(arguments: argparse.Namespace) -> int:
 def add_chat(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, chat)
     parser.add_argument("--model", default="auto", help="name of an expert; auto: the policy decides (default)")
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: standard input, or a conversation")
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="the prompt (default: standard input, or a conversation on a terminal)",
+    )
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    """ask the deployment; without PROMPT: a conversation
+    """send a prompt and print the answer; without PROMPT, hold a conversation
 
     hpc-router chat "Is 91 a prime?"
     hpc-router chat --model law
@@ -85,7 +90,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 async def _answer(access: "RouterAccess", messages: list[dict[str, str]], model: str) -> str:
-    """Print the answer as it comes; the whole of it."""
+    """Prints the answer while it arrives, and returns its whole text."""
     from hpc_router.cluster.commands.chat import Head
     from hpc_router.cluster.commands.chat import chat as converse
 
@@ -177,7 +182,7 @@ def add_connect(verbs: "Verbs[Parser]") -> None:
 
 
 def connect(arguments: argparse.Namespace) -> int:
-    """serve one address for plain clients, and forward to whichever router leads
+    """serve one address for plain clients, and forward their requests to the router that leads
 
     hpc-router connect --port 8000         then, in another shell: eval "$(hpc-router env)"
     hpc-router connect --detach            then: hpc-router url --ssh
@@ -197,7 +202,7 @@ def connect(arguments: argparse.Namespace) -> int:
 
 
 def _print_forwarder(running: "RunningForwarder", *, json: bool) -> int:
-    """The address to stdout; how to use and end it to stderr."""
+    """Prints the address to stdout, and how to use and end the process to stderr."""
     run = shlex.quote(running.run)
     if running.port is None:
         use = f"curl --unix-socket {shlex.quote(running.address)} http://localhost/v1/models"

@@ -1,7 +1,7 @@
-"""`hpc-router`: parses the command line, runs the verb, turns expected failures into one line and an exit status.
+"""`hpc-router`: parses the command line, runs the verb, and turns an expected failure into one line and an exit status.
 
 Exit status: 0 done, 1 failed, 2 a value to edit, 130 interrupted. Each verb's arguments and body stand together in the
-module of its group; a body imports what it needs when it runs, so that `--help` loads little.
+module of its group. A body imports what it needs when it runs, so that `--help` loads little.
 """
 
 import io
@@ -39,7 +39,7 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "bench": benchmark.add_bench,
     "classify": classifier.add_classify,
 }
-"""In the order of `hpc-router --help`."""
+"""The verbs, in the order of `hpc-router --help`."""
 
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C."""
@@ -54,7 +54,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def run_reporting_errors(body: Callable[[], int]) -> int:
-    """The body's exit status; an expected failure is written to stderr, one line per fault, without a traceback."""
+    """Returns the body's exit status. Writes an expected failure to stderr, one line per fault, without a traceback."""
     try:
         status = body()
         sys.stdout.flush()
@@ -67,7 +67,7 @@ def run_reporting_errors(body: Callable[[], int]) -> int:
     except OSError as error:
         sys.stderr.write(f"hpc-router: {error}\n")
         return 1
-    except KeyboardInterrupt as error:  # its text, if a verb has one, says what is left
+    except KeyboardInterrupt as error:  # a verb's own text says what is left to do
         sys.stderr.write(f"hpc-router: {'; '.join(['interrupted', *map(str, error.args)])}\n")
         return INTERRUPTED
     return status

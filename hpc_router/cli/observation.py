@@ -26,7 +26,9 @@ def status(arguments: argparse.Namespace) -> int:
 
 def add_logs(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, logs)
-    parser.add_argument("name", nargs="?", metavar="REPLICA|EXPERT|router", help="of which process (default: all)")
+    parser.add_argument(
+        "name", nargs="?", metavar="REPLICA|EXPERT|router", help="the process whose logs are printed (default: all)"
+    )
     parser.add_argument("-f", "--follow", action="store_true", help="print new lines as they are written")
     parser.add_argument(
         "-n", "--lines", type=count, default=20, metavar="N", help="last lines of each file (default 20)"
@@ -59,7 +61,10 @@ def logs(arguments: argparse.Namespace) -> int:
 def add_why(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, why, json=True)
     parser.add_argument(
-        "name", nargs="?", metavar="REPLICA|EXPERT|router", help="of which replica (default: all that are not ready)"
+        "name",
+        nargs="?",
+        metavar="REPLICA|EXPERT|router",
+        help="the replica to explain (default: all that are not ready)",
     )
 
 

@@ -44,8 +44,8 @@ def apply(arguments: argparse.Namespace) -> int:
 
     hpc-router apply experts.math.engine.options.max_model_len=8192
     hpc-router apply '~experts.law' --dry-run
-    hpc-router apply --config-dir my topology=mine cluster=slurm     the whole description, as for `up`
-    hpc-router apply --previous                                      take the last change back
+    hpc-router apply --config-dir my topology=mine cluster=slurm     the whole config, as for `up`
+    hpc-router apply --previous                                      undo the last `apply`
     hpc-router apply                                                 move the run to this version of hpc-router
     """
     from hpc_router.cluster.commands.apply import find_change, roll_out, write_change
@@ -83,14 +83,14 @@ def add_drain(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, drain, json=True)
     parser.add_argument("names", nargs="+", metavar="REPLICA|SLOT|EXPERT|NODE|router")
     parser.add_argument("--wait", action="store_true", help="return when the replicas have ended")
-    parser.add_argument("--undo", action="store_true", help="drain nothing: let jobs start on these nodes again")
+    parser.add_argument("--undo", action="store_true", help="undo the drain of nodes: let jobs start on them again")
 
 
 def drain(arguments: argparse.Namespace) -> int:
     """let replicas finish their requests and end; new jobs replace them
 
     hpc-router drain math-0
-    hpc-router drain gpu17 --wait        all replicas on that node, but no router
+    hpc-router drain gpu17 --wait        all replicas on that node, except a router
     hpc-router drain gpu17 --undo        let jobs start on that node again
     hpc-router drain router
     """
@@ -105,14 +105,14 @@ def drain(arguments: argparse.Namespace) -> int:
         return 0
     drained = start_drain(control, arguments.names)
     if not drained.replicas and not drained.excluded:
-        raise LaunchError(f"nothing of {', '.join(arguments.names)} runs; `hpc-router status` shows the jobs that do")
+        raise LaunchError(f"no job of {', '.join(arguments.names)} runs; `hpc-router status` shows all jobs")
     with explaining_interrupt(lambda: interrupted_text(control.run, drained)):
         if not arguments.json:
             print_lines(drained.lines())
         print_warnings(drained.warnings)
         ended = wait(control, drained) if arguments.wait else drained
     if drained.replicas and not arguments.wait and drained.needs_reconcile(control.run):
-        sys.stderr.write("hpc-router: no router will replace what ends; `hpc-router reconcile` does\n")
+        sys.stderr.write("hpc-router: no router will replace these jobs; `hpc-router reconcile` does\n")
     if arguments.json:
         print_value(ended.to_json())
     if ended.left:
@@ -158,7 +158,7 @@ def add_register(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, register, json=True)
     parser.add_argument("--expert", required=True, metavar="NAME", help="the expert's name")
     parser.add_argument("--url", required=True, help="base URL of its API, used as written; a host alone gets /v1")
-    parser.add_argument("--model", help="name of the model there (default: the one in its /v1/models)")
+    parser.add_argument("--model", help="name of the model at the endpoint (default: the one in its /v1/models)")
     parser.add_argument("--token-file", type=Path, metavar="F", help="file with the token that the endpoint requires")
     probing = parser.add_mutually_exclusive_group()
     probing.add_argument(
@@ -178,7 +178,7 @@ def add_register(verbs: "Verbs[Parser]") -> None:
 
 
 def register(arguments: argparse.Namespace) -> int:
-    """add an endpoint that runs elsewhere to a run, which is created if it is new
+    """add an external endpoint to a run; creates the run if it does not exist
 
     hpc-router register --run runs/mine --expert math --url http://node7:8000/v1
     hpc-router register --expert big --url https://api.example.org --model big-70b --token-file ~/.api-token
@@ -203,7 +203,7 @@ def add_unregister(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, unregister)
     parser.add_argument("replica", nargs="?", metavar="REPLICA")
     parser.add_argument("--expert", metavar="NAME", help="all external endpoints of this expert")
-    parser.add_argument("--url", help="only those at this address")
+    parser.add_argument("--url", help="only the endpoints at this address")
 
 
 def unregister(arguments: argparse.Namespace) -> int:
@@ -228,7 +228,7 @@ def add_reconcile(verbs: "Verbs[Parser]") -> None:
 
 
 def reconcile(arguments: argparse.Namespace) -> int:
-    """submit what is missing and end what is surplus, once or in a loop
+    """submit missing jobs and end surplus jobs, once or in a loop
 
     hpc-router reconcile
     hpc-router reconcile --loop          what the router's job runs

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 WIDE: Final = 240
-"""Width in columns where stdout is not a terminal, so that tables are not folded."""
+"""Width in columns if stdout is not a terminal, so that tables are not folded."""
 
 
 def print_value(value: "RenderableType | Mapping[str, Any] | list[Any]", *, fold: bool = True) -> int:
-    """Print a mapping or list as JSON, anything else with rich. `fold=False` keeps long lines whole, to be copied."""
+    """Prints a mapping or list as JSON, anything else with rich. `fold=False` keeps long lines whole, so that they can
+    be copied."""
     if isinstance(value, Mapping | list):
         print(json.dumps(value, indent=1, ensure_ascii=False))
         return 0

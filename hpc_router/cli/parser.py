@@ -20,14 +20,14 @@ begin with
   hpc-router plan topology=sim          show what would run
   hpc-router up topology=sim            run it, and print the address of the endpoint
   hpc-router chat "Is 91 a prime?"      send a prompt
-  hpc-router down                       end it, and leave nothing behind
+  hpc-router down                       end it and all its jobs
 
 exit status: 0 done, 1 failed, 2 a value to edit, 130 interrupted
 `hpc-router VERB --help` explains a verb.
 """
 
 Body = Callable[[argparse.Namespace], int]
-"""What a verb does; the result is the exit status."""
+"""The function of a verb. Returns the exit status."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,8 +41,8 @@ Verbs = argparse._SubParsersAction
 def parse_arguments(
     words: list[str] | None, add_verbs: Iterable[Callable[["Verbs[Parser]"], None]]
 ) -> tuple[Body, argparse.Namespace]:
-    """The body of the verb and its arguments. Overrides may stand between options, where argparse alone would lose
-    them."""
+    """Returns the verb's body and the parsed arguments. Overrides may also stand between options, where argparse alone
+    would not find them."""
     parser = Parser(
         prog="hpc-router",
         description="Several specialised LLMs behind one OpenAI-compatible endpoint; each prompt goes to its expert.",
@@ -64,13 +64,14 @@ def parse_arguments(
 
 
 def add_verb(verbs: "Verbs[Parser]", body: Body, *, details: str = "", run: bool = True, json: bool = False) -> Parser:
-    """A verb, or a task of one. Its name is the last word of the name of `body`; its help is the docstring of `body`:
-    a summary, an empty line, examples. `details` follows the summary. `run` and `json` add `--run` and `--json`."""
+    """Adds a verb, or a task of one, and returns its parser. The name is the last word of the name of `body`; the help
+    is the docstring of `body`: a summary, an empty line, examples. `details` follows the summary. `run` and `json` add
+    `--run` and `--json`."""
     summary, _, examples = (inspect.getdoc(body) or "").partition("\n\n")
     parser = verbs.add_parser(
         body.__name__.strip("_").rpartition("_")[2],
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}{'' if summary.endswith('?') else '.'}{details}",
+        description=f"{summary[0].upper()}{summary[1:]}.{details}",
         epilog=f"examples:\n{textwrap.indent(examples, '  ')}" if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter if examples else argparse.HelpFormatter,
     )

@@ -121,7 +121,7 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
 
 
 def _process_lines(router: Mapping[str, Any]) -> list[str]:
-    """The load of the router's workers, and the problems of its processes."""
+    """Returns lines with the load of the router's workers and the problems of its processes."""
     workers = router.get("workers") or ()
     loads = ", ".join(_text(w["in_flight"]) if w["serving"] else "being started" for w in workers)
     lines = [f"workers {len(workers)}  in flight {loads}"] if workers else []
@@ -136,7 +136,7 @@ def _text(value: object) -> str:
 
 
 def _left(ends_at: float | None) -> str:
-    """Time until the end of the walltime."""
+    """Returns the time until the end of the walltime as text."""
     if ends_at is None:
         return "-"
     minutes = max(0, int(ends_at - time.time())) // 60
@@ -183,7 +183,7 @@ def route_text(value: Mapping[str, Any]) -> RenderableType:
 
 
 class UpProgress:
-    """Progress of `up` and `down`: a live table on a terminal, else a line for every change."""
+    """Shows the progress of `up` and `down`: a live table on a terminal, else a line for every change."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -221,7 +221,7 @@ class UpProgress:
                 self._console.print(f"{elapsed_s:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)
 
     def living(self, attempts: list[Attempt]) -> None:
-        """Show the jobs that `down` waits for."""
+        """Shows the jobs that `down` waits for."""
         line = ", ".join(attempt.replica for attempt in attempts)
         if self._live is not None:
             self._live.update(Text(f"ending {line}" if line else ""))
@@ -231,7 +231,7 @@ class UpProgress:
 
 
 def _failure(view: ReplicaView) -> str:
-    """Why a replica does not serve."""
+    """Returns why a replica does not serve, or why its job waits."""
     if view.reason is not None:
         return f"{view.reason.value}: {view.message or ''}"
     return f"waits: {view.pending_reason}" if view.pending_reason is not None else ""

@@ -29,12 +29,13 @@ SOCKET_OPTIONS: Final[Sequence[tuple[int, int, int]]] = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST_NODE_S // 6),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_NODE_S),
 )
-"""For connections to routers: one to a node that was switched off or cut off breaks after LOST_NODE_S, also while it
-only waits for a response. Without them it stays open until the request's own timeout."""
+"""TCP options of connections to routers. A connection to a node that is switched off or cut off breaks after
+LOST_NODE_S seconds, also while it only waits for a response. Otherwise it would stay open until the request's own
+timeout."""
 
 
 class RequestNotTakenError(Exception):
-    """There was no connection to the router, so it does not have the request."""
+    """The router does not have the request, because there was no connection to it."""
 
 
 class ResponseLostError(HpcRouterError):
@@ -42,7 +43,7 @@ class ResponseLostError(HpcRouterError):
 
 
 class RouterResponse(Protocol):
-    """What the rules read of a response."""
+    """The fields of a response on which the retry rules depend."""
 
     @property
     def status_code(self) -> int: ...
@@ -56,8 +57,8 @@ T = TypeVar("T")
 
 
 class RouterFollower(ABC, Generic[Q, A]):
-    """Follows the routers of one run for requests of type Q. The methods of a subclass may block instead of awaiting;
-    then `follow` does as well."""
+    """Sends the requests (of type Q) of one client to the router that leads the run. A subclass may block in its
+    coroutines instead of awaiting; then `follow` blocks, too."""
 
     def __init__(self, run: RunDir, *, follow_s: float, check_lock: AbstractAsyncContextManager[Any]) -> None:
         self._run = run
@@ -70,34 +71,35 @@ class RouterFollower(ABC, Generic[Q, A]):
 
     @abstractmethod
     async def send(self, request: Q, router: Record, token: str) -> A:
-        """Send the request, and wait for the head of the response. Raises RequestNotTakenError and ResponseLostError,
-        each `from` its cause. Calls `invalidate` after every failure."""
+        """Sends the request, and returns the response once its head has arrived. Calls `invalidate` after every
+        failure. Raises RequestNotTakenError and ResponseLostError, each with its cause (`raise ... from`)."""
 
     @abstractmethod
     async def discard(self, response: A) -> None:
-        """Close a response that is not returned."""
+        """Closes a response that the caller does not get."""
 
     @abstractmethod
     async def call(self, function: Callable[[], T]) -> T:
-        """Call a function that blocks."""
+        """Runs a blocking function and returns its result."""
 
     @abstractmethod
     async def pause(self, length_s: float) -> None: ...
 
     async def find(self, *, recheck: bool) -> Record | None:
-        """The record of the leader, as `Leader.find`."""
+        """Returns the leader's record, as `Leader.find` does."""
         return await self.call(partial(self._leader.find, recheck=recheck))
 
     def adds_token(self, request: Q) -> bool:
-        """Whether `send` adds the token; otherwise a 401 concerns the caller only."""
+        """Returns whether `send` adds the owner's token. Only then can a new token help after a 401."""
         return True
 
     def invalidate(self) -> None:
-        """After a failure: the next request checks the router's identity again."""
+        """Makes the next request check the router's identity again. Called after a failed request."""
         self._identity.invalidate(time.monotonic())
 
     async def follow(self, request: Q, *, replayable: bool) -> A:
-        """The response of a router. `replayable`: the request can be sent again.
+        """Sends the request until a router responds, and returns the response. `replayable`: the request can be sent
+        again.
 
         Raises NoRouterError and ResponseLostError, and the errors of `send`.
         """
@@ -166,7 +168,7 @@ class RouterFollower(ABC, Generic[Q, A]):
         return self._token
 
     def _token_changed(self, token: str) -> bool:
-        """Whether the run's token is another one now than `token`, which the router refused."""
+        """Returns whether the run's token now differs from `token`, which the router refused."""
         self.invalidate()
         return self._read_token() != token
 

@@ -1,8 +1,9 @@
-"""Finds the router that leads a run. Clients send the token only to that one, after `router_identity` has checked it.
+"""Finds the router that leads a run, for clients.
 
-Rules: `registry.json` names the leader, and the leader's own record must confirm it, because `registry.json` stays when
-a router has ended. If they differ, or after a failed request (`recheck`), the records in the registry folder decide.
-Files of other users are ignored. While the file system fails or does not respond, the last result stands.
+Rules: `registry.json` names the leader, and the leader's own record must confirm it, because `registry.json` remains
+when a router has ended. If the two differ, or after a failed request (`recheck`), the records in the registry folder
+decide. Files of other users are ignored. While the file system fails or does not respond, the last result is used.
+`router_identity` checks the leader before a client sends it the token.
 """
 
 import logging
@@ -17,7 +18,7 @@ from hpc_router.state.stamped_file import StampedFile
 logger = logging.getLogger(__name__)
 
 REGISTRY_TIMEOUT_S: Final = 2.0
-"""Limit of one read of the registry by an asynchronous client; after it the last result is used."""
+"""Time limit in seconds of one read of the registry by an asynchronous client. After it, the last result is used."""
 
 
 class NoRouterError(HpcRouterError):
@@ -25,7 +26,8 @@ class NoRouterError(HpcRouterError):
 
 
 class Leader:
-    """Finds the leader of one run, repeatedly and from any thread. Parses only files that changed since then."""
+    """Finds the leader of one run, repeatedly and from any thread. Parses only the files that changed since the last
+    call."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -38,12 +40,13 @@ class Leader:
 
     @property
     def last(self) -> Record | None:
-        """The result of the last `find`."""
+        """Returns the result of the last `find`."""
         return self._last
 
     def find(self, *, recheck: bool = False) -> Record | None:
-        """The record of the leader; None if no router serves. Only one thread reads files at a time; without `recheck`
-        other threads get the last result meanwhile."""
+        """Returns the leader's record; None if no router serves. `recheck`: read the records in the registry folder,
+        not only `registry.json`. One thread at a time reads files; meanwhile, calls of other threads without `recheck`
+        return the last result."""
         if not self._lock.acquire(blocking=recheck or not self._found_once):
             return self._last
         try:
@@ -53,17 +56,18 @@ class Leader:
         except FileNotFoundError:  # the run directory was removed
             self._last = None
         except OSError as error:
-            logger.warning("the registry of %s cannot be read, the last view stands: %s", self._run.path, error)
+            logger.warning("the registry of %s cannot be read, so its last content is used: %s", self._run.path, error)
         finally:
             self._lock.release()
         return self._last
 
     def no_router_error(self) -> NoRouterError:
+        """Returns the error that no router serves the run, with advice."""
         path = self._run.path
         return NoRouterError(f"no router serves {path}; `hpc-router up --run {path}` starts one, `status` shows more")
 
     def _confirmed(self, named: Record | None) -> Record | None:
-        """The leader's own record if it agrees with `named` and is ready."""
+        """Returns the leader's own record if it agrees with `named`, the entry in `registry.json`, and is ready."""
         if named is None:
             return None
         path = self._run.registry / f"{named.replica}.json"
@@ -75,7 +79,7 @@ class Leader:
 
 
 def _leader_in_summary(summary: dict[str, Any]) -> Record | None:
-    """The leading router that `registry.json` lists. Entries that are not valid records are skipped."""
+    """Returns the leading router that `registry.json` lists. Skips entries that are not valid records."""
     listed = summary.get("records")
     records = [_record(entry) for entry in listed] if isinstance(listed, list) else []
     return leading_router({record.replica: record for record in records if record is not None})

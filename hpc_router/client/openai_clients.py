@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Endpoint", "NoRouterError", "async_openai_client", "endpoint", "openai_client"]
 
 FOLLOW_S: Final = 60.0
-"""How long a request waits for a router by default."""
+"""Default time limit in seconds for a request to find a router."""
 _OURS: Final = ("api_key", "base_url", "http_client")
 _KEY: Final = "from-the-run-directory"
 """The openai client requires a key; the transport replaces this one by the token."""
@@ -36,14 +36,14 @@ class Endpoint:
 
     @property
     def base_url(self) -> str:
-        """The `base_url` of OpenAI clients."""
+        """Returns the `base_url` of OpenAI clients."""
         return f"{self.url}/v1"
 
 
 def endpoint(run: str | PathLike[str] | None = None) -> Endpoint:
-    """The endpoint of the run directory `run` (default: $HPC_ROUTER_RUN, then runs/latest).
+    """Returns the endpoint of the run directory `run` (default: $HPC_ROUTER_RUN, then runs/latest).
 
-    Raises NoRouterError if no router serves, or if the process at its address does not prove to be the router.
+    Raises NoRouterError if no router serves, or if the process at its address does not prove that it is the router.
     """
     found = _run(run)
     leader = Leader(found)
@@ -59,7 +59,7 @@ def endpoint(run: str | PathLike[str] | None = None) -> Endpoint:
 def openai_client(
     run: str | PathLike[str] | None = None, *, follow_s: float = FOLLOW_S, **options: Any
 ) -> "openai.OpenAI":
-    """An `openai.OpenAI` for the run; `options` are those of openai (`timeout`, `max_retries`, ...).
+    """Returns an `openai.OpenAI` for the run; `options` are those of openai (`timeout`, `max_retries`, ...).
 
     A request waits for a router for at most `follow_s` seconds, then raises NoRouterError.
     """
@@ -78,7 +78,7 @@ def openai_client(
 def async_openai_client(
     run: str | PathLike[str] | None = None, *, follow_s: float = FOLLOW_S, **options: Any
 ) -> "openai.AsyncOpenAI":
-    """An `openai.AsyncOpenAI` for the run, as `openai_client`."""
+    """Returns an `openai.AsyncOpenAI` for the run, as `openai_client` does."""
     _check_options(options)
     found = _run(run)
     _need_openai()

@@ -1,4 +1,4 @@
-"""Whether and when one request of a client may be sent again. Pure: time and jitter are arguments."""
+"""Decides whether and when one request of a client may be sent again. Pure: time and jitter are arguments."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -13,8 +13,8 @@ MAX_PAUSE_S: Final = 2.0
 
 
 class RetryState:
-    """The attempts of one request. `recheck`: `registry.json` may be outdated, so read the registry folder.
-    `last_check`: why the last router got no request."""
+    """The attempts of one request. `recheck`: `registry.json` may be outdated, so the registry folder must be read.
+    `last_check`: result of the identity check because of which the last router did not get the request."""
 
     def __init__(self, *, follow_s: float, now: float, replayable: bool) -> None:
         self._deadline = now + follow_s
@@ -27,7 +27,8 @@ class RetryState:
         self.last_check: IdentityCheck | None = None
 
     def may_try(self, router: Record) -> bool:
-        """Whether this router may be tried now: a router that did not take the request only after a pause."""
+        """Returns whether the request may be sent to this router now. A router that did not take it is tried again only
+        after a pause."""
         return router.url not in self._tried
 
     def not_taken(self, router: Record, check: IdentityCheck | None) -> None:
@@ -36,22 +37,23 @@ class RetryState:
         self._tried.add(router.url)
 
     def may_resend(self) -> bool:
-        """Whether a request may be sent again after its connection ended without a response: once."""
+        """Returns whether the request may be sent again after its connection ended without a response. This is allowed
+        once."""
         may, self._resent, self.recheck = self._replayable and not self._resent, True, True
         return may
 
     def may_renew_token(self) -> bool:
-        """Whether a request with status 401 may be sent again with a new token: once."""
+        """Returns whether the request may be sent again with a new token after status 401. This is allowed once."""
         may, self._token_renewed = self._replayable and not self._token_renewed, True
         return may
 
     def refused_by_drain(self, status: int, headers: Mapping[str, str]) -> bool:
-        """Whether the response says that the router drains and did not take the request, which can be sent again."""
+        """Returns whether the router refused the request because it drains. Such a request can be sent again."""
         return self._replayable and status == 503 and DRAINING_HEADER in headers
 
     def pause_s(self, now: float, jitter: float) -> float | None:
-        """Seconds to wait before the registry is read again; None after the deadline. `jitter` from 0 to 1 spreads
-        clients that wait for the same router: 0 halves the pause."""
+        """Returns the seconds to wait before the registry is read again; None after the deadline. `jitter` (0 to 1)
+        spreads the retries of clients that wait for the same router: 0 halves the pause."""
         left_s = self._deadline - now
         if left_s <= 0:
             return None

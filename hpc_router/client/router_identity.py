@@ -1,9 +1,9 @@
 """Checks that the process at a router's address is that router, before it gets the owner's token.
 
-A record stays when its router was killed, and any user of that node may then bind its port. Only the router can answer
-a challenge: it has the deployment's secret and the nonce of its record (`net.auth`). A result holds for `PROOF_S` and
-until the first failure of a request. This module does not know tokens, runs or an HTTP library: the in-cluster client
-must not load one before it is used.
+A killed router leaves its record behind, and any user of that node may then bind its port. Only the router can answer a
+challenge, because it has the deployment's secret and the nonce of its record (`net.auth`). A positive result is valid
+for `PROOF_S` seconds, or until a request fails. This module knows no tokens, runs or HTTP library: the in-cluster
+client loads an HTTP library only when it is used.
 """
 
 import json
@@ -34,7 +34,7 @@ class IdentityCheck(StrEnum):
 
 
 def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bool:
-    """Whether this JSON from `/health` is that of the owner of the record. Pure."""
+    """Returns whether this JSON from `/health` was sent by the owner of the record. Pure."""
     health = ProbeResponse.from_json(answer) if isinstance(answer, dict) else None
     if health is None or health.replica != record.replica or not record.nonce:
         return False
@@ -58,8 +58,9 @@ def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIME
 
 
 def _get(url: str, target: str, *, deadline: float) -> bytes:
-    """The body of a response, by HTTP/1.0: it ends with the connection. Uses no HTTP library, because none limits the
-    time of a whole response. Raises OSError, and ValueError for a bad address or more than `MAX_RESPONSE_BYTES`."""
+    """Returns the body of an HTTP/1.0 response, which ends with the connection. Uses no HTTP library, because none
+    limits the time of a whole response. Raises OSError, and ValueError for a bad address or for more than
+    `MAX_RESPONSE_BYTES`."""
     at = urlsplit(url)
     if at.scheme != "http" or not at.hostname:
         raise ValueError(f"{url!r} is not the address of a router")
@@ -93,14 +94,15 @@ class _CheckedRouter:
 
 
 class IdentityCache:
-    """The last check of one client, for all its requests. Pure: times are arguments, on one monotonic clock."""
+    """The last identity check of one client, shared by all its requests. Pure: times are arguments, in seconds of one
+    monotonic clock."""
 
     def __init__(self) -> None:
         self._last: _CheckedRouter | None = None
         self._invalid_before = -math.inf
 
     def invalidate(self, now: float) -> None:
-        """After a failed request: results of checks that began earlier no longer hold."""
+        """Discards results of checks that began before `now`. Called after a failed request."""
         self._invalid_before = max(self._invalid_before, now)
 
     def store(self, router: Record, result: IdentityCheck, *, begun_at: float, ended_at: float) -> None:
@@ -109,8 +111,8 @@ class IdentityCache:
             self._last = _CheckedRouter(_owner(router), result, begun_at, ended_at)
 
     def lookup(self, router: Record, *, since: float, now: float) -> IdentityCheck | None:
-        """The result for a request that began at `since`; None: check now. A negative result only holds for requests
-        that waited for that check."""
+        """Returns the cached result for a request that began at `since`; None if the identity must be checked now. A
+        negative result is valid only for requests that waited for that check."""
         last = self._last
         if last is None or last.owner != _owner(router) or last.begun_at <= self._invalid_before:
             return None

@@ -28,19 +28,20 @@ else:  # the HTTP library that the installed openai uses
     http = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__.partition(".")[0])
 
 PLACEHOLDER_HOST: Final = "hpc-router.invalid"
-"""Host in the base URL of clients, which never resolves; the transport replaces it by the router's address."""
+"""Host in the base URL of clients. It never resolves; the transport replaces it by the router's address."""
 _T = TypeVar("_T")
 
 
 class NoRouterConnectionError(NoRouterError, openai.APIConnectionError):
-    """`NoRouterError` that is also an error of openai, which its client raises at once instead of retrying."""
+    """A `NoRouterError` that is also an error of openai, so that openai's client raises it at once instead of
+    retrying."""
 
     def __init__(self, message: str, *, request: "http.Request") -> None:
         openai.APIConnectionError.__init__(self, message=message, request=request)
 
 
 class _HttpFollower(RouterFollower["http.Request", "http.Response"]):
-    """The part of both transports that neither blocks nor awaits."""
+    """The code that the synchronous and the asynchronous transport share."""
 
     @abstractmethod
     async def exchange(self, request: "http.Request") -> "http.Response": ...
@@ -72,7 +73,7 @@ class _HttpFollower(RouterFollower["http.Request", "http.Response"]):
 
 
 class FollowingTransport(_HttpFollower, http.BaseTransport):
-    """For synchronous clients; threads may share it."""
+    """Transport of synchronous clients. Threads may share it."""
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s, check_lock=_BlockingLock())
@@ -98,7 +99,7 @@ class FollowingTransport(_HttpFollower, http.BaseTransport):
 
 
 class AsyncFollowingTransport(_HttpFollower, http.AsyncBaseTransport):
-    """For event loops of asyncio or trio; threads read the files."""
+    """Transport for event loops of asyncio or trio. Threads read the files."""
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s, check_lock=anyio.Lock())
@@ -129,7 +130,7 @@ class AsyncFollowingTransport(_HttpFollower, http.AsyncBaseTransport):
 
 
 class _BlockingLock(AbstractAsyncContextManager[None]):
-    """A lock of threads for `async with`, where nothing is awaited."""
+    """A thread lock with the interface of `async with`, for code that blocks instead of awaiting."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -170,13 +171,13 @@ class _ReportingStream(http.SyncByteStream, http.AsyncByteStream):
 
 
 def _options() -> dict[str, Any]:
-    """The arguments of both transports of the library."""
+    """Returns the arguments that both base transports of the HTTP library get."""
     limits = http.Limits(max_connections=1000, max_keepalive_connections=100)
     return {"trust_env": False, "limits": limits, "socket_options": SOCKET_OPTIONS}
 
 
 def _completed(blocking: Coroutine[Any, Any, _T]) -> _T:
-    """The result of a coroutine that blocks instead of awaiting, so that its first step is its last."""
+    """Returns the result of a coroutine that blocks instead of awaiting, so that its first step is its last."""
     try:
         blocking.send(None)
     except StopIteration as end:
@@ -187,7 +188,7 @@ def _completed(blocking: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _addressed(request: "http.Request", router: Record, token: str) -> "http.Request":
-    """The request with the router's address and the token; the body is the same stream."""
+    """Returns a copy of the request with the router's address and the token. Its body is the same stream."""
     at = http.URL(router.url)
     url = request.url.copy_with(scheme=at.scheme, host=at.host, port=at.port)
     headers = request.headers.copy()
@@ -199,7 +200,7 @@ def _addressed(request: "http.Request", router: Record, token: str) -> "http.Req
 
 
 def _replayable(request: "http.Request") -> bool:
-    """Whether the body is in memory, so that the request can be sent again."""
+    """Returns whether the body is in memory, so that the request can be sent again."""
     try:
         request.content  # noqa: B018 - raises for a body that is generated while it is sent
     except http.RequestNotRead:

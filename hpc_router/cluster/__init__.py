@@ -1,1 +1,1 @@
-"""What runs on a login node and in the control loop: planning, launching, and the commands."""
+"""Plans, starts, observes and ends the jobs of a deployment, on a login node and in the control loop."""

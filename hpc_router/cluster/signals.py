@@ -1,7 +1,8 @@
-"""SIGINT and SIGTERM for commands that block: as an event to poll, or as KeyboardInterrupt.
+"""Context managers that turn SIGINT and SIGTERM into an event to poll, or into KeyboardInterrupt, for blocking
+commands.
 
-Each helper installs its handlers for the duration of a `with` block and restores the earlier ones afterwards. The
-asyncio programs do not use them: they register handlers with their event loop.
+Each installs its handlers for the duration of a `with` block and restores the earlier ones afterwards. The asyncio
+programs do not use them: they register handlers with their event loop.
 """
 
 import signal
@@ -14,15 +15,15 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a verb that changes a deployment. The text says what has ended or is left, and what to do."""
+    """Ctrl-C in a verb that changes a deployment. Its text says what has ended, what is left, and what to do."""
 
 
 @contextmanager
 def interrupt_event(*, once: bool = True) -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, so that a command can stop between two steps, never within one.
+    """Yields an event that SIGINT or SIGTERM sets, so that a command can stop between two steps, never within one.
 
-    With `once`, a second signal raises KeyboardInterrupt: a second Ctrl-C ends the command at once. Outside the main
-    thread Python allows no signal handlers, and the event is never set.
+    With `once`, a second signal raises KeyboardInterrupt, so that a second Ctrl-C ends the command at once. Outside the
+    main thread the event is never set, because Python allows no signal handlers there.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -40,7 +41,8 @@ def interrupt_event(*, once: bool = True) -> Iterator[threading.Event]:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt in the main thread, so that `scancel` takes the same clean-up path as Ctrl-C."""
+    """Makes SIGTERM raise KeyboardInterrupt in the main thread, so that `scancel` takes the same clean-up path as
+    Ctrl-C."""
 
     def on_signal() -> None:
         raise KeyboardInterrupt
@@ -51,7 +53,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def explaining_interrupt(text: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C inside the block raises Interrupted with this text. A further Ctrl-C has no effect while it is made."""
+    """Turns Ctrl-C inside the block into Interrupted with this text. Further Ctrl-C are ignored while `text` runs."""
     try:
         yield
     except KeyboardInterrupt:
@@ -61,7 +63,7 @@ def explaining_interrupt(text: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def ignored(number: signal.Signals) -> Iterator[None]:
-    """The signal has no effect during the block. Outside the main thread this changes nothing."""
+    """Ignores the signal during the block. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -36,12 +36,12 @@ _ROUTED: Final = ("model", "adapter_of", "capacity", "max_in_flight")
 
 
 def revisions(deployment: Deployment) -> dict[str, str]:
-    """By expert with jobs of its own, and for the router."""
+    """Returns the revision of each expert that has jobs of its own, and of the router."""
     return {name: revision(deployment, name) for name in (ROUTER, *hosts(deployment.experts))}
 
 
 def revision(deployment: Deployment, expert: str) -> str:
-    """Of an expert with jobs of its own, or of the router."""
+    """Returns the revision of an expert that has jobs of its own, or of the router."""
     cluster = _without(asdict(deployment.cluster), _NOT_OF_JOBS)
     experts = {name: asdict(config) for name, config in deployment.experts.items()}
     if expert == ROUTER:

@@ -1,1 +1,1 @@
-"""`hpc-router connect`: one address for plain clients, from which requests go to the router that leads."""
+"""`hpc-router connect`: one fixed address for plain clients, which forwards requests to the router that leads."""

@@ -1,9 +1,10 @@
 """Forwards the requests of plain clients to the router that leads, bytes unchanged.
 
 `client.following` has the rules: which router gets a request, and when it is sent again. While no router takes it, a
-request is held, in bounded number and for a bounded time, then it gets 503. A request whose response has begun is never
-repeated; a response that breaks off aborts the client's connection. One thread reads the registry, for all requests and
-at most every `VIEW_S` seconds, so a file system that stalls delays few of them, and those by `REGISTRY_TIMEOUT_S`.
+request is held for `hold_s` seconds; then it gets 503. At most MAX_HELD requests are held. A request whose response has
+begun is never repeated; if the response breaks off, the client's connection is aborted. One thread reads the registry
+for all requests, at most every `VIEW_S` seconds, so a stalled file system delays few requests, each by at most
+`REGISTRY_TIMEOUT_S`.
 """
 
 import asyncio
@@ -46,13 +47,14 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _DAY_S: Final = 86_400.0
 ROUTER_LIMITS: Final = UpstreamTimeouts(connect_s=5.0, first_byte_s=_DAY_S, idle_s=_DAY_S)
-"""The router limits how long a response may take, and a client that gives up closes its connection."""
+"""Only connecting has a short timeout: the router limits how long a response may take, and a client that gives up
+closes its connection."""
 BODY_S: Final = 300.0
-"""Time limit for the body of a request."""
+"""Time limit in seconds for receiving the body of a request."""
 VIEW_S: Final = 1.0
-"""How long the last view of the registry is used, unless a request fails."""
+"""Seconds for which the last result of reading the registry is used, unless a request fails."""
 MAX_HELD: Final = 1024
-"""Requests that wait for a router; further ones get 503 at once."""
+"""Number of requests that may wait for a router. Further ones get 503 at once."""
 RETRY_AFTER_S: Final = 5
 _TO_ROUTER: Final = HOP_BY_HOP | {b"content-length", b"expect", b"host"}
 _FROM_A_BROWSER: Final = (b"origin", b"sec-fetch-site")
@@ -60,13 +62,13 @@ _LOOPBACK: Final = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IG
 
 
 class HoldFullError(NoRouterError):
-    """No router leads, and as many requests wait for one as may."""
+    """No router leads, and MAX_HELD requests already wait for one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardedRequest:
-    """`head`: header lines for the router. `without_token`: the owner's token is added. `exchange` ends the exchange
-    with the router."""
+    """A request on its way to the router. `head`: its header lines. `without_token`: the owner's token must be added.
+    `exchange`: closing it ends the exchange with the router."""
 
     request: Request
     body: bytes
@@ -77,6 +79,8 @@ class ForwardedRequest:
 
 @dataclass(frozen=True, slots=True)
 class ForwardedResponse:
+    """The router's response, with the fields of `RouterResponse`."""
+
     status_code: int
     headers: Mapping[str, Any]
     upstream: UpstreamResponse
@@ -84,8 +88,9 @@ class ForwardedResponse:
 
 
 class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
-    """Handler of a server. `adds_tokens`: a request without credentials gets the owner's token (see `needs_token`).
-    `held`: the requests that wait for a router. `files`: the thread that reads the registry."""
+    """Handler of a server that forwards requests. `adds_tokens`: a request without credentials gets the owner's token
+    (see `needs_token`). `held`: number of requests that wait for a router. `files`: the thread that reads the
+    registry."""
 
     def __init__(self, run: RunDir, *, hold_s: float, adds_tokens: bool) -> None:
         super().__init__(run, follow_s=hold_s, check_lock=asyncio.Lock())
@@ -93,20 +98,21 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         self._adds_tokens = adds_tokens
         self._token, self._secret = run.token(), run.secret()
         self.files = FileThread("registry")
-        self._calls = FileThread("identity checks")  # not the other thread, which may hang with the file system
+        self._calls = FileThread("identity checks")  # of its own, because `files` may hang
         self._look: asyncio.Task[Record | None] | None = None
         self._look_began_at = self._looked_at = -math.inf
         self.held = 0
 
     def close(self) -> None:
-        """Close the connections and end the threads. A thread that hangs with the file system does not keep the process
-        from ending."""
+        """Closes the connections and ends the threads. A thread that hangs with the file system does not delay the end
+        of the process."""
         self._client.close()
         for thread in (self.files, self._calls):
             thread.close(timeout_s=0)
 
     async def handle(self, request: Request) -> Response | None:
-        """Raises nothing but CancelledError."""
+        """Forwards a request. Returns the response that the server must send; None if it was streamed already or the
+        connection was aborted. Raises nothing but CancelledError."""
         try:
             body = request.complete_body()
             if body is None:
@@ -131,7 +137,7 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
             logger.exception("%s %r failed", request.method, request.path[:200])
             if not request.response_started:
                 return error_response(
-                    500, kind="internal_error", code="internal", message="connect failed; its log has the cause"
+                    500, kind="internal_error", code="internal", message="connect failed; its log shows the cause"
                 )
             request.abort()
         return None
@@ -146,11 +152,11 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         return await relay_unchanged(request, response.upstream, on_progress=_ignore)
 
     async def report_leader(self) -> None:
-        """Log which router leads, or that none does."""
+        """Finds the router that leads, and logs it, or that there is none."""
         if await self.find(recheck=True) is None:
             logger.info("no router leads; requests wait for one")
 
-    # What the rules of `RouterFollower` need.
+    # The methods that `RouterFollower` requires.
 
     async def send(self, call: ForwardedRequest, router: Record, token: str) -> ForwardedResponse:
         request = call.request
@@ -187,8 +193,9 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
             self.held -= 1
 
     async def find(self, *, recheck: bool) -> Record | None:
-        """The leader, from one look for all requests. Without `recheck` the last look may be up to `VIEW_S` old. A look
-        that takes longer than REGISTRY_TIMEOUT_S is waited for no more; until it ends, the last result stands."""
+        """Returns the leader. All requests share one read of the registry, whose result may be up to `VIEW_S` seconds
+        old without `recheck`. A read that takes longer than REGISTRY_TIMEOUT_S continues in the background; until it
+        ends, the last result is used."""
         now = time.monotonic()
         if not recheck and now - self._looked_at < VIEW_S:
             return self._leader.last
@@ -213,22 +220,25 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
 
 
 def needs_token(headers: Headers) -> bool:
-    """Whether a request that came over the unix socket gets the owner's token: it has no credentials, and no browser
-    sent it. Through `ssh -L` any page in a laptop's browser can send requests. Browsers state an origin with every
-    POST, and a page that has bound its own name to the loopback is recognised by the host."""
+    """Returns whether a request over the unix socket gets the owner's token: it has no credentials and no browser sent
+    it. Through `ssh -L`, every web page in a laptop's browser can send requests to the socket. A browser's request is
+    recognised by its `Origin` header, which it has in every POST, or by a `Host` that is not the loopback, if a page
+    has rebound its own name to the loopback."""
     if b"authorization" in headers or b"x-api-key" in headers or any(name in headers for name in _FROM_A_BROWSER):
         return False
     return _LOOPBACK.fullmatch(headers.get(b"host", b"localhost")) is not None
 
 
 def _unavailable(error: NoRouterError, *, path: str) -> Response:
+    """Returns a 503 that asks the client to retry after RETRY_AFTER_S."""
     response = error_response(503, kind="service_unavailable", code="no_router", message=str(error), path=path)
     response.add("retry-after", str(RETRY_AFTER_S))
     return response
 
 
 def _lost(error: Exception, *, path: str) -> Response:
-    """The router may have processed the request, so the official clients are told not to repeat it."""
+    """Returns a 502 that tells the official clients not to repeat the request, because the router may have processed
+    it."""
     response = error_response(502, kind="upstream_error", code="response_lost", message=str(error), path=path)
     response.add("x-should-retry", "false")
     return response

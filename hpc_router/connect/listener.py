@@ -1,8 +1,8 @@
 """The address that `connect` serves on this host, and the file by which other verbs find it.
 
 Rules: per run, user and host at most one process serves a unix socket and one a TCP port. The socket and the files that
-describe these processes lie in the user's private folder on the local disk, because other hosts share the run
-directory but not its sockets. A file counts as long as its process lives; what a killed process left is replaced.
+describe these processes lie in the user's private folder on the local disk, because other hosts share the run directory
+but not its sockets. A file is valid while its process lives; files and sockets of killed processes are replaced.
 """
 
 import contextlib
@@ -22,17 +22,18 @@ from hpc_router.state.private_folder import is_private, make_private, user_folde
 from hpc_router.state.run_directory import RunDir
 
 SCRATCH: Final = Path("/tmp")
-"""Not $XDG_RUNTIME_DIR, which is removed when the user's last session ends."""
+"""Parent of the private folder. $XDG_RUNTIME_DIR is only the second choice, because it is removed when the user's last
+session ends."""
 LOOPBACK: Final = "127.0.0.1"
 MAX_PATH_BYTES: Final = 107
-"""Of a unix socket."""
+"""Limit for the path of a unix socket."""
 _BACKLOG: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RunningForwarder:
-    """A process that serves `run`. `address`: the path of a socket, or `http://127.0.0.1:PORT` if `port` is set.
-    `log`: of a detached process."""
+    """A `connect` process that serves `run`. `address`: the path of a socket, or `http://127.0.0.1:PORT` if `port` is
+    set. `log`: its log file if it is detached."""
 
     run: str
     address: str
@@ -43,7 +44,7 @@ class RunningForwarder:
 
 
 def running_forwarder(run: RunDir, *, tcp: bool) -> RunningForwarder | None:
-    """The process that serves this run on this host, on a TCP port or on a socket."""
+    """Returns the process that serves this run on this host, on a TCP port or on a socket; None if there is none."""
     for folder in _folders():
         if is_private(folder):
             found = _described(_description(folder, run, tcp=tcp))
@@ -56,9 +57,10 @@ def running_forwarder(run: RunDir, *, tcp: bool) -> RunningForwarder | None:
 def serving_address(
     run: RunDir, *, port: int | None, log: str | None = None
 ) -> Iterator[tuple[RunningForwarder, socket.socket]]:
-    """Listen on the run's unix socket, or on `port` of the loopback, and let other verbs find it during the block.
+    """Listens on the run's unix socket, or on `port` of the loopback, and lets other verbs find it during the block.
 
-    Raises LaunchError if another process serves the run in this way, and ConfigError for a port in use.
+    Raises LaunchError if another process already serves the run on a socket (or port), and ConfigError for a port in
+    use.
     """
     tcp, folder = port is not None, _private_folder()
     description = _description(folder, run, tcp=tcp)
@@ -83,7 +85,8 @@ def serving_address(
 
 
 def _folders() -> list[Path]:
-    """Where the files may be. If another user has taken our name in `SCRATCH`, the second folder is used."""
+    """Returns the folders in which the files may be. The second is used if another user has taken the name of the
+    first."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return [user_folder(SCRATCH), *([Path(runtime) / "hpc-router"] if runtime else [])]
 
@@ -97,7 +100,10 @@ def _private_folder() -> Path:
             tried.append(f"{folder} belongs to another user")
         except OSError as error:
             tried.append(f"{folder}: {error.strerror}")
-    raise LaunchError(f"connect has no private folder on this host: {'; '.join(tried)}")
+    reasons = "; ".join(tried)
+    raise LaunchError(
+        f"connect has no private folder on this host: {reasons}; set XDG_RUNTIME_DIR to a folder that only you can open"
+    )
 
 
 def _description(folder: Path, run: RunDir, *, tcp: bool) -> Path:
@@ -106,7 +112,7 @@ def _description(folder: Path, run: RunDir, *, tcp: bool) -> Path:
 
 
 def _described(description: Path) -> RunningForwarder | None:
-    """The process that a file describes, if it lives."""
+    """Returns the process that a file describes, if it is alive."""
     try:
         found = RunningForwarder(**load_json(description))
     except (OSError, ValueError, TypeError):
@@ -117,7 +123,8 @@ def _described(description: Path) -> RunningForwarder | None:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """One process at a time looks for another and starts to listen. The lock works: the folder is on a local disk."""
+    """Locks the folder, so that one process at a time looks for another and starts to listen. Locks work there, because
+    the folder is on a local disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -134,13 +141,13 @@ def _listen_tcp(port: int) -> socket.socket:
 
 
 def _listen_unix(path: Path) -> socket.socket:
-    """A socket of mode 0600, in a folder that is closed to others. Replaces a socket that a killed process left."""
+    """Listens on a socket of mode 0600 in a private folder. Replaces a socket that a killed process left."""
     if len(os.fsencode(path)) > MAX_PATH_BYTES:
-        raise LaunchError(f"{path} is too long for a socket (valid: {MAX_PATH_BYTES} bytes)")
+        raise LaunchError(f"{path} is too long for a socket (valid: at most {MAX_PATH_BYTES} bytes)")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if _is_served(path):  # by a process whose description was removed, as cleaners of /tmp do
-            raise LaunchError(f"another process serves {path}; `fuser {path}` names it")
+        if _is_served(path):  # its description may have been removed by a cleaner of /tmp
+            raise LaunchError(f"another process serves {path}; end it (`fuser {path}` prints its process id)")
         path.unlink(missing_ok=True)
         sock.bind(str(path))
         path.chmod(0o600)

@@ -32,8 +32,8 @@ OnServing = Callable[[RunningForwarder], object]
 
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
-    """`port`: of the loopback; None: a unix socket. `hold_s`: how long a request waits for a router. `max_body_mb`: the
-    router's limit."""
+    """Options of `connect`. `port`: TCP port on the loopback; None for a unix socket. `hold_s`: seconds that a request
+    waits for a router. `max_body_mb`: the router's limit for the body of a request."""
 
     run: RunDir
     port: int | None
@@ -42,16 +42,16 @@ class ConnectOptions:
 
 
 def connect(options: ConnectOptions, *, on_serving: OnServing) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP. `on_serving` is called once the address accepts connections.
+    """Serves until SIGINT, SIGTERM or SIGHUP. Calls `on_serving` once the address accepts connections.
 
-    Raises LaunchError and ConfigError, as `serving_address`.
+    Raises LaunchError and ConfigError, as `serving_address` does.
     """
     _serve(options, on_serving, log=None)
 
 
 def connect_detached(options: ConnectOptions) -> RunningForwarder:
-    """The process that serves this address: one that is running, or a new one once it accepts connections. Raises as
-    `connect`."""
+    """Returns the process that serves this address: a running one, or a new one once it accepts connections. Raises the
+    errors of `connect`."""
     running = running_forwarder(options.run, tcp=options.port is not None)
     if running is not None and running.port == options.port:
         return running
@@ -62,7 +62,7 @@ def connect_detached(options: ConnectOptions) -> RunningForwarder:
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as stream:
         text = stream.read()
-    report = json.loads(text) if text else {"error": f"its process ended before it served; see {_log_path(options)}"}
+    report = json.loads(text) if text else {"error": f"the process ended before it served; see {_log_path(options)}"}
     if "error" in report:
         raise (ConfigError if report.get("config") else LaunchError)(report["error"])
     return RunningForwarder(**report)
@@ -73,7 +73,7 @@ def _log_path(options: ConnectOptions) -> Path:
 
 
 def _detached(options: ConnectOptions, report_to: int) -> NoReturn:
-    """The detached process: without a terminal, with a log of its own."""
+    """Serves in the forked process, without a terminal and with its own log."""
 
     def report(value: object) -> None:
         with os.fdopen(report_to, "w", encoding="utf-8") as stream:
@@ -109,9 +109,10 @@ def _serve(options: ConnectOptions, on_serving: OnServing, *, log: str | None) -
 async def _until_stopped(options: ConnectOptions, sock: socket.socket, on_serving: Callable[[], object]) -> None:
     stop = asyncio.Event()
     for number in _STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and background jobs of a script have it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` and scripts let background jobs ignore it
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    max_body = int((options.max_body_mb + 1) * 2**20)  # the router's limit comes first
+    # Above the router's limit, so that the router refuses larger bodies.
+    max_body = int((options.max_body_mb + 1) * 2**20)
     with closing(Forwarder(options.run, hold_s=options.hold_s, adds_tokens=options.port is None)) as forwarder:
         async with listening(forwarder.handle, sock, max_body=max_body):
             on_serving()

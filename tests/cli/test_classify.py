@@ -12,7 +12,7 @@ from tests.routing.training.samples import prompts, write_jsonl
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An artefact and the file of prompts it was trained on."""
+    """An artefact and the prompts on which it was trained."""
     folder = tmp_path_factory.mktemp("classify")
     data = write_jsonl(folder / "prompts.jsonl", prompts())
     words = [f"data={data}", "features=lexical", "clusters=6", f"output={folder / 'a'}"]
@@ -21,7 +21,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_predict_prints_one_line_per_prompt(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """*contract*: the keys, in this order; `id` is the line from 0; a cluster without an expert has its own name."""
+    """*contract*: the keys, in this order. `id` is the number of the line, from 0. A cluster without an expert has its
+    own name."""
     artefact, data = trained
     assert main(["classify", "predict", str(artefact), str(data)]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

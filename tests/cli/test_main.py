@@ -1,4 +1,4 @@
-"""The command line as a stranger meets it: help, wrong words, absent runs, exit statuses; nothing is deployed."""
+"""The command line: help, wrong arguments, missing runs and exit statuses. Nothing is deployed."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -33,8 +33,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class Said:
-    """Status and output of one call."""
+class Output:
+    """Exit status and output of one call."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], *words: str) -> None:
         try:
@@ -45,9 +45,9 @@ class Said:
 
 
 def test_help_lists_all_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    said = Said(capsys, "--help")
-    assert said.status == 0
-    assert all(f"    {verb}" in said.out for verb in VERBS)
+    output = Output(capsys, "--help")
+    assert output.status == 0
+    assert all(f"    {verb}" in output.out for verb in VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -97,9 +97,9 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
             "--probe-path 'x y'",
         ),
         (["register", "--run", "new", "--expert", "m", "--url", "h:1"], "not an endpoint's address"),
-        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1\r"], "has '\\r' at position 10"),
-        (["register", "--run", "new", "--expert", "m", "--url", " http://h:1"], "has ' ' at position 0"),
-        (["register", "--run", "new", "--expert", "m", "--url", "http://h :1"], "has ' ' at position 8"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h:1\r"], "contains '\\r' at position 10"),
+        (["register", "--run", "new", "--expert", "m", "--url", " http://h:1"], "contains ' ' at position 0"),
+        (["register", "--run", "new", "--expert", "m", "--url", "http://h :1"], "contains ' ' at position 8"),
         (["unregister", "--run", "new", "--expert", "m", "--url", "http://h:1\n"], "no run directory"),
         (["register", "--run", "new", "--expert", "m\r", "--url", "http://h:1"], "--expert 'm\\r': cannot name"),
         (["register", "--run", "new", "--expert", "m", "--url", "http://h:1", "--model", "m\r"], "--model 'm\\r'"),
@@ -121,38 +121,38 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
 def test_invalid_input_is_one_line_and_status_2(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
-    """Status 2, one line, and nothing made."""
-    said = Said(capsys, *words)
-    assert said.status == 2
-    assert message in said.err
-    assert said.err.startswith("hpc-router: ")
-    assert said.err.count("\n") == 1
-    assert said.out == ""
+    """Nothing is created."""
+    output = Output(capsys, *words)
+    assert output.status == 2
+    assert message in output.err
+    assert output.err.startswith("hpc-router: ")
+    assert output.err.count("\n") == 1
+    assert output.out == ""
     assert list(elsewhere.iterdir()) == []
 
 
 @pytest.mark.parametrize("words", [["url"], ["route", "hi"], ["chat", "hi"]])
 def test_without_a_router_a_verb_fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     make_run(Path("run"))
-    said = Said(capsys, words[0], "--run", "run", *words[1:])
-    assert said.status == 1
-    assert "no router serves" in said.err
+    output = Output(capsys, words[0], "--run", "run", *words[1:])
+    assert output.status == 1
+    assert "no router serves" in output.err
 
 
 def test_an_empty_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every watching verb has an answer, `down` is content."""
+    """Every verb that only reads answers, and `down` succeeds."""
     make_run(Path("run"))
     for verb in ("status", "logs", "why", "reconcile", "down"):
-        assert Said(capsys, verb, "--run", "run").status == 0, verb
-    assert Said(capsys, "logs", "--run", "run", "math").status == 2
-    assert Said(capsys, "why", "--run", "run", "math").status == 2
+        assert Output(capsys, verb, "--run", "run").status == 0, verb
+    assert Output(capsys, "logs", "--run", "run", "math").status == 2
+    assert Output(capsys, "why", "--run", "run", "math").status == 2
 
 
 def test_the_token_is_printed_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(Path("run"))
-    assert Said(capsys, "token", "--run", "run").out == run.token() + "\n"
+    assert Output(capsys, "token", "--run", "run").out == run.token() + "\n"
     monkeypatch.setenv("HPC_ROUTER_RUN", "run")
-    assert Said(capsys, "token").out == run.token() + "\n"
+    assert Output(capsys, "token").out == run.token() + "\n"
 
 
 CURL = """#!/bin/sh
@@ -165,7 +165,8 @@ done
 
 
 def _in_bash(line: str, folder: Path, *, verbs: str) -> tuple[str, str]:
-    """What a curl that was started so got on its command line, and in files of headers. `verbs`: hpc-router's body."""
+    """Runs the line in bash. Returns the arguments that curl got, and the contents of the files with headers. `verbs`:
+    shell code in place of hpc-router."""
     programs = folder / "programs"
     programs.mkdir()
     for name, body in {"curl": CURL, "hpc-router": f"#!/bin/sh\n{verbs}\n"}.items():
@@ -177,8 +178,8 @@ def _in_bash(line: str, folder: Path, *, verbs: str) -> tuple[str, str]:
 
 
 def test_the_example_of_token_hides_the_token(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Everybody on a node can read the arguments of every process."""
-    example = Said(capsys, "token", "--help").out.partition("examples:\n")[2]
+    """Every user of a node can read the arguments of all processes."""
+    example = Output(capsys, "token", "--help").out.partition("examples:\n")[2]
     argv, headers = _in_bash(example, tmp_path, verbs='case "$1" in url) echo http://h:1;; *) echo hunter2; esac')
     assert headers == "Authorization: Bearer hunter2\n"
     assert "hunter2" not in argv
@@ -188,90 +189,88 @@ def test_the_example_of_token_hides_the_token(capsys: pytest.CaptureFixture[str]
 def test_the_output_of_up_hides_the_token(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = make_run(tmp_path / "my run")
     print_usage(run, "http://h:1")
-    said = capsys.readouterr().out
-    curl = said[said.index("  curl") : said.index("  OPENAI_BASE_URL")]
+    output = capsys.readouterr().out
+    curl = output[output.index("  curl") : output.index("  OPENAI_BASE_URL")]
     argv, headers = _in_bash(curl, tmp_path, verbs='[ "$1 $2 $3" = "token --run my run" ] && echo hunter2')
     assert headers == "Authorization: Bearer hunter2\n"
     assert "hunter2" not in argv
     assert "http://h:1/v1/chat/completions" in argv
 
 
-def test_plan_makes_nothing(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
-    said = Said(capsys, "plan", "topology=sim", "experts.math.replicas=2", "--json")
-    value = json.loads(said.out)
+def test_plan_creates_nothing(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    output = Output(capsys, "plan", "topology=sim", "experts.math.replicas=2", "--json")
+    value = json.loads(output.out)
     assert [r["replica"] for r in value["replicas"] if r["expert"] == "math"] == ["math-0.g1", "math-1.g1"]
     assert value["replicas"][0]["replica"] == "router-0.g1"
-    text = Said(capsys, "plan", "topology=sim").out
+    text = Output(capsys, "plan", "topology=sim").out
     assert "--served-model-name law auto" in text
     assert list(elsewhere.iterdir()) == []
 
 
 def test_overrides_may_stand_between_options(capsys: pytest.CaptureFixture[str]) -> None:
-    value = json.loads(Said(capsys, "plan", "topology=sim", "--json", "experts.law.replicas=0", "~experts.code").out)
+    value = json.loads(Output(capsys, "plan", "topology=sim", "--json", "experts.law.replicas=0", "~experts.code").out)
     assert {r["expert"] for r in value["replicas"]} == {None, "math", "medicine", "generalist"}
 
 
 def test_logs_of_a_job_that_never_began(capsys: pytest.CaptureFixture[str]) -> None:
-    """submitit's own output is all there is; `-n` counts."""
+    """Only submitit's own output exists. `-n` limits its lines."""
     job = JobDir(make_run(Path("run")), "math-0.g1")
     job.claim()
     (job.path / "12_0_log.err").write_text("one\ntwo\nthree\n")
-    assert Said(capsys, "logs", "--run", "run", "math", "-n", "2").out == "math-0.g1 | two\nmath-0.g1 | three\n"
+    assert Output(capsys, "logs", "--run", "run", "math", "-n", "2").out == "math-0.g1 | two\nmath-0.g1 | three\n"
 
 
-def test_logs_follow(elsewhere: Path) -> None:
-    """New lines, and files that come later; what is half a line waits."""
-    run = make_run(elsewhere / "run")
-    job = JobDir(run, "math-0.g1")
+LOGS = [sys.executable, "-m", "hpc_router.cli", "logs", "--run", "run"]
+
+
+@contextmanager
+def followed_job(folder: Path) -> Iterator[tuple[JobDir, IO[str]]]:
+    """A job whose agent has logged one line, and the further output of `logs -f`."""
+    job = JobDir(make_run(folder / "run"), "math-0.g1")
     job.claim()
     job.agent_log.write_text("before\n")
-    command = [sys.executable, "-m", "hpc_router.cli", "logs", "--run", "run", "-f"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+    with subprocess.Popen([*LOGS, "-f"], stdout=subprocess.PIPE, text=True) as follower:
         assert follower.stdout is not None
         assert follower.stdout.readline() == "math-0.g1 | before\n"
-        with job.agent_log.open("a") as log:
-            log.write("after\nhal")
-            log.flush()
-            assert follower.stdout.readline() == "math-0.g1 | after\n"
-            log.write("f\n")
-        assert follower.stdout.readline() == "math-0.g1 | half\n"
-        job.engine_log.write_text("engine\n")
-        assert follower.stdout.readline() == "math-0.g1 | engine\n"
+        yield job, follower.stdout
         follower.terminate()
 
 
-def test_logs_go_on_where_a_log_is_rotated(elsewhere: Path) -> None:
+def test_logs_follow(elsewhere: Path) -> None:
+    """New lines are printed, also of files that are created later. Half a line is printed once it is complete."""
+    with followed_job(elsewhere) as (job, lines):
+        with job.agent_log.open("a") as log:
+            log.write("after\nhal")
+            log.flush()
+            assert lines.readline() == "math-0.g1 | after\n"
+            log.write("f\n")
+        assert lines.readline() == "math-0.g1 | half\n"
+        job.engine_log.write_text("engine\n")
+        assert lines.readline() == "math-0.g1 | engine\n"
+
+
+def test_logs_continue_after_a_rotation(elsewhere: Path) -> None:
     """The end of the older file comes before the newer one; `logs` reads both."""
-    run = make_run(elsewhere / "run")
-    job = JobDir(run, "math-0.g1")
-    job.claim()
-    job.agent_log.write_text("before\n")
-    command = [sys.executable, "-m", "hpc_router.cli", "logs", "--run", "run", "-f"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
-        assert follower.stdout is not None
-        assert follower.stdout.readline() == "math-0.g1 | before\n"
+    with followed_job(elsewhere) as (job, lines):
         with job.agent_log.open("a") as log:
             log.write("last\nlines\n")
         job.agent_log.replace(rotated_path(job.agent_log))
         job.agent_log.write_text("first\n")
-        assert [follower.stdout.readline() for _ in range(3)] == [
-            f"math-0.g1 | {line}\n" for line in ("last", "lines", "first")
-        ]
-        follower.terminate()
-    shown = subprocess.run(command[:-1], stdout=subprocess.PIPE, text=True, check=True)
+        assert [lines.readline() for _ in range(3)] == [f"math-0.g1 | {line}\n" for line in ("last", "lines", "first")]
+    shown = subprocess.run(LOGS, stdout=subprocess.PIPE, text=True, check=True)
     assert shown.stdout == "".join(f"math-0.g1 | {line}\n" for line in ("before", "last", "lines", "first"))
 
 
 def test_logs_of_a_router_are_those_of_all_its_processes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each writes a file of its own."""
+    """Each process writes a file of its own."""
     job = JobDir(make_run(Path("run")), "router-0.g1")
     job.claim()
     job.agent_log.write_text("control\n")
     job.worker_log(0).write_text("worker\n")
     job.reconcile_log.write_text("loop\n")
-    said = "router-0.g1 | control\nrouter-0.g1 | worker\nreconcile | loop\n"
-    assert Said(capsys, "logs", "--run", "run", "router").out == said
-    assert Said(capsys, "logs", "--run", "run").out == said
+    output = "router-0.g1 | control\nrouter-0.g1 | worker\nreconcile | loop\n"
+    assert Output(capsys, "logs", "--run", "run", "router").out == output
+    assert Output(capsys, "logs", "--run", "run").out == output
 
 
 def test_why_of_a_failed_job(capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,12 +283,12 @@ def test_why_of_a_failed_job(capsys: pytest.CaptureFixture[str]) -> None:
     job.write(JobInfo(job_id="1", host=os.uname().nodename, start_ticks=-1))
     job.write(Exit(ok=False, reason=FailureReason.OUT_OF_MEMORY, message="CUDA out of memory"))
     job.engine_log.write_text("loading\nCUDA out of memory\n")
-    said = Said(capsys, "why", "--run", "run", "math")
-    assert "math-0.g1  failed" in said.out
-    assert "out_of_memory: CUDA out of memory" in said.out
-    assert "| loading" in said.out
-    assert "do: give it more memory" in said.out
-    status = json.loads(Said(capsys, "status", "--run", "run", "--json").out)
+    output = Output(capsys, "why", "--run", "run", "math")
+    assert "math-0.g1  failed" in output.out
+    assert "out_of_memory: CUDA out of memory" in output.out
+    assert "| loading" in output.out
+    assert "do: give it more memory" in output.out
+    status = json.loads(Output(capsys, "status", "--run", "run", "--json").out)
     assert (
         status["experts"]["math"]["replicas"][0] | {"state": "failed", "reason": "out_of_memory"}
         == (status["experts"]["math"]["replicas"][0])
@@ -298,7 +297,7 @@ def test_why_of_a_failed_job(capsys: pytest.CaptureFixture[str]) -> None:
 
 @contextmanager
 def endpoint(body: Any, *, status: int = 200, token: str | None = None, path: str = "/v1/models") -> Iterator[str]:
-    """A server that says this at `path`."""
+    """A server that sends this body at `path`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -328,9 +327,9 @@ def models(*names: str) -> dict[str, Any]:
 
 
 def record(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    said = Said(capsys, "register", "--run", "run", "--json", *words)
-    assert said.status == 0, said.err
-    value: dict[str, Any] = json.loads(said.out)
+    output = Output(capsys, "register", "--run", "run", "--json", *words)
+    assert output.status == 0, output.err
+    value: dict[str, Any] = json.loads(output.out)
     assert value == json.loads((Path("run") / "registry" / f"{value['replica']}.json").read_text())
     return value
 
@@ -341,8 +340,8 @@ def test_register_uses_an_address_with_a_path_as_written(base: str, capsys: pyte
         value = record(capsys, "--expert", "big", "--url", f"{url}{base}/")
         assert (value["url"], value["serves"]) == (url + base, {"big": "big-70b"})
         assert record(capsys, "--expert", "big", "--url", url + base)["replica"] == value["replica"]
-    assert Said(capsys, "unregister", "--run", "run", "--expert", "big", "--url", url).status == 2
-    assert Said(capsys, "unregister", "--run", "run", "--expert", "big", "--url", url + base).out == "big-x0.g1\n"
+    assert Output(capsys, "unregister", "--run", "run", "--expert", "big", "--url", url).status == 2
+    assert Output(capsys, "unregister", "--run", "run", "--expert", "big", "--url", url + base).out == "big-x0.g1\n"
 
 
 @pytest.mark.parametrize(
@@ -366,13 +365,13 @@ def test_an_operations_address_is_refused_with_its_base(
     verb: str, url: str, base: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(capsys, "--expert", "big", "--url", "http://h:1", "--model", "m")
-    said = Said(capsys, verb, "--run", "run", "--expert", "big", "--url", url)
-    assert (said.status, said.out) == (2, "")
-    assert said.err.rstrip().endswith(f"(use: --url {base})")
+    output = Output(capsys, verb, "--run", "run", "--expert", "big", "--url", url)
+    assert (output.status, output.out) == (2, "")
+    assert output.err.rstrip().endswith(f"(use: --url {base})")
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
-def test_register_makes_a_run_and_asks_the_model(suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_register_creates_a_run_and_asks_for_the_model(suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     with endpoint(models("big-70b")) as url:
         value = record(capsys, "--expert", "big", "--url", url + suffix)
     assert (value["replica"], value["url"], value["kind"]) == ("big-x0.g1", url, "external")
@@ -388,13 +387,14 @@ def test_register_again_updates_and_another_address_adds(capsys: pytest.CaptureF
     assert (again["replica"], again["serves"]) == ("big-x0.g1", {"big": "b"})
     assert record(capsys, "--expert", "big", "--url", "http://127.0.0.1:2", "--model", "a")["replica"] == "big-x1.g1"
     assert record(capsys, "--expert", "law", "--url", "http://127.0.0.1:1", "--model", "a")["replica"] == "law-x0.g1"
-    assert Said(capsys, "unregister", "--run", "run", "--expert", "big").out == "big-x0.g1\nbig-x1.g1\n"
-    assert Said(capsys, "unregister", "--run", "run", "big-x0").status == 2
-    assert Said(capsys, "unregister", "--run", "run", "law-x0").out == "law-x0.g1\n"
+    assert Output(capsys, "unregister", "--run", "run", "--expert", "big").out == "big-x0.g1\nbig-x1.g1\n"
+    assert Output(capsys, "unregister", "--run", "run", "big-x0").status == 2
+    assert Output(capsys, "unregister", "--run", "run", "law-x0").out == "law-x0.g1\n"
 
 
 def test_register_with_a_token(capsys: pytest.CaptureFixture[str]) -> None:
-    """Kept in a file of its own, replaced by a newer one, removed with the endpoint; never in the record."""
+    """The token is kept in a file of its own, is replaced by a newer one, and is removed with the endpoint. The record
+    never contains it."""
     Path("f").write_text("hunter2\n")
     with endpoint(models("m"), token="hunter2") as url:
         value = record(capsys, "--expert", "big", "--url", url, "--token-file", "f")
@@ -403,10 +403,10 @@ def test_register_with_a_token(capsys: pytest.CaptureFixture[str]) -> None:
         run = open_run(Path("run"))
         assert run.external_token("big-x0.g1") == "hunter2"
         Path("f").write_text("hunter3")
-        said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", url, "--token-file", "f")
-        assert "401" in said.err
+        output = Output(capsys, "register", "--run", "run", "--expert", "big", "--url", url, "--token-file", "f")
+        assert "401" in output.err
         assert run.external_token("big-x0.g1") == "hunter3"
-    Said(capsys, "unregister", "--run", "run", "big-x0")
+    Output(capsys, "unregister", "--run", "run", "big-x0")
     assert run.external_token("big-x0.g1") is None
 
 
@@ -419,41 +419,41 @@ def test_register_sets_the_probe(words: list[str], probe: str | None, capsys: py
     assert RegistryReader(Path("run/registry")).snapshot()["big-x0.g1"].probe == probe
 
 
-def test_register_where_several_models_are(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+def test_register_an_endpoint_with_several_models(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
     with endpoint(models("a", "b")) as url:
-        said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", url)
-    assert said.status == 2
-    assert "--model (valid: a, b)" in said.err
+        output = Output(capsys, "register", "--run", "run", "--expert", "big", "--url", url)
+    assert output.status == 2
+    assert "--model (valid: a, b)" in output.err
     assert list(elsewhere.iterdir()) == []
 
 
 @pytest.mark.parametrize(("body", "status"), [({"data": 3}, 200), ([], 200), ("x", 200), (models("a"), 500)])
 def test_register_an_endpoint_without_a_model_list(body: Any, status: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """A warning; the router asks again."""
+    """A warning; the router will ask again."""
     with endpoint(body, status=status) as url:
-        said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", url)
-    assert said.status == 0
-    assert "warning" in said.err
-    assert "model not known yet" in said.out
+        output = Output(capsys, "register", "--run", "run", "--expert", "big", "--url", url)
+    assert output.status == 0
+    assert "warning" in output.err
+    assert "model not known yet" in output.out
 
 
 def test_register_an_endpoint_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    said = Said(capsys, "register", "--run", "run", "--expert", "big", "--url", "http://127.0.0.1:1")
-    assert said.status == 0
-    assert "does not answer now" in said.err
-    status = json.loads(Said(capsys, "status", "--run", "run", "--json").out)
+    output = Output(capsys, "register", "--run", "run", "--expert", "big", "--url", "http://127.0.0.1:1")
+    assert output.status == 0
+    assert "does not answer now" in output.err
+    status = json.loads(Output(capsys, "status", "--run", "run", "--json").out)
     assert [r["state"] for r in status["experts"]["big"]["replicas"]] == ["registered"]
 
 
 def test_a_closed_pipe_is_not_an_error() -> None:
-    """`| head -1` is no failure."""
+    """`| head -1` closes the pipe early."""
     command = f"{sys.executable} -m hpc_router.cli plan topology=sim --json | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
 
 
 @pytest.mark.parametrize(
-    ("module", "words", "status", "said"),
+    ("module", "words", "status", "output"),
     [
         ("deploy", ["topology=nope"], 2, "topology=nope: no such config"),
         ("deploy", ["wait=some"], 2, "wait=some: not known"),
@@ -469,18 +469,18 @@ def test_a_closed_pipe_is_not_an_error() -> None:
     ],
 )
 def test_entry_points_have_hydras_flags_and_our_errors(
-    module: str, words: list[str], status: int, said: str, elsewhere: Path
+    module: str, words: list[str], status: int, output: str, elsewhere: Path
 ) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"launch.{module}", *words], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, said in done.stdout + done.stderr) == (status, True), done.stdout + done.stderr
+    assert (done.returncode, output in done.stdout + done.stderr) == (status, True), done.stdout + done.stderr
     assert not (elsewhere / "outputs").exists()
     assert not (elsewhere / ".hydra").exists()
 
 
 def test_a_sweep_runs_each_job_with_its_own_overrides() -> None:
-    """`-m`: every job comes back through our own composition, with our errors and the worst status."""
+    """Hydra's `-m`: each job is composed by our own code, has our errors, and the worst exit status counts."""
     done = subprocess.run(
         [sys.executable, "-m", "launch.deploy", "-m", "wait=some,none"], capture_output=True, text=True, check=False
     )
@@ -498,7 +498,7 @@ def test_a_count_is_a_plain_number(word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "output"),
     [
         ("router.hold_mb=inf", "router.hold_mb=inf: out of range"),
         ("router.hold_mb=nan", "router.hold_mb=nan: out of range"),
@@ -518,12 +518,12 @@ def test_a_count_is_a_plain_number(word: str) -> None:
         ("cluster.warm_s=9", "'cluster.warm_s' is not a key of the config (keys that can be set: "),
     ],
 )
-def test_a_setting_has_a_range(tmp_path: Path, word: str, said: str) -> None:
-    """A value that is refused is not written."""
+def test_a_setting_has_a_range(tmp_path: Path, word: str, output: str) -> None:
+    """A refused value is not written."""
     run = make_run(tmp_path / "run")
     with pytest.raises(ConfigError) as refused:
         change(run, *parse_settings([word]))
-    assert said in str(refused.value)
+    assert output in str(refused.value)
     assert not run.desired.exists()
 
 

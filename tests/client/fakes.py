@@ -1,10 +1,10 @@
-"""A router that does what its script says: a real server on port 0, and its records in a run directory."""
+"""A scripted router: a real server on port 0, with its records in a run directory."""
 
 import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -20,10 +20,10 @@ Act = Callable[["FakeRouter", web.BaseRequest], Awaitable[web.StreamResponse]]
 
 @dataclass
 class FakeRouter:
-    """Wants the token that stands in the run directory now, then plays its acts, the last one for ever.
+    """Requires the run directory's current token, then plays its acts; it repeats the last one.
 
-    It proves to be the router of that address, with the nonce and the name of the record published last; a `stranger`
-    answers, but cannot.
+    It proves its identity with the nonce and the name of the record that was published last. A `stranger` answers, but
+    cannot prove it.
     """
 
     run: RunDir
@@ -86,7 +86,7 @@ async def hangs_up(router: FakeRouter, request: web.BaseRequest) -> web.StreamRe
 
 
 async def breaks_off(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
-    """In the middle of a stream."""
+    """Closes the connection in the middle of a stream."""
     response = web.StreamResponse(headers={"content-type": "text/event-stream"})
     await response.prepare(request)
     await response.write(_event("from"))
@@ -94,7 +94,7 @@ async def breaks_off(router: FakeRouter, request: web.BaseRequest) -> web.Stream
 
 
 def leaves_after(act: Act) -> Act:
-    """The router's socket and this connection are gone once it has answered."""
+    """Closes the router's socket and this connection after the response."""
 
     async def do(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
         response = await act(router, request)
@@ -127,6 +127,20 @@ async def fake_router(run: RunDir, *acts: Act) -> AsyncIterator[FakeRouter]:
         await runner.cleanup()
 
 
+Starter = Callable[..., Awaitable[FakeRouter]]
+
+
+@asynccontextmanager
+async def router_starter(run: RunDir) -> AsyncIterator[Starter]:
+    """`await start(*acts)` starts a router on a free port that the registry does not list yet."""
+    async with AsyncExitStack() as stack:
+
+        async def start(*acts: Act) -> FakeRouter:
+            return await stack.enter_async_context(fake_router(run, *acts))
+
+        yield start
+
+
 def record_of(
     url: str, *, generation: int = 1, kind: RecordKind = RecordKind.ROUTER, state: State = State.READY
 ) -> Record:
@@ -136,7 +150,7 @@ def record_of(
 
 
 def enter(run: RunDir, *records: Record) -> None:
-    """In the folder and, as the leading router does it, in `registry.json`."""
+    """Writes the records into the registry folder and, as the leading router does, into `registry.json`."""
     for record in records:
         publish(run.registry, record)
     write_summary(run, *RegistryReader(run.registry).snapshot().values())

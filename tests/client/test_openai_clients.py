@@ -1,4 +1,5 @@
-"""The official openai client, sync and async, with routers that move, drain and end, and with impostors."""
+"""The official openai client, sync and async, with routers that move, drain and end, and with processes that
+impersonate one."""
 
 import asyncio
 import logging
@@ -6,8 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,20 @@ from hpc_router.net.protocol import DRAINING_HEADER
 from hpc_router.state.registry import RecordKind, State, publish, withdraw
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.client.fakes import (
-    Act,
     FakeRouter,
+    Starter,
     answers,
     breaks_off,
     drains,
     enter,
-    fake_router,
     hangs_up,
     leaves_after,
     overloaded,
     record_of,
+    router_starter,
 )
 
 GUARD_S = 60.0
-
-
-Starter = Callable[..., Awaitable[FakeRouter]]
 
 
 @pytest.fixture
@@ -52,18 +49,13 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 async def start(run: RunDir) -> AsyncIterator[Starter]:
-    """`await start(*acts)`: a router on a free port; the registry knows nothing of it yet."""
-    async with AsyncExitStack() as stack:
-
-        async def one(*acts: Act) -> FakeRouter:
-            return await stack.enter_async_context(fake_router(run, *acts))
-
-        yield one
+    async with router_starter(run) as start:
+        yield start
 
 
 @dataclass
 class Caller:
-    """One client, sync or async, asked in the same words."""
+    """One client, sync or async, with the same interface."""
 
     client: openai.OpenAI | openai.AsyncOpenAI
 
@@ -120,7 +112,7 @@ async def make(run: RunDir, request: pytest.FixtureRequest) -> AsyncIterator[Mak
 
 @dataclass
 class Pauses:
-    """Takes the place of sleeping between two looks: the test sees each pause begin, and ends it."""
+    """Replaces the pauses between two reads of the registry. A test sees each pause begin and ends it."""
 
     begun: asyncio.Event
     over: threading.Event = field(default_factory=threading.Event)
@@ -136,7 +128,7 @@ class Pauses:
         await asyncio.to_thread(self.sync, length_s)
 
     async def one(self) -> None:
-        """Until a request waits."""
+        """Waits until a request waits for a router."""
         async with asyncio.timeout(GUARD_S):
             await self.begun.wait()
 
@@ -164,7 +156,7 @@ async def test_a_request_finds_the_router(run: RunDir, start: Starter, make: Mak
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_between_two_requests_the_router_moves(run: RunDir, start: Starter, make: Make, stream: bool) -> None:
-    """The old one still listens, and gets nothing more."""
+    """The old router still listens, but gets no further request."""
     old, new, caller = await start(), await start(), make()
     enter(run, record_of(old.url))
     assert await caller.chat(stream=stream) == f"from {old.url}"
@@ -177,7 +169,7 @@ async def test_between_two_requests_the_router_moves(run: RunDir, start: Starter
 async def test_a_router_dies_and_its_successor_comes_while_a_request_waits(
     run: RunDir, start: Starter, make: Make, pauses: Pauses, stream: bool
 ) -> None:
-    """The dead one's records stay behind, as after a kill."""
+    """The dead router's records remain, as after a kill."""
     old, new, caller = await start(), await start(), make()
     enter(run, record_of(old.url))
     await caller.chat()
@@ -201,8 +193,8 @@ async def test_the_first_router_comes_while_a_request_waits(
     assert await asked == f"from {router.url}"
 
 
-async def test_a_successor_that_is_there_is_taken_without_a_pause(run: RunDir, start: Starter, make: Make) -> None:
-    """The summary still names the dead one; with follow_s=0 there is no pause to take."""
+async def test_an_existing_successor_is_used_without_a_pause(run: RunDir, start: Starter, make: Make) -> None:
+    """The summary still names the dead router. follow_s=0 allows no pause."""
     old, new, caller = await start(), await start(), make(follow_s=0)
     enter(run, record_of(old.url))
     publish(run.registry, record_of(new.url, generation=2))
@@ -214,7 +206,7 @@ async def test_a_successor_that_is_there_is_taken_without_a_pause(run: RunDir, s
 async def test_a_request_refused_by_a_draining_router_goes_to_the_next(
     run: RunDir, start: Starter, make: Make, stream: bool
 ) -> None:
-    """Its 503 says that nothing was done: the next router gets the request, however often."""
+    """Its 503 says that the router did not process the request, so the next router gets it, any number of times."""
     old, older, new = await start(drains), await start(drains), await start()
     enter(run, record_of(older.url))
     caller = make(follow_s=0)
@@ -255,10 +247,10 @@ async def test_a_connection_that_ends_without_an_answer_is_tried_once_more(
     assert router.bodies[0] == router.bodies[1]
 
 
-async def test_a_dying_router_is_not_given_the_request_again(
+async def test_a_dying_router_does_not_get_the_request_again(
     run: RunDir, start: Starter, make: Make, pauses: Pauses
 ) -> None:
-    """For a moment a killed process still accepts connections; that must not use up the one attempt."""
+    """A killed process still accepts connections for a moment, which must not use up the one retry."""
 
     async def dies(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
         router.dying = True
@@ -276,7 +268,7 @@ async def test_a_dying_router_is_not_given_the_request_again(
 
 
 async def test_a_lost_request_is_resent_only_once(run: RunDir, start: Starter, make: Make) -> None:
-    """Whatever `max_retries` says: each time it may have been worked on."""
+    """`max_retries` does not matter, because a router may have processed the request each time."""
     router = await start(hangs_up)
     enter(run, record_of(router.url))
     with pytest.raises(openai.APIConnectionError, match=r"router-0\.g1 at .* ended without a response"):
@@ -285,7 +277,7 @@ async def test_a_lost_request_is_resent_only_once(run: RunDir, start: Starter, m
 
 
 async def test_a_new_token_is_used(run: RunDir, start: Starter, make: Make) -> None:
-    """Also by many requests at once."""
+    """Many requests at once use it, too."""
     router, caller, before = await start(), make(), run.token()
     enter(run, record_of(router.url))
     await caller.chat()
@@ -307,8 +299,8 @@ async def test_a_refused_token_is_sent_once(run: RunDir, start: Starter, make: M
     assert len(router.offered) == 1
 
 
-async def test_without_a_router_there_is_an_error_that_helps(run: RunDir, make: Make) -> None:
-    """At once with follow_s=0, and once: `max_retries` does not multiply the waiting."""
+async def test_without_a_router_the_error_names_the_remedy(run: RunDir, make: Make) -> None:
+    """With follow_s=0 the error comes at once, and `max_retries` does not multiply the wait."""
     with pytest.raises(NoRouterError, match=f"no router serves {run.path}; `hpc-router up --run {run.path}`") as caught:
         await make(follow_s=0).chat()
     assert isinstance(caught.value, openai.APIConnectionError), "programs that know openai's errors catch it too"
@@ -323,7 +315,7 @@ async def test_a_dead_router_is_named(run: RunDir, start: Starter, make: Make) -
 
 
 async def test_a_router_that_leaves_after_it_answered(run: RunDir, start: Starter, make: Make, pauses: Pauses) -> None:
-    """A connection that was kept for the next request is no reason to fail it."""
+    """A broken connection that was kept for the next request does not make that request fail."""
     old, new, caller = await start(leaves_after(answers)), await start(), make()
     enter(run, record_of(old.url))
     assert await caller.chat() == f"from {old.url}"
@@ -346,7 +338,7 @@ class TestWhatAStrangerGets:
     async def test_the_port_of_a_router_that_was_killed(
         self, run: RunDir, stranger: FakeRouter, make: Make, pauses: Pauses, start: Starter
     ) -> None:
-        """Its record stands until a successor comes; a request waits for that one."""
+        """Its record remains until a successor starts; a request waits for that one."""
         stranger.stranger = True
         enter(run, record_of(stranger.url))
         with pytest.raises(NoRouterError, match=rf"router-0\.g1 at {stranger.url} .* something else answers there"):
@@ -359,7 +351,7 @@ class TestWhatAStrangerGets:
         assert await asked == f"from {router.url}"
 
     async def test_the_port_of_a_router_that_was_known(self, run: RunDir, start: Starter, make: Make) -> None:
-        """It passed the check and was killed during a response. Another process then bound its port."""
+        """The router passed the check and was killed during a response. Another process then bound its port."""
         caller = make(follow_s=0, max_retries=0)
         router = await start(answers, breaks_off)
         enter(run, record_of(router.url))
@@ -390,7 +382,7 @@ class TestWhatAStrangerGets:
             await asyncio.to_thread(endpoint, run.path)
 
     async def test_the_port_of_a_router_that_has_left(self, run: RunDir, stranger: FakeRouter, make: Make) -> None:
-        """`registry.json` outlives the last router: its own record is gone."""
+        """`registry.json` remains after the last router; the router's own record is removed."""
         enter(run, record_of(stranger.url))
         withdraw(run.registry, "router-0.g1")
         with pytest.raises(NoRouterError):
@@ -406,7 +398,7 @@ class TestWhatAStrangerGets:
             await make(follow_s=0).chat()
 
     async def test_an_older_summary(self, run: RunDir, start: Starter, stranger: FakeRouter, make: Make) -> None:
-        """The router's record names another address by now."""
+        """The router's own record names another address than the summary."""
         router = await start()
         enter(run, record_of(stranger.url))
         publish(run.registry, record_of(router.url))
@@ -520,7 +512,7 @@ async def test_the_endpoint_for_other_libraries(run: RunDir, start: Starter, mon
         await asyncio.to_thread(endpoint)
 
 
-async def test_many_requests_share_one_proof(run: RunDir, start: Starter, make: Make) -> None:
+async def test_many_requests_share_one_identity_check(run: RunDir, start: Starter, make: Make) -> None:
     router, caller = await start(), make()
     enter(run, record_of(router.url))
     await asyncio.gather(*(caller.chat() for _ in range(50)))
@@ -528,7 +520,9 @@ async def test_many_requests_share_one_proof(run: RunDir, start: Starter, make: 
     assert (router.asked, len(router.offered)) == (1, 51)
 
 
-async def test_a_proof_expires(run: RunDir, start: Starter, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_identity_check_expires(
+    run: RunDir, start: Starter, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     router, caller = await start(), make()
     enter(run, record_of(router.url))
     await caller.chat()
@@ -555,7 +549,7 @@ def test_options_that_the_run_sets_are_refused(run: RunDir, make_client: Any) ->
         make_client(run.path / "nope")
 
 
-def test_importing_it_is_cheap() -> None:
+def test_importing_it_loads_no_http_library() -> None:
     forbidden = ["openai", "httpx", "httpx2", "anyio", "aiohttp", "submitit", "torch", "hydra"]
     program = f"import sys, hpc_router.client; print([m for m in {forbidden!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -568,7 +562,7 @@ def test_without_openai_it_says_what_to_install(run: RunDir, monkeypatch: pytest
         openai_client(run.path)
 
 
-class TestErrand:
+class TestRetryState:
     ROUTER = record_of("http://127.0.0.1:1")
 
     @pytest.fixture
@@ -591,7 +585,7 @@ class TestErrand:
         assert state.may_try(self.ROUTER)
 
     @pytest.mark.parametrize("replayable", [True, False])
-    def test_a_body_that_is_made_while_it_is_sent_cannot_be_sent_again(self, replayable: bool) -> None:
+    def test_a_generated_body_cannot_be_sent_again(self, replayable: bool) -> None:
         state = RetryState(follow_s=10, now=0.0, replayable=replayable)
         assert state.refused_by_drain(503, {DRAINING_HEADER: "1"}) is replayable
         assert (state.may_resend(), state.may_resend()) == (replayable, False)

@@ -48,7 +48,7 @@ async def at(say: Say) -> AsyncIterator[Record]:
         try:
             await say(parse_qs(urlsplit(target).query)["challenge"][0], writer)
             await writer.drain()
-        except ConnectionError:  # it has heard enough
+        except ConnectionError:  # the client has closed the connection
             pass
         finally:
             writer.close()
@@ -58,7 +58,7 @@ async def at(say: Say) -> AsyncIterator[Record]:
 
 
 async def drips(challenge: str, writer: asyncio.StreamWriter) -> None:
-    """Never silent for long, never done."""
+    """Sends a byte now and then, and never completes the response."""
     while True:
         writer.write(b"x")
         await writer.drain()
@@ -99,7 +99,7 @@ async def test_one_time_limit_holds_for_the_whole_check(say: Say) -> None:
 
 
 async def test_a_connection_that_is_closed_counts_as_unreachable() -> None:
-    """As a killed process does for a moment."""
+    """A killed process accepts connections for a moment."""
 
     async def hangs_up(challenge: str, writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
@@ -121,7 +121,7 @@ def test_an_invalid_address_does_not_pass(url: str) -> None:
 
 @pytest.mark.parametrize("nonce", [None, ""])
 def test_a_record_without_a_nonce_cannot_be_checked(nonce: str | None) -> None:
-    """It is of an older version. No request is sent, because any process could answer it."""
+    """An older version wrote it. No request is sent, because any process could answer it."""
     older = replace(RECORD, nonce=nonce)
     assert check_identity(older, SECRET) is IdentityCheck.NO_NONCE
     answer = json.loads(answered("c", nonce=nonce or ""))
@@ -129,7 +129,7 @@ def test_a_record_without_a_nonce_cannot_be_checked(nonce: str | None) -> None:
 
 
 class TestIdentityCache:
-    """For which requests the result of a check holds."""
+    """For which requests the result of a check is valid."""
 
     @pytest.fixture
     def cache(self) -> IdentityCache:

@@ -1,4 +1,4 @@
-"""A run directory, and small programs that stand in for agents: real processes, submitted by the real path."""
+"""A run directory, and small programs that stand in for agents: real processes, submitted as real jobs are."""
 
 import os
 import time
@@ -48,11 +48,11 @@ def service(run: RunDir) -> Path:
 
 @pytest.fixture
 def launcher(run: RunDir) -> Iterator[LocalLauncher]:
-    """Whatever a test leaves running is ended."""
+    """A local launcher. Ends whatever a test leaves running."""
     launcher = LocalLauncher(run, gpus=4)
     yield launcher
     jobs = [JobDir(run, folder.name) for folder in run.jobs.iterdir()]
     others = [job for job in jobs if (info := job.info()) is None or info.job_id != str(os.getpid())]
     for job in others:
-        job.write(Stop(cancel_at=time.time()))  # for one that is only just beginning
+        job.write(Stop(cancel_at=time.time()))  # for a job that is just starting
     launcher.kill([job.replica for job in others])

@@ -34,7 +34,7 @@ def test_an_interrupt_is_explained_and_a_further_one_waits_for_the_text() -> Non
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_loop_that_is_told_twice_keeps_its_handlers_until_the_end() -> None:
+def test_without_once_further_signals_do_not_interrupt() -> None:
     before = [signal.getsignal(one) for one in STOP_SIGNALS]
     with interrupt_event(once=False) as event:
         os.kill(os.getpid(), signal.SIGTERM)

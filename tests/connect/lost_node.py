@@ -1,7 +1,7 @@
-"""Cuts the network off while three clients wait for a response: run in a network namespace of its own.
+"""Cuts the network off while three clients wait for a response. Runs in a network namespace of its own.
 
-Prints one line per client once its request has ended. The peer's kernel is silent from then on, as that of a node that
-was switched off.
+Prints one line per client once its request has ended. From the cut on, the peer's kernel is silent, like that of a node
+that was switched off.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What clients of `connect` see when routers move, drain, break and are missing."""
+"""What clients of `connect` see when routers move, drain, fail and are missing."""
 
 import asyncio
 import json
@@ -22,21 +22,19 @@ from hpc_router.relay.headers import Headers
 from hpc_router.state.registry import State
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.client.fakes import (
-    Act,
     FakeRouter,
+    Starter,
     answers,
     breaks_off,
     drains,
     enter,
-    fake_router,
     hangs_up,
     leaves_after,
     overloaded,
     record_of,
+    router_starter,
 )
 from tests.support.waiting import GUARD_S, eventually
-
-Starter = Callable[..., Awaitable[FakeRouter]]
 
 
 @pytest.fixture
@@ -46,13 +44,8 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 async def start(run: RunDir) -> AsyncIterator[Starter]:
-    """`await start(*acts)`: a router on a free port; the registry knows nothing of it yet."""
-    async with AsyncExitStack() as stack:
-
-        async def one(*acts: Act) -> FakeRouter:
-            return await stack.enter_async_context(fake_router(run, *acts))
-
-        yield one
+    async with router_starter(run) as start:
+        yield start
 
 
 @dataclass
@@ -79,7 +72,7 @@ class Connected:
 
 
 def content_of(text: str) -> str:
-    """The answer's words, of a stream or of a whole answer; the error's message."""
+    """The text of a streamed or whole answer, or the error's message."""
     if not text.startswith("data: "):
         value = json.loads(text)
         return str(value["error"]["message"] if "error" in value else value["choices"][0]["message"]["content"])
@@ -116,7 +109,7 @@ async def connect(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_reaches_the_router(run: RunDir, start: Starter, connect: Connect, stream: bool) -> None:
-    """With the owner's token, because it has none, and with the bytes of its body."""
+    """The router gets the owner's token, because the request has none, and the same bytes of the body."""
     router, connected = await start(), await connect()
     enter(run, record_of(router.url))
     assert await connected.chat(stream=stream) == (200, f"from {router.url}")
@@ -162,7 +155,7 @@ async def test_requests_are_held_while_no_router_leads(
 
 
 async def test_a_router_dies_and_leaves_its_record(run: RunDir, start: Starter, connect: Connect) -> None:
-    """Also the connections that were kept for further requests break."""
+    """The connections that were kept for further requests break, too."""
     old, new, connected = await start(), await start(), await connect()
     enter(run, record_of(old.url))
     assert await asyncio.gather(*(connected.chat() for _ in range(8))) == [(200, f"from {old.url}")] * 8
@@ -202,7 +195,7 @@ async def test_a_stream_in_flight_stays_on_the_old_router(run: RunDir, start: St
 async def test_a_connection_that_ends_without_a_response_is_tried_once_more(
     run: RunDir, start: Starter, connect: Connect
 ) -> None:
-    """As `hpc_router.client` does, on a new connection and on one that was used before."""
+    """A new connection and a used one behave alike, as in `hpc_router.client`."""
     router, connected = await start(hangs_up, answers, hangs_up, answers), await connect(hold_s=0)
     enter(run, record_of(router.url))
     for _ in range(2):
@@ -211,7 +204,7 @@ async def test_a_connection_that_ends_without_a_response_is_tried_once_more(
 
 
 async def test_a_lost_request_is_resent_only_once(run: RunDir, start: Starter, connect: Connect) -> None:
-    """On a kept connection too; and official clients are told not to repeat it."""
+    """Also on a kept connection. The response tells official clients not to repeat the request."""
     router, connected = await start(answers, hangs_up), await connect()
     enter(run, record_of(router.url))
     await connected.chat()
@@ -249,7 +242,7 @@ async def test_without_a_router_a_request_is_refused_after_the_hold(run: RunDir,
 async def test_the_number_of_held_requests_is_bounded(
     run: RunDir, start: Starter, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exactly `MAX_HELD` wait; the next one is refused at once."""
+    """Exactly `MAX_HELD` requests wait; the next one is refused at once."""
     monkeypatch.setattr(forwarder_module, "MAX_HELD", 3)
     connected, router = await connect(), await start()
     asked = [asyncio.create_task(connected.chat()) for _ in range(3)]
@@ -305,7 +298,7 @@ async def test_a_new_token_is_used(run: RunDir, start: Starter, connect: Connect
 async def test_a_clients_own_token_is_passed_on(
     run: RunDir, start: Starter, connect: Connect, adds_tokens: bool
 ) -> None:
-    """The router checks it. A wrong one is refused once, and neither read again nor replaced."""
+    """The router checks it. A wrong token is refused once; it is not replaced by the owner's."""
     router, connected = await start(), await connect(adds_tokens=adds_tokens)
     enter(run, record_of(router.url))
     assert (await connected.chat(authorization=f"Bearer {run.token()}"))[0] == 200
@@ -338,7 +331,7 @@ async def test_on_a_port_no_token_is_added(run: RunDir, start: Starter, connect:
     ],
 )
 def test_which_requests_get_the_token(fields: dict[str, str], needs: bool) -> None:
-    """Those of programs without credentials; no page in a browser behind `ssh -L`."""
+    """Programs without credentials get it; web pages in a browser behind `ssh -L` do not."""
     assert needs_token(Headers([(name.encode(), value.encode()) for name, value in fields.items()])) is needs
 
 
@@ -355,7 +348,8 @@ async def test_another_process_at_the_routers_address_gets_nothing(
 
 
 async def test_the_router_sees_the_request_as_the_client_sent_it(run: RunDir, start: Starter, connect: Connect) -> None:
-    """Path, query, method and headers, except those of the connection; and the client sees the router's headers."""
+    """Path, query, method and headers are unchanged, except headers of the connection. The client sees the router's
+    headers."""
     seen: list[web.BaseRequest] = []
 
     async def records(router: FakeRouter, request: web.BaseRequest) -> web.StreamResponse:
@@ -397,7 +391,7 @@ async def test_bodies_that_cannot_be_forwarded(
 async def test_a_stalled_file_system_delays_no_request(
     run: RunDir, start: Starter, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last view stands, and nothing more is read before the file system responds."""
+    """The last result is used, and nothing more is read until the file system responds."""
     router, connected = await start(), await connect()
     enter(run, record_of(router.url))
     await connected.chat()

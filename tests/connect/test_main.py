@@ -1,4 +1,4 @@
-"""The verb `connect` and its files, each in a process of its own, with scripted routers behind it."""
+"""The verb `connect` and its files: real processes, with scripted routers behind them."""
 
 import asyncio
 import json
@@ -25,6 +25,7 @@ from hpc_router.cluster.commands.tunnel import LocalHost, tunnel_to_forwarder
 from hpc_router.connect import listener
 from hpc_router.connect.listener import RunningForwarder, _listen_unix, running_forwarder, serving_address
 from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.net.addresses import free_port
 from hpc_router.state.job_records import start_ticks
 from hpc_router.state.private_folder import make_private, user_folder
 from hpc_router.state.registry import State
@@ -54,14 +55,8 @@ async def router(run: RunDir) -> AsyncIterator[FakeRouter]:
         yield made
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
-
-
 async def cli(run: RunDir, *words: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `hpc-router WORDS --run RUN`, once it has ended."""
+    """Runs `hpc-router WORDS --run RUN` to its end. Returns exit status, stdout and stderr."""
     argv = [sys.executable, "-m", "hpc_router.cli", *words, "--run", str(run.path)]
     process = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     async with asyncio.timeout(GUARD_S):
@@ -87,7 +82,7 @@ async def foreground(run: RunDir, *before: str) -> AsyncIterator[tuple[asyncio.s
 
 @pytest.fixture
 async def detached(run: RunDir) -> AsyncIterator[Callable[..., Awaitable[RunningForwarder]]]:
-    """`await detached(*words)`: the process that `connect --detach` started."""
+    """`await detached(*words)` returns the process that `connect --detach` started."""
     pids = set()
 
     async def start(*words: str) -> RunningForwarder:
@@ -119,8 +114,8 @@ async def models(address: str, **headers: str) -> int:
         return got.status
 
 
-async def test_a_socket_of_ones_own(run: RunDir, router: FakeRouter, detached: Any) -> None:
-    """curl needs no token. A second one is the first; the end leaves no file."""
+async def test_the_owner_uses_a_socket_without_a_token(run: RunDir, router: FakeRouter, detached: Any) -> None:
+    """curl needs no token. A second `connect` returns the first one's address. The end leaves no file."""
     running = await detached()
     folder = Path(running.address).parent
     assert Path(running.address).stat().st_mode & 0o777 == 0o600
@@ -149,7 +144,7 @@ async def test_a_socket_that_a_killed_process_left_is_replaced(run: RunDir, rout
     assert await models(running.address) == 200
 
 
-async def test_a_port_wants_the_token(run: RunDir, router: FakeRouter, detached: Any) -> None:
+async def test_a_port_requires_the_token(run: RunDir, router: FakeRouter, detached: Any) -> None:
     port = free_port()
     running = await detached("--port", str(port))
     assert running.address == f"http://127.0.0.1:{port}"
@@ -179,7 +174,7 @@ async def test_wrong_arguments(run: RunDir, words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_signal_ends_it_in_order(run: RunDir, number: signal.Signals) -> None:
-    """Also while a request is held, which then gets no response."""
+    """A request that is held at that time gets no response."""
     async with foreground(run) as (process, address):
         asked = asyncio.create_task(models(address))
         assert process.stderr is not None
@@ -195,7 +190,7 @@ async def test_a_signal_ends_it_in_order(run: RunDir, number: signal.Signals) ->
 
 
 async def test_a_signal_that_the_shell_ignores_does_not_end_it(run: RunDir, router: FakeRouter) -> None:
-    """As with `nohup hpc-router connect &`, when the terminal is closed."""
+    """An example is `nohup hpc-router connect &` when the terminal is closed."""
     async with foreground(run, "nohup") as (process, address):
         status = Path(f"/proc/{process.pid}/status").read_text()
         ignored = int(re.findall(r"^SigIgn:\s*(\w+)", status, re.MULTILINE)[0], 16)
@@ -206,8 +201,8 @@ async def test_a_signal_that_the_shell_ignores_does_not_end_it(run: RunDir, rout
         assert await process.wait() == 0
 
 
-async def test_a_detached_process_that_cannot_begin(run: RunDir) -> None:
-    """The command that started it says why."""
+async def test_a_detached_process_that_cannot_start(run: RunDir) -> None:
+    """The command that started it prints the reason."""
     folder = user_folder(listener.SCRATCH)
     make_private(folder)
     in_the_way = listener._description(folder, run, tcp=False).with_suffix(".sock")
@@ -233,7 +228,7 @@ def completions(client: openai.AsyncOpenAI, *, stream: bool) -> Any:
 
 
 async def test_an_openai_client_sees_no_handover(run: RunDir, detached: Any) -> None:
-    """Without retries of its own, while three routers follow each other: each drains when the next one is ready."""
+    """The client does not retry. Three routers follow each other; each drains when the next one is ready."""
     async with AsyncExitStack() as stack:
         routers = [await stack.enter_async_context(fake_router(run)) for _ in range(3)]
         enter(run, record_of(routers[0].url))
@@ -272,7 +267,7 @@ async def test_an_openai_client_sees_no_handover(run: RunDir, detached: Any) -> 
 
 
 class TestOtherUsers:
-    """Whoever else is on the host."""
+    """What other users of the host can do."""
 
     @pytest.fixture
     def open_folder(self) -> Iterator[Path]:
@@ -283,19 +278,20 @@ class TestOtherUsers:
 
     @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
     def test_another_user_cannot_open_the_socket(self, open_folder: Path) -> None:
-        """Even where the folder would let them; its owner can."""
+        """Even if the folder allows it; the owner can."""
         path = open_folder / "s"
         with _listen_unix(path):
             curl = ["curl", "-s", "--max-time", "0.2", "--unix-socket", str(path), "http://localhost/"]
             other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *curl]
             assert subprocess.run(other, check=False).returncode == 7, "no connection"
-            assert subprocess.run(curl, check=False).returncode == 28, "connected, and waited in vain"
+            assert subprocess.run(curl, check=False).returncode == 28, "connected, and got no response"
 
     @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
     def test_a_name_that_another_user_has_taken(
         self, run: RunDir, open_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Nothing of theirs is believed, nor written to: the user's runtime folder takes its place, if there is one."""
+        """The other user's folder is neither read nor written; the user's runtime folder is used instead, if there is
+        one."""
         monkeypatch.setattr(listener, "SCRATCH", open_folder)
         monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
         taken = user_folder(open_folder)
@@ -363,7 +359,7 @@ class TestTunnel:
         assert "ssh ada@login1.hpc.example 'cat /runs/a/token'" in "\n".join(made.notes())
 
     async def test_the_verb_prefers_a_running_connect(self, run: RunDir) -> None:
-        """To the router's address, and the socket to the port; no router has to serve."""
+        """`connect` is preferred to the router, and a socket to a port. No router has to serve."""
         with serving_address(run, port=None) as (running, _), serving_address(run, port=free_port()):
             status, out, _ = await cli(run, "url", "--ssh", "--port", "9000")
             assert status == 0
@@ -406,7 +402,7 @@ def test_one_process_per_address(run: RunDir) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make a network namespace")
 def test_a_node_that_is_switched_off_ends_its_requests(tmp_path: Path) -> None:
-    """Instead of keeping them until the client's own timeout; `hpc_router.client` and `connect` alike."""
+    """Requests of `hpc_router.client` and of `connect` fail instead of waiting for the client's own timeout."""
     argv = ["unshare", "--net", sys.executable, "-m", "tests.connect.lost_node", str(tmp_path)]
     shown = subprocess.run(argv, cwd=ROOT, timeout=GUARD_S, check=True, capture_output=True, text=True).stdout
     assert sorted(shown.splitlines()) == [

@@ -1,4 +1,4 @@
-"""A whole deployment as a user has it: brought up, used and taken down through the command line."""
+"""A whole deployment, started, used and taken down through the command line, as by a user."""
 
 import json
 import os
@@ -25,7 +25,7 @@ LIMIT_S = 240
 def cli(
     *arguments: str, check: bool = True, timeout_s: float = LIMIT_S, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """`hpc-router ...` in a process of its own."""
+    """Runs `hpc-router ...` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "hpc_router.cli", *arguments],
         capture_output=True, text=True, timeout=timeout_s, check=False, **{"cwd": ROOT, **options},
@@ -79,8 +79,19 @@ class Deployed:
     def processes(self) -> list[int]:
         return with_word(str(self.run), str(self.scratch))
 
+    @contextmanager
+    def running(self, *, wait_all: bool) -> Iterator[None]:
+        """Starts the deployment, and takes it down at the end of the block. Asserts that nothing is left."""
+        try:
+            self.up(*(["--wait", "all"] if wait_all else []))
+            yield
+        finally:
+            if self.run.exists():
+                self.verb("down")
+        self.nothing_left()
+
     def nothing_left(self) -> None:
-        """No process, no socket, no record."""
+        """Asserts that no process, socket or record is left."""
         eventually_sync(lambda: not self.processes())
         assert [p for p in self.scratch.rglob("*") if not p.is_dir()] == []
         assert list((self.run / "registry").iterdir()) == []
@@ -93,14 +104,9 @@ def kill(pid: int) -> None:
 
 @contextmanager
 def deployed(folder: Path, *overrides: str, wait_all: bool = True) -> Iterator[Deployed]:
-    """Up, then down whatever happened; afterwards nothing is left."""
+    """A deployment that is up in the block and always taken down afterwards; nothing is left."""
     scratch = Path(tempfile.mkdtemp(prefix="hpcr-", dir="/tmp"))  # short: a socket's path has 107 bytes
     one = Deployed(folder / "run", scratch, [f"cluster.scratch={scratch}", *overrides])
-    try:
-        one.up(*(["--wait", "all"] if wait_all else []))
+    with one.running(wait_all=wait_all):
         yield one
-    finally:
-        if one.run.exists():
-            one.verb("down")
-    one.nothing_left()
     shutil.rmtree(scratch)

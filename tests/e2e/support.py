@@ -46,7 +46,7 @@ def ask(client: openai.OpenAI, text: str, *, model: str = "auto") -> tuple[str, 
 
 @contextmanager
 def running(*argv: str) -> Iterator["subprocess.Popen[str]"]:
-    """Ended with SIGTERM, which must be enough."""
+    """A process that must end on SIGTERM at the end of the block."""
     process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         yield process
@@ -57,7 +57,7 @@ def running(*argv: str) -> Iterator["subprocess.Popen[str]"]:
 
 @contextmanager
 def engine(*names: str, options: Sequence[str] = ()) -> Iterator[str]:
-    """A simulated engine on a port of its own -> its address."""
+    """A simulated engine on a port of its own; yields its address."""
     argv = ["-m", "hpc_router.sim", "--port", "0", "--announce", *options, "--served-model-name", *names]
     with running(*argv) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""LoRA experts: one engine, one record, several names. Simulated here; with vLLM in `test_engines`."""
+"""LoRA experts: one engine and one record serve several names. Simulated here; with vLLM in `test_engines`."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
 
 
 def test_each_expert_answers_as_itself(one: Deployed) -> None:
-    """By name, and where the policy sends a prompt; what is nobody's domain goes to the base model."""
+    """Experts are chosen by name, and by the policy. A prompt of no domain goes to the base model."""
     with one.client() as client:
         assert {m.id for m in client.models.list()} == {"auto", "base", *ADAPTERS}
         said = {name: ask(client, "hi", model=name) for name in ("base", *ADAPTERS)}
@@ -41,14 +41,14 @@ def test_each_expert_answers_as_itself(one: Deployed) -> None:
         assert text.startswith("base")
 
 
-def test_a_record_serves_all_of_them(one: Deployed) -> None:
+def test_one_record_serves_all_experts(one: Deployed) -> None:
     shared: list[dict[str, Any]] = json.loads((one.run / "registry.json").read_text())["records"]
     engines = {r["replica"]: r["serves"] for r in shared if r["kind"] == "expert"}
     every = {name: name for name in ("base", *ADAPTERS)}
     assert engines == {"base-0.g1": every, "base-1.g1": every}
 
 
-def test_the_verbs_know_whose_engine_it_is(one: Deployed) -> None:
+def test_the_verbs_know_the_host_of_an_adapter(one: Deployed) -> None:
     told = one.status()["experts"]
     for name in ("base", *ADAPTERS):
         assert [r["replica"] for r in told[name]["replicas"]] == ["base-0.g1", "base-1.g1"]

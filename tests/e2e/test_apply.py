@@ -36,7 +36,7 @@ def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
 
 @asynccontextmanager
 async def load_on(one: Deployed) -> AsyncIterator[Load]:
-    """Four streams of half a second and ten requests per second; nothing of it may fail."""
+    """Four streams of half a second each and ten requests per second, none of which may fail."""
     async with async_openai_client(one.run, max_retries=0, timeout=60) as client:
         load = Load(client, ("math", "code"), streams=4, per_s=10, stream_tokens=100)
         async with load.running():
@@ -64,7 +64,7 @@ async def test_a_changed_engine_option_rolls_the_experts_replicas(sim: Deployed)
 
 
 async def test_an_expert_is_added_and_another_removed(sim: Deployed) -> None:
-    """The router hands over, because it knows the experts by its config."""
+    """The router hands over, because its config lists the experts."""
     async with load_on(sim):
         await applied(sim, "+experts.poetry={model: sim-poetry, engine: {kind: sim}}")
     with sim.client() as client:
@@ -101,7 +101,7 @@ def test_a_dry_run_and_what_cannot_change_do_nothing(sim: Deployed) -> None:
 
 
 async def test_a_run_moves_to_another_version_without_an_interruption(sim: Deployed, tmp_path: Path) -> None:
-    """The verb replaces the experts and then the router; the old version's control loop stands aside."""
+    """The verb replaces the experts and then the router. The old version's control loop skips its passes."""
     shutil.copytree(ROOT / "hpc_router", tmp_path / "hpc_router")
     init = tmp_path / "hpc_router" / "__init__.py"
     init.write_text(init.read_text().replace(f'"{__version__}"', '"9.9.9"'))

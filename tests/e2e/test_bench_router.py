@@ -25,7 +25,7 @@ TINY = ["--quick", "--streams", "12", "--seconds", "0.2", "--connections", "2"]
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder with a short name for sockets; asserts that nothing of it is left afterwards."""
+    """A folder with a short path for sockets. Asserts that nothing is left in it afterwards."""
     need(compiler() is not None, "a C compiler (gcc)")
     with tempfile.TemporaryDirectory(prefix="br-") as folder:
         yield Path(folder)

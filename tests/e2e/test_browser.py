@@ -60,7 +60,7 @@ run();
 
 @dataclass
 class Page:
-    """A server with an origin of its own, whose page reports what it found."""
+    """A server with its own origin, whose page reports the results of its requests."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     found: "queue.Queue[dict[str, Any]]" = field(default_factory=queue.Queue)
@@ -98,7 +98,7 @@ def page() -> Iterator[Page]:
 
 
 def opened(served: Page, folder: Path) -> dict[str, Any]:
-    """What the page found when a browser opened it."""
+    """Opens the page in a browser and returns what it reports."""
     chromium = shutil.which("chromium")
     need(chromium is not None, "chromium")
     assert chromium is not None

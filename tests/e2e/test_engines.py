@@ -1,5 +1,5 @@
-"""Two experts at once on each real engine, with tiny random models: the same tests for both. On vLLM two more are LoRA
-adapters on one of these."""
+"""Two experts at once on each real engine, with tiny random models and the same tests. On vLLM, two more experts are
+LoRA adapters on one of these."""
 
 import json
 import socket
@@ -77,12 +77,12 @@ def test_prompts_are_routed_and_answered(pair: Deployed) -> None:
             assert done.usage.completion_tokens == 8
 
 
-def test_adapters_answer_under_their_names_and_otherwise_than_their_base(pair: Deployed) -> None:
-    """Their weights are drawn as large as the model's, so with the likeliest tokens all say something else."""
+def test_adapters_answer_under_their_names_and_differ_from_their_base(pair: Deployed) -> None:
+    """Their random weights are as large as the model's, so greedy decoding gives each a different text."""
     if engine_of(pair) != "vllm":
         pytest.skip("transformers serve has no adapters")
 
-    def asked(client: openai.OpenAI, model: str, prompt: str) -> tuple[str, str, str | None]:
+    def answer_of(client: openai.OpenAI, model: str, prompt: str) -> tuple[str, str, str | None]:
         raw = client.chat.completions.with_raw_response.create(
             model=model, messages=[{"role": "user", "content": prompt}], max_tokens=12, temperature=0.0
         )
@@ -90,10 +90,10 @@ def test_adapters_answer_under_their_names_and_otherwise_than_their_base(pair: D
         return raw.headers["x-expert"], done.model, done.choices[0].message.content
 
     with pair.client() as client:
-        said = {name: asked(client, name, SUED) for name in ("math", *ADAPTERS)}
-        assert {name: (expert, model) for name, (expert, model, _) in said.items()} == {n: (n, n) for n in said}
-        assert len({text for _, _, text in said.values()}) == 3
-        assert asked(client, "auto", SUED) == said["law"]
+        answers = {name: answer_of(client, name, SUED) for name in ("math", *ADAPTERS)}
+        assert {name: (expert, model) for name, (expert, model, _) in answers.items()} == {n: (n, n) for n in answers}
+        assert len({text for _, _, text in answers.values()}) == 3
+        assert answer_of(client, "auto", SUED) == answers["law"]
         assert {m.id for m in client.models.list()} == {"auto", "code", "math", *ADAPTERS}
     served = {r["replica"]: set(r["serves"]) for r in records(pair) if r["kind"] == "expert"}
     assert served == {"code-0.g1": {"code"}, "math-0.g1": {"math", *ADAPTERS}}
@@ -122,9 +122,9 @@ def test_completions_and_named_experts(pair: Deployed) -> None:
 
 
 def test_responses_and_their_continuation(pair: Deployed) -> None:
-    """transformers takes `previous_response_id` and ignores it, so the router refuses what would be forgotten.
+    """transformers accepts `previous_response_id` and ignores it, so the router refuses such a request.
 
-    It also streams where nothing is said about that.
+    It also streams if the request does not say whether to.
     """
     with pair.client().with_options(default_headers={"x-session-id": "s1"}) as client:
         first = client.responses.create(model="auto", input=QUESTION, max_output_tokens=8, stream=False)
@@ -160,7 +160,7 @@ def test_messages_where_the_engine_has_them(pair: Deployed) -> None:
 
 
 def test_tools_and_fields_reach_the_engine(pair: Deployed) -> None:
-    """The engine reads the tools: its prompt grows by them."""
+    """The engine reads the tools: they make its prompt longer."""
     tool: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     with pair.client() as client:
         plain = client.chat.completions.create(model="math", messages=MESSAGES, max_tokens=2)
@@ -173,7 +173,7 @@ def test_tools_and_fields_reach_the_engine(pair: Deployed) -> None:
 
 
 def test_the_engines_errors_are_the_clients_exceptions(pair: Deployed) -> None:
-    """What each engine refuses: vLLM a temperature that is no number, transformers a field it does not know."""
+    """vLLM refuses a temperature that is not a number, transformers a field that it does not know."""
     wrong = {"temperature": "warm"} if engine_of(pair) == "vllm" else {"no_such_field": 1}
     with pair.client() as client, pytest.raises(openai.APIStatusError) as caught:
         client.chat.completions.create(model="math", messages=MESSAGES, extra_body=wrong)
@@ -182,7 +182,7 @@ def test_the_engines_errors_are_the_clients_exceptions(pair: Deployed) -> None:
 
 @dataclass
 class Counts:
-    """What vLLM counts of one expert's requests, through its agent."""
+    """vLLM's metrics of one expert's requests, read through its agent."""
 
     url: str
     key: str
@@ -204,7 +204,7 @@ def counts_of(one: Deployed, replica: str) -> Counts:
 
 @contextmanager
 def asking(one: Deployed, *, stream: bool, tokens: int = TOKENS) -> Iterator[BinaryIO]:
-    """A long request over a connection that is closed at the end of the block."""
+    """A long request on a connection that is closed at the end of the block."""
     body = json.dumps({
         "model": "math", "messages": MESSAGES, "stream": stream, "max_tokens": tokens, "ignore_eos": True,
     }).encode()  # fmt: skip
@@ -219,9 +219,9 @@ def asking(one: Deployed, *, stream: bool, tokens: int = TOKENS) -> Iterator[Bin
 
 @pytest.mark.parametrize("phase", ["at once", "before the answer", "before the first event", "in mid-stream"])
 def test_a_client_that_leaves_aborts_the_engines_work(pair: Deployed, phase: str) -> None:
-    """As the engine itself counts it. transformers computes a non-streaming answer to its end, and has no metrics."""
+    """The engine's own metrics show it. transformers completes a non-streaming answer, and has no metrics."""
     if engine_of(pair) != "vllm":
-        pytest.skip("transformers serve tells nothing of what it aborts")
+        pytest.skip("transformers serve has no metrics of aborted requests")
     counts = counts_of(pair, "math-0.g1")
     finished, tokens = counts.finished(), counts("generation_tokens_total")
     with asking(pair, stream=phase != "before the answer") as answer:
@@ -230,7 +230,7 @@ def test_a_client_that_leaves_aborts_the_engines_work(pair: Deployed, phase: str
                 pass
         elif phase != "at once":
             eventually_sync(lambda: counts("num_requests_running") == 1)
-    if phase == "at once":  # the router may not have begun; whoever comes next finds nothing of it
+    if phase == "at once":  # the router may not have read the request; the next request is not affected
         with pair.client() as client:
             client.completions.create(model="math", prompt="once", max_tokens=2)
         finished += 1
@@ -239,10 +239,10 @@ def test_a_client_that_leaves_aborts_the_engines_work(pair: Deployed, phase: str
     assert counts("generation_tokens_total") - tokens < TOKENS
 
 
-def test_a_client_that_leaves_at_the_end_takes_nothing_with_it(pair: Deployed) -> None:
-    """The stream's last event is there, its connection not yet at rest."""
+def test_a_client_that_leaves_at_the_end_harms_no_later_request(pair: Deployed) -> None:
+    """The client closes the connection after the stream's last event, before the response ends."""
     if engine_of(pair) != "vllm":
-        pytest.skip("transformers serve tells nothing of what it finishes")
+        pytest.skip("transformers serve has no metrics of finished requests")
     counts = counts_of(pair, "math-0.g1")
     finished = counts.finished()
     with asking(pair, stream=True, tokens=2) as answer:
@@ -266,7 +266,7 @@ def engine_of(one: Deployed) -> str:
     return str(kind)
 
 
-def test_the_registry_says_what_computes(pair: Deployed) -> None:
+def test_the_registry_describes_the_engine(pair: Deployed) -> None:
     assert len(engines(pair)) == 2
     assert all(e["version"] and e["tensor_parallel_size"] == 1 for e in engines(pair))
     vllm = engine_of(pair) == "vllm"
@@ -294,7 +294,7 @@ def test_paths_beside_generation_are_the_engines_or_a_clear_404(pair: Deployed) 
     vllm = engine_of(pair) == "vllm"
     for path, fields in bodies.items():
         status, body = call(pair, "POST", path, {"model": "math", **fields})
-        if vllm and "score" not in path and "rerank" not in path:  # a model that generates gives no scores
+        if vllm and "score" not in path and "rerank" not in path:  # a generative model has no scores
             assert status == 200, (path, body)
         else:
             message = body["error"]["message"]
@@ -342,7 +342,7 @@ def call(one: Deployed, method: str, path: str, body: dict[str, Any]) -> tuple[i
 
 
 def test_a_killed_engine_fails_its_streams_and_comes_back(pair: Deployed) -> None:
-    """An error event for the stream in flight there; the other expert serves on; then capacity is back by itself."""
+    """Its stream gets an error event, the other expert serves on, and the capacity returns without action."""
     with pair.client() as client:
         chunks = client.chat.completions.create(model="math", messages=MESSAGES, max_tokens=TOKENS, stream=True)
         next(chunks)

@@ -1,4 +1,4 @@
-"""A router alone in front of endpoints that run elsewhere: registered, served, gone, taken out."""
+"""A router alone in front of endpoints that run elsewhere: they are registered, serve, fail and are removed."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Routers replace each other under continuous calls and streams, and the clients that follow them see no failure."""
+"""Routers replace each other under continuous calls and streams; clients that follow them see no failure."""
 
 import asyncio
 import socket
@@ -36,7 +36,8 @@ Call = Callable[[bool], Awaitable[None]]
 
 @dataclass
 class Callers:
-    """Send one request after another until `over`. `complete`: answers by caller and router generation."""
+    """Callers that send one request after another until `over`. `complete`: complete answers by caller and router
+    generation."""
 
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -62,7 +63,7 @@ class Callers:
         await asyncio.gather(*self.tasks)
 
     def all_have(self, generation: int) -> bool:
-        """Whether every kind of caller got an answer to a request that it sent since this generation was started."""
+        """Whether every kind of caller got an answer to a request that it sent after this generation was started."""
         names = {name for name, _ in self.complete}
         return len(names) == 6 and all(self.complete[name, generation] for name in names)
 
@@ -75,7 +76,8 @@ def _request(stream: bool) -> dict[str, Any]:
 
 
 def blocking(client: openai.OpenAI, threads: Executor) -> Call:
-    """The threads are its own, because those of `asyncio.to_thread` start the routers."""
+    """A call of the synchronous client. It has threads of its own, because those of `asyncio.to_thread` start the
+    routers."""
 
     def one(stream: bool) -> None:
         answer: Any = client.chat.completions.create(**_request(stream))
@@ -96,7 +98,7 @@ def asynchronous(client: openai.AsyncOpenAI) -> Call:
 
 @asynccontextmanager
 async def a_router(path: Path, generation: int) -> AsyncIterator["subprocess.Popen[str]"]:
-    """In a process of its own, once its record is ready and it has a replica."""
+    """A router in a process of its own, once its record is ready and it has a replica."""
     argv = [sys.executable, "-m", "launch.router", f"run={path}", *QUICK]
     process = await asyncio.to_thread(partial(subprocess.Popen, argv, cwd=ROOT, text=True))
     try:
@@ -164,8 +166,9 @@ async def under_load(folder: Path) -> AsyncIterator[tuple[Callers, Callable[[], 
 
 @pytest.mark.parametrize("overlap", [True, False])
 async def test_two_handovers_fail_no_call(tmp_path: Path, overlap: bool) -> None:
-    """Each drain begins while all callers have requests in flight, and ends when they are answered. With `overlap` the
-    successor is ready before; without, it starts on the same port after the end, and requests wait for it."""
+    """Each drain begins while all callers have requests in flight, and ends when these are answered. With `overlap` the
+    successor is ready before. Without it, the successor starts on the same port after the end, and requests wait for
+    it."""
     async with under_load(tmp_path) as (callers, start_next):
         router = await start_next()
         await eventually(lambda: callers.all_have(1))

@@ -1,4 +1,4 @@
-"""A whole deployment with simulated engines: routed, broken on purpose, scaled, taken down."""
+"""A whole deployment with simulated engines: prompts are routed, processes are killed, experts are scaled."""
 
 import asyncio
 import base64
@@ -50,7 +50,7 @@ def test_later_turns_stay_where_the_first_went(sim: Deployed) -> None:
 
 
 def test_the_openai_client_works_unmodified(sim: Deployed) -> None:
-    """Chat, streaming with usage, completions, embeddings, models, tools."""
+    """Chat, streaming with usage, completions, embeddings, models and tools."""
     with sim.client() as client:
         listed = {m.id: m for m in client.models.list()}
         assert set(listed) == {"auto", "generalist", *PROMPTS}
@@ -90,7 +90,7 @@ def test_a_second_up_changes_nothing(sim: Deployed) -> None:
     assert "experts.math.replicas" in refused.stderr
 
 
-def test_the_verbs_tell_what_runs(sim: Deployed) -> None:
+def test_the_verbs_show_what_runs(sim: Deployed) -> None:
     status = sim.status()
     assert {r["state"] for e in status["experts"].values() for r in e["replicas"]} == {"ready"}
     assert "math-1.g" in sim.verb("status").stdout
@@ -112,7 +112,7 @@ def agent_and_engine(one: Deployed, replica: str) -> tuple[int, int]:
 
 
 async def stream_until(client: openai.AsyncOpenAI, *, model: str, started: asyncio.Event) -> tuple[str, str]:
-    """A long stream -> (its replica, how it ended)."""
+    """Reads a long stream. Returns its replica and how it ended."""
     async with client.chat.completions.with_streaming_response.create(
         model=model,
         messages=[{"role": "user", "content": "hi"}],
@@ -188,7 +188,7 @@ def test_scaling_adds_and_drains(sim: Deployed) -> None:
 
 
 def test_an_external_endpoint_joins_and_leaves(sim: Deployed, tmp_path: Path) -> None:
-    """Another router's expert, registered here under a name of its own."""
+    """The endpoint is another router's expert, registered under a name of its own."""
     token = tmp_path / "token"
     token.write_text(sim.token)
     own = tmp_path / "own"
@@ -217,7 +217,7 @@ def test_an_external_endpoint_joins_and_leaves(sim: Deployed, tmp_path: Path) ->
 
 
 def test_the_clients_bytes_reach_the_engine(sim: Deployed) -> None:
-    """Through router and agent: byte for byte what was sent, by name and by `auto`."""
+    """Router and agent forward exactly the bytes that were sent, by name and by `auto`."""
     for model in ("math", "auto"):
         template = (
             '{"x_new":  {"a": 1.0e2},"messages":[{"content":"QUESTION \\u00e9 é","role":"user"}],\n "model" : "MODEL" }'
@@ -231,7 +231,7 @@ def test_the_clients_bytes_reach_the_engine(sim: Deployed) -> None:
 
 
 def last_bodies(socket_path: Path) -> list[str]:
-    """What the simulated engine received last, in base64; its agent asks whether it lives, meanwhile."""
+    """The request bodies that the simulated engine received last, in base64, without the agent's health probes."""
 
     async def ask() -> list[str]:
         async with (

@@ -1,4 +1,4 @@
-"""What the clients of a real vLLM see when it is told to stop: answers finish or fail, and none is cut in silence."""
+"""What clients of a real vLLM see when it is told to stop: each answer is complete or fails visibly."""
 
 import json
 import os
@@ -50,16 +50,16 @@ def anthropic_client(one: Deployed) -> anthropic.Anthropic:
     return anthropic.Anthropic(base_url=one.url, api_key=one.token, max_retries=0, timeout=60)
 
 
-def test_an_engine_that_gets_sigterm_finishes_what_runs_and_takes_nothing_new(one: Deployed) -> None:
-    """As where Slurm signals every process of a step. What comes then fails: vLLM answers with a status of 500, or with
-    an empty answer in good form, which the router takes for a failure."""
+def test_an_engine_that_gets_sigterm_finishes_its_requests_and_accepts_no_new_ones(one: Deployed) -> None:
+    """This happens where Slurm signals every process of a step. Later requests fail: vLLM answers with status 500, or
+    with a valid but empty answer, which the router counts as a failure."""
     with one.client() as client, anthropic_client(one) as messages:
         running = client.chat.completions.create(
             model="math", messages=MESSAGES, max_tokens=600, stream=True, extra_body=ENDLESS
         )
         chunks = [next(running)]
         os.kill(int(one.progress("math-0.g1")["engine_pid"]), signal.SIGTERM)
-        time.sleep(0.5)  # there is no sign of its having been heard but the log
+        time.sleep(0.5)  # only the log shows that the signal arrived
         late: dict[str, Callable[[], Any]] = {
             "chat": lambda: client.chat.completions.create(model="math", messages=MESSAGES, max_tokens=5),
             "text": lambda: client.completions.create(model="math", prompt="once", max_tokens=5),
@@ -78,8 +78,8 @@ def test_an_engine_that_gets_sigterm_finishes_what_runs_and_takes_nothing_new(on
         eventually_sync(lambda: one.ready("math"), within_s=240)
 
 
-def test_what_a_drain_cuts_fails_in_every_api(one: Deployed) -> None:
-    """The replica is the last one, and the answers, which take more than 10 s, outlast the drain."""
+def test_an_answer_that_a_drain_cuts_off_fails_in_every_api(one: Deployed) -> None:
+    """The replica is the last one, and its answers take more than 10 s, which is longer than the drain."""
     begun = Semaphore(0)
 
     def outcome(path: str, body: dict[str, Any]) -> str:
@@ -104,7 +104,9 @@ def test_what_a_drain_cuts_fails_in_every_api(one: Deployed) -> None:
         streams = {path: pool.submit(outcome, path, body | {"stream": True}) for path, body in asked.items()}
         wholes = {path: pool.submit(outcome, path, body) for path, body in asked.items()}
         assert all(begun.acquire(timeout=60) for _ in streams)
-        scale(RunDir(one.run), {"math": 0})  # not the verb: the answers may end before another interpreter has started
+        scale(
+            RunDir(one.run), {"math": 0}
+        )  # not the verb, because the answers may end before its interpreter has started
         for path, stream in streams.items():
             last = stream.result().strip().rpartition("\n\n")[2]
             assert '"error"' in last, (path, last[-500:])

@@ -1,4 +1,4 @@
-"""An experiment as a user runs it: a sweep over two topologies that is killed, continued, and ends in a report."""
+"""An experiment as a user runs it: a sweep over two topologies that is killed, continued, and ends with a report."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_a_killed_sweep_continues_with_the_missing_points() -> None:
-    """Killed by SIGKILL after two points; started again, it repeats no point and leaves no process."""
+    """SIGKILL ends it after two points. Started again, it repeats no point and leaves no process."""
     folder = Path("/tmp") / f"hpcr-sweep-{os.getpid()}"  # short: a socket's path has 107 bytes
     (folder / "s").mkdir(parents=True)
     first = subprocess.Popen(command(folder), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)

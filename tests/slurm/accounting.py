@@ -1,7 +1,7 @@
-"""The test cluster's accounting: MariaDB, slurmdbd and what sacctmgr must know before slurmctld starts.
+"""Accounting of the test cluster: MariaDB, slurmdbd, and the entries that slurmctld needs before it starts.
 
-Rules: in this order, or slurmctld hangs. MariaDB listens on a socket only, in a folder of root's, so it needs no
-password; it forgets to write to disk, which nobody needs here.
+Rules: these start in this order, or slurmctld hangs. MariaDB listens only on a socket in a folder of root, so it needs
+no password. It does not write safely to disk, because the data are not kept.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from tests.support.waiting import eventually_sync
 
 
 def start_accounting(controller: Host, shape: Shape, *, users: Sequence[str]) -> None:
-    """Returns with `users` in the account ACCOUNT of a cluster that slurmdbd knows; munge is starting or up."""
+    """Starts accounting with `users` in the account ACCOUNT of a cluster that slurmdbd knows. munge is starting or
+    up."""
     database = shape.database_socket
     data, pid = database.with_name("data"), database.with_name("pid")
     # fmt: off

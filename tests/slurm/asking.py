@@ -1,6 +1,6 @@
-"""A program of a user on some host of the cluster: it finds the router in the run directory and asks.
+"""A user's program on some host of the cluster: finds the router in the run directory and sends prompts.
 
-python asking.py RUN PROMPT...      prints one JSON object per prompt
+python asking.py RUN PROMPT... prints one JSON object per prompt
 """
 
 import json

@@ -1,11 +1,11 @@
-"""What a test cluster holds of the machine outside its folder: a number; a bridge, a user and, where it has cgroups, a
-folder of the freezer are named after it.
+"""What a test cluster uses of the machine outside its folder: a number, after which a bridge, a user and, if it has
+cgroups, a folder of the freezer are named.
 
-Rules: the folder is made by one `mkdir`, so two starters never share it. The claim is a symbolic link
-`/run/hpcr-slurm/NUMBER -> FOLDER`, made before anything else outside the folder, in one step, and removed last: what a
-starter killed at any moment has left is found from the claim alone. `FOLDER/owner` names the process that must be
-alive for the cluster to be wanted; a cluster that was brought up by hand, once up, has none and stays until `down`.
-Claiming and sweeping happen under a lock on the claims' folder. Nothing here knows Slurm.
+Rules: one `mkdir` creates the folder, so two starters never share it. The claim is a symbolic link
+`/run/hpcr-slurm/NUMBER -> FOLDER`. It is created in one step before anything else outside the folder, and removed last,
+so the claim alone shows what a killed starter has left. `FOLDER/owner` names the process that must be alive for the
+cluster to be wanted. A cluster started by hand has no owner once it is up, and stays until `down`. Claiming and
+sweeping happen under a lock on the folder of claims. This module knows nothing of Slurm.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ OWNER: Final = "owner"
 
 
 def freezer() -> Path | None:
-    """Where cgroup v1's freezer is mounted on this machine."""
+    """The mount point of cgroup v1's freezer on this machine; None if there is none."""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, where, kind, options, *_ = line.split()
         if kind == "cgroup" and "freezer" in options.split(","):
@@ -44,7 +44,7 @@ def freezer_of(number: int) -> Path | None:
 
 
 def make_freezer(number: int) -> Path:
-    """For the hosts of a cluster with cgroups, one folder each."""
+    """Creates a freezer folder for a cluster, in which each of its hosts gets one."""
     folder = freezer_of(number)
     if folder is None:
         raise SlurmClusterError("this machine has no freezer of cgroup v1")
@@ -61,13 +61,14 @@ def user_of(number: int) -> str:
 
 
 def network_of(number: int) -> str:
-    """The first three bytes: of 198.18.0.0/15, which is for tests and met on no site."""
+    """The first three bytes of the cluster's addresses, from 198.18.0.0/15, which is reserved for tests."""
     return f"198.18.{number}"
 
 
 @contextlib.contextmanager
 def _locked() -> Iterator[int]:
-    """The lock as a descriptor: a command that inherits it holds it on where its starter is killed."""
+    """Holds the lock and yields its descriptor. A child that inherits the descriptor keeps the lock if its parent is
+    killed."""
     while True:
         CLAIMS.mkdir(exist_ok=True)
         folder = os.open(CLAIMS, os.O_RDONLY | os.O_DIRECTORY)
@@ -84,7 +85,7 @@ def _locked() -> Iterator[int]:
 
 
 def claims() -> dict[int, Path]:
-    """The clusters of this machine, whether up, half up or left over."""
+    """The clusters of this machine: running, incomplete or left over."""
     found = {}
     for claim in CLAIMS.glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError):  # released meanwhile
@@ -93,7 +94,7 @@ def claims() -> dict[int, Path]:
 
 
 def claim(folder: Path) -> int:
-    """A number, and its bridge and user made, for a folder made by `make_folder`."""
+    """Claims a number and creates its bridge and user, for a folder made by `make_folder`."""
     with _locked() as lock:
         taken = claims()
         number = next((number for number in NUMBERS if number not in taken), None)
@@ -104,7 +105,7 @@ def claim(folder: Path) -> int:
         command(["ip", "link", "add", bridge, "type", "bridge"], inherit=(lock,))
         command(["ip", "address", "add", f"{network_of(number)}.254/24", "dev", bridge])
         command(["ip", "link", "set", bridge, "up"])
-        if _user_exists(number):  # left by a machine that was switched off: /run forgets, /etc does not
+        if _user_exists(number):  # /run is empty after a reboot, but /etc still has the user
             command(["userdel", user_of(number)])
         # fmt: off
         command(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", str(folder / "home"),
@@ -114,19 +115,19 @@ def claim(folder: Path) -> int:
 
 
 def release(folder: Path) -> bool:
-    """Remove every trace of the cluster in `folder`, in whatever state it is; False where there was none."""
+    """Removes every trace of the cluster in `folder`, in any state. Returns False if there was none."""
     with _locked():
         numbers = [number for number, claimed in claims().items() if claimed == folder]
         for number in numbers:
             _remove(number, folder)
-    unclaimed = (folder / MARK).exists()  # its starter came no further, or the machine was switched off since
+    unclaimed = (folder / MARK).exists()  # its starter was killed before the claim, or the machine was rebooted
     if unclaimed:
         shutil.rmtree(folder)
     return bool(numbers) or unclaimed
 
 
 def _remove(number: int, folder: Path) -> None:
-    while hosts := booted(folder):  # again: a starter that still runs may boot another meanwhile
+    while hosts := booted(folder):  # repeated, because a running starter may boot another host meanwhile
         for pid in hosts.values():
             power_off(pid)
     frozen = freezer_of(number)
@@ -147,7 +148,7 @@ def _remove(number: int, folder: Path) -> None:
 
 
 def make_folder(given: Path | None) -> Path:
-    """A new folder, for a cluster that is wanted only while this process lives."""
+    """Creates a folder for a cluster that is wanted only while this process lives."""
     if given is None:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=SHARED))
     else:
@@ -167,25 +168,25 @@ def make_folder(given: Path | None) -> Path:
 
 
 def keep(folder: Path) -> None:
-    """From here on the cluster stays up until somebody takes it down."""
+    """Removes the owner: the cluster stays up until `down`."""
     (folder / OWNER).unlink()
 
 
 def sweep() -> list[Path]:
-    """Remove the clusters whose owner has ended without removing them."""
+    """Removes the clusters whose owner has ended without removing them, and returns their folders."""
     swept = []
     for folder in {*claims().values(), *(mark.parent for mark in SHARED.glob(f"{PREFIX}*/{MARK}"))}:
         try:
             owner = (folder / OWNER).read_text()
         except OSError:
-            continue  # brought up by hand, or just gone
+            continue  # started by hand, or just removed
         if owner and _identity(int(owner.split()[0])) != owner and release(folder):
             swept.append(folder)
     return swept
 
 
 def _identity(pid: int) -> str | None:
-    """A pid and when its process started: a number used again is another process."""
+    """A pid with its start time, because another process may get the same pid later."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,10 +1,11 @@
-"""A real Slurm on one machine, for tests and for trying things by hand: `python -m tests.slurm.cluster up|down|status`.
+"""A real Slurm on one machine, for tests and for manual use: `python -m tests.slurm.cluster up|down|status`.
 
-A controller, three GPU nodes, a CPU node: each a host of its own (host.py) on one bridge. Needs root and Debian's
-Slurm. What it holds of the machine is one claim, one bridge, one user, one folder and, with proctrack=cgroup, one
-folder of the freezer (claim.py), gone after `down`.
-The file system is shared by all hosts, except /tmp and /dev/shm: what jobs are to see lies outside them, for
-instance in `shared`. This clone with its environment is seen wherever it lies.
+A controller, three GPU nodes and a CPU node, each a host of its own (host.py) on one bridge. Needs root and Debian's
+Slurm. On the machine it uses one claim, one bridge, one user, one folder and, with proctrack=cgroup, one folder of the
+freezer (claim.py); `down` removes all of them.
+
+All hosts share the machine's file system, except /tmp and /dev/shm. Files that jobs must see therefore lie outside
+these, for instance in `shared`. This clone and its environment are visible wherever they lie.
 """
 
 import argparse
@@ -35,7 +36,7 @@ FOLDERS: Final = ("etc", "log", "run", "state", "spool", "munge", "database", "g
 
 
 def lacking(proctrack: Proctrack = "linuxproc") -> str:
-    """What this machine lacks for a cluster, in words; empty where it has all."""
+    """What this machine lacks for a cluster, as text; empty if it lacks nothing."""
     if os.geteuid() != 0:
         return "root, for a Slurm test cluster"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -43,7 +44,7 @@ def lacking(proctrack: Proctrack = "linuxproc") -> str:
         return f"{', '.join(absent)}, for a Slurm test cluster"
     try:
         command(["unshare", *NAMESPACES, "--fork", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"])
-    except SlurmClusterError as error:  # root of a container that may not
+    except SlurmClusterError as error:  # root in a container without the necessary rights
         return f"namespaces and mounts, for a Slurm test cluster: {error}"
     if proctrack == "cgroup" and claim.freezer() is None:
         return "the freezer of cgroup v1, for a Slurm test cluster with proctrack=cgroup"
@@ -51,7 +52,8 @@ def lacking(proctrack: Proctrack = "linuxproc") -> str:
 
 
 class SlurmCluster:
-    """`with SlurmCluster() as cluster:`; `folder`, where given, is new or empty and outside /tmp."""
+    """A cluster for the time of `with SlurmCluster() as cluster:`. `folder`, if given, is new or empty and outside
+    /tmp."""
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class SlurmCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What to export, here or anywhere on the machine, to talk to the cluster."""
+        """Variables with which any process of the machine can use the cluster."""
         return environment_of(self.folder)
 
     @property
@@ -99,11 +101,12 @@ class SlurmCluster:
     def run(
         self, argv: Sequence[str], *, user: str | None = None, folder: Path | None = None, timeout_s: float = 60.0
     ) -> str:
-        """What `argv` printed on the controller's host, where it ran in `folder` (`shared`); raises if it failed."""
+        """Runs `argv` on the controller's host in `folder` (default: `shared`) and returns its stdout. Raises if it
+        failed."""
         return self.controller.enter(argv, user=user, folder=folder, timeout_s=timeout_s)
 
     def states(self) -> dict[str, str]:
-        """Slurm's word for each node: `idle`, `mixed`, `down*`, ..."""
+        """Slurm's state of each node: `idle`, `mixed`, `down*`, ..."""
         lines = self.run(["sinfo", "--Node", "--noheader", "--format=%N %T"]).splitlines()
         return {name: state for name, _, state in (line.partition(" ") for line in lines)}
 
@@ -111,7 +114,8 @@ class SlurmCluster:
         eventually_sync(lambda: set(self.states().values()) == {"idle"}, within_s=within_s)
 
     def up(self, *, owned: bool) -> None:
-        """Returns with every node idle. An owned cluster is swept once this process has died without `down`."""
+        """Starts the cluster and waits until every node is idle. An owned cluster is swept once this process has ended
+        without `down`."""
         if lack := lacking(self._proctrack):
             raise SlurmClusterError(f"needs {lack}")
         claim.sweep()
@@ -129,7 +133,7 @@ class SlurmCluster:
     def down(self) -> None:
         claim.release(self.folder)
         for host in self._hosts.values():
-            host.halt()  # all are off by now: this collects their exit
+            host.halt()  # the hosts are off by now; this reaps their processes
         self._hosts.clear()
 
     def _furnish(self) -> None:

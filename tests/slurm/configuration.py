@@ -1,10 +1,10 @@
-"""The test cluster's configuration files, from its shape: what a site's /etc/slurm holds.
+"""The test cluster's configuration files, built from its shape: the content of a site's /etc/slurm.
 
-Rules: timeouts are as short as Slurm allows, because tests wait for them; everything else is what a plain site would
-have, so that what works here has no reason to fail there. Two partitions over all nodes, the least loaded of which is
-taken first: jobs of `urgent` preempt those of `batch`, which get GRACE_S between SIGTERM and SIGKILL and then are
-requeued, or cancelled if they forbid it. Nothing is enforced by cgroups: the machine's are not the cluster's to change.
-`proctrack` decides which processes of a step get its signals: all of them with linuxproc, the task alone with cgroup.
+Rules: timeouts are as short as Slurm allows, because tests wait for them. Everything else is as on a plain site, so
+that what works here also works there. Two partitions have all nodes, and the least loaded node is used first. Jobs of
+`urgent` preempt those of `batch`, which get GRACE_S between SIGTERM and SIGKILL; then they are requeued, or cancelled
+if they forbid that. cgroups enforce nothing, because those of the machine must not be changed. `proctrack` decides
+which processes of a step get its signals: all of them with linuxproc, only the task with cgroup.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def gpus_of(name: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """`node_cpus` is what each node claims to have: Slurm believes it, whatever the machine has."""
+    """The hosts of a cluster. `node_cpus`: CPUs that each node claims to have; Slurm does not check them."""
 
     folder: Path
     network: str

@@ -1,4 +1,5 @@
-"""The cluster that this folder's tests share: coming up takes seconds, and tests leave it as they found it."""
+"""The cluster that all tests of this folder share, because its start takes seconds. Each test leaves it as it found
+it."""
 
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from tests.support.needs import need
 
 @pytest.fixture(scope="session")
 def machine() -> None:
-    """A machine that can carry a cluster."""
+    """Skips the tests on a machine that cannot run a cluster."""
     lack = lacking()
     need(not lack, lack)
 

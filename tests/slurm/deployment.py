@@ -1,5 +1,5 @@
-"""A deployment on the test cluster, brought up and used through the command line on this machine, which reaches every
-node by its address. Whoever asks the controller anything is written down."""
+"""A deployment on the test cluster, used through the command line on this machine, which reaches every node by its
+address. Each query of the controller is recorded."""
 
 import json
 import os
@@ -27,7 +27,7 @@ LEAKED: Final = {
     "SCANCEL_STATE": "COMPLETING",
     "SINFO_FORMAT": "%n",
 }
-"""As where `up` runs inside some other job: whatever gets through breaks the tests."""
+"""Variables of another Slurm job in which `up` may run. Any that reaches a command breaks the tests."""
 _NOTE: Final = """\
 #!/bin/bash
 printf '%s\\t{name}\\t%s\\n' "$(date +%s.%N)" "$(tr '\\0' ' ' </proc/$PPID/cmdline)" >>{log}
@@ -36,8 +36,8 @@ exec /usr/bin/{name} "$@"
 
 
 @dataclass(frozen=True)
-class Question:
-    """One call of a command that asks the controller; `by`: the caller's command line."""
+class SlurmQuery:
+    """One call of a command that queries the controller. `by`: the caller's command line."""
 
     at: float
     command: str
@@ -63,17 +63,17 @@ class OnSlurm(Deployed):
     def environment(self) -> dict[str, str]:
         return os.environ | self.cluster.environment | LEAKED | {"PATH": f"{self.tools}:{os.environ['PATH']}"}
 
-    def write_questions_down(self) -> None:
+    def record_queries(self) -> None:
         self.tools.mkdir()
         for name in ASKING:
             tool = self.tools / name
-            tool.write_text(_NOTE.format(name=name, log=self.run.parent / "questions"))
+            tool.write_text(_NOTE.format(name=name, log=self.run.parent / "queries"))
             tool.chmod(0o755)
 
-    def questions(self) -> list[Question]:
-        log = self.run.parent / "questions"
+    def slurm_queries(self) -> list[SlurmQuery]:
+        log = self.run.parent / "queries"
         lines = log.read_text().splitlines() if log.exists() else []
-        return [Question(float(at), command, by) for at, command, by in (line.split("\t", 2) for line in lines)]
+        return [SlurmQuery(float(at), command, by) for at, command, by in (line.split("\t", 2) for line in lines)]
 
     def job(self, replica: str) -> JobDir:
         return JobDir(RunDir(self.run), replica)
@@ -84,7 +84,7 @@ class OnSlurm(Deployed):
         return info.job_id
 
     def nodes_of(self, replica: str) -> str:
-        """As Slurm lists them: n[1-2]."""
+        """The job's nodes as Slurm lists them: n[1-2]."""
         return self.cluster.run(["squeue", "--noheader", "--format=%N", f"--jobs={self.job_id(replica)}"]).strip()
 
     def newest(self, slot: str) -> str:
@@ -92,11 +92,11 @@ class OnSlurm(Deployed):
         return max(found, key=_generation)
 
     def serving(self, slot: str) -> str:
-        """The newest that serves: a router's successor may be waiting."""
+        """The newest replica that serves. A router's successor may wait behind it."""
         return next(r for r in sorted(self.claimed(f"{slot}.g"), key=_generation, reverse=True) if self.record(r))
 
     def record(self, replica: str) -> dict[str, Any] | None:
-        """Of the registry; None where there is none, or none that serves."""
+        """The replica's record in the registry; None if there is none that serves."""
         path = self.run / "registry" / f"{replica}.json"
         try:
             record: dict[str, Any] = json.loads(path.read_text())
@@ -105,7 +105,7 @@ class OnSlurm(Deployed):
         return record if record["state"] == "ready" else None
 
     def until_ready(self, slot: str, *, after: str, within_s: float = 90) -> str:
-        """The first generation of the slot after that one, once it serves."""
+        """Waits until a generation of the slot after that one serves, and returns the first."""
 
         def serving() -> str | None:
             replica = self.newest(slot)
@@ -114,7 +114,7 @@ class OnSlurm(Deployed):
         return eventually_sync(serving, within_s=within_s, every_s=0.1)
 
     def start_to_ready_s(self, replica: str) -> float:
-        """From the start of its job, as Slurm saw it, to its first readiness."""
+        """Seconds from the start of its job, according to Slurm, until it was first ready."""
         job = self.job(replica)
         ready_at = eventually_sync(lambda: p.ready_at if (p := job.progress()) is not None else None)
         words = self.cluster.run(["scontrol", "--oneliner", "show", "job", self.job_id(replica)]).split()
@@ -123,7 +123,7 @@ class OnSlurm(Deployed):
         return ready_at - started_at
 
     def claimed(self, prefix: str = "") -> list[str]:
-        """Replicas that ever were."""
+        """All replicas that were ever claimed."""
         return sorted(f.name for f in (self.run / "jobs").iterdir() if f.name.startswith(prefix))
 
     def queued(self, prefix: str = "") -> list[str]:
@@ -149,14 +149,9 @@ def on_slurm(
     own."""
     folder = (shared or cluster.shared) / name
     folder.mkdir()
-    scratch = folder / "none"  # each node has its own /tmp, which dies with it
+    scratch = folder / "none"  # each node has its own /tmp, which ends with the node
     scratch.mkdir()
     one = OnSlurm(folder / "run", scratch, ["cluster=slurm", *overrides], cluster=cluster)
-    one.write_questions_down()
-    try:
-        one.up(*(["--wait", "all"] if wait_all else []))
+    one.record_queries()
+    with one.running(wait_all=wait_all):
         yield one
-    finally:
-        if one.run.exists():
-            one.verb("down")
-    one.nothing_left()

@@ -1,9 +1,9 @@
-"""A host of the test cluster, seen from the machine it lives on: boot, power cut, cut off, enter.
+"""A host of the test cluster, as the machine sees it: boot, power cut, network cut, commands on it.
 
-Rules: the process table is the record. A host is the process with the command line `init.py FOLDER NAME GPUS CGROUP`
-that is number 1 of its namespace; no pid is written down, so nothing can point at somebody else's process, and a
-`down` finds the hosts of a starter that was killed at any moment. Everything runs inside a host, also munge and
-MariaDB, so hosts and one bridge are all there is to remove. Knows nothing of Slurm.
+Rules: the process table is the only record. A host is the process with the command line `init.py FOLDER NAME GPUS
+CGROUP` that is number 1 of its namespace. No pid is written to a file, so no file can name another process by mistake,
+and `down` finds the hosts of a starter that was killed at any moment. All processes run inside a host, also munge and
+MariaDB, so only hosts and one bridge must be removed. This module knows nothing of Slurm.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ HALT_S: Final = 10.0
 
 
 class SlurmClusterError(RuntimeError):
-    """The test cluster can't do what was asked; the message says what to do about it."""
+    """The test cluster cannot do this; the message says what to do about it."""
 
 
 def command(
@@ -37,7 +37,7 @@ def command(
     environment: Mapping[str, str] | None = None,
     inherit: tuple[int, ...] = (),
 ) -> str:
-    """What `argv` printed; raises with what it complained about."""
+    """Returns the stdout of `argv`. Raises with its stderr if it failed."""
     # fmt: off
     try:
         done = subprocess.run(list(argv), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s,
@@ -58,7 +58,7 @@ def booted(folder: Path) -> dict[str, int]:
             argv = (process / "cmdline").read_bytes().split(b"\0")
             status = (process / "status").read_text()
         except OSError:
-            continue  # it ended meanwhile
+            continue  # it has ended meanwhile
         if len(argv) == 7 and argv[1:3] == [os.fsencode(INIT), os.fsencode(folder)]:
             spaces = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()
             if spaces[-1] == "1" and "\nState:\tZ" not in status:
@@ -67,7 +67,7 @@ def booted(folder: Path) -> dict[str, int]:
 
 
 def power_off(pid: int) -> None:
-    """Returns when all that ran on the host has ended."""
+    """Kills all processes of the host, and waits until they have ended."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -83,12 +83,12 @@ def power_off(pid: int) -> None:
 
 
 def unplug(link: str) -> None:
-    """Remove a host's link. The kernel does so too, but not before the last connection of the dead host has given up
+    """Removes a host's link. The kernel does so, too, but only when the last connection of the dead host has given up
     its retries, which takes minutes."""
 
     def gone() -> bool:
         if Path("/sys/class/net", link).exists():
-            with contextlib.suppress(SlurmClusterError):  # the kernel was quicker
+            with contextlib.suppress(SlurmClusterError):  # the kernel may have removed it
                 command(["ip", "link", "delete", link])
         return not Path("/sys/class/net", link).exists()
 
@@ -97,8 +97,8 @@ def unplug(link: str) -> None:
 
 @dataclass(kw_only=True)
 class Host:
-    """One machine: `bridge` names the switch that it is plugged into, its link there is `bridge` + `name`. `freezer`:
-    the folder of cgroup v1's freezer that is the root of the host's own; None: it has no cgroups."""
+    """One host. `bridge` names the switch that it is connected to; its link there is `bridge` + `name`. `freezer`: the
+    folder of cgroup v1's freezer that is the root of the host's own; None if it has no cgroups."""
 
     folder: Path
     name: str
@@ -121,14 +121,14 @@ class Host:
         return booted(self.folder).get(self.name)
 
     def boot(self) -> None:
-        """Power on, with the network up; no daemon runs yet."""
+        """Starts the host with its network. No daemon runs yet."""
         if self.name in booted(self.folder):
             raise SlurmClusterError(f"{self.name} is up already")
         # fmt: off
         argv = ["unshare", *self._namespaces, "--fork", "--kill-child=SIGKILL", "--",
                 sys.executable, INIT, str(self.folder), self.name, str(self.gpus), "freezer" if self.freezer else "-"]
         # fmt: on
-        if self.freezer is not None:  # a new cgroup namespace has its root where its maker is
+        if self.freezer is not None:  # the root of a new cgroup namespace is the cgroup of its creator
             self.freezer.mkdir(exist_ok=True)
             argv = ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.freezer / "cgroup.procs"), *argv]
         with (self.folder / "log" / f"{self.name}-init.log").open("ab") as log:
@@ -148,7 +148,7 @@ class Host:
             command([*inside, "link", "set", device, "up"])
 
     def halt(self) -> None:
-        """The power cut: SIGKILL to all that runs here; returns when it and the network link are gone."""
+        """Cuts the power: SIGKILL to all processes of the host. Waits until these and the network link are gone."""
         if (pid := self.pid) is not None:
             power_off(pid)
         if self._starter is not None:
@@ -157,14 +157,14 @@ class Host:
         unplug(self.link)
 
     def cut_off(self) -> None:
-        """Pull the network cable: everything on the host goes on running, and still sees the shared file system."""
+        """Cuts the network: all processes on the host continue, and still see the shared file system."""
         command(["ip", "link", "set", self.link, "down"])
 
     def reconnect(self) -> None:
         command(["ip", "link", "set", self.link, "up"])
 
     def inside(self, argv: Sequence[str], *, user: str | None = None, folder: Path | None = None) -> list[str]:
-        """The command that runs `argv` on this host, for callers that want a process of their own."""
+        """The command that runs `argv` on this host, for callers that need a process of their own."""
         if (pid := self.pid) is None:
             raise SlurmClusterError(f"{self.name} is down")
         become = [] if user is None else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"]
@@ -174,12 +174,13 @@ class Host:
     def enter(
         self, argv: Sequence[str], *, user: str | None = None, folder: Path | None = None, timeout_s: float = 60.0
     ) -> str:
-        """What `argv` printed on this host, outside any job, with no SLURM_* of this process; raises if it failed."""
+        """Returns the stdout of `argv` on this host, outside any job and without SLURM_* of this process. Raises if it
+        failed."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         return command(self.inside(argv, user=user, folder=folder), timeout_s=timeout_s, environment=environment)
 
     def daemon(self, argv: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
-        """Leave `argv` running here: the host's first process adopts it, and it dies with the host."""
+        """Leaves `argv` running on this host. The host's first process adopts it, and it ends with the host."""
         with (self.folder / "log" / f"{self.name}-{Path(argv[0]).name}.out").open("ab") as log:
             subprocess.run(
                 self.inside(["setsid", "--fork", *argv], folder=Path("/")),
@@ -192,7 +193,7 @@ class Host:
 
 
 def answers(address: Path | tuple[str, int]) -> bool:
-    """Whether somebody listens there."""
+    """Whether a process accepts connections at the address."""
     family = socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET
     with socket.socket(family) as probe, contextlib.suppress(OSError):
         probe.settimeout(1.0)

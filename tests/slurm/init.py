@@ -1,11 +1,12 @@
-"""The first process of a host of the test cluster: makes the machine its own, then only reaps.
+"""The first process of a host of the test cluster: sets up the host's file system, then only reaps processes.
 
-`unshare` starts it in new network, host name, mount, process and IPC namespaces; whatever runs on the host is its
-descendant or was adopted by it, so one SIGKILL is a power cut and leaves nothing behind: no process, no mount, no
-device, no network. Run as a file, by any Python, with nothing but the standard library.
+`unshare` starts it in new network, host name, mount, process and IPC namespaces. Every process of the host is its
+descendant or was adopted by it, so one SIGKILL acts like a power cut and leaves no process, mount, device or network.
+It runs as a file, with any Python, and uses only the standard library.
+
 Mounts are private to the host: its own /proc, /tmp and /dev/shm, the cluster's /etc/slurm and /etc/hosts, null devices
-that Slurm takes for GPUs and, where it has cgroups, its own part of the freezer. Everything else is the machine's file
-system: the cluster's shared one, and on it the clone that this file belongs to, which is seen wherever it lies.
+that Slurm uses as GPUs and, if it has cgroups, its own part of the freezer. All else is the machine's file system, with
+the cluster's shared folder and the clone that this file belongs to.
 """
 
 import os
@@ -56,14 +57,14 @@ def reap_for_ever() -> None:
             while os.waitpid(-1, os.WNOHANG) != (0, 0):
                 pass
         except ChildProcessError:
-            continue  # none left at all
+            continue  # no child is left
 
 
 def main() -> None:
     folder, name, gpus, cgroup = sys.argv[1:]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     furnish(Path(folder), name, int(gpus), freezer=cgroup == "freezer")
-    os.write(1, b"ready\n")  # raises where the starter has been killed: nobody would ever take this host down
+    os.write(1, b"ready\n")  # fails if the starter was killed, because nothing would end this host
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(quiet, stream)

@@ -1,4 +1,4 @@
-"""The test cluster itself: it must behave as a site's Slurm does, and leave nothing of itself behind."""
+"""The test cluster itself: it behaves as a site's Slurm does, and nothing of it is left afterwards."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def running(cluster: SlurmCluster, *numbers: str, within_s: float = 15) -> None:
 
 
 def processes_on(cluster: SlurmCluster) -> set[int]:
-    """All that runs on any host, as this machine numbers it."""
+    """The process ids of everything that runs on any host, as this machine numbers them."""
     spaces = {Path(f"/proc/{pid}/ns/pid").readlink() for pid in booted(cluster.folder).values()}
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
@@ -103,7 +103,8 @@ def test_a_second_user_submits_too(cluster: SlurmCluster) -> None:
 
 
 def test_submitit_from_this_process(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job and an array, submitted here, run by this interpreter on the nodes, answered through `shared`."""
+    """A job and an array are submitted here, run with this interpreter on the nodes, and return their results through
+    `shared`."""
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     executor = submitit.AutoExecutor(folder=cluster.shared / "submitit", cluster="slurm")
@@ -126,7 +127,7 @@ def test_accounting_knows_how_a_job_ended(cluster: SlurmCluster) -> None:
 
 
 def test_urgent_jobs_preempt(cluster: SlurmCluster) -> None:
-    """After the grace time: a job that may be requeued waits again, one that forbids it is gone."""
+    """After the grace time a job that may be requeued waits again, and one that forbids it is cancelled."""
     requeued = sbatch(cluster, "n1", "batch", "--requeue")
     cancelled = sbatch(cluster, "n2", "batch", "--no-requeue")
     running(cluster, requeued, cancelled)
@@ -139,7 +140,8 @@ def test_urgent_jobs_preempt(cluster: SlurmCluster) -> None:
 
 
 def test_nodes_lost_by_power_cut_or_network_come_back(cluster: SlurmCluster) -> None:
-    """Slurm marks both down, requeues, and takes both back; what the network cut parts from the rest goes on."""
+    """Slurm marks both nodes down, requeues their jobs, and accepts both nodes again. Processes on the node without
+    network continue."""
     dead, deaf = cluster.node("n1"), cluster.node("n2")
     deaf.daemon(["sleep", "300"])
     number = sbatch(cluster, "n1", "batch", "--requeue")
@@ -166,7 +168,8 @@ def test_nodes_lost_by_power_cut_or_network_come_back(cluster: SlurmCluster) -> 
 
 @pytest.mark.parametrize("proctrack", PROCTRACKS)
 def test_down_leaves_nothing_and_clusters_do_not_meet(cluster: SlurmCluster, proctrack: Proctrack) -> None:
-    """A second cluster beside the first, without accounting: a job runs on it, and with it goes all that was there."""
+    """A second cluster runs beside the first, without accounting. A job runs on it, and `down` removes all its
+    traces."""
     lack = lacking(proctrack)
     need(not lack, lack)
     with SlurmCluster(accounting=False, proctrack=proctrack) as second:
@@ -186,7 +189,8 @@ def test_down_leaves_nothing_and_clusters_do_not_meet(cluster: SlurmCluster, pro
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("stage", ["gpus", "log/ctl-init.log", "log/n1.log", "log/slurmctld.log"])
 def test_a_killed_starter_is_swept(stage: str) -> None:
-    """SIGKILL at any stage of coming up leaves a cluster that the next sweep, which every `up` begins with, removes."""
+    """A starter killed by SIGKILL at any stage leaves a cluster that the next sweep removes. Every `up` begins with a
+    sweep."""
     script = "from tests.slurm.cluster import SlurmCluster; SlurmCluster(accounting=False).up(owned=True)"
     before = set(claim.claims().values())
     starter = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
@@ -195,14 +199,15 @@ def test_a_killed_starter_is_swept(stage: str) -> None:
     eventually_sync(lambda: (folder / stage).exists())
     starter.send_signal(signal.SIGKILL)
     starter.wait(10)
-    eventually_sync(lambda: not with_word(script))  # a child that it had just begun still goes by its name
+    eventually_sync(lambda: not with_word(script))  # a child that was just forked still has its name
     assert folder in claim.sweep()
     assert traces(folder, number, set()) == []
 
 
 @pytest.mark.usefixtures("machine")
 def test_by_hand() -> None:
-    """`up`, `status`, `down`, each a process of its own; what `up` printed is all that a shell needs; twice is fine."""
+    """`up`, `status` and `down`, each in a process of its own. A shell needs only what `up` prints. Each may be
+    repeated."""
     folder = Path("/var/tmp") / f"hpcr-by-hand-{os.getpid()}"
     place = ["--dir", str(folder)]
 

@@ -1,6 +1,6 @@
-"""Four experts as four jobs on three nodes, the router as a job on the CPU node, requests from a fifth place.
+"""Four experts as four jobs on three nodes, the router as a job on the CPU node, and requests from a fifth host.
 
-One deployment for the whole file, and what happens to it in a bad week: the tests follow each other.
+All tests use one deployment and depend on their order.
 """
 
 import concurrent.futures
@@ -49,13 +49,13 @@ def deployed(cluster: SlurmCluster) -> Iterator[OnSlurm]:
 
 
 def ask(deployed: OnSlurm, *prompts: str) -> list[dict[str, str]]:
-    """From the controller's host, which runs none of the jobs."""
+    """Asks from the controller's host, which runs none of the jobs."""
     program = [sys.executable, str(Path(__file__).with_name("asking.py")), str(deployed.run), *prompts]
     said = deployed.cluster.run(["env", f"PYTHONPATH={ROOT}", *program])
     return [json.loads(line) for line in said.splitlines()]
 
 
-def everybody_answers(deployed: OnSlurm) -> None:
+def all_experts_answer(deployed: OnSlurm) -> None:
     answers = ask(deployed, *PROMPTS.values())
     assert [answer["x-expert"] for answer in answers] == list(PROMPTS)
     assert {answer["x-route-reason"] for answer in answers} == {"classified"}
@@ -77,12 +77,12 @@ def test_four_jobs_on_three_nodes_and_the_router_on_the_fourth(deployed: OnSlurm
     assert len({deployed.job_id(f"{name}-0.g1") for name in EXPERTS}) == len(EXPERTS)
 
 
-def test_every_expert_answers_what_is_of_its_domain(deployed: OnSlurm) -> None:
-    everybody_answers(deployed)
+def test_every_expert_answers_prompts_of_its_domain(deployed: OnSlurm) -> None:
+    all_experts_answer(deployed)
 
 
 def test_each_replica_has_a_gpu_that_no_other_has(deployed: OnSlurm) -> None:
-    """Two jobs share a node, and Slurm gives each its own."""
+    """Two jobs share a node, and Slurm gives each its own GPU."""
     held = {}
     for name in EXPERTS:
         process = deployed.job(f"{name}-0.g1").process()
@@ -95,8 +95,8 @@ def test_each_replica_has_a_gpu_that_no_other_has(deployed: OnSlurm) -> None:
     assert len(set(held.values())) == len(EXPERTS)
 
 
-def test_what_runs_has_the_job_but_not_its_variables(deployed: OnSlurm) -> None:
-    """A SLURM_CPU_BIND that leaks into engines, or into the jobs that the loop submits, puts all on one core."""
+def test_processes_know_their_job_but_have_none_of_its_variables(deployed: OnSlurm) -> None:
+    """A SLURM_CPU_BIND that leaks into engines, or into jobs that the loop submits, would put all on one core."""
     process = deployed.job("math-0.g1").process()
     assert process is not None
     words = deployed.cluster.node(process.host).enter(["cat", f"/proc/{process.pid}/environ"]).split("\0")
@@ -117,12 +117,12 @@ def test_up_again_twice_at_once_changes_nothing(deployed: OnSlurm) -> None:
 
 
 def test_status_is_one_screen_with_what_slurm_knows(deployed: OnSlurm) -> None:
-    before = len(deployed.questions())
-    told = deployed.status()
-    asked = [question for question in deployed.questions()[before:] if not question.by_loop]
+    before = len(deployed.slurm_queries())
+    status = deployed.status()
+    asked = [query for query in deployed.slurm_queries()[before:] if not query.by_loop]
     assert [question.command for question in asked] == ["squeue"]
     for name in EXPERTS:
-        (replica,) = told["experts"][name]["replicas"]
+        (replica,) = status["experts"][name]["replicas"]
         assert (replica["job_state"], replica["state"], replica["in_flight"]) == ("RUNNING", "ready", 0)
         assert replica["node"] in ("n1", "n2", "n3")
         assert 0 < replica["ends_at"] - time.time() <= 30 * 60
@@ -131,7 +131,7 @@ def test_status_is_one_screen_with_what_slurm_knows(deployed: OnSlurm) -> None:
     assert "29 min" in text or "30 min" in text or "28 min" in text
 
 
-def test_the_line_for_ssh_names_the_routers_node(deployed: OnSlurm) -> None:
+def test_the_ssh_command_names_the_routers_node(deployed: OnSlurm) -> None:
     line = deployed.verb("url", "--ssh").stdout
     assert f":{deployed.url.rpartition(':')[2]} " in line
     assert deployed.cluster.node("c1").address in line
@@ -147,7 +147,7 @@ def test_two_deployments_side_by_side_do_not_see_each_other(deployed: OnSlurm, c
         for token, url, status in [(other, other, "200"), (deployed, other, "401"), (other, deployed, "401")]:
             said = cluster.run(["bash", "-c", script, "-", str(token.run / "token"), url.url])
             assert said == status
-    everybody_answers(deployed)
+    all_experts_answer(deployed)
 
 
 def test_a_second_user_reads_nothing_and_calls_nothing(deployed: OnSlurm, cluster: SlurmCluster) -> None:
@@ -176,8 +176,8 @@ def test_an_agent_that_is_killed_is_replaced(deployed: OnSlurm) -> None:
     assert (end.reason, "signal 9" in end.message) == ("killed", True)
 
 
-def kill_without_a_word(deployed: OnSlurm, replica: str) -> None:
-    """The agent and the batch script around it at once, as the kernel does for memory: only Slurm knows."""
+def kill_without_a_record(deployed: OnSlurm, replica: str) -> None:
+    """Kills the agent and its batch script at once, as the kernel does for memory. Only Slurm knows of the end."""
     process = deployed.job(replica).process()
     assert process is not None
     node = deployed.cluster.node(process.host)
@@ -186,7 +186,7 @@ def kill_without_a_word(deployed: OnSlurm, replica: str) -> None:
 
 
 def noticed_s(deployed: OnSlurm, replica: str, *, since: float) -> float:
-    """Until its successor was submitted; nothing of its job has told its end."""
+    """Seconds until its successor was submitted, although the job left no record of its end."""
     slot = replica.partition(".")[0]
     eventually_sync(lambda: deployed.newest(slot) != replica, within_s=60, every_s=0.05)
     took_s = time.monotonic() - since
@@ -195,22 +195,22 @@ def noticed_s(deployed: OnSlurm, replica: str, *, since: float) -> float:
     return took_s
 
 
-def test_a_job_that_dies_without_a_word_is_replaced_within_seconds(deployed: OnSlurm) -> None:
-    """Slurm is asked as soon as the agent falls silent."""
+def test_a_job_that_ends_without_a_record_is_replaced_within_seconds(deployed: OnSlurm) -> None:
+    """Slurm is queried as soon as the agent falls silent."""
     replica, killed_at = deployed.newest("code-0"), time.monotonic()
-    kill_without_a_word(deployed, replica)
+    kill_without_a_record(deployed, replica)
     took_s = noticed_s(deployed, replica, since=killed_at)
     print(f"replaced after {took_s:.1f} s")
     assert took_s < NOTICED_S
 
 
 def test_a_killed_control_loop_is_back_at_once(deployed: OnSlurm) -> None:
-    """A job that dies without a word meanwhile is replaced hardly later."""
+    """A job that ends without a record meanwhile is replaced only a little later."""
     replica, killed_at = deployed.newest("law-0"), time.monotonic()
     node = deployed.cluster.node("c1")
     (loop,) = node.enter(["pgrep", "--full", "--", f"reconcile --loop .*{deployed.run}"]).split()
     node.enter(["kill", "-KILL", loop])
-    kill_without_a_word(deployed, replica)
+    kill_without_a_record(deployed, replica)
     took_s = noticed_s(deployed, replica, since=killed_at)
     print(f"replaced after {took_s:.1f} s")
     assert took_s < NOTICED_S
@@ -227,7 +227,7 @@ def test_a_cancelled_job_drains_and_is_replaced(deployed: OnSlurm) -> None:
 
 
 def test_a_preempted_job_drains_and_is_replaced_elsewhere(deployed: OnSlurm) -> None:
-    """Slurm would requeue it, and let it wait for two minutes."""
+    """Slurm itself would requeue it, and let it wait for two minutes."""
     replica, node = deployed.newest("math-0"), nodes(deployed)["math-0"]
     urgent = ["sbatch", "--parsable", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--wrap=sleep 60"]
     number = deployed.cluster.run(urgent).strip()
@@ -243,7 +243,7 @@ def test_a_preempted_job_drains_and_is_replaced_elsewhere(deployed: OnSlurm) -> 
 
 
 def test_near_its_walltime_a_job_drains_by_itself_and_submitit_counts_nothing(deployed: OnSlurm) -> None:
-    """SIGUSR2 is what Slurm sends then. submitit would requeue the job three times and then never again."""
+    """Slurm then sends SIGUSR2, for which submitit would requeue the job three times and then never again."""
     replica = deployed.newest("law-0")
     deployed.cluster.run(["scancel", "--signal=USR2", deployed.job_id(replica)])
     successor = deployed.until_ready("law-0", after=replica)
@@ -272,30 +272,30 @@ def test_a_node_cut_off_and_a_node_lost_are_replaced(deployed: OnSlurm, cluster:
         for slot, replica in before.items():
             successor = deployed.until_ready(slot, after=replica, within_s=120)
             assert deployed.start_to_ready_s(successor) < CAPACITY_BACK_S
-        everybody_answers(deployed)
+        all_experts_answer(deployed)
     finally:
         cluster.node(cut).reconnect()
         cluster.node(lost).restart()
 
 
 def test_the_routers_job_ends_and_its_successor_was_waiting(deployed: OnSlurm, cluster: SlurmCluster) -> None:
-    """The control loop ends with its router: nobody but Slurm could start another."""
+    """The control loop ends with its router, so only Slurm can start the next one."""
     standby = eventually_sync(lambda: deployed.status()["router"]["standby"], within_s=60, every_s=1.0)
     assert standby == "router-0.g2"
     address = deployed.url
     cluster.run(["scancel", deployed.job_id("router-0.g1")])
     assert deployed.until_ready("router-0", after="router-0.g1") == standby
     assert deployed.url == address, "on the same node it takes the port of the one before"
-    everybody_answers(deployed)
+    all_experts_answer(deployed)
     replica = deployed.newest("law-0")
     cluster.run(["scancel", deployed.job_id(replica)])
     deployed.until_ready("law-0", after=replica)
 
 
-def test_in_steady_state_slurm_is_asked_once_per_half_minute(deployed: OnSlurm) -> None:
-    """The control loop of the deployment, over all that went on above. It asks at other times only around what it does:
-    before it replaces a job that fell silent or ended, and once more after it has submitted or ended one."""
-    asked = [question for question in deployed.questions() if question.by_loop]
+def test_in_steady_state_slurm_is_queried_once_per_half_minute(deployed: OnSlurm) -> None:
+    """Counts the queries of the control loop during all tests above. It makes further queries only around its actions:
+    before it replaces a job that fell silent or ended, and once after it has submitted or ended one."""
+    asked = [query for query in deployed.slurm_queries() if query.by_loop]
     acted = [json.loads(line) for line in (deployed.run / "events.jsonl").read_text().splitlines()]
     times = [event["at"] for event in acted if event["event"] in ("submitted", "cancel", "kill", "drain", "lost")]
     quiet = [q.at for q in asked if not any(-3 <= q.at - at <= 6 for at in times)]
@@ -303,15 +303,15 @@ def test_in_steady_state_slurm_is_asked_once_per_half_minute(deployed: OnSlurm) 
     assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(quiet)), quiet
 
 
-def test_why_tells_what_a_waiting_job_waits_for(deployed: OnSlurm, cluster: SlurmCluster) -> None:
+def test_why_shows_the_reason_of_a_waiting_job(deployed: OnSlurm, cluster: SlurmCluster) -> None:
     deployed.verb("scale", "law=12")
     try:
 
-        def told() -> list[dict[str, Any]]:
+        def causes() -> list[dict[str, Any]]:
             causes: list[dict[str, Any]] = json.loads(deployed.verb("why", "law", "--json").stdout)
             return [cause for cause in causes if cause["pending"]]
 
-        cause = eventually_sync(told, every_s=1.0)[0]
+        cause = eventually_sync(causes, every_s=1.0)[0]
         assert cause["pending"] in ("Resources", "Priority")
         assert cause["job_state"] == "PENDING"
         assert "wait" in cause["what"]

@@ -1,4 +1,4 @@
-"""`drain NODE` on real Slurm: neither a replacement nor a standby that was queued before starts on that node."""
+"""`drain NODE` on a real Slurm: neither a replacement nor a standby that was queued before starts on that node."""
 
 import pytest
 

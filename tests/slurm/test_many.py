@@ -1,4 +1,4 @@
-"""Sixty-four replicas on nodes that are large enough: how long the router takes to find all, and what they weigh."""
+"""Sixty-four replicas on large nodes: the time until the router knows all of them, and their memory."""
 
 import re
 import time
@@ -20,7 +20,7 @@ FOUND_WITHIN_S: Final = 5.0
 
 
 def memory_mb(run: Path) -> dict[str, float]:
-    """Proportional set size of all processes of a run, by what they are."""
+    """Proportional set size in MB of all processes of a run, by kind of process."""
     found: dict[str, float] = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,5 @@
-"""One expert on two nodes of a real Slurm, by hand and by `up`: ranks meet over the network, and die together."""
+"""One expert on two nodes of a real Slurm, started by hand and by `up`: its ranks connect over the network and end
+together."""
 
 import asyncio
 import subprocess
@@ -44,7 +45,7 @@ srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=2 --kill-on-bad-exit=0 {pytho
 
 @dataclass(frozen=True)
 class Started:
-    """A batch job of two nodes with one step, as a person would submit it."""
+    """A batch job of two nodes with one step, as a user would submit it."""
 
     cluster: SlurmCluster
     run: RunDir
@@ -73,7 +74,7 @@ class Started:
         return asyncio.run(_ask(record.url, replica_key(self.run.secret(), record.nonce)))
 
     def processes(self, node: str, word: str) -> list[str]:
-        """Those of the engine on a node."""
+        """The engine's processes on a node."""
         try:
             return self.cluster.node(node).enter(["pgrep", "--full", "--", word]).split()
         except SlurmClusterError:
@@ -111,7 +112,8 @@ def start(cluster: SlurmCluster, name: str, expert: ExpertConfig, *, beat_s: flo
 
 @pytest.fixture
 def left_as_found(cluster: SlurmCluster) -> Iterator[None]:
-    """No job, and every node up. Slurm is told that a node was lost: by itself it would take longer to see it."""
+    """Ends all jobs and brings every node up after a test. Slurm is told that a node was lost, because it would notice
+    later."""
     yield
     cluster.run(["scancel", "--user=root"])
     bring_back(cluster)
@@ -129,7 +131,7 @@ def bring_back(cluster: SlurmCluster) -> None:
 
 @pytest.mark.usefixtures("left_as_found")
 def test_the_loss_of_the_first_node_ends_the_other_rank(cluster: SlurmCluster) -> None:
-    """Before Slurm itself has noticed."""
+    """The rank ends before Slurm itself has noticed the loss."""
     engine = EngineConfig(kind="sim", options={"ttft_ms": 0.0, "itl_ms": 0.0})
     expert = ExpertConfig(model="m", engine=engine, resources=ResourceConfig(nodes=2))
     started = start(cluster, "first-lost", expert, beat_s=0.25)
@@ -150,7 +152,7 @@ def test_the_loss_of_the_first_node_ends_the_other_rank(cluster: SlurmCluster) -
 
 
 def test_a_killed_rank_ends_its_job_and_another_takes_its_place(cluster: SlurmCluster) -> None:
-    """As `hpc-router up` submits it."""
+    """The job is one that `hpc-router up` submits."""
     overrides = (
         "topology=sim",
         "policy=model_field",
@@ -182,7 +184,7 @@ def test_a_killed_rank_ends_its_job_and_another_takes_its_place(cluster: SlurmCl
 @pytest.mark.timeout(800)  # two starts of vLLM on two nodes, beside whatever else the machine runs
 @pytest.mark.usefixtures("left_as_found")
 def test_vllm_on_two_nodes_serves_its_domain_and_outlives_the_loss_of_either(cluster: SlurmCluster) -> None:
-    """Both ranks end whichever node is lost, and the control loop starts the replica on the nodes that are left."""
+    """Both ranks end whichever node is lost, and the control loop starts the replica on the remaining nodes."""
     model = cluster.shared / "tiny"
     subprocess.run([engine_python("transformers"), tiny_model.__file__, model], check=True)
     options = "device: cpu, dtype: bfloat16, max_model_len: 512, tensor_parallel_size: 2, extra: {enforce-eager: true}"
@@ -237,7 +239,7 @@ def other_rank(deployed: OnSlurm, replica: str) -> str:
 
 
 def engines_on(deployed: OnSlurm, node: str) -> set[str]:
-    """The processes of vLLM there."""
+    """The processes of vLLM on this node."""
     try:
         return set(deployed.cluster.node(node).enter(["pgrep", "--full", "--", "vllm|VLLM"]).split())
     except SlurmClusterError:

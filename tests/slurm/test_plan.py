@@ -1,4 +1,4 @@
-"""What `plan` finds wrong with a real Slurm: exit status 2, and the key to edit in the message."""
+"""Faults that `plan` finds with a real Slurm: exit status 2, and a message that names the key to edit."""
 
 import re
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def test_the_site_as_it_is(cluster: SlurmCluster) -> None:
         assert all(kind.usable for kind in partition.kinds)
 
 
-def test_what_fits_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_deployment_that_fits_has_no_faults(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = f"{{gpus: {GPUS}, cpus: 8, memory_gb: 15, walltime: 1-00:00:00, partition: urgent}}"
     assert plan(f"{MATH}={sizes}", "cluster.account=test", "cluster.qos=normal") == 0
     out, err = capsys.readouterr()
@@ -51,7 +51,7 @@ def test_what_fits_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def notes(out: str) -> str:
-    """As one line, because the table wraps them."""
+    """The notes in one line, because the table wraps them."""
     return " ".join(out.partition("note: ")[2].split())
 
 
@@ -74,7 +74,7 @@ function slurm_job_modify(job, record, partitions, uid) return slurm.SUCCESS end
 
 @pytest.fixture
 def submit_plugin(cluster: SlurmCluster) -> Iterator[None]:
-    """The site's plugin chooses the partition batch, although the default partition is a small one without GPUs."""
+    """A site whose plugin chooses the partition batch, although the default partition is a small one without GPUs."""
     etc = cluster.folder / "etc"
     before = (etc / "slurm.conf").read_text()
     small = "PartitionName=small Nodes=c1 Default=YES MaxTime=10:00\nJobSubmitPlugins=lua\n"
@@ -93,7 +93,7 @@ def submit_plugin(cluster: SlurmCluster) -> Iterator[None]:
 def test_a_submit_plugin_decides_beside_a_default_partition(
     submit_plugin: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also about names that are no partition. What it does not accept stays a fault."""
+    """It also accepts names that are no partition. A job that it refuses is still a fault."""
     assert plan(f"{MATH}.gpus=1", "cluster.walltime=30") == 0
     assert f"{MATH}.gpus=1: partition small has at most 0 per node; sbatch accepts it" in notes(capsys.readouterr().out)
     assert plan("cluster.partition=auto") == 0
@@ -103,7 +103,7 @@ def test_a_submit_plugin_decides_beside_a_default_partition(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         ("cluster.partition=bath", "cluster.partition=bath: no partition is named 'bath'; did you mean 'batch'?"),
         (f"{MATH}.partition=nope", f"{MATH}.partition=nope: no partition is named 'nope' (valid: batch, urgent)"),
@@ -124,9 +124,11 @@ def test_a_submit_plugin_decides_beside_a_default_partition(
         ),
     ],
 )
-def test_what_does_not_is_refused(overrides: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_deployment_that_does_not_fit_is_refused(
+    overrides: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert plan(*re.split(r" (?=\w+\.)", overrides)) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 SENTENCES = {
@@ -154,7 +156,7 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize(("options", "key"), SENTENCES.items())
-def test_this_slurms_own_sentences_are_known(options: str, key: str, cluster: SlurmCluster) -> None:
+def test_error_texts_of_this_slurm_are_known(options: str, key: str, cluster: SlurmCluster) -> None:
     with pytest.raises(SlurmClusterError) as caught:
         cluster.run(["sbatch", "--test-only", *options.split(), "--wrap=true"])
     found = find(str(caught.value))

@@ -1,4 +1,4 @@
-"""The scripts of sbatch/, submitted as a user submits them: they make a deployment that answers, drains and is gone."""
+"""The scripts of sbatch/, submitted as a user submits them: they make a deployment that answers, drains and ends."""
 
 import json
 import os
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slurm
 
 @dataclass
 class ByHand:
-    """A run directory, whose name is one that a shell could trip over, and the jobs submitted for it."""
+    """A run directory, whose name needs quoting in a shell, and the jobs submitted for it."""
 
     cluster: SlurmCluster
     run: RunDir
@@ -48,17 +48,17 @@ class ByHand:
         return {name: value for name, _, value in (word.partition("=") for word in words)}
 
     def ended(self, number: str) -> dict[str, str]:
-        """The job, once Slurm has done with it."""
+        """The job, once Slurm has ended it."""
         over = ("COMPLETED", "FAILED", "CANCELLED")
         eventually_sync(lambda: self.job(number)["JobState"] in over, every_s=0.2)
         return self.job(number)
 
-    def said(self, number: str) -> str:
+    def job_output(self, number: str) -> str:
         (log,) = self.cluster.shared.glob(f"*-{number}.log")
         return log.read_text()
 
     def record(self, kind: RecordKind, expert: str = "") -> Record | None:
-        """The endpoint that is ready."""
+        """The record of the endpoint that is ready."""
         for known in RegistryReader(self.run.registry).snapshot().values():
             if known.kind is kind and known.state is State.READY and (not expert or expert in known.serves):
                 return known
@@ -80,7 +80,7 @@ class ByHand:
         eventually_sync(ready, every_s=0.1)
 
     def answered_by(self, model: str, prompt: str = "Hello") -> str:
-        """`x-expert` of an answer to this machine, which is no node."""
+        """The `x-expert` header of an answer to this machine, which is not a node."""
         with openai.OpenAI(base_url=f"{self.router()}/v1", api_key=self.run.token(), max_retries=0) as client:
             answer = client.chat.completions.with_raw_response.create(
                 model=model, messages=[{"role": "user", "content": prompt}], max_tokens=4
@@ -88,7 +88,7 @@ class ByHand:
         return str(answer.headers["x-expert"])
 
     def replica(self, number: str) -> JobDir:
-        """The one that this job carries."""
+        """The job folder of the replica that this job runs."""
         for folder in self.run.jobs.iterdir():
             job = JobDir(self.run, folder.name)
             info = job.info()
@@ -99,7 +99,7 @@ class ByHand:
 
 @pytest.fixture(scope="module")
 def by_hand(cluster: SlurmCluster) -> Iterator[ByHand]:
-    """A router and the expert for code on n1, the one for maths on c1; n2 and n3 are idle."""
+    """A router and the expert for code on n1, and the expert for maths on c1; n2 and n3 are idle."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPC_ROUTER_PYTHON", sys.executable)
         patch.delenv("HPC_ROUTER_HOME", raising=False)
@@ -118,7 +118,7 @@ def by_hand(cluster: SlurmCluster) -> Iterator[ByHand]:
 
 @pytest.mark.parametrize("script", ["expert", "expert-multinode", "router", "bench"])
 def test_bad_arguments_are_refused_with_the_usage(script: str, tmp_path: Path) -> None:
-    """Exit status 2, and nothing is made; the shell that a node would have is enough to see it."""
+    """Exit status 2, and nothing is created. The test needs only a shell, no Slurm."""
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1", "SLURM_NNODES": "2"}
     nowhere, name = str(tmp_path / "nowhere"), [] if script in ("router", "bench") else ["math"]
 
@@ -144,12 +144,12 @@ def test_bad_arguments_are_refused_with_the_usage(script: str, tmp_path: Path) -
 
 
 def test_what_slurm_shows_of_a_refused_job(by_hand: ByHand) -> None:
-    """Also where the refusal is the program's own."""
+    """Also if the program itself refuses."""
     absent = by_hand.submit("expert.sbatch", str(by_hand.cluster.shared / "nowhere"), "math")
     unknown = by_hand.submit("expert.sbatch", str(by_hand.run.path), "maths", "topology=sim")
     assert by_hand.ended(absent)["ExitCode"] == by_hand.ended(unknown)["ExitCode"] == "2:0"
-    assert "usage: sbatch" in by_hand.said(absent)
-    assert "did you mean 'math'" in by_hand.said(unknown)
+    assert "usage: sbatch" in by_hand.job_output(absent)
+    assert "did you mean 'math'" in by_hand.job_output(unknown)
 
 
 def test_each_expert_answers_through_the_router(by_hand: ByHand) -> None:
@@ -166,17 +166,17 @@ def test_a_bench_measures_from_a_node(by_hand: ByHand) -> None:
     by_hand.has_ready("code", "math")
     words = ("bench=smoke", "bench.model=math", "bench.users=[2]", "bench.requests=6", "bench.max_tokens=4")
     number = by_hand.submit("bench.sbatch", str(by_hand.run.path), *words, options=("--nodelist=n1",))
-    assert by_hand.ended(number)["ExitCode"] == "0:0", by_hand.said(number)
+    assert by_hand.ended(number)["ExitCode"] == "0:0", by_hand.job_output(number)
     (path,) = (by_hand.run.path / "bench").glob("*.jsonl")
     found: dict[str, Any] = json.loads(path.read_text())
     assert (found["users"], found["succeeded"], found["experts"]) == (2, 6, {"math": 1.0})
     origin = found["provenance"]
     assert (origin["job_id"], origin["hardware"]["host"]) == (number, "n1")
-    assert str(path) in by_hand.said(number)
+    assert str(path) in by_hand.job_output(number)
 
 
 def test_a_training_makes_an_artefact(by_hand: ByHand) -> None:
-    """From names that a shell could trip over; a bad row is named in the job's log."""
+    """File names need quoting in a shell. The job's log names a bad row."""
     pytest.importorskip("sklearn", reason="features=lexical needs scikit-learn")
     folder = by_hand.cluster.shared / "it's trained"
     folder.mkdir()
@@ -184,11 +184,11 @@ def test_a_training_makes_an_artefact(by_hand: ByHand) -> None:
     words = (str(data), str(output), "features=lexical")
     number = by_hand.submit("train.sbatch", *words, "method=exemplars", options=("--nodelist=n1",))
     refused = by_hand.submit("train.sbatch", *words, "clusters=1", options=("--nodelist=c1",))
-    assert by_hand.ended(number)["ExitCode"] == "0:0", by_hand.said(number)
+    assert by_hand.ended(number)["ExitCode"] == "0:0", by_hand.job_output(number)
     assert Classifier(read(output)).classify("a comet near the moon").expert == "astronomy"
-    assert str(output) in by_hand.said(number)
+    assert str(output) in by_hand.job_output(number)
     assert by_hand.ended(refused)["ExitCode"] == "2:0"
-    assert "a classifier needs 2 or more" in by_hand.said(refused)
+    assert "a classifier needs 2 or more" in by_hand.job_output(refused)
 
 
 def test_a_training_without_data_or_output_is_refused() -> None:
@@ -203,7 +203,7 @@ def test_a_training_without_data_or_output_is_refused() -> None:
 
 
 def test_an_expert_over_two_nodes_is_one_endpoint(by_hand: ByHand) -> None:
-    """A task on each of two whole nodes; the router sees one replica, and it answers."""
+    """Each of two whole nodes runs a task. The router sees one replica, which answers."""
     number = by_hand.submit(
         "expert-multinode.sbatch", str(by_hand.run.path), "law", "topology=sim", options=("--nodelist=n[2-3]",)
     )
@@ -217,7 +217,7 @@ def test_an_expert_over_two_nodes_is_one_endpoint(by_hand: ByHand) -> None:
 
 
 def test_a_killed_service_leaves_the_script_s_record(by_hand: ByHand) -> None:
-    """SIGKILL: the service can say nothing, the script's trap can."""
+    """After SIGKILL only the script's trap can write a record."""
     number = by_hand.submit(
         "expert.sbatch", str(by_hand.run.path), "medicine", "topology=sim", options=("--nodelist=n1",)
     )
@@ -233,7 +233,8 @@ def test_a_killed_service_leaves_the_script_s_record(by_hand: ByHand) -> None:
 
 
 def test_scancel_drains_and_leaves_nothing(by_hand: ByHand) -> None:
-    """By SIGTERM, and by the SIGUSR2 that comes before the walltime ends: to the steps, so the script lives on."""
+    """SIGTERM drains, and so does SIGUSR2, which Slurm sends to the steps before the walltime ends; the script survives
+    it."""
     by_hand.has_ready("code", "math")
     router, code, math = by_hand.jobs[:3]
     carried = {number: by_hand.replica(number) for number in (router, code, math)}

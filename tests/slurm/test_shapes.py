@@ -1,5 +1,5 @@
-"""Other shapes of the same deployment: several replicas in one job, steps inside a job that somebody holds, jobs that
-come to nothing."""
+"""Other shapes of the same deployment: several replicas in one job, steps inside a job of the user, and jobs that fail
+at their start."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def answers(one: OnSlurm, expert: str) -> str:
     return raw.headers["x-replica"]
 
 
-def test_replicas_share_a_job_and_yet_live_and_die_alone(cluster: SlurmCluster) -> None:
+def test_replicas_that_share_a_job_start_and_end_independently(cluster: SlurmCluster) -> None:
     sizes = [f"experts.{name}.resources={{gpus: 1, cpus: 2}}" for name in ("code", "math")]
     with on_slurm(cluster, "shared", *FOUR, *sizes, "cluster.replicas_per_job=2") as one:
         assert one.job_id("code-0.g1") == one.job_id("math-0.g1")
@@ -73,7 +73,7 @@ touch {folder}/down
 """
 
 
-def test_steps_inside_a_job_that_somebody_holds(cluster: SlurmCluster) -> None:
+def test_steps_inside_a_job_of_the_user(cluster: SlurmCluster) -> None:
     folder = cluster.shared / "held"
     folder.mkdir()
     run = folder / "run"
@@ -83,7 +83,7 @@ def test_steps_inside_a_job_that_somebody_holds(cluster: SlurmCluster) -> None:
     script.write_text(HELD.format(folder=folder, run=run, python=sys.executable, overrides=" ".join(overrides)))
     job_id = cluster.run(["sbatch", "--parsable", f"--chdir={ROOT}", str(script)]).strip()
     one = OnSlurm(run, folder, overrides, cluster=cluster)
-    one.write_questions_down()
+    one.record_queries()
 
     def is_up() -> bool:
         log = folder / f"held-{job_id}.log"
@@ -133,7 +133,8 @@ plan gpus $hpc_router experts.math.replicas=2 experts.math.resources.gpus=1
 
 
 def test_steps_that_can_never_start_are_refused(cluster: SlurmCluster) -> None:
-    """Inside a step that holds everything, and larger than the job: Slurm would let them wait for ever."""
+    """One deployment runs inside a step that holds all resources, one is larger than the job. Slurm would let both wait
+    for ever."""
     folder = cluster.shared / "in-a-step"
     folder.mkdir()
     one = " ".join(f"experts.{name}.replicas=0" for name in ("code", "medicine", "law", "generalist"))
@@ -158,7 +159,7 @@ setenv FROM_A_MODULE yes
 
 
 def test_a_site_with_modules_a_fabric_and_no_sbatch_on_its_nodes(cluster: SlurmCluster) -> None:
-    """So the router and its control loop run where `up` does."""
+    """Without sbatch on the nodes, the router and its control loop run where `up` does."""
     modules = cluster.shared / "modules"
     modules.mkdir()
     (modules / "toolchain").write_text(MODULE)
@@ -186,7 +187,7 @@ def test_a_site_with_modules_a_fabric_and_no_sbatch_on_its_nodes(cluster: SlurmC
         assert one.status()["router"]["standby"] is None
 
 
-def test_outside_a_job_there_is_nothing_to_start_steps_in(cluster: SlurmCluster) -> None:
+def test_outside_a_job_no_step_can_start(cluster: SlurmCluster) -> None:
     run = cluster.shared / "nowhere"
     done = cli("up", "--run", str(run), *FOUR, "cluster=allocation", check=False)
     assert done.returncode == 2
@@ -195,7 +196,7 @@ def test_outside_a_job_there_is_nothing_to_start_steps_in(cluster: SlurmCluster)
 
 
 def test_a_job_that_dies_at_start_says_why_and_holds_nothing(cluster: SlurmCluster) -> None:
-    """And within ten seconds."""
+    """The reason is shown within ten seconds."""
     broken = "experts.math.engine.options.faults=[{kind: load_fail, reason: weights}]"
     with on_slurm(cluster, "dead", *FOUR, broken, wait_all=False) as one:
 
@@ -221,8 +222,9 @@ def test_a_setup_line_that_fails_is_the_value_to_edit(cluster: SlurmCluster) -> 
     assert one.queued() == []
 
 
-def test_a_dependency_that_was_met_is_not_asked_for_again(cluster: SlurmCluster) -> None:
-    """By successors of all kinds: Slurm 24.11 and later refuse it once they have forgotten that job."""
+def test_a_dependency_that_was_met_is_not_submitted_again(cluster: SlurmCluster) -> None:
+    """Successors of all kinds are submitted without it: Slurm 24.11 and later refuse it once they have forgotten that
+    job."""
     before = cluster.run(["sbatch", "--parsable", "--begin=now+5", "--output=/dev/null", "--wrap=true"]).strip()
     wish = f"cluster.sbatch={{dependency: afterok:{before}}}"
     with on_slurm(cluster, "dependent", *FOUR, *ONLY_MATH, wish, "router.place=here", wait_all=False) as one:
@@ -235,13 +237,13 @@ def test_a_dependency_that_was_met_is_not_asked_for_again(cluster: SlurmCluster)
 
 
 def script_of(one: OnSlurm, replica: str) -> set[str]:
-    """The lines of its batch script, as it was submitted."""
+    """The lines of the replica's batch script, as it was submitted."""
     (path,) = one.job(replica).path.glob("*_submission.sh")
     return set(path.read_text().splitlines())
 
 
-def test_a_run_directory_that_nodes_do_not_see_is_said_once(cluster: SlurmCluster, tmp_path: Path) -> None:
-    """It is in /tmp of this machine. No job is submitted a second time, and nothing is left."""
+def test_a_run_directory_that_nodes_do_not_see_is_reported_once(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """The directory is in /tmp of this machine. No job is submitted twice, and nothing is left."""
     run = tmp_path / "run"
     one = OnSlurm(run, cluster.shared, ["cluster=slurm", *FOUR], cluster=cluster)
     done = cli("up", "--run", str(run), *one.overrides, check=False, env=one.environment)
@@ -255,7 +257,7 @@ def test_a_run_directory_that_nodes_do_not_see_is_said_once(cluster: SlurmCluste
 
 
 def test_a_single_node_that_does_not_see_the_run_directory_is_named(cluster: SlurmCluster) -> None:
-    """Jobs there are submitted again until one starts elsewhere; `drain` keeps them off."""
+    """Jobs there are submitted again until one starts on another node; `drain` keeps them off the bad node."""
     only = ("experts.code.replicas=0", "experts.medicine.replicas=0", "experts.law.replicas=0")
     with on_slurm(cluster, "blind", *FOUR, *only, "router.resources.sbatch={nodelist: c1}") as one:
         node = one.nodes_of("math-0.g1")

@@ -1,7 +1,7 @@
-"""A job's signals while a stream is open, for both ways in which Slurm finds the processes that it signals.
+"""Signals of a job while a stream is open, for both ways in which Slurm finds the processes to signal.
 
-Under proctrack/linuxproc every process of a step is signalled, engines and ranks among them; under proctrack/cgroup the
-task alone, which is the agent.
+Under proctrack/linuxproc, every process of a step is signalled, also engines and ranks. Under proctrack/cgroup, only
+the task is signalled, which is the agent.
 """
 
 import json
@@ -56,7 +56,7 @@ def deployed(proctrack: Proctrack) -> Iterator[OnSlurm]:
 
 
 class Stream:
-    """An answer of some seconds, read as far as its first token."""
+    """An answer of some seconds, of which the first token was read."""
 
     def __init__(self, client: openai.OpenAI, model: str) -> None:
         asked: list[Any] = [{"role": "user", "content": "hi"}]
@@ -71,7 +71,7 @@ class Stream:
         return next(self._events).choices[0].finish_reason
 
     def end(self) -> str | None:
-        """Its finish reason; raises openai.APIError for an answer that was cut."""
+        """Reads to the end and returns the finish reason. Raises openai.APIError for an answer that was cut off."""
         reason = None
         for event in self._events:
             reason = event.choices[0].finish_reason or reason
@@ -90,7 +90,7 @@ def ended(deployed: OnSlurm, replica: str) -> Exit:
 
 @pytest.mark.parametrize("expert", ["code", "math"])
 def test_the_walltime_warning_cuts_no_answer(deployed: OnSlurm, expert: str) -> None:
-    """On one node and on two: neither an engine nor one of its ranks dies of it."""
+    """Neither an engine nor one of its ranks ends, on one node and on two."""
     replica = deployed.newest(f"{expert}-0")
     with open_stream(deployed, expert) as stream:
         deployed.cluster.run(["scancel", "--signal=USR2", deployed.job_id(replica)])
@@ -101,7 +101,7 @@ def test_the_walltime_warning_cuts_no_answer(deployed: OnSlurm, expert: str) -> 
 
 
 def test_a_jobs_sigterm_reaches_the_engine_only_under_linuxproc(deployed: OnSlurm, proctrack: Proctrack) -> None:
-    """There an answer that is cut never looks complete, and plan says so."""
+    """There, an answer that is cut off never looks complete, and `plan` warns of it."""
     replica = deployed.newest("code-0")
     reached = proctrack == "linuxproc"
     with open_stream(deployed, "code") as stream:
@@ -126,7 +126,7 @@ def plan(deployed: OnSlurm) -> str:
 
 
 def test_the_routers_walltime_warning_cuts_no_answer(deployed: OnSlurm) -> None:
-    """Nor does it end the control loop, which is a process of the router's job."""
+    """It does not end the control loop either, which is a process of the router's job."""
     router = deployed.serving("router-0")
     with open_stream(deployed, "code") as stream:
         deployed.cluster.run(["scancel", "--signal=USR2", deployed.job_id(router)])

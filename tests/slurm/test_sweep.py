@@ -1,5 +1,5 @@
-"""The experiment as Slurm jobs: one command makes a job of each topology, which submits its deployment's jobs and its
-load's, and ends in the report."""
+"""The experiment as Slurm jobs: one command submits a job for each topology. Each of these submits the jobs of its
+deployment and of its load, and the command ends with the report."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A steady load of streams and short requests for the time that a block runs, and what failed of it."""
+"""A steady load of streams and short requests for the duration of a block, and its failures."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ class Load:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Load"]:
-        """Requests that are in flight at the end of the block are waited for."""
+        """Runs the load during the block, then waits for the requests in flight."""
         tasks = [asyncio.create_task(self._stream_forever(n)) for n in range(self.streams)]
         tasks.append(asyncio.create_task(self._request_forever()))
         try:

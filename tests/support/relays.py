@@ -1,4 +1,4 @@
-"""The two implementations of the data path that its tests run on: the one in use, and its reference on aiohttp."""
+"""The two implementations of the data path with which its tests run: the product's, and a reference on aiohttp."""
 
 import asyncio
 from collections.abc import Callable

@@ -10,7 +10,8 @@ import pytest
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """Empty but for our own, empty, parent folder when the test ends: agents leave nothing behind."""
+    """Asserts that at the end only our own, empty parent folder is left in it, because agents must remove their
+    files."""
     folder = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))
     yield folder
     left = [path for parent in folder.iterdir() for path in parent.iterdir()]

@@ -1,4 +1,4 @@
-"""Waiting for the outside world: a condition with a deadline instead of a sleep."""
+"""Waits for conditions of other processes, with a deadline instead of a fixed sleep."""
 
 import asyncio
 import time
@@ -10,8 +10,8 @@ GUARD_S: Final = 60.0
 
 
 async def eventually(condition: Callable[[], object], *, within_s: float = GUARD_S) -> Any:
-    """The first true result of `condition`, a function or a coroutine function. Fails after `within_s` seconds, also if
-    the coroutine does not return."""
+    """Returns the first true result of `condition`, a function or a coroutine function. Fails after `within_s` seconds,
+    also if the coroutine does not return."""
     limit = asyncio.timeout(within_s)
     try:
         async with limit:
@@ -29,7 +29,7 @@ async def _result(condition: Callable[[], object]) -> object:
 
 
 def eventually_sync(condition: Callable[[], T | None], *, within_s: float = GUARD_S, every_s: float = 0.01) -> T:
-    """`eventually` outside of an event loop. `every_s`: pause between two calls, for a condition that costs much."""
+    """`eventually` without an event loop. `every_s`: pause between two calls, for an expensive condition."""
     deadline = time.monotonic() + within_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {within_s} s: {condition}"

@@ -1,4 +1,4 @@
-"""What `why` says about each displayed state and each reason of failure: texts only."""
+"""The texts of `why`: what each displayed state means, and what to do about each reason of failure."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -38,7 +38,7 @@ FAILURE_ADVICE: Final[Mapping[FailureReason, str]] = {
     _R.CANCELLED: "a user or an administrator cancelled its job: another is submitted; `hpc-router scale` or "
     "`down` ends it for good",
     _R.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
-    _R.VANISHED: "it was killed, or could not start: its log ends where it died; `hpc-router up` tries again",
+    _R.VANISHED: "it was killed, or could not start: its log shows how far it came; `hpc-router up` tries again",
 }
 STATE_TEXT: Final[Mapping[DisplayedState, str]] = {
     DisplayedState.MISSING: "no job was submitted yet: `hpc-router up` or `hpc-router reconcile` submits one",

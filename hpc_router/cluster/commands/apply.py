@@ -1,8 +1,9 @@
 """Changes the config of a running deployment and replaces its jobs one after the other, without an interruption.
 
 The new config is checked as `plan` does before anything changes. Then `config.yaml` is replaced, with its predecessor
-kept as `config.previous.yaml`, and the control loop rolls the change out: a job is replaced when its successor is ready
-if two can run at once. The rollout stops at the first expert whose successor fails; the old job serves on.
+kept as `config.previous.yaml`, and the control loop rolls the change out. Where two jobs can run at once, a job is
+replaced when its successor is ready. The rollout stops at the first expert whose successor fails; the old job serves
+on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,12 +38,12 @@ _FIXED: Final[Mapping[str, str]] = {
     "cluster.kind": "the jobs run there",
     "router.place": "the router runs there",
 }
-"""Keys that hold for the life of a run, with the reason."""
+"""Keys that `apply` cannot change, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A new config for a run. `keys`: those that differ, with the old and the new value."""
+    """A checked change of a run's config. `keys`: the keys that differ, each with the old and the new value."""
 
     run: RunDir
     before: Deployment
@@ -50,13 +51,13 @@ class Change:
     keys: Mapping[str, tuple[Any, Any]]
 
     def rolled(self) -> list[str]:
-        """The experts, and the router, whose jobs are replaced."""
+        """Returns the names of the experts, and `router`, whose jobs are replaced."""
         old, new = revisions(self.before), revisions(self.after)
         names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name] and name != ROUTER)
         return [*names, *([ROUTER] if old[ROUTER] != new[ROUTER] else [])]
 
     def _is_kept(self, key: str) -> bool:
-        """Whether the key is not one of an added or removed expert."""
+        """Returns whether the key does not belong to an added or removed expert."""
         changed = self.before.experts.keys() ^ self.after.experts.keys()
         return not any(key.startswith(f"experts.{name}.") for name in changed)
 
@@ -67,7 +68,7 @@ class Change:
         }
 
     def lines(self) -> list[str]:
-        """The change as text, a line each."""
+        """Returns the change as lines of text."""
         old, new = hosts(self.before.experts), hosts(self.after.experts)
         rolled = self.rolled()
         return [
@@ -81,9 +82,10 @@ class Change:
 
 
 def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None, previous: bool = False) -> Change:
-    """The change that these overrides make, checked as `plan` does; with `previous` that to the config before the last
-    `apply`. Without any, it moves the run to this version of the package. Raises ConfigError for an invalid config, for
-    a key that cannot change, and for overrides that change nothing."""
+    """Returns the change that these overrides make, checked as `plan` does. `previous`: the overrides apply to the
+    config before the last `apply`. Without overrides and `previous`, the change only moves the run to this version of
+    the package. Raises ConfigError for an invalid config, for a key that cannot change, and for overrides that change
+    nothing."""
     before = frozen.read(run.config)
     base = frozen.read(run.previous_config) if previous else before
     after = with_requested(base, overrides, config_dir=config_dir)
@@ -96,17 +98,17 @@ def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | Non
     if fixed:
         raise ConfigError("\n".join(fixed))
     if not keys and (overrides or previous or config_dir is not None):
-        raise ConfigError(f"the config of {run.path} is already as asked: nothing to apply")
+        raise ConfigError(f"the config of {run.path} already has these values: nothing to apply")
     make_plan(after, run=run)
     return Change(run, before, after, keys)
 
 
 def write_change(change: Change) -> ControlLoop:
-    """Replace the run's config; from now on the control loop rolls it out. Raises ConfigError if another `apply` came
-    first."""
+    """Replaces the run's config and returns a control loop that rolls it out; any other loop of the run does so, too.
+    Raises ConfigError if another `apply` has changed the config in the meantime."""
     run = change.run
     if frozen.read(run.config) != change.before:
-        raise ConfigError(f"the config of {run.path} was changed meanwhile: look at it and apply again")
+        raise ConfigError(f"the config of {run.path} was changed by another `apply`: look at it, then apply again")
     observed = ControlLoop(run, read_only=True).preview(fresh=True).observed
     replace_text(run.previous_config, frozen.to_yaml(change.before))
     replace_text(run.config, frozen.to_yaml(change.after))
@@ -118,16 +120,17 @@ def write_change(change: Change) -> ControlLoop:
 
 
 def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:
-    """Run passes until every job has the new config. Raises LaunchError when the rollout has stopped, and Interrupted.
+    """Runs passes until every job has the new config. Raises LaunchError if the rollout stops, and Interrupted after
+    Ctrl-C.
 
-    Passes here are safe beside the loop of the router's job, and needed while that runs an older version.
+    These passes may run beside the loop of the router's job, and are needed while that job runs an older version.
     """
     shown = ""
     with interrupt_event() as interrupted, explaining_interrupt(lambda: GOES_ON):
         while not interrupted.is_set():
             seen = control.run_pass()
             if seen.desired.down:
-                raise LaunchError(f"{control.run.path} was taken down in the meantime")
+                raise LaunchError(f"{control.run.path} was taken down by `hpc-router down` in the meantime")
             left = outdated(seen)
             text = _progress(seen, left)
             if not text:
@@ -138,15 +141,15 @@ def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:
             for attempt in left:
                 if (end := _stopped(seen, attempt)) is not None:
                     raise LaunchError(
-                        f"stopped: the successor of {attempt.replica}, which serves on, failed: {end.message}; apply "
-                        "another value, or `hpc-router apply --previous`"
+                        f"the rollout stopped: the successor of {attempt.replica} failed: {end.message}; "
+                        f"{attempt.replica} serves on; apply another value, or `hpc-router apply --previous`"
                     )
             interrupted.wait(POLL_S)
     raise Interrupted(GOES_ON)
 
 
 def outdated(seen: LoopPass) -> list[Attempt]:
-    """The live jobs with an earlier config."""
+    """Returns the live jobs that were submitted with an earlier config."""
     wanted = set(seen.desired.slots())
     return [
         attempt
@@ -157,7 +160,7 @@ def outdated(seen: LoopPass) -> list[Attempt]:
 
 
 def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
-    """What is still to be done; empty when every slot has a ready job of the new config."""
+    """Returns what the rollout still waits for, as text; empty when every slot has a ready job of the new config."""
     if left:
         return f"{len(left)} jobs left with the old config: {', '.join(a.replica for a in left)}"
     waiting = [str(slot) for slot in seen.desired.slots() if not any(a.ready for a in seen.observed.get(slot, ()))]
@@ -165,7 +168,7 @@ def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
 
 
 def _stopped(seen: LoopPass, attempt: Attempt) -> Exit | None:
-    """The last failure of its successors, if no further one is submitted."""
+    """Returns the last failure of the attempt's successors if no further one will be submitted; else None."""
     forgiven = seen.desired.forgiven.get(str(attempt.slot), 0)
     newer = [a for a in seen.observed[attempt.slot] if a.generation > max(attempt.generation, forgiven)]
     ends = [a.exit for a in newer if a.exit is not None and not a.exit.ok]

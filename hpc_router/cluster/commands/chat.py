@@ -14,7 +14,7 @@ from hpc_router.net.protocol import CHAT
 from hpc_router.relay.sse import DONE, EventSplitter, EventTooLargeError, UnfinishedEventError, payloads
 
 IDLE_S: Final = 600.0
-"""Longest pause between two parts of an answer."""
+"""Time limit in seconds between two parts of an answer."""
 Message = dict[str, str]
 
 
@@ -24,7 +24,7 @@ class ChatError(HpcRouterError):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The expert and replica that answer, and the reason of the choice."""
+    """The expert and the replica that answer, and why the router chose the expert."""
 
     expert: str | None
     replica: str | None
@@ -32,7 +32,7 @@ class Head:
 
 
 async def chat(access: RouterAccess, messages: Sequence[Message], *, model: str) -> AsyncGenerator[Head | str, None]:
-    """Yields the head, then the parts of the answer. Raises ChatError."""
+    """Yields the head, then the parts of the answer's text. Raises ChatError."""
     body = {"model": model, "messages": list(messages), "stream": True}
     headers = {"Authorization": f"Bearer {access.token}"}
     limits = aiohttp.ClientTimeout(total=None, sock_read=IDLE_S)
@@ -54,11 +54,11 @@ async def chat(access: RouterAccess, messages: Sequence[Message], *, model: str)
     except (EventTooLargeError, UnfinishedEventError) as error:
         raise ChatError(f"the router at {access.url} sent a broken stream: {error}") from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise ChatError(f"the router at {access.url} broke off: {error or type(error).__name__}") from error
+        raise ChatError(f"the router at {access.url} broke the stream off: {error or type(error).__name__}") from error
 
 
 def _text_of(data: bytes) -> str:
-    """The text in one SSE event."""
+    """Returns the text in one SSE event."""
     if data == DONE:
         return ""
     try:

@@ -1,7 +1,7 @@
 """Takes a deployment down: all jobs drain and end, and those that do not end in time are killed.
 
-The deadlines are in `control_loop.reconcile`; this module repeats passes until no job is left. The request is kept in
-`desired.json`, so that another `down` or any control loop finishes one that was interrupted.
+The deadlines are in `control_loop.reconcile`; this module repeats passes until no job is left. `desired.json` keeps the
+request, so that another `down` or any control loop completes a `down` that was interrupted.
 """
 
 import logging
@@ -29,29 +29,33 @@ logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
 REMAINING_POLL_S: Final = 2.0
-"""Slurm cleans up after a job whose processes have ended."""
+"""Pause in seconds between two looks at jobs after which Slurm still cleans up."""
 CLAIM_GRACE_S: Final = 5.0
-"""A claim younger than this may still become a job, as may one whose submitter is alive."""
+"""Seconds for which a claim without a job may still become one. It may also while its submitter is alive."""
 
 
 class Watcher(Protocol):
+    """Shows the progress of `down`."""
+
     def living(self, attempts: list[Attempt]) -> None:
-        """Called after each pass with the jobs that are left."""
+        """Shows the jobs that are left. Called after each pass."""
 
 
 class NoWatcher:
+    """Shows nothing."""
+
     def living(self, attempts: list[Attempt]) -> None:
         pass
 
 
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
-    """The number of ended jobs. Raises LaunchError for jobs of another host, and if an `up` starts in between, and
-    Interrupted."""
+    """Ends the deployment and returns the number of ended jobs. Raises LaunchError for jobs of another host and if an
+    `up` starts in the meantime, and Interrupted after Ctrl-C."""
     with explaining_interrupt(lambda: leftover_text(run)):
         try:
             control = ControlLoop(run)
-        except ConfigError as error:  # the config is another version's, or damaged
-            logger.warning("%s; its jobs are ended anyway", error)
+        except ConfigError as error:  # the config is damaged or of another version
+            logger.warning("%s; `down` ends its jobs nevertheless", error)
             control = ControlLoop(run, deployment=Deployment())
         before = {a.replica for a in living(control.preview())}  # counted first, because the control loop may end them
         want_down(run)
@@ -59,7 +63,7 @@ def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
 
 
 def leftover_text(run: RunDir) -> str:
-    """After an interrupt: the jobs that may still run, and the command that ends them."""
+    """Returns the text after an interrupt: the jobs that may still run, and the command that ends them."""
     jobs, command = unended_jobs(run), f"`hpc-router down --run {shlex.quote(str(run.path))}`"
     if not jobs:
         return f"{command} removes what is left"
@@ -67,19 +71,20 @@ def leftover_text(run: RunDir) -> str:
 
 
 def unended_jobs(run: RunDir) -> list[str]:
-    """Replicas whose files show no end of their job. Reads files only, because Slurm may take long to answer."""
+    """Returns the replicas whose files do not show that their job has ended. Reads files only, because Slurm may take
+    long to answer."""
     jobs = [JobDir(run, folder.name) for folder in run.jobs.glob("*")]
     return sorted(job.replica for job in jobs if job.exit() is None and job.ended() is None)
 
 
 def end_all(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
-    """Repeat passes until no job is left, then remove their records and files. The number of ended jobs, with those in
-    `before`."""
+    """Repeats passes until no job is left, then removes their records and files. Returns the number of ended jobs,
+    including those in `before`."""
     ended = set(before)
     while True:
         seen = control.run_pass(clear=True)
         if not seen.desired.down:
-            raise LaunchError(f"{control.run.path} was started again in the meantime")
+            raise LaunchError(f"{control.run.path} was started again by `hpc-router up` in the meantime")
         left = living(seen)
         _refuse_other_hosts(left)
         ended |= {attempt.replica for attempt in left}
@@ -96,7 +101,7 @@ def end_all(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
 
 
 def living(seen: LoopPass) -> list[Attempt]:
-    """Jobs that may hold resources, and claims that may become jobs."""
+    """Returns the jobs that may hold resources, and the claims that may become jobs."""
     now = time.time()
     return [
         a
@@ -114,13 +119,13 @@ def _refuse_other_hosts(left: list[Attempt]) -> None:
     if remote and len(remote) == len(left):
         hosts = sorted({attempt.node or "?" for attempt in remote})
         raise LaunchError(
-            f"{', '.join(a.replica for a in remote)} run on {', '.join(hosts)}, out of reach from here: "
+            f"{', '.join(a.replica for a in remote)} run on {', '.join(hosts)} and cannot be reached from here: "
             "run `hpc-router down` there"
         )
 
 
 def _remove_records(run: RunDir) -> None:
-    """Remove the records of jobs, `registry.json` and temporary files. Records of external endpoints stay."""
+    """Removes the records of jobs, `registry.json` and temporary files. Keeps records of external endpoints."""
     for name, record in registry.RegistryReader(run.registry).snapshot().items():
         if record.kind is not RecordKind.EXTERNAL:
             registry.withdraw(run.registry, name)

@@ -1,8 +1,9 @@
 """Drains the replicas that the user names: they finish their requests and end, and the control loop replaces them.
 
 A replica gets a drain call over HTTP; if it cannot be reached, its job gets SIGTERM, which drains it too. A router is
-drained only if it is named itself, and a standby only by its full name, because it replaces the named router. A drained
-node gets no further jobs until `drain --undo`, also none from the queue. The desired replica counts do not change.
+drained only if it is named itself. A standby router is drained only if its full name is given, because it replaces the
+router that is named. No job starts on a drained node until `drain --undo`, not even one that is already in the queue.
+The desired replica counts do not change.
 """
 
 import shlex
@@ -27,13 +28,14 @@ from hpc_router.state.run_directory import RunDir
 
 POLL_S: Final = 0.2
 MARGIN_S: Final = 30.0
-"""Added to the drain time of a replica."""
+"""Seconds that `wait` adds to the drain time of a replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class DrainResult:
-    """Replicas that got the drain call (`asked`) or their job's signal (`signalled`). `left`: those that had not ended
-    in time; None: not waited for. `successor`: the router that stays. `excluded`: nodes that get no further jobs."""
+    """What `drain` did. `asked`: replicas that got the drain call. `signalled`: replicas whose job got a signal
+    instead. `left`: replicas that had not ended in time; None without waiting. `successor`: the router that stays.
+    `excluded`: nodes on which no further job starts."""
 
     asked: tuple[str, ...]
     signalled: tuple[str, ...]
@@ -49,15 +51,13 @@ class DrainResult:
     def lines(self) -> list[str]:
         return [
             *(f"{replica} drains" for replica in self.asked),
-            *(f"{replica} gets its job's signal, and drains" for replica in self.signalled),
-            *(
-                f"node {node} gets no further jobs; `hpc-router drain --undo {node}` ends that"
-                for node in self.excluded
-            ),
+            *(f"{replica} drains: its job got SIGTERM" for replica in self.signalled),
+            *(f"no further job starts on node {node} until `hpc-router drain --undo {node}`" for node in self.excluded),
         ]
 
     def needs_reconcile(self, run: RunDir) -> bool:
-        """Whether no control loop will replace the jobs: it ends with its router, and no other router stays."""
+        """Returns whether no control loop will replace the jobs. A loop ends with its router, so one is left only if
+        another router stays."""
         if self.successor is not None:
             return False
         return any(split_replica(name)[0] == ROUTER for name in self.replicas) or live_router(run) is None
@@ -71,8 +71,8 @@ class DrainResult:
 def select_jobs(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> list[Attempt]:
-    """The live jobs that replicas, slots, experts, nodes or the word `router` name; none on a node where jobs have only
-    ended. Raises ConfigError for others."""
+    """Returns the live jobs that `names` select. A name is a replica, a slot, an expert, a node or the word `router`; a
+    node whose jobs have all ended selects none. Raises ConfigError for other names."""
     attempts = all_attempts(observed)
     live = [attempt for attempt in attempts if attempt.live]
     nodes = {a.replica: _nodes(a, records.get(a.replica)) for a in attempts}
@@ -92,28 +92,28 @@ def select_jobs(
 
 
 def _standbys(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """The routers of a slot that wait for the end of the serving or draining one."""
+    """Returns the routers of a slot that wait for the end of the serving or draining one."""
     routers = [a for a in attempts if a.live and a.slot.expert == ROUTER]
     serving = [a for a in routers if a.ready] or [a for a in routers if a.job is not JobState.PENDING]
     return [a for a in routers if serving and a not in serving]
 
 
 def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
-    """The newest live router that is not being drained."""
+    """Returns the newest live router that is not drained; None if there is none."""
     routers = [a for a in all_attempts(observed) if a.live and a.slot.expert == ROUTER]
     left = [a for a in routers if a not in chosen and not a.stop_requested]
     return max(left, key=lambda a: a.generation).replica if left else None
 
 
 def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
-    """Start the drain of the named replicas. Raises ConfigError for an unknown name."""
+    """Starts the drain of the named replicas. Raises ConfigError for an unknown name."""
     observed = control.preview(fresh=True).observed
     records = control.observer.records
     experts = control.deployment.experts
     for name in names:
         if name in experts and host_of(experts, name) != name:
             host = host_of(experts, name)
-            message = f"{name} is an adapter on the engine of {host}; drain {host}, with all that it serves"
+            message = f"{name} is an adapter on the engine of {host}; drain {host}, which drains all that it serves"
             raise ConfigError(f"drain: {message}")
     chosen = select_jobs(names, observed, records, experts=hosts(experts))
     with explaining_interrupt(lambda: f"`hpc-router drain {shlex.join(names)}` again completes what was begun"):
@@ -129,8 +129,8 @@ def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
 
 
 def undo(control: ControlLoop, nodes: Sequence[str]) -> None:
-    """Allow jobs on these nodes again, also those that wait in the queue. Raises ConfigError for a node that is not
-    excluded."""
+    """Lets jobs start on these nodes again, also those in the queue. Raises ConfigError for a node that is not
+    drained."""
     include_nodes(control.run, nodes)
     control.update_exclusions(_queued(control.preview(fresh=True).observed))
 
@@ -141,7 +141,7 @@ def _queued(observed: Observed, *, but: Sequence[Attempt] = ()) -> list[str]:
 
 
 def _ask(control: ControlLoop, chosen: Sequence[Attempt]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The replicas that got the drain call, and those whose job was signalled instead."""
+    """Drains these jobs. Returns the replicas that got the drain call, and those whose job was signalled instead."""
     records = control.observer.records
     registered = [a for a in chosen if a.replica in records and a.slot.expert != ROUTER]
     for attempt in registered:
@@ -156,12 +156,12 @@ def _ask(control: ControlLoop, chosen: Sequence[Attempt]) -> tuple[tuple[str, ..
 
 
 def unserved_warnings(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
-    """A warning for each expert whose last ready replicas are among those in `going`."""
+    """Yields a warning for each expert whose last ready replicas are among those in `going`."""
     elsewhere = {expert for record in records if record.kind is RecordKind.EXTERNAL for expert in record.serves}
     for expert in sorted({attempt.slot.expert for attempt in going} - {ROUTER} - elsewhere):
         ready = [a for a in all_attempts(observed) if a.ready and a.slot.expert == expert]
         if ready and all(attempt in going for attempt in ready):
-            yield f"{expert} has no ready replica until another has started; requests for it wait until then or fail"
+            yield f"{expert} has no ready replica until another one starts; requests for it wait or fail until then"
 
 
 def wait(
@@ -171,7 +171,8 @@ def wait(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> DrainResult:
-    """Wait until all have ended or the drain time is over. Reads files only; without a control loop, runs passes."""
+    """Waits until all drained replicas have ended or the drain time is over; returns the result with `left`. Only reads
+    files, unless no control loop will replace the jobs: then it runs passes itself."""
     cluster, router = control.deployment.cluster, control.deployment.router
     deadline = clock() + max(cluster.drain_s, router.drain_s) + MARGIN_S
     no_loop = drained.needs_reconcile(control.run)
@@ -187,7 +188,8 @@ def wait(
 
 
 def interrupted_text(run: RunDir, drained: DrainResult) -> str:
-    """After an interrupt: what still drains, and the command that replaces it if no control loop will."""
+    """Returns the text after an interrupt: which replicas still drain, and the command that replaces them if no control
+    loop will."""
     left = ", ".join(name for name in drained.replicas if not _has_ended(run, name))
     parts = [f"{left} will end after the requests in flight" if left else "all have ended"]
     if drained.needs_reconcile(run):
@@ -196,7 +198,7 @@ def interrupted_text(run: RunDir, drained: DrainResult) -> str:
 
 
 def _unfilled(seen: LoopPass, replicas: Sequence[str]) -> bool:
-    """Whether another pass is needed: a job is still observed, or its slot waits after failures."""
+    """Returns whether another pass is needed: a job is still observed, or its slot waits after failures."""
     slots = {split_replica(name)[:2] for name in replicas}
     live = any(a.live and a.replica in replicas for a in all_attempts(seen.observed))
     return live or any(isinstance(a, Wait) and split_replica(a.replica)[:2] in slots for a in seen.actions)
@@ -215,7 +217,7 @@ def _nodes(attempt: Attempt, record: Record | None) -> set[str]:
 def _selected_nodes(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> tuple[str, ...]:
-    """The names of nodes among `names`, as Slurm has them."""
+    """Returns those of `names` that are nodes, spelled as Slurm does."""
     attempts = all_attempts(observed)
     others = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed)}
     nodes = _union({a.replica: _nodes(a, records.get(a.replica)) for a in attempts})
@@ -233,4 +235,4 @@ def _refuse_unknown(
     if name in external or f"{name}.g1" in external:
         raise ConfigError(f"drain: {name} is an external endpoint; `hpc-router unregister {name}` removes it")
     valid = [*experts, *(a.replica for a in live), *(str(a.slot) for a in live), *nodes]
-    raise ConfigError(f"drain: nothing here is named '{name}'{suggest(name, valid)}")
+    raise ConfigError(f"drain: this run has nothing named '{name}'{suggest(name, valid)}")

@@ -25,8 +25,8 @@ POLL_S: Final = 0.3
 
 
 def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
-    """Log files by replica. `name`: a replica, an expert (its newest jobs), or the router; None for all. Raises
-    ConfigError."""
+    """Returns the log files by replica. `name`: a replica, an expert (its newest jobs), or the router; None for all.
+    Raises ConfigError for another name."""
     jobs = sorted((d.name for d in run.jobs.iterdir() if _parts(d.name)), key=lambda n: _parts(n) or ("", "", 0))
     newest = {(_parts(job) or ("", "", 0))[:2]: job for job in jobs}
     if name is None:
@@ -47,20 +47,20 @@ def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
 
 
 def files_of(job: JobDir) -> list[Path]:
-    """All log files of a job that exist; the output of the job itself only if it is not empty."""
+    """Returns all log files of a job that exist. Includes the output of the job itself only if it is not empty."""
     ranks = sorted(job.run.logs.glob(f"{job.replica}.rank*.log"))  # of an engine on several nodes
     workers = sorted(job.run.logs.glob(f"{job.replica}.worker*.log"))  # of a router
     return [path for path in (*early_files(job), job.agent_log, job.engine_log, *ranks, *workers) if path.exists()]
 
 
 def early_files(job: JobDir) -> list[Path]:
-    """The output of the batch script and of submitit, where it is not empty."""
+    """Returns the non-empty output files of the batch script and of submitit."""
     found = [*sorted(job.path.glob("*_batch.log")), *sorted(job.path.glob("*_log.err"))]
     return [path for path in found if path.stat().st_size]
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a log and its older part."""
+    """Returns the last lines of a log, also from the file before its rotation."""
     last: deque[str] = deque(maxlen=lines)
     for part in (rotated_path(path), path):
         with suppress(FileNotFoundError), part.open(encoding="utf-8", errors="replace") as stream:
@@ -70,7 +70,8 @@ def tail(path: Path, lines: int) -> list[str]:
 
 @dataclass(slots=True)
 class Position:
-    """Up to which byte of which file a log has been read. `partial`: the start of an incomplete line."""
+    """How far a log file was read, in bytes. `inode` identifies the file. `partial`: the start of an incomplete
+    line."""
 
     inode: int
     offset: int = 0
@@ -78,7 +79,7 @@ class Position:
 
 
 def ends(files: Mapping[str, Sequence[Path]]) -> dict[Path, Position]:
-    """The present end of each of these logs."""
+    """Returns the current end of each of these logs."""
     found = ((path, path.stat()) for paths in files.values() for path in paths)
     return {path: Position(status.st_ino, status.st_size) for path, status in found}
 
@@ -95,7 +96,8 @@ def follow(run: RunDir, name: str | None, *, since: Mapping[Path, Position]) -> 
 
 
 def _grown(path: Path, positions: dict[Path, Position]) -> Iterator[str]:
-    """The new lines since `positions`, which it updates. After a rotation, the end of the older file comes first."""
+    """Yields the lines after `positions`, and updates these. After a rotation, the end of the older file comes
+    first."""
     try:
         with path.open("rb") as stream:
             inode = os.fstat(stream.fileno()).st_ino
@@ -114,7 +116,7 @@ def _grown(path: Path, positions: dict[Path, Position]) -> Iterator[str]:
 
 
 def _end_of(path: Path, position: Position) -> bytes:
-    """The unread bytes of the file now at `path`; empty if that is another file."""
+    """Returns the unread bytes of the file at `path`; empty if it is not the file that `position` belongs to."""
     with suppress(FileNotFoundError), path.open("rb") as stream:
         if os.fstat(stream.fileno()).st_ino == position.inode:
             stream.seek(position.offset)
@@ -130,7 +132,7 @@ def _parts(name: str) -> tuple[str, str, int] | None:
 
 
 def last_lines(run: RunDir, replica: str, *, lines: int) -> list[str]:
-    """The last lines of the engine's log, else of the agent's, else of the output of the job."""
+    """Returns the last lines of the engine's log, else of the agent's, else of the job's output."""
     job = JobDir(run, replica)
     for path in (job.engine_log, job.agent_log, *reversed(early_files(job))):
         if path.exists() and os.path.getsize(path):  # noqa: PTH202

@@ -1,4 +1,4 @@
-"""Claims for services that a user starts by hand: the next generation of the router, or a slot of an expert.
+"""Claims a replica for a service that a user starts by hand: the next generation of the router, or a slot of an expert.
 
 The claiming process becomes the service: a process of this host, or a step of the Slurm job in which `srun` was called.
 The control loop does not manage such experts (slots `h0`, `h1`, ...), but such a router counts as the run's router. For
@@ -24,15 +24,15 @@ from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
 JOIN_S: Final = 120.0
-"""The tasks of a step start within this time of each other."""
+"""Time limit in seconds for the first task of a step to claim a replica, while the other tasks wait."""
 _POLL_S: Final = 0.2
 _LARGEST_STEP: Final = 2**31
-"""Larger numbers are Slurm's own steps: the batch script, an interactive shell, adopted processes."""
+"""Larger numbers are steps that Slurm starts itself: the batch script, an interactive shell, adopted processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A task of a step inside a Slurm job of the user."""
+    """The task of a Slurm step in which this process runs."""
 
     job_id: str
     step_id: str
@@ -41,7 +41,7 @@ class Step:
 
 
 def step_of(environment: Mapping[str, str]) -> Step | None:
-    """The step in which `srun` started this process; None if there is none."""
+    """Returns the step in which `srun` started this process; None if there is none."""
     job_id, step_id = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
     if not (job_id and step_id.isdecimal() and int(step_id) < _LARGEST_STEP):
         return None
@@ -50,7 +50,8 @@ def step_of(environment: Mapping[str, str]) -> Step | None:
 
 
 def rank_of(step: Step | None, expert: str, *, nodes: int) -> int:
-    """The rank of this node. For an expert on one node it is 0: each task of a step is a replica of its own.
+    """Returns the rank of this node in its replica. It is 0 for an expert on one node: each task of a step is then a
+    replica of its own.
 
     Raises ConfigError when `srun` did not start one task on each of several nodes.
     """
@@ -60,12 +61,14 @@ def rank_of(step: Step | None, expert: str, *, nodes: int) -> int:
     if tasks != nodes:
         key = f"experts.{expert}.resources.nodes"
         wanted = f"srun --nodes={nodes} --ntasks-per-node=1"
-        raise ConfigError(f"{key}={nodes}: started as {tasks} task(s) (valid: inside a Slurm job, {wanted})", key=key)
+        raise ConfigError(
+            f"{key}={nodes}: this step has {tasks} task(s) (valid: inside a Slurm job, {wanted})", key=key
+        )
     return 0 if step is None else step.task
 
 
 def claim_router(run: RunDir) -> str:
-    """Claim the next generation of the router; of several routers the newest leads."""
+    """Claims the next generation of the router and returns its replica. The newest of several routers leads."""
     generations = [attempt.generation for attempt in _observed(run).get(ROUTER_SLOT, ())]
     for generation in itertools.count(max(generations, default=0) + 1):
         if _claim(run, ROUTER_SLOT.replica(generation)):
@@ -74,7 +77,7 @@ def claim_router(run: RunDir) -> str:
 
 
 def claim_expert(run: RunDir, expert: str) -> str:
-    """Claim the first slot `h0`, `h1`, ... without a live job."""
+    """Claims the first slot `h0`, `h1`, ... without a live job, and returns its replica."""
     observed = _observed(run)
     for number in itertools.count():
         slot = Slot(expert, f"h{number}")
@@ -95,7 +98,7 @@ def join_expert(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """The replica that the first task of this step claims. Raises LaunchError after JOIN_S."""
+    """Returns the replica that the first task of this step claims. Raises LaunchError after JOIN_S."""
     deadline = clock() + JOIN_S
     while (replica := _claimed(run, expert, step)) is None:
         if clock() >= deadline:

@@ -1,7 +1,7 @@
-"""Registers external endpoints: a server outside the run becomes a record without beat, nonce or expiry.
+"""Registers external endpoints: a server outside the run gets a registry record without lease beats, nonce or expiry.
 
-Nothing is started or stopped, and the endpoint need not answer now: the router probes it until it does. Registering the
-same expert and address again updates the endpoint.
+Nothing is started or stopped, and the endpoint need not answer now, because the router probes it until it does.
+Registering the same expert and address again updates the endpoint.
 """
 
 import itertools
@@ -28,13 +28,13 @@ _OPERATION: Final = re.compile(
     r"|(.+?)/+(?:completions|embeddings|messages(?:/+count_tokens)?|models)"
     r"|(.+?)/+responses(?:/+resp_[^/]+(?:/+(?:cancel|input_items))?)?"
 )
-"""The path of an operation, and the base path before it. A base may have the path `/models`, for example."""
+"""Matches the URL path of one operation; a group has the base path before it. A base path may itself be `/models`."""
 _VALID_URLS: Final = "valid: http://host:port, http://host:port/v1, https://host/v1beta/openai"
 
 
 @dataclass(frozen=True, slots=True)
 class ExternalEndpoint:
-    """A checked endpoint. `warning`: why its model is not known."""
+    """A checked external endpoint. `warning`: why its model is not known."""
 
     expert: str
     url: str
@@ -47,7 +47,7 @@ class ExternalEndpoint:
 def examine(
     *, expert: str, url: str, model: str | None = None, token: str | None = None, probe: str | None = MODELS
 ) -> ExternalEndpoint:
-    """Check an endpoint; no run is changed. Raises ConfigError. `probe`: see `Record`."""
+    """Checks an endpoint and returns it; changes no run. `probe`: see `Record`. Raises ConfigError."""
     if probe is not None and not _PROBE.fullmatch(probe):
         raise ConfigError(f"--probe-path {probe!r}: not a path (valid: /health, /v1/models, ...)")
     if model is not None and not (model.isprintable() and model.strip() == model != ""):
@@ -64,7 +64,7 @@ def examine(
 
 
 def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
-    """Write the record of an endpoint, new or updated."""
+    """Writes the record of an endpoint, new or updated, and returns it."""
     known = _existing(run, expert=endpoint.expert, url=endpoint.url)
     record = Record(
         kind=RecordKind.EXTERNAL,
@@ -83,7 +83,7 @@ def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
 def unregister(
     run: RunDir, *, replica: str | None = None, expert: str | None = None, url: str | None = None
 ) -> list[str]:
-    """Remove endpoints; returns their names. Raises ConfigError if none matches."""
+    """Removes the matching endpoints and returns their names. Raises ConfigError if none matches."""
     records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.EXTERNAL}
     base = base_url(url) if url is not None else None
     matching = [
@@ -105,9 +105,10 @@ def unregister(
 
 
 def base_url(url: str) -> str:
-    """The address as written, but without a final slash, and without a path if that is `/v1`. Raises ConfigError."""
-    if odd := re.search(r"[\s\x00-\x1f\x7f]", url):  # `urlsplit` drops some of these without a word
-        raise ConfigError(f"--url {url!r}: has {odd[0]!r} at position {odd.start()} ({_VALID_URLS})")
+    """Returns the address as written, but without a final slash, and without the path if that is `/v1`. Raises
+    ConfigError."""
+    if odd := re.search(r"[\s\x00-\x1f\x7f]", url):  # `urlsplit` removes some of these silently
+        raise ConfigError(f"--url {url!r}: contains {odd[0]!r} at position {odd.start()} ({_VALID_URLS})")
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
@@ -125,7 +126,7 @@ def base_url(url: str) -> str:
 
 
 def read_token(path: Path) -> str:
-    """Raises ConfigError."""
+    """Returns the token in the file. Raises ConfigError."""
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -136,8 +137,8 @@ def read_token(path: Path) -> str:
 
 
 def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]:
-    """The only model of the endpoint, or a warning."""
-    url, later = url_at(base, MODELS), "the router asks it again; --model names the model"
+    """Returns the only model of the endpoint, or a warning. Raises ConfigError if it serves several."""
+    url, later = url_at(base, MODELS), "the router will ask again; --model names the model now"
     try:
         answer = call_blocking("GET", url, token=token, timeout_s=DEFAULT_TIMEOUT_S)
     except Unreachable as error:
@@ -162,7 +163,7 @@ def _existing(run: RunDir, *, expert: str, url: str) -> str | None:
 
 
 def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Record:
-    """Write the record. A new one gets the first free number."""
+    """Writes the record and returns it. A new one gets the first free number."""
     if not new:
         _write_token(run, record.replica, token)
         registry.publish(run.registry, record)

@@ -1,6 +1,7 @@
 """The displayed state of each replica, from one pass of the control loop, for `up`, `status` and `why`.
 
-A slot is shown by its newest job. The files in `jobs/` show how far a job has started, the registry whether it serves.
+The view of a slot shows its newest job. The files in `jobs/` show how far a job has started; the registry shows whether
+it serves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,8 +51,8 @@ class ReplicaView:
     kind: RecordKind = RecordKind.EXPERT
     native_state: str | None = None  # Slurm's name of the job's state
     pending_reason: str | None = None  # Slurm's reason why it waits
-    starts_at: float | None = None  # Slurm's estimate, Unix seconds
-    ends_at: float | None = None  # its walltime's end, Unix seconds
+    starts_at: float | None = None  # Slurm's estimate of its start, Unix seconds
+    ends_at: float | None = None  # end of its walltime, Unix seconds
     engine: str | None = None
     load_s: float | None = None  # from the engine's start until it was ready
     stage_s: float | None = None
@@ -82,7 +83,8 @@ class ReplicaView:
 
 
 def views(seen: LoopPass, records: Mapping[str, Record]) -> list[ReplicaView]:
-    """All slots that are wanted or have a live job, and all external endpoints; the router first."""
+    """Returns the views of all slots that are wanted or have a live job, and of all external endpoints; the router
+    comes first."""
     wanted = seen.desired.slots()
     waits = {a.replica: a for a in seen.actions if isinstance(a, Wait)}
     given_up = {a.slot: a for a in seen.actions if isinstance(a, GiveUp)}

@@ -1,7 +1,7 @@
 """Finds the router of a run and proves its identity before the owner's token is sent to it.
 
 The record of a killed router stays in the registry, and another process may have got its port. So the router's job must
-be live, and the router must prove that it is the one in the record. Every verb checks this again.
+be live, and the process must prove that it is the router in the record. Every verb checks this again.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from hpc_router.state.run_directory import RunDir
 
 @dataclass(frozen=True, slots=True)
 class RouterAccess:
+    """A router whose identity is proven, and the owner's token."""
+
     record: Record
     token: str
 
@@ -30,7 +32,7 @@ class RouterAccess:
 
 
 def live_router(run: RunDir) -> Record | None:
-    """The leading router among those that may be live."""
+    """Returns the leading router among those whose job may be live; None if there is none."""
     records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.ROUTER}
     reports = launcher_for(run, readable_deployment(run)).observe(records)
     return leading_router({name: r for name, r in records.items() if reports[name].state in _MAY_LIVE})
@@ -40,12 +42,13 @@ _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)
 
 
 def router_access(run: RunDir) -> RouterAccess:
-    """Raises LaunchError if no router serves, or if another process answers at its address."""
+    """Returns the proven router. Raises LaunchError if no router serves, or if another process answers at its
+    address."""
     return prove_identity(run, recorded_router(run))
 
 
 def recorded_router(run: RunDir) -> Record:
-    """The router's record, whose identity is not proven. Raises LaunchError if there is none."""
+    """Returns the router's record without a proof of its identity. Raises LaunchError if there is none."""
     record = live_router(run)
     if record is None:
         raise LaunchError(f"no router serves {run.path}; `hpc-router up --run {run.path}` starts one")
@@ -53,7 +56,8 @@ def recorded_router(run: RunDir) -> Record:
 
 
 def prove_identity(run: RunDir, record: Record) -> RouterAccess:
-    """Raises LaunchError if the address does not answer, or another process does."""
+    """Returns access to the router after it has proven its identity. Raises LaunchError if nothing answers at its
+    address, or another process does."""
     check = check_identity(record, run.secret())
     if check is not IdentityCheck.PROVEN:
         raise LaunchError(f"{record.replica} at {record.url}: {check}; `hpc-router status --run {run.path}` shows more")

@@ -21,7 +21,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 def parse_counts(words: Sequence[str]) -> dict[str, int]:
-    """`math=3` -> {"math": 3}. Raises ConfigError."""
+    """Parses words such as `math=3` into {"math": 3}. Raises ConfigError for other words."""
     counts: dict[str, int] = {}
     for word in words:
         name, _, count = word.partition("=")
@@ -32,8 +32,8 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
 
 
 def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], list[str]]:
-    """Set replica counts; returns the count of every expert, and warnings. Raises ConfigError for a deployment that
-    cannot run. Runs a pass here if no router's control loop will."""
+    """Sets replica counts; returns the count of every expert, and warnings. Runs a pass here if no router's control
+    loop will. Raises ConfigError for a deployment that cannot run."""
     control = ControlLoop(run)
     seen = control.preview()
     desired_state.check_counts(control.deployment, counts)
@@ -49,7 +49,7 @@ def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], li
 
 
 def _unserved_warnings(seen: LoopPass, counts: Mapping[str, int], records: Mapping[str, Record]) -> Iterator[str]:
-    """Warnings for experts that lose their last ready replica."""
+    """Yields a warning for each expert that loses its last ready replica."""
     for expert, count in counts.items():
         own = [attempt for attempt in all_attempts(seen.observed) if attempt.slot.expert == expert]
         going = [a for a in own if a.live and a.slot.managed and int(a.slot.name) >= count]
@@ -67,6 +67,6 @@ def _capacity_warnings(wanted: Deployment, counts: Mapping[str, int]) -> list[st
             return capacity_warnings(wanted, ask_site())
         if kind == "allocation" and job_id is not None and (kinds := ask_held_job(job_id).kinds):
             return allocation_faults(wanted, kinds, f"job {job_id}")
-    except LaunchError:  # Slurm does not answer: the counts are set all the same
+    except LaunchError:  # Slurm does not answer: the counts are set nevertheless
         pass
     return []

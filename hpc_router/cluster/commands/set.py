@@ -11,12 +11,12 @@ from hpc_router.router.settings import KEY, settings_in, with_settings
 from hpc_router.state.run_directory import RunDir
 
 _LISTS: Final = frozenset(f"router.{item.name}" for item in fields(RouterConfig) if get_origin(item.type) is list)
-"""Keys whose value is a list of texts without commas."""
+"""Keys whose value is a list of texts. These contain no commas."""
 
 
 def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | list[str] | None], list[str]]:
-    """`router.max_in_flight=100` -> a value; `router.max_in_flight=` -> a key to reset to the config's value. A list
-    has commas, with or without brackets."""
+    """Parses words: `router.max_in_flight=100` sets a value, and `router.max_in_flight=` names a key to be reset to the
+    config's value. A list is written with commas, with or without brackets."""
     values: dict[str, str | list[str] | None] = {}
     reset: list[str] = []
     for word in words:
@@ -34,14 +34,15 @@ def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | list[str] | No
 
 
 def _scalar(text: str) -> str | None:
-    """A value without quotes; None for null."""
+    """Returns the value without quotes; None for null."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     return None if text.lower() in ("null", "~") else text
 
 
 def change(run: RunDir, values: Mapping[str, Any], reset: Sequence[str]) -> dict[str, Any]:
-    """All settings that now override the config, with the types of their fields. Raises ConfigError."""
+    """Changes settings, and returns all settings that now override the config, with the types of their fields. Raises
+    ConfigError."""
     desired = run.read_desired()
     given = {k: v for k, v in {**settings_in(desired), **values}.items() if k not in reset}
     changed = with_settings(deployment_of(run), given)

@@ -1,6 +1,6 @@
-"""`status` as one JSON value: the observed jobs, merged with the router's own `/status` if it answers.
+"""The value of `status`: the observed jobs, merged with the router's own `/status` if it answers.
 
-Files show the state of jobs even when no router runs; only the router knows requests in flight and ejected replicas.
+Files show the state of jobs even when no router runs. Only the router knows requests in flight and ejected replicas.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ _ROUTER_KEYS = ("in_flight", "capacity", "models", "silent", "trouble", "error_s
 
 
 def status(run: RunDir) -> dict[str, Any]:
-    """`{run, down, full, slurm, router, policy, experts}`; unknown values are None. `full`: why the run directory
-    cannot be written; `slurm`: why the controller did not answer."""
+    """Returns `{run, down, full, slurm, router, policy, experts}`; unknown values are None. `full`: why the run
+    directory cannot be written. `slurm`: why the Slurm controller did not answer."""
     control = ControlLoop(run, read_only=True)
     seen = control.preview(fresh=True)
     down = seen.desired.down
@@ -50,7 +50,7 @@ def status(run: RunDir) -> dict[str, Any]:
         entry["replicas"].append(_merged(view, known.get(view.replica)))
     for entry in experts.values():
         host = entry["adapter_of"]
-        if host is not None:  # it may also have external endpoints of its own
+        if host is not None:  # an adapter's name may also have external endpoints
             entry["replicas"] += experts[host]["replicas"]
     for name, entry in experts.items():
         own = (answer.get("experts") or {}).get(name) or {}
@@ -69,13 +69,13 @@ def status(run: RunDir) -> dict[str, Any]:
 
 
 def _standby(attempts: Sequence[Attempt], serving: str | None) -> str | None:
-    """The router that waits for the end of the serving one."""
+    """Returns the router that waits for the end of the serving one; None if there is none."""
     waiting = [attempt.replica for attempt in attempts if attempt.live and not attempt.ready]
     return next((replica for replica in waiting if serving is not None and replica != serving), None)
 
 
 def replica_views(control: ControlLoop, seen: LoopPass) -> list[ReplicaView]:
-    """Views of all replicas, also of a run that is down, with their last failures."""
+    """Returns the views of all replicas with their last failures, also for a run that is down."""
     if not seen.desired.down:
         return views(seen, control.observer.records)
     as_up = control.decide(replace(seen.desired, down=False), seen.observed)
@@ -85,7 +85,8 @@ def replica_views(control: ControlLoop, seen: LoopPass) -> list[ReplicaView]:
 
 
 def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
-    """The router's access, the body of its `/status`, and the error if there is none."""
+    """Asks the router for its `/status`. Returns its access, the answer, and the error; each is None or empty if
+    missing."""
     try:
         access = router_access(run)
     except LaunchError as error:
@@ -100,7 +101,8 @@ def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str
 
 
 def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The view with the router's values. The router's state of a registered replica counts, because it probes."""
+    """Returns the view with the router's values. The router's state counts for an external endpoint, because only the
+    router probes it."""
     merged = view.to_json() | {"phase": view.state.value} | dict.fromkeys(_ROUTER_KEYS)
     if known is None:
         return merged
@@ -111,7 +113,8 @@ def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def process_problems(router: Mapping[str, Any]) -> list[str]:
-    """Restarts of the router's processes and of their background tasks. `router`: that part of its `/status`."""
+    """Returns lines on restarts of the router's processes and of their background tasks. `router`: that part of its
+    `/status`."""
     workers = [(f"worker {w['worker']}", w) for w in router.get("workers") or ()]
     problems = [
         f"{name} was started again {_times(process['restarts'])}: the last one {process['last_end']}"

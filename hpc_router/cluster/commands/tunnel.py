@@ -1,9 +1,9 @@
 """Builds the `ssh` command with which a laptop reaches a router inside the cluster.
 
 The login host forwards a local port to the router's address. If the router listens on the loopback of a node, `ssh`
-goes to that node through the login host. The router must prove its identity first; one on the loopback of another node
-cannot be reached from here, so the notes to its command say that it is not proven. If `connect` runs on this host, the
-port is forwarded to it instead, so the command stays valid when the router moves.
+goes to that node through the login host. The router must first prove its identity. This host cannot check a router on
+the loopback of another node, so the command's notes say that it is not proven. If `connect` runs on this host, the port
+is forwarded to it instead, and the command stays valid when the router moves.
 """
 
 import getpass
@@ -24,7 +24,7 @@ from hpc_router.state.run_directory import RunDir
 
 @dataclass(frozen=True, slots=True)
 class LocalHost:
-    """This user and host."""
+    """The user and the host of this process."""
 
     user: str
     host: str  # with its domain
@@ -37,9 +37,9 @@ class LocalHost:
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """`argv` runs on the laptop until it is interrupted. `url`: the router's, or the address of `connect`. `login`: the
-    host that has the run directory. `guessed`: the config does not name it. `unproven`: the node on whose loopback the
-    router's identity could not be checked."""
+    """An `ssh` tunnel. `argv` runs on the laptop until it is interrupted. `url`: address of the router or of `connect`.
+    `login`: the host that has the run directory. `guessed`: the config does not name that host. `unproven`: the node on
+    whose loopback the router's identity could not be checked."""
 
     url: str
     argv: tuple[str, ...]
@@ -54,7 +54,7 @@ class Tunnel:
         return shlex.join(self.argv)
 
     def notes(self) -> list[str]:
-        """Further commands for the laptop, as shell comments."""
+        """Returns further commands for the laptop, as shell comments."""
         token = shlex.join(["ssh", self.login, shlex.join(["cat", str(self.run / "token")])])
         lines = [
             "run this on the laptop and leave it running; in another terminal there:",
@@ -62,26 +62,26 @@ class Tunnel:
             f'  export OPENAI_API_KEY="$({token})"',
         ]
         if self.guessed:
-            lines.append("the config names no host that `ssh` from outside reaches, so this one stands there; else set")
-            lines.append("cluster.login for the next run, or put the right host in its place")
+            lines.append("the config does not set cluster.login, so the command names this host; if `ssh` from outside")
+            lines.append("cannot reach it, put the right host in its place (and set cluster.login for the next run)")
         if self.unproven is not None:
             node = self.unproven
             lines.append(
-                f"the router listens on the loopback of {node}, so from here it could not be proven that it is"
+                f"the router listens on the loopback of {node}, so its identity could not be proven from here;"
             )
-            lines.append(f"the one that answers there; `hpc-router url` on {node} can")
+            lines.append(f"`hpc-router url` on {node} proves it")
         return [f"# {line}" for line in lines]
 
 
 def tunnel(record: Record, *, login: str | None, here: LocalHost, port: int, run: Path) -> Tunnel:
-    """`login`: from the config, with or without a user."""
+    """Returns the tunnel to a router. `login`: `host` or `user@host` from the config, or None."""
     host = urlsplit(record.url).hostname or ""
     node = record.node if _is_loopback(host) else None
     return _tunnel(record.url, _target(record.url), node=node, login=login, here=here, port=port, run=run)
 
 
 def tunnel_to_forwarder(running: RunningForwarder, *, login: str | None, here: LocalHost, port: int) -> Tunnel:
-    """The tunnel to a `connect` of this host."""
+    """Returns the tunnel to a `connect` that runs on this host."""
     target = running.address if running.port is None else _target(running.address)
     run = Path(running.run)
     return _tunnel(running.address, target, node=here.host, login=login, here=here, port=port, run=run)
@@ -90,9 +90,10 @@ def tunnel_to_forwarder(running: RunningForwarder, *, login: str | None, here: L
 def _tunnel(
     url: str, target: str, *, node: str | None, login: str | None, here: LocalHost, port: int, run: Path
 ) -> Tunnel:
-    """`node`: the only one that reaches the target; None: every host of the cluster does."""
+    """Returns a tunnel to `target`. `node`: the only host that reaches the target; None if every host of the cluster
+    does."""
     if not 0 < port < 65536:
-        raise ConfigError(f"--port {port}: valid are 1 to 65535")
+        raise ConfigError(f"--port {port}: not a port (valid: 1 to 65535)")
     gateway, forward = login or here.login, f"{port}:{target}"
     words = ["ssh", "-N", "-L", forward, gateway]
     if not _is_at(gateway, node, here):
@@ -101,15 +102,15 @@ def _tunnel(
 
 
 def _target(url: str) -> str:
-    """Host and port of a URL, as `ssh -L` takes them."""
+    """Returns the host and port of a URL, as `ssh -L` takes them."""
     address = urlsplit(url)
     host = address.hostname or ""
     return f"{f'[{host}]' if ':' in host else host}:{address.port or 80}"
 
 
 def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
-    """The tunnel to the `connect` that runs on this host, if one does; the one with a socket comes first, because other
-    users of the host cannot reach it."""
+    """Returns the tunnel to the `connect` that runs on this host; None if none runs. One with a socket is preferred,
+    because other users of the host cannot reach it."""
     running = running_forwarder(run, tcp=False) or running_forwarder(run, tcp=True)
     if running is None:
         return None
@@ -118,8 +119,8 @@ def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
 
 
 def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
-    """The tunnel to the run's router. Raises LaunchError if no router serves or proves its identity. `unproven`: accept
-    a router that cannot be reached from here."""
+    """Returns the tunnel to the run's router. Raises LaunchError if no router serves or proves its identity.
+    `unproven`: accept a router that cannot be reached from here."""
     record, here = recorded_router(run), _local_host()
     unreachable_node = record.node if unproven and _is_on_other_loopback(record, here) else None
     if unreachable_node is None:
@@ -129,13 +130,13 @@ def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
 
 
 def _is_on_other_loopback(record: Record, here: LocalHost) -> bool:
-    """Whether it listens on the loopback of another node."""
+    """Returns whether the router listens on the loopback of another node."""
     loopback = _is_loopback(urlsplit(record.url).hostname or "")
     return loopback and record.node is not None and record.node not in here.names
 
 
 def _local_host() -> LocalHost:
-    """The full name of the host, or the short one where the host's own name resolves to its loopback."""
+    """Returns this host with its full name, or with the short one if its own name resolves to its loopback."""
     host, full = socket.gethostname(), socket.getfqdn()
     best = host if full.partition(".")[0] == "localhost" else full
     return LocalHost(getpass.getuser(), best, frozenset({host, best, host.partition(".")[0]}))
@@ -149,7 +150,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_at(login: str, node: str | None, here: LocalHost) -> bool:
-    """Whether `login` is `node`. A name that may stand for several hosts does not count."""
+    """Returns whether `login` is on `node`. A name that may stand for several hosts does not count."""
     host = login.rpartition("@")[2]
     names = here.names if node in here.names else frozenset({node, (node or "").partition(".")[0]})
     return node is None or host in names

@@ -1,8 +1,8 @@
 """Brings a deployment up and waits until it serves.
 
 The plan is checked before anything is created. Passes of the control loop run here until the endpoint serves; then the
-loop beside the router continues. Ctrl-C ends the jobs that this call submitted; a second Ctrl-C does not wait for their
-end and names them. If nothing can serve, the deployment is taken down.
+loop beside the router continues. Ctrl-C ends the jobs that this call submitted. A second Ctrl-C does not wait for their
+end, but prints which jobs may still run. If nothing can serve, the deployment is taken down.
 """
 
 import logging
@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 POLL_S: Final = 0.2
 ENDED_TEXT: Final = "what this `up` started has been ended"
 _NOT_RUNNING: Final = (JobState.ENDED, JobState.PENDING)
-"""Nothing to wait for: a job that has not started reads the request to end before it starts."""
+"""States in which `up` need not wait for a job's end: a pending job reads the request to end before it starts."""
 _FINAL: Final = frozenset({DisplayedState.READY, DisplayedState.FAILED, DisplayedState.REGISTERED})
-"""States that `--wait all` accepts."""
+"""States in which `up --wait all` waits for a replica no longer."""
 
 
 class Reporter(Protocol):
@@ -53,7 +53,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The endpoint serves. `failed`: replicas that were given up."""
+    """The result of `up`: the endpoint serves at `url`. `shown`: the views of all replicas."""
 
     run: RunDir
     url: str
@@ -61,11 +61,13 @@ class Served:
 
     @property
     def failed(self) -> list[ReplicaView]:
+        """Returns the replicas that were given up."""
         return [view for view in self.shown if view.state is DisplayedState.FAILED]
 
 
 def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
-    """Raises ConfigError before anything is created, LaunchError if nothing can serve, and Interrupted."""
+    """Starts the deployment and returns once the endpoint serves. Raises ConfigError before anything is created,
+    LaunchError if nothing can serve, and Interrupted after Ctrl-C."""
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else with_desired_counts(deployment, desired_of(run, deployment))
     check_reach(deployment)
@@ -89,7 +91,8 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
 
 
 def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
-    """What a second Ctrl-C leaves, as text; a run directory of this call without jobs is removed."""
+    """Returns what a second Ctrl-C leaves, as text. Removes the run directory if this call created it and it has no
+    jobs."""
     if made and not unended_jobs(run):
         discard(run, before=before)
         return ENDED_TEXT
@@ -97,7 +100,7 @@ def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
 
 
 def train_classifier(run: RunDir, deployment: Deployment, *, replace: bool = False) -> None:
-    """Train the classifier from the experts' exemplars, if the run needs one and has none. `replace`: also if it has
+    """Trains the classifier from the experts' exemplars, if the run needs one and has none. `replace`: also if it has
     one."""
     policy, present = deployment.policy, run.classifier.is_dir() and not replace
     if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or present:
@@ -106,12 +109,12 @@ def train_classifier(run: RunDir, deployment: Deployment, *, replace: bool = Fal
         with private_umask():
             exemplars.train(exemplars_of(deployment)).write(run.classifier)
     except ArtefactError:
-        if not run.classifier.is_dir():  # another `up` may just have written the same one
+        if not run.classifier.is_dir():  # another `up` may have written it in the meantime
             raise
 
 
 class _BringUp:
-    """One `up`. It knows which jobs it submitted, to end them after Ctrl-C."""
+    """One call of `up`. Remembers the jobs that it submitted, so that it can end them after Ctrl-C."""
 
     def __init__(self, run: RunDir, deployment: Deployment, *, made: bool, made_over: str | None) -> None:
         self._run, self._made, self._made_over = run, made, made_over
@@ -122,12 +125,13 @@ class _BringUp:
         want_up(run, observed)
 
     def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served | None:
-        """None after the first Ctrl-C, once the jobs of this call have ended."""
+        """Runs passes until the endpoint serves. Returns None after the first Ctrl-C, once the jobs of this call have
+        ended."""
         while not interrupted.is_set():
             seen = self._control.run_pass()  # safe beside the router's own loop: claims decide
             self._submitted |= set(seen.submitted)
             if seen.desired.down:
-                raise LaunchError(f"{self._run.path} was taken down in the meantime")
+                raise LaunchError(f"{self._run.path} was taken down by `hpc-router down` in the meantime")
             shown = views(seen, self._control.observer.records)
             reporter.show(shown)
             url = self._serving(shown, wait_all=wait_all)
@@ -139,14 +143,14 @@ class _BringUp:
                 raise LaunchError(reasons)
             interrupted.wait(POLL_S)
         names = ", ".join(sorted(self._submitted)) or "what was begun"
-        logger.warning("interrupted: ending %s; a second Ctrl-C does not wait for that", names)
+        logger.warning("interrupted: ending %s; press Ctrl-C again to leave without waiting", names)
         self._end_submitted()
         if self._made:
             discard(self._run, before=self._made_over)
         return None
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
-        """The router's address once it serves; with `wait_all`, once no expert is starting."""
+        """Returns the router's address once it serves; with `wait_all`, once no expert is starting. Until then None."""
         routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.state is DisplayedState.READY and v.url]
         if not routers or routers[-1].url is None:
             return None
@@ -161,7 +165,8 @@ class _BringUp:
         return url if ready else None
 
     def _end_submitted(self) -> None:
-        """End what this call submitted; the whole deployment if nothing ran before and the router is among it."""
+        """Ends the jobs that this call submitted; the whole deployment if nothing ran before and the router is among
+        them."""
         if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
             down(self._run, watcher=NoWatcher())
             return
@@ -176,7 +181,7 @@ class _BringUp:
 
 
 def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
-    """Why no expert, or no router, can ever serve; None if one may."""
+    """Returns why no expert, or no router, can ever serve; None if both may."""
     reasons = {view.replica: reason for view in shown if (reason := _cannot_become_ready(view)) is not None}
     experts = [view.replica for view in expert_views(shown)]
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
@@ -194,12 +199,12 @@ def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
 
 
 def _cannot_become_ready(view: ReplicaView) -> str | None:
-    """Why the replica will never be ready."""
+    """Returns why the replica will never be ready; None if it may be."""
     return f"{view.reason}: {view.message}" if view.state is DisplayedState.FAILED else _never_starts(view)
 
 
 def _never_starts(view: ReplicaView) -> str | None:
-    """Why its job will never start with its present options."""
+    """Returns why its job will never start with its present options; None if it may."""
     waiting = explain_pending(view.pending_reason, view.job_id) if view.pending_reason is not None else None
     return (
         f"{view.pending_reason}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None

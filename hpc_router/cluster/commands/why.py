@@ -53,7 +53,7 @@ RANK_LINES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """`what` describes the problem of a replica; `lines` are from its log."""
+    """Why a replica does not serve. `what`: the problem. `lines`: from the replica's log."""
 
     view: ReplicaView
     what: str
@@ -70,8 +70,8 @@ class Cause:
 
 
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
-    """The causes for each replica that is not ready, and the problems that the serving router reports. `name`: only
-    those of one expert or replica. Raises ConfigError for an unknown name."""
+    """Returns a cause for each replica that is not ready, and for each problem that the serving router reports. `name`:
+    only those of one expert or replica. Raises ConfigError for an unknown name."""
     control = ControlLoop(run, read_only=True)
     seen = control.preview(fresh=True)
     shown = replica_views(control, seen)
@@ -103,7 +103,7 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
 
 
 def _step_cause(cause: Cause) -> Cause:
-    """The same for a step of the user's job: Slurm does not tell why a step waits."""
+    """Returns the cause; for a step that waits in the user's job, with our own text, because Slurm gives no reason."""
     view = cause.view
     if view.state is not DisplayedState.SUBMITTED or view.job_id is None:
         return cause
@@ -139,8 +139,8 @@ def _handover(view: ReplicaView, planned: PlannedHandover, *, now: float) -> Cau
 def _last_ends(
     run: RunDir, shown: Sequence[ReplicaView], observed: Observed, *, forgiven: Mapping[str, int], now: float
 ) -> list[Cause]:
-    """The newest end of a job of each slot in the last hour, if it failed or cut off answers; without those before `up`
-    or `scale`. The end of the displayed job itself is shown with its state."""
+    """Returns a cause for each slot whose newest ended job failed or cut off answers in the last hour. Leaves out
+    failures before the last `up` or `scale`, and the displayed job, whose end its state shows."""
     causes = []
     for view in shown:
         slot = Slot(*split_replica(view.replica)[:2])
@@ -159,7 +159,7 @@ def _last_ends(
 
 
 def _silent_slurm(shown: Sequence[ReplicaView], trouble: str | None) -> list[Cause]:
-    """That Slurm's controller does not answer, so that the states of jobs may be old and none can be submitted."""
+    """Returns a cause if Slurm's controller does not answer: job states may be old, and no job can be submitted."""
     if trouble is None or not shown:
         return []
     view = next((view for view in shown if view.expert == ROUTER), shown[0])
@@ -196,7 +196,8 @@ def router_causes(shown: Sequence[ReplicaView], answer: Mapping[str, Any]) -> li
 
 
 def _write_failures(run: RunDir, shown: list[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:
-    """That the run directory cannot be written: its file system is full, or the router reports an error (a quota)."""
+    """Returns a cause if the run directory cannot be written: its file system is full, or the router reports an error
+    such as an exceeded quota."""
     what = run.space_error() or (answer.get("router") or {}).get("write_trouble")
     if what is None or not shown:
         return []
@@ -258,7 +259,8 @@ def _advice(view: ReplicaView) -> str | None:
 
 
 def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:
-    """From the service's log, else from the batch script's, which is in the folder of the job's first replica."""
+    """Returns the last lines of the service's log, else of the batch script's, which is in the folder of the job's
+    first replica."""
     lines = [] if view.reason is FailureReason.SETUP else last_lines(run, view.replica, lines=LOG_LINES)
     if view.reason is FailureReason.RANK_LOST:
         lines += _rank_log_lines(run, view.replica)
@@ -267,7 +269,8 @@ def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:
 
 
 def _rank_log_lines(run: RunDir, replica: str) -> list[str]:
-    """From the engine's log of each rank but the first, else from its agent's; each line names the rank."""
+    """Returns the last lines of the engine's log of each rank but the first, else of its agent's. Each line names the
+    rank."""
     logs: dict[int, Path] = {}
     for suffix in (".log", ".engine.log"):
         for path in run.logs.glob(f"{replica}.rank*{suffix}"):

@@ -1,1 +1,1 @@
-"""Desired state against observed state: which jobs to submit, drain or cancel."""
+"""The control loop: compares the desired with the observed state, and submits, drains and cancels jobs."""

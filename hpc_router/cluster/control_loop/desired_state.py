@@ -26,13 +26,13 @@ from hpc_router.state.run_directory import RunDir
 
 
 def deployment_of(run: RunDir) -> Deployment:
-    """The run's frozen config; an empty deployment for a run that has external endpoints only."""
+    """Returns the run's frozen config; an empty deployment for a run that has external endpoints only."""
     return frozen.read(run.config) if run.config.exists() else Deployment()
 
 
 def readable_deployment(run: RunDir) -> Deployment:
-    """As `deployment_of`; the defaults if the config is damaged or of another version, whose router may serve
-    nevertheless."""
+    """Returns the run's frozen config, or the defaults if it is damaged or of another version: the run's router may
+    serve nevertheless."""
     try:
         return deployment_of(run)
     except ConfigError:
@@ -40,7 +40,8 @@ def readable_deployment(run: RunDir) -> Deployment:
 
 
 def host_expert(run: RunDir, name: str) -> str:
-    """The expert whose engine serves `name`, if that is an adapter; else `name`, also if the config cannot be read."""
+    """Returns the expert whose engine serves the adapter `name`; `name` itself if it is no adapter, or if the config
+    cannot be read."""
     try:
         experts = deployment_of(run).experts
     except ConfigError:
@@ -49,6 +50,7 @@ def host_expert(run: RunDir, name: str) -> str:
 
 
 def desired_of(run: RunDir, deployment: Deployment) -> Desired:
+    """Returns the desired state: the config with the overrides in `desired.json`."""
     desired = run.read_desired()
     replicas = {name: expert.replicas for name, expert in hosts(deployment.experts).items()}
     bounds = bounds_of(ExpertConfig, "replicas")
@@ -70,7 +72,8 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
 
 
 def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
-    """By expert, and for the router if its job runs the control loop. Only Slurm jobs have a walltime."""
+    """Returns the policy of each expert, and of the router if its job runs the control loop. Empty except for Slurm
+    jobs, because only these have a walltime."""
     cluster, router = deployment.cluster, deployment.router
     if cluster.kind != "slurm":
         return {}
@@ -85,7 +88,8 @@ def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
 
 
 def _overlapping(deployment: Deployment) -> Iterator[str]:
-    """The experts, and the router, of which a second job can run beside the first one when the config changes."""
+    """Yields the experts, and the router, for which a second job can run beside the first one when the config
+    changes."""
     cluster, router = deployment.cluster, deployment.router
     if cluster.kind == "slurm":
         yield from (name for name, policy in handover_policies(deployment).items() if policy.mode == "overlap")
@@ -97,8 +101,8 @@ def _overlapping(deployment: Deployment) -> Iterator[str]:
 
 
 def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Observed) -> None:
-    """For `apply`, which has replaced the config `before`: jobs of another revision are outdated, and earlier failures
-    no longer count. A count that `scale` has set holds unless the config changes the expert's count."""
+    """Records that `apply` has replaced the config `before` by `after`: jobs of another revision are outdated, and
+    earlier failures no longer count. A count that `scale` has set stays unless the new config changes that count."""
     scaled = _counts(run.read_desired().get("replicas"))
     kept = {
         name: count
@@ -111,35 +115,37 @@ def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Ob
 
 
 def version_of(run: RunDir) -> str | None:
-    """The version of this package that `apply` moved the run to; None if it was never applied."""
+    """Returns the version of this package that `apply` moved the run to; None if it was never applied."""
     version = run.read_desired().get("version")
     return version if isinstance(version, str) else None
 
 
 def _standby(deployment: Deployment) -> bool:
-    """Whether routers get a standby. Only Slurm can start a job when another has ended, and only a router whose job
-    runs the control loop needs one."""
+    """Returns whether routers get a standby. Only Slurm can start a job when another has ended, and only a router whose
+    job runs the control loop needs one."""
     router = deployment.router
     return deployment.cluster.kind == "slurm" and router.place == "job" and router.standby and router.reconcile
 
 
 def want_up(run: RunDir, observed: Observed) -> None:
-    """For `up`: the router is wanted, and earlier failures no longer count."""
+    """Records that `up` wants the router, and that earlier failures no longer count."""
     _update(run, router=True, down=False, forgiven=_newest_ended(observed))
 
 
 def want_down(run: RunDir) -> None:
+    """Records that no job is wanted."""
     _update(run, down=True)
 
 
 def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observed: Observed) -> None:
-    """Set these replica counts. Raises ConfigError for an expert that the run does not have."""
+    """Sets these replica counts. Raises ConfigError for an expert that the run does not have."""
     check_counts(deployment, counts)
     before = _counts(run.read_desired().get("replicas"))
     _update(run, replicas=before | dict(counts), forgiven=_newest_ended(observed))
 
 
 def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
+    """Raises ConfigError for an unknown expert, an adapter, or an invalid count."""
     for name, count in counts.items():
         if name not in deployment.experts:
             raise ConfigError(f"scale: no expert is named '{name}'{suggest(name, deployment.experts)}")
@@ -150,7 +156,7 @@ def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
 
 
 def with_desired_counts(deployment: Deployment, desired: Desired) -> Deployment:
-    """The deployment with the desired replica counts."""
+    """Returns the deployment with the desired replica counts."""
     return with_counts(deployment, desired.replicas)
 
 
@@ -188,7 +194,7 @@ def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str, by: str | N
 
 
 def include_nodes(run: RunDir, nodes: Sequence[str]) -> None:
-    """Allow jobs on these nodes again. Raises ConfigError for a node that is not excluded."""
+    """Lets jobs start on these nodes again. Raises ConfigError for a node that is not excluded."""
     known = excluded_nodes(run)
     for node in nodes:
         if node not in known:
@@ -203,7 +209,7 @@ def _update(run: RunDir, **desired: Any) -> None:
 
 
 def _newest_ended(observed: Observed) -> dict[str, int]:
-    """For each slot its newest generation that is not live."""
+    """Returns for each slot its newest generation that is not live."""
     over = {str(slot): [a.generation for a in attempts if not a.live] for slot, attempts in observed.items()}
     return {slot: max(generations) for slot, generations in over.items() if generations}
 
@@ -213,8 +219,8 @@ def _texts(value: object) -> dict[str, str]:
 
 
 def _counts(value: object) -> dict[str, int]:
-    """The entries of a JSON object that are whole numbers. Others are skipped: a file edited by hand must not break the
-    loop."""
+    """Returns the entries of a JSON object that are whole numbers. Skips others, so that a mistake in a file edited by
+    hand does not end the loop."""
     if not isinstance(value, dict):
         return {}
     return {str(k): v for k, v in value.items() if isinstance(v, int) and not isinstance(v, bool) and v >= 0}

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 def ask_to_drain(
     run: RunDir, records: Sequence[Record], until_at: Mapping[str, float | None] | None = None
 ) -> list[Record]:
-    """Call all agents at once, for two seconds at most; returns the records of those that did not agree. `until_at`: by
-    replica, see `Drain`."""
+    """Calls `/drain` of all agents at once, for two seconds at most. Returns the records of the agents that did not
+    agree. `until_at`: limit for requests in flight by replica, see `Drain`."""
     return asyncio.run(_ask(run.secret(), records, until_at or {})) if records else []
 
 

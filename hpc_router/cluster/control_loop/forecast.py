@@ -18,12 +18,12 @@ from hpc_router.state.run_directory import RunDir
 
 _SAMPLES: Final = ("queue_s", "load_s", "drain_s")
 REFRESH_S: Final = 30.0
-"""`forecast.json` is written at least this often, so that readers can tell that its writer lives."""
+"""`forecast.json` is written at least once in this many seconds, which shows readers that its writer is alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedReady:
-    """When an expert will be ready. `ready_at` None: unknown, for `reason`."""
+    """When an expert will be ready (Unix seconds). `ready_at` is None if that is not known; `reason` says why."""
 
     ready_at: float | None
     replica: str
@@ -97,7 +97,8 @@ def _planned(
 
 
 def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
-    """From Slurm's estimate of the start, else from the measured times; unknown once these are over."""
+    """Returns when this attempt will be ready: from Slurm's estimate of its start, else from the measured times.
+    Unknown once these are over."""
     if attempt.ready:
         return ExpectedReady(attempt.ready_at, attempt.replica, None)
     load_s, pending = max(known.load_s, default=0.0), attempt.job is JobState.PENDING
@@ -111,7 +112,7 @@ def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
 
 
 class ForecastFiles:
-    """Writes both files when their content has changed."""
+    """Writes `estimates.json` and `forecast.json`."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -143,7 +144,7 @@ class ForecastFiles:
 
 
 def read_estimates(run: RunDir) -> dict[str, Durations]:
-    """The times in `estimates.json`, by expert over all partitions; empty for a run that has none yet."""
+    """Returns the times in `estimates.json` by expert, over all partitions; empty for a run that has none yet."""
     experts = (read_json(run.estimates_json) or {}).get("experts", {})
     return {
         expert: Durations(*(tuple(s for times in partitions.values() for s in times[key]) for key in _SAMPLES))

@@ -20,15 +20,15 @@ from hpc_router.state.job_records import Runner
 MAX_SAMPLES: Final = 20
 """Number of recent jobs of an expert from which its times are estimated."""
 WARNING_EARLY_S: Final = 60.0
-"""Slurm may send the warning before the end of the walltime this much early (sbatch's manual, `--signal`)."""
+"""Slurm may send its warning this many seconds early (sbatch's manual, `--signal`)."""
 MAX_LIFE_SHARE: Final = 0.5
-"""Earliest handover, as a share of the time from ready to the walltime's end."""
+"""Earliest handover, as a share of the time from ready to the end of the walltime."""
 
 
 @dataclass(frozen=True, slots=True)
 class HandoverPolicy:
-    """How the jobs of one expert hand over. `warn_s`: Slurm's warning before the end of the walltime, at which a job
-    drains by itself. `drain_s`: limit of the drain."""
+    """How the jobs of one expert hand over. `warn_s`: seconds before the end of the walltime at which Slurm's warning
+    makes a job drain. `drain_s`: time limit of the drain."""
 
     mode: HandoverMode = "none"
     margin_s: float = 60.0
@@ -47,19 +47,19 @@ class Durations:
 
     @property
     def until_ready_s(self) -> float:
-        """Expected time from submission to ready: the longest measured times."""
+        """Returns the expected seconds from submission to ready: the longest measured queue and load times."""
         return max(self.queue_s, default=0.0) + max(self.load_s, default=0.0)
 
 
 def before_drain_s(policy: HandoverPolicy) -> float:
-    """Time before the end of the walltime at which the job may begin to drain."""
+    """Returns how many seconds before the end of the walltime a job may begin to drain."""
     return max(policy.warn_s + WARNING_EARLY_S, policy.drain_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
     """The handover of one replica. `due_at`: when to submit its successor (Unix seconds). `drains_at`: when Slurm's
-    warning is to make it drain. `outdated`: it is replaced because its config has changed."""
+    warning will make the replica drain. `outdated`: the replica is replaced because its config has changed."""
 
     mode: HandoverMode
     due_at: float
@@ -84,7 +84,7 @@ class _Job:
 
 
 def measured(observed: Observed) -> dict[str, Durations]:
-    """The times of each expert's last jobs."""
+    """Returns the times of each expert's last MAX_SAMPLES jobs."""
     by_expert: defaultdict[str, list[Attempt]] = defaultdict(list)
     for slot, attempts in observed.items():
         by_expert[slot.expert].extend(attempts[-MAX_SAMPLES:])
@@ -94,7 +94,7 @@ def measured(observed: Observed) -> dict[str, Durations]:
 def schedule(
     observed: Observed, policies: Mapping[str, HandoverPolicy], durations: Mapping[str, Durations]
 ) -> dict[str, Due]:
-    """The handover of each ready replica whose walltime is known, by replica."""
+    """Returns the handover of each ready replica whose walltime is known, by replica."""
     jobs: defaultdict[str, _Job] = defaultdict(_Job)
     for attempts in observed.values():
         for attempt in attempts:

@@ -1,4 +1,4 @@
-"""The job request of a replica, for `plan` and for the control loop alike."""
+"""Builds the job request of a replica, in the same way for `plan` and for the control loop."""
 
 from hpc_router.cluster.control_loop.desired_state import excluded_nodes
 from hpc_router.cluster.launchers.interface import ROUTER, JobRequest

@@ -36,7 +36,7 @@ class _Beat(NamedTuple):
 
 
 class HangDetector:
-    """Remembers when each replica's beat last changed."""
+    """Finds silent replicas. Remembers when each replica's beat last changed."""
 
     def __init__(self) -> None:
         self._beats: dict[str, _Beat] = {}

@@ -99,7 +99,8 @@ class ControlLoop:
         self._ready: set[str] | None = None
 
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """The pass without carrying out its actions. `clear`: every job must end. `fresh`: query the controller."""
+        """Returns the pass without carrying out its actions. `clear`: every job must end. `fresh`: query the
+        controller."""
         observed = self.observer.observe(fresh=fresh)
         return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
 
@@ -107,7 +108,8 @@ class ControlLoop:
         return LoopPass(desired, observed, reconcile(desired, observed, time.time()))
 
     def run_pass(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Carry out one pass. A refused submission is in the result; its exit record counts as a failure."""
+        """Carries out one pass and returns it. A refused submission is in the result; its exit record counts as a
+        failure."""
         seen = self.preview(clear=clear, fresh=fresh)
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)
@@ -135,8 +137,8 @@ class ControlLoop:
         self._retention.apply(seen.observed, time.time())
 
     def _report_handovers(self, observed: Observed) -> None:
-        """An event for each replica that became ready while its predecessor still runs. A loop that has just started
-        knows of none that were ready before, so it reports only its own router's."""
+        """Writes an event for each replica that became ready while its predecessor still runs. A loop that has just
+        started does not know which replicas were ready before, so it reports only its own router's handover."""
         ready = {slot: attempts[-1] for slot, attempts in observed.items() if attempts[-1].ready}
         known, self._ready = self._ready, {attempt.replica for attempt in ready.values()}
         for slot, newest in ready.items():
@@ -183,7 +185,8 @@ class ControlLoop:
         return submitted, refused
 
     def update_exclusions(self, replicas: Sequence[str]) -> list[str]:
-        """Apply `excluded_nodes` to these jobs in the queue; the replicas whose job cannot be changed any more."""
+        """Applies `excluded_nodes` to these jobs in the queue. Returns the replicas whose job cannot be changed any
+        more."""
         requests = [request_for(self.run, self.deployment, replica) for replica in replicas]
         return self.launcher.update_exclusions(requests) if requests else []
 
@@ -271,14 +274,14 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
 
 
 def _stamp(run: RunDir) -> Stamp | None:
-    """Changes when `config.yaml` is replaced; None while there is none."""
+    """Returns a value that changes when `config.yaml` is replaced; None if there is no such file."""
     return stamp_at(run.config) if exists_now(run.config) else None
 
 
 @contextlib.contextmanager
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
-    """Set by SIGTERM, SIGINT and, where tied, the end of stdin. SIGUSR2 is ignored: it is meant for the router beside
-    which the loop runs, and some sites' Slurm sends it to every process of a job."""
+    """Yields an event that SIGTERM and SIGINT set and, if `tied`, the end of stdin. Ignores SIGUSR2: it is meant for
+    the router beside which the loop runs, and some sites' Slurm sends it to every process of a job."""
     descriptor = sys.stdin.fileno() if tied else -1
     with ignored(signal.SIGUSR2), interrupt_event(once=False) as event:
 

@@ -73,7 +73,8 @@ class RunObserver:
         """The replicas about which the last observation queried the controller."""
 
     def observe(self, *, fresh: bool = False) -> Observed:
-        """Raises OSError if the run directory cannot be read. `fresh`: query the controller now."""
+        """Returns the attempts of each slot. Raises OSError if the run directory cannot be read. `fresh`: query the
+        controller now."""
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended or name in self._unexplained]
         reports = self._launcher.observe(open_names, fresh=fresh)
@@ -97,8 +98,8 @@ class RunObserver:
         return self.records
 
     def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
-        """The replicas about which to query the controller now: once for each newly lost one, since its job may have
-        ended. Routers are left out, because this loop ends with its router."""
+        """Returns the replicas about which to query the controller now: once for each replica that is newly lost,
+        because its job may have ended. Routers are left out, because this loop ends with its router."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
         silent = self._hang_detector.silent(
@@ -221,7 +222,8 @@ def _log_end(job: JobDir, end: Exit) -> None:
 
 
 def _is_alive(submitter: Submitter | None) -> bool:
-    """Whether the submitter runs on this host. One of another host counts as gone: the age of its claim decides."""
+    """Returns whether the submitter runs on this host. One of another host counts as gone; then the age of its claim
+    decides."""
     here = submitter is not None and submitter.host == socket.gethostname()
     return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 

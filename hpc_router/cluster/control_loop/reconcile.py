@@ -50,11 +50,11 @@ KILL_AGAIN_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """`replicas`: number per expert. `forgiven`: failures up to this generation of a slot do not count. `standby`: a
-    router that has served for STANDBY_S gets a successor whose job waits for its end.
+    """The desired state of a run. `replicas`: number per expert. `forgiven`: failures up to this generation of a slot
+    do not count. `standby`: a router that has served for STANDBY_S gets a successor whose job waits for its end.
 
-    `handovers`: how the jobs of each expert, and of the router, are replaced near their walltime. `revisions`: of the
-    config that their jobs should have; `overlapping`: those of which two jobs can run when that has changed.
+    `handovers`: how the jobs of each expert, and of the router, are replaced near their walltime. `revisions`: the
+    config revision that their jobs should have. `overlapping`: those whose old and new job can run at the same time.
 
     `down`: no job is wanted. `clear`: every live job must end. Only the verb `down` sets it, because a loop that still
     runs must not end a router that was started after `down`.
@@ -86,8 +86,8 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`after`: id of the job that must end before Slurm starts this one. `replaces`: the replica that hands over to
-    it."""
+    """Action: submit a job. `after`: id of the job that must end before Slurm starts this one. `replaces`: the replica
+    that hands over to it."""
 
     slot: Slot
     generation: int
@@ -101,7 +101,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
-    """Let its waiting job start before the end of the replica that it replaces."""
+    """Action: let the waiting job of this replica start before the end of the replica that it replaces."""
 
     replica: str
     replaces: str
@@ -109,8 +109,8 @@ class ReleaseJob:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Call its `/drain`: it takes no new requests and ends after those in flight. `until_at`: these may take until then
-    (Unix seconds), if that is longer than the usual drain time."""
+    """Action: call the replica's `/drain`: it takes no new requests and ends after those in flight. `until_at`: time
+    limit of those (Unix seconds), if it is later than the usual one."""
 
     replica: str
     until_at: float | None = None
@@ -118,21 +118,21 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Send SIGTERM to its job."""
+    """Action: send SIGTERM to the replica's job."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """Kill its job, whose drain time is over."""
+    """Action: kill the replica's job, because its drain time is over."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """No action for this replica before `until_at` (Unix seconds)."""
+    """No action for this replica before `until_at` (Unix seconds), for the reason `why`."""
 
     replica: str
     until_at: float
@@ -141,7 +141,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """No further job for this slot; `exit` is the newest failure."""
+    """Action: submit no further job for this slot. `exit` is its newest failure."""
 
     slot: Slot
     failures: int
@@ -152,6 +152,7 @@ Action = Submit | ReleaseJob | Drain | Cancel | Kill | Wait | GiveUp
 
 
 def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
+    """Returns the actions of one pass. `now`: Unix seconds."""
     if desired.clear and not desired.down:  # `up` came after `down`: its jobs must stay
         return []
     wanted = desired.slots()
@@ -272,7 +273,7 @@ def _submit_next(
 
 
 def _cannot_serve_again(attempt: Attempt) -> bool:
-    """Whether it was asked to end and cannot serve any more: it hangs, or has not started."""
+    """Whether the attempt was asked to end and cannot serve any more: it hangs, or has not started."""
     return attempt.stop.cancel_at is not None and (attempt.hung or attempt.job is JobState.PENDING)
 
 
@@ -288,7 +289,7 @@ def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
 
 
 def _has_served_long_enough(router: Attempt, now: float) -> bool:
-    """Whether it is a Slurm job that has been ready for STANDBY_S."""
+    """Whether the router is a Slurm job that has been ready for STANDBY_S."""
     ready_at = router.ready_at
     return router.ready and router.runner is Runner.SLURM and ready_at is not None and now - ready_at >= STANDBY_S
 
@@ -329,7 +330,8 @@ def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iter
 
 
 def _stop(attempt: Attempt, desired: Desired, now: float, *, handover: bool = False) -> Action:
-    """`handover`: its successor serves, so requests in flight may take the rest of the walltime."""
+    """Returns the next action that ends the attempt. `handover`: its successor serves, so requests in flight may take
+    the rest of the walltime."""
     replica, stop = attempt.replica, attempt.stop
     drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:

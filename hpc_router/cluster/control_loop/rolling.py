@@ -17,12 +17,13 @@ MAX_SHARE: Final = 0.25
 
 
 def is_outdated(attempt: Attempt, revisions: Mapping[str, str]) -> bool:
+    """Returns whether the attempt was submitted with another revision of the config."""
     wanted = revisions.get(attempt.slot.expert)
     return wanted is not None and attempt.revision is not None and attempt.revision != wanted
 
 
 def may_roll(wanted: Sequence[Slot], observed: Observed, revisions: Mapping[str, str]) -> set[Slot]:
-    """The slots whose outdated jobs may be replaced now."""
+    """Returns the slots whose outdated jobs may be replaced now."""
     waiting = [slot for slot in wanted if any(a.live and is_outdated(a, revisions) for a in observed.get(slot, ()))]
     if not waiting:
         return set()

@@ -15,6 +15,8 @@ from hpc_router.state.registry import State, replica_name
 
 
 class Slot(NamedTuple):
+    """The place of one replica. `name` is a number, or a letter and a number."""
+
     expert: str
     name: str
 
@@ -23,7 +25,7 @@ class Slot(NamedTuple):
 
     @property
     def managed(self) -> bool:
-        """Whether the control loop submits and ends its jobs."""
+        """Returns whether the control loop submits and ends the jobs of this slot."""
         return self.name.isdecimal()
 
     def replica(self, generation: int) -> str:
@@ -82,17 +84,18 @@ class Attempt:
 
     @property
     def holds_resources(self) -> bool:
-        """Whether its job may still hold resources."""
+        """Returns whether its job may still hold resources."""
         return self.submitted and self.job is not JobState.ENDED
 
     @property
     def ready_at(self) -> float | None:
-        """When it was first ready."""
+        """Returns when it was first ready."""
         return self.progress.ready_at if self.progress is not None else None
 
     @property
     def draining_at(self) -> float | None:
-        """Since when it drains, also without a request of ours; None if it does not."""
+        """Returns when its drain began, also if another process than the control loop started it; None if it does not
+        drain."""
         return self.progress.at if self.progress is not None and self.progress.phase is JobPhase.DRAINING else None
 
     @property
@@ -105,7 +108,7 @@ class Attempt:
 
 
 Observed = Mapping[Slot, tuple[Attempt, ...]]
-"""Oldest generation first."""
+"""The attempts of each slot, oldest generation first."""
 
 
 def all_attempts(observed: Observed) -> list[Attempt]:

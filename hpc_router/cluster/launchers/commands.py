@@ -23,7 +23,8 @@ class SlurmCommandError(LaunchError):
 def run_slurm_command(
     argv: Sequence[str], *, timeout_s: float, stdin: str = "", environment: Mapping[str, str] | None = None
 ) -> str:
-    """Its stdout. `environment` is added to this process's own. Raises SlurmCommandError."""
+    """Runs a command of Slurm and returns its stdout. `environment` is added to this process's own. Raises
+    SlurmCommandError."""
     try:
         done = subprocess.run(
             list(argv),
@@ -49,7 +50,7 @@ def run_slurm_command(
 
 
 def last_error_line(error: OSError | subprocess.SubprocessError) -> str:
-    """The last line that the failed command wrote to stderr, else the error itself."""
+    """Returns the last line that the failed command wrote to stderr, else the error itself."""
     stderr = getattr(error, "stderr", None) or ""
     text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr  # bytes after a timeout
     return text.strip().rpartition("\n")[2] or str(error)

@@ -14,7 +14,7 @@ from hpc_router.state.job_records import Exit
 from hpc_router.state.registry import split_replica
 
 ROUTER: Final = "router"
-"""Takes the place of an expert's name in the names of routers: `router-0.g1`."""
+"""Stands in place of an expert's name in the names of routers: `router-0.g1`."""
 
 
 class JobState(StrEnum):
@@ -47,8 +47,8 @@ class JobReport:
 @dataclass(frozen=True, slots=True)
 class JobRequest:
     """The job of one replica: its command and its resources. `after`: id of the job whose end it waits for.
-    `dependency_met`: an earlier job with the same `sbatch.dependency` has started. `exclude`: drained nodes.
-    `revision`: of the config part that the job reads."""
+    `dependency_met`: an earlier job with the same `sbatch.dependency` has started. `exclude`: nodes on which it may not
+    start. `revision`: digest of the config values that the job reads."""
 
     replica: str
     argv: tuple[str, ...]
@@ -64,32 +64,35 @@ class JobRequest:
 
 
 class Launcher(Protocol):
-    """Methods take batches, because each call costs a child process or a query to the Slurm controller."""
+    """Submits, observes and ends jobs. Methods take batches, because each call costs a child process or a query to the
+    Slurm controller."""
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Claim and submit; the replicas that this call submitted, without those that another process had claimed.
+        """Claims and submits. Returns the replicas that this call submitted, without those that another process had
+        claimed.
 
         Raises LaunchError for a refusal, after writing an exit record into each refused job's folder.
         """
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
-        """`fresh`: query the controller now; else an answer of the last `cluster.ask_s` seconds is used."""
+        """Returns the state of each job. `fresh`: query the controller now; else an answer of the last `cluster.ask_s`
+        seconds is used."""
 
     def release(self, requests: Sequence[JobRequest]) -> None:
-        """Let these waiting jobs start before the job they wait for has ended. A failure is only logged."""
+        """Lets these waiting jobs start before the end of the job they wait for. A failure is only logged."""
 
     def cancel(self, replicas: Iterable[str]) -> None:
-        """Send SIGTERM to these jobs: they drain and end."""
+        """Sends SIGTERM to these jobs: they drain and end."""
 
     def kill(self, replicas: Iterable[str]) -> None:
-        """Send SIGKILL to the processes of these jobs, and of no others."""
+        """Sends SIGKILL to the processes of these jobs, and of no others."""
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        """The ids of jobs that still hold resources, from a new query."""
+        """Returns the ids of jobs that still hold resources, from a new query."""
 
     def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Change the excluded nodes of jobs in the queue to those of these requests; the replicas for which that
-        failed, as where the job has started."""
+        """Changes the excluded nodes of jobs in the queue to those of these requests. Returns the replicas for which
+        that failed, for example because the job has started."""
 
     def trouble(self) -> str | None:
-        """Why the last observation could not query the controller; None if it could."""
+        """Returns why the last observation could not query the controller; None if it could."""

@@ -2,8 +2,8 @@
 
 submitit pickles `start` by reference, so it must stay a module-level function of this module. It ends in `execve`, so
 that the agent or router runs without submitit's signal handlers (which bypass SIGTERM) and variables. The process id
-stays the same, so `process.json` names the service even when submitit's controller was killed.
-A step of an allocation has no submitit: it runs `python -m hpc_router.cluster.launchers.job_entry`.
+stays the same, so `process.json` names the service even when submitit's controller was killed. A step of an allocation
+is not started by submitit; it runs `python -m hpc_router.cluster.launchers.job_entry`.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from hpc_router.state.run_directory import RunDir
 
 
 def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
-    """Does not return. `argv_of`: the command of each replica in the job; $HPC_ROUTER_REPLICA names the one of this
-    task. Arguments are plain text, so that a job's pickle can be loaded by every version."""
+    """Replaces this process by the service; does not return. `argv_of`: the command of each replica in the job;
+    $HPC_ROUTER_REPLICA names the one of this task. Arguments are plain text, so that every version can load a job's
+    pickle."""
     replica = os.environ.get("HPC_ROUTER_REPLICA") or next(iter(argv_of))
     argv = argv_of[replica]
     job = JobDir(RunDir(Path(run)), replica)
@@ -47,7 +48,8 @@ def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
 
 
 def _environment(rank: int) -> dict[str, str]:
-    """The environment of the service: without Slurm's variables, with the job's id, end and rank in our own."""
+    """Returns the environment of the service: without Slurm's variables, but with the job's id, end and rank in
+    variables of our own."""
     own = {"HPC_ROUTER_RANK": str(rank)}
     if "SLURM_JOB_ID" in os.environ:
         own[JOB_ID] = os.environ["SLURM_JOB_ID"]

@@ -1,7 +1,7 @@
 """Jobs as processes of this machine, through submitit's local executor.
 
-submitit can cancel a job only from the process that submitted it. Here process ids and start times are in `jobs/`, so
-any process of the user can. Signals go through a pidfd whose start time was checked, so that a reused process id is
+submitit can cancel a job only from the process that submitted it. Here any process of the user can, because process ids
+and start times are in `jobs/`. Signals go through a pidfd whose start time was checked, so that a reused process id is
 never signalled. A job of another host is UNKNOWN, never ENDED.
 """
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LocalLauncher:
-    """`gpus`: number of GPUs of this machine. Each belongs to one live job at most."""
+    """Runs jobs on this machine. `gpus`: number of its GPUs, each of which belongs to at most one live job."""
 
     run: RunDir
     gpus: int = 0
@@ -42,7 +42,7 @@ class LocalLauncher:
         return {replica: self._report(JobDir(self.run, replica)) for replica in replicas}
 
     def release(self, requests: Sequence[JobRequest]) -> None:
-        """Jobs of this machine wait for no other."""
+        """Does nothing: jobs of this machine wait for no other."""
 
     def cancel(self, replicas: Iterable[str]) -> None:
         for replica in replicas:
@@ -67,8 +67,8 @@ class LocalLauncher:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """One submission at a time on this host, so that two callers never choose the same GPU. On a file system
-        without locks only the claims protect, which is enough for jobs without GPUs."""
+        """Lets one submission at a time run on this host, so that two callers never choose the same GPU. On a file
+        system without locks only the claims protect, which is enough for jobs without GPUs."""
         descriptor = os.open(self.run.jobs, os.O_RDONLY | os.O_DIRECTORY)
         try:
             with contextlib.suppress(OSError):
@@ -112,7 +112,7 @@ class LocalLauncher:
         return JobState.RUNNING if alive else JobState.ENDED
 
     def _processes(self, job: JobDir) -> tuple[Process | None, Process | None]:
-        """submitit's controller and the service; None where unknown or on another host."""
+        """Returns submitit's controller and the service; None if unknown or on another host."""
         info, service = job.info(), job.process()
         controller = None
         if info is not None and info.start_ticks is not None and info.job_id.isdecimal():
@@ -130,7 +130,7 @@ def _submission(run: RunDir, request: JobRequest, gpus: tuple[int, ...]) -> Subm
 
 
 def _signal(process: Process | None, number: signal.Signals) -> bool:
-    """Whether this very process was signalled."""
+    """Sends the signal. Returns whether the process was still alive and got it."""
     if process is None:
         return False
     try:

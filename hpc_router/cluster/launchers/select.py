@@ -36,7 +36,8 @@ def check_reach(deployment: Deployment) -> None:
 
 @dataclass(frozen=True)
 class Launchers:
-    """`submitting`: the launcher for a request. `running`: the launcher that observes and ends a job."""
+    """Passes each job to its launcher. `submitting`: returns the launcher for a request. `running`: the launcher that
+    observes and ends the jobs of each kind of runner."""
 
     run: RunDir
     submitting: Callable[[JobRequest], _Submitting]
@@ -45,7 +46,7 @@ class Launchers:
     slurm: SlurmLauncher | None = None
 
     def jobs(self, requests: Sequence[JobRequest]) -> list[BatchJob]:
-        """The Slurm jobs, or steps of one, that `submit` starts for these requests; none for processes of this
+        """Returns the Slurm jobs, or steps of one, that `submit` starts for these requests; none for processes of this
         machine."""
         by_launcher = self._by_launcher(requests)
         return [
@@ -91,7 +92,7 @@ class Launchers:
         return self.slurm.trouble() if self.slurm is not None else None
 
     def _by_runner(self, replicas: Iterable[str]) -> list[tuple[Launcher, list[str]]]:
-        """The replicas that have a job, by launcher. A claim without a job belongs to none."""
+        """Returns the replicas that have a job, by launcher. Leaves out claims without a job."""
         names: dict[Runner, list[str]] = defaultdict(list)
         for replica in replicas:
             records = self.reader.read(replica)

@@ -1,1 +1,1 @@
-"""What a deployment would run and whether it can, before anything starts."""
+"""Computes what a deployment would run, and finds its faults, before anything starts."""

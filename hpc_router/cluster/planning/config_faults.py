@@ -1,4 +1,4 @@
-"""Faults and warnings of a deployment that its config and this machine show; no engine and no Slurm is asked."""
+"""Finds faults and warnings that the config and this machine alone show. Does not ask engines or Slurm."""
 
 import os
 import shutil
@@ -17,7 +17,8 @@ from hpc_router.routing.features import Features
 
 
 def build_engines(experts: Mapping[str, ExpertConfig]) -> tuple[dict[str, Engine], dict[str, str]]:
-    """The engine of each expert that has jobs, its options parsed; or the fault of those options."""
+    """Returns the engine of each expert that has jobs, with its options parsed, and the faults of options that are not
+    valid; both by expert."""
     engines, faults = {}, {}
     for name, expert in hosts(experts).items():
         try:
@@ -30,7 +31,8 @@ def build_engines(experts: Mapping[str, ExpertConfig]) -> tuple[dict[str, Engine
 def own_faults(
     deployment: Deployment, *, exemplars: Mapping[str, list[str]], engine_faults: Mapping[str, str]
 ) -> Iterator[str]:
-    """`exemplars`: of the experts that have any. `engine_faults`: of `build_engines`."""
+    """Yields the faults of the deployment. `exemplars`: those of the experts that have any. `engine_faults`: as
+    `build_engines` returns them."""
     yield from _machine_faults(deployment)
     yield from _policy_faults(deployment, exemplars)
     python = deployment.cluster.python
@@ -50,7 +52,7 @@ def _machine_faults(deployment: Deployment) -> Iterator[str]:
     gpus = deployment.cluster.gpus or 0
     if sum(asked.values()) > gpus:
         each = ", ".join(f"{name} {count}" for name, count in asked.items())
-        yield f"cluster.gpus={gpus}: this machine has fewer GPUs than all replicas need: {sum(asked.values())} ({each})"
+        yield f"cluster.gpus={gpus}: all replicas together need {sum(asked.values())} GPUs ({each})"
 
 
 def _expert_faults(name: str, expert: ExpertConfig, adapters: Mapping[str, str], *, in_image: bool) -> Iterator[str]:
@@ -72,7 +74,7 @@ def executable(python: str) -> bool:
 
 
 def _looks_like_path(model: str) -> bool:
-    """A hub id is `name` or `org/name`."""
+    """Returns whether the model is a path rather than a hub id, which is `name` or `org/name`."""
     return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1
 
 
@@ -92,7 +94,7 @@ def _policy_faults(deployment: Deployment, exemplars: Mapping[str, list[str]]) -
 
 
 def own_warnings(deployment: Deployment) -> Iterator[str]:
-    """Values that are valid, but may not be intended."""
+    """Yields warnings about values that are valid but may not be intended."""
     with_jobs = hosts(deployment.experts)
     if not deployment.experts:
         yield "no experts: endpoints join through `hpc-router register`"
@@ -110,11 +112,12 @@ def own_warnings(deployment: Deployment) -> Iterator[str]:
     cpus = sum(e.replicas * e.resources.cpus for e in with_jobs.values())
     have = os.cpu_count() or 1
     if deployment.cluster.kind == "local" and cpus > have:
-        yield f"the replicas ask for {cpus} CPUs, this machine has {have}: they will share"
+        yield f"the replicas ask for {cpus} CPUs, this machine has {have}: the replicas will share them"
 
 
 def _never_chosen(deployment: Deployment) -> Iterator[str]:
-    """Experts that the classifier never chooses. The deployment has no faults, so its artefact can be read."""
+    """Yields a warning about experts that the classifier never chooses. Called only for a deployment without faults,
+    whose artefact can be read."""
     policy = deployment.policy
     if policy.kind != "classifier":
         return
@@ -130,7 +133,8 @@ def _never_chosen(deployment: Deployment) -> Iterator[str]:
 
 
 def _ineffective(deployment: Deployment) -> Iterator[str]:
-    """Keys for batch scripts, on a cluster that has none; a simulation of no engine."""
+    """Yields warnings about keys without effect: those for batch scripts on a cluster that has none, and a simulation
+    without an engine."""
     gpu, engines = deployment.simulate.gpu, [expert.engine for expert in deployment.experts.values()]
     if gpu is not None and not any(engine.options.get("roofline") for engine in engines):
         yield f"simulate.gpu={gpu} has no effect: it replaces vLLM engines, and no expert has one"
@@ -144,7 +148,7 @@ def _ineffective(deployment: Deployment) -> Iterator[str]:
 
 
 def _not_staged(deployment: Deployment) -> Iterator[str]:
-    """Models that `cluster.stage_to` does not apply to."""
+    """Yields warnings about models that are not copied although `cluster.stage_to` is set."""
     cluster, experts = deployment.cluster, deployment.experts
     if cluster.stage_to is None:
         return

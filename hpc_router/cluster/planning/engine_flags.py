@@ -19,7 +19,7 @@ from hpc_router.expert.engines.container import command_in_container
 
 TIMEOUT_S: Final = 120.0
 _FRAME: Final = " \t│|"
-"""Some argument parsers draw a box around their messages."""
+"""Characters of the box that some argument parsers draw around their messages."""
 REFUSED: Final = 2
 """The exit status of an argument parser that refuses a flag."""
 
@@ -27,7 +27,7 @@ REFUSED: Final = 2
 def check_flags(
     engines: Mapping[str, Engine], experts: Mapping[str, ExpertConfig], cluster: ClusterConfig
 ) -> tuple[list[str], list[str]]:
-    """Faults and warnings. Engines with the same command are checked once; different ones at the same time."""
+    """Returns faults and warnings. Checks engines with the same command once, and different ones at the same time."""
     with tempfile.TemporaryDirectory(prefix="hpc-router-") as folder:
         place = Place(Path(folder))
         commands = {name: engine.check_command(place) for name, engine in engines.items()}
@@ -58,14 +58,14 @@ def check_flags(
 
 
 def _without_names(command: list[str], *names: str) -> tuple[str, ...]:
-    """The command with blanks for names: parsers check flags, not models."""
+    """Returns the command with blanks in place of these names, because parsers check flags and not models."""
     return tuple("" if word in names else word for word in command)
 
 
 def _run(
     command: list[str], engine: Engine, expert: ExpertConfig, cluster: ClusterConfig, place: Place
 ) -> tuple[int, str]:
-    """Exit status and the last line of output."""
+    """Runs the command. Returns its exit status and the last line of its output."""
     environment = engine_environment(engine, expert, place, inherited=os.environ, cluster=cluster)
     environment["TMPDIR"] = os.environ.get("TMPDIR", "/tmp")  # the agent's own folder does not exist yet
     try:

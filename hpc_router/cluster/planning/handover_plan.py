@@ -1,4 +1,4 @@
-"""How each expert and the router will hand over at the end of their walltime, for `plan`. Pure.
+"""Plans how each expert and the router hand over at the end of their walltime, for `plan`. Pure.
 
 The mode is the configured one, unless the site cannot run one replica more. Times are those of earlier jobs of the run;
 without any, they are unknown.
@@ -19,8 +19,9 @@ from hpc_router.config.walltime import walltime_s
 
 @dataclass(frozen=True, slots=True)
 class HandoverPlan:
-    """`gap_s`: time without a ready replica at each walltime end of a single replica; `gpu_minutes`: what the overlap
-    of one replica costs. None: unknown, because no job of it was measured yet. `why`: why this mode applies."""
+    """How one expert, or the router, hands over. `gap_s`: seconds without a ready replica at the end of a walltime, for
+    a single replica. `gpu_minutes`: GPU time of the overlap of one replica. Both are None if no job was measured yet.
+    `why`: why this mode applies."""
 
     expert: str
     mode: HandoverMode
@@ -49,7 +50,7 @@ class HandoverPlan:
 def handover_plans(
     deployment: Deployment, durations: Mapping[str, Durations], site: SlurmSite | None
 ) -> list[HandoverPlan]:
-    """For all experts with jobs of their own and for the router; none where jobs have no walltime."""
+    """Returns the plans of the router and of all experts with jobs of their own; none where jobs have no walltime."""
     return [
         _plan(deployment, name, policy, durations.get(name), site)
         for name, policy in handover_policies(deployment).items()

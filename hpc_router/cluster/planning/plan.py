@@ -42,7 +42,7 @@ from hpc_router.state.private_folder import user_folder
 from hpc_router.state.run_directory import RunDir
 
 JOB_FOLDER: Final = "<job>"
-"""Stands in the plan for the folder that an agent creates on its node."""
+"""Placeholder in the plan for the folder that an agent creates on its node."""
 NEW_RUN: Final = Path("<run>")
 
 
@@ -84,8 +84,8 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`jobs`: the batch scripts for sbatch; in an allocation, the scripts that start steps. `warnings`: values that may
-    not be intended, and checks that could not be made."""
+    """What `up` would run. `jobs`: the batch scripts for sbatch; in an allocation, the scripts that start steps.
+    `warnings`: values that may not be intended, and checks that could not be made."""
 
     deployment: Deployment
     replicas: tuple[ReplicaPlan, ...]
@@ -112,7 +112,7 @@ class Plan:
         }
 
     def alike(self) -> list[list[BatchJob]]:
-        """Groups of jobs whose scripts differ only in the names of replicas."""
+        """Returns groups of jobs whose scripts differ only in the names of replicas."""
         found: dict[str, list[BatchJob]] = {}
         for job in self.jobs:
             script = job.script()
@@ -123,12 +123,12 @@ class Plan:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment with the values of secrets replaced."""
+    """Returns the environment with the values of secrets replaced."""
     return {key: "***" if _SECRET.search(key) else value for key, value in environment.items()}
 
 
 def script_without_secrets(job: BatchJob) -> str:
-    """The batch script with the values of secrets replaced."""
+    """Returns the batch script with the values of secrets replaced."""
     script = job.script()
     for key, value in job.cluster.env.items():
         if _SECRET.search(key):
@@ -137,8 +137,8 @@ def script_without_secrets(job: BatchJob) -> str:
 
 
 def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines: bool = True) -> Plan:
-    """Raises ConfigError with one line per fault. `ask_engines`: also run the checks that start programs: the engines'
-    interpreters check flags, and Slurm checks the jobs."""
+    """Returns the plan. Raises ConfigError with one line per fault. `ask_engines`: also run the checks that start
+    programs: the engines' interpreters check flags, and Slurm checks the jobs."""
     run = run or RunDir(NEW_RUN)
     engines, engine_faults = build_engines(deployment.experts)
     faults = list(own_faults(deployment, exemplars=exemplars_of(deployment), engine_faults=engine_faults))
@@ -169,7 +169,7 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
 
 
 def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
-    """What Slurm tells about its nodes, and a warning if it does not answer."""
+    """Asks Slurm about its nodes. Returns the answer, or None and a warning if there is no answer."""
     if deployment.cluster.kind != "slurm":
         return None, []
     try:
@@ -181,8 +181,8 @@ def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
 def _slurm_faults(
     deployment: Deployment, jobs: tuple[BatchJob, ...], site: SlurmSite | None
 ) -> tuple[list[str], list[str]]:
-    """Faults and warnings about the jobs; none on cluster=local. Only sbatch decides what is a fault, because a site's
-    submit plugin may choose another partition, and a qos may allow more than the partition."""
+    """Returns faults and warnings about the jobs; none on cluster=local. Only sbatch decides what is a fault, because a
+    site's submit plugin may choose another partition, and a qos may allow more than the partition."""
     if deployment.cluster.kind == "allocation":
         return _allocation_faults(deployment, jobs)
     if site is None:
@@ -226,7 +226,7 @@ def _signal_warnings() -> list[str]:
 
 
 def with_absolute_paths(deployment: Deployment) -> Deployment:
-    """The deployment with absolute local paths, so that it does not depend on the working directory."""
+    """Returns the deployment with absolute local paths, so that it does not depend on the working directory."""
 
     def expert(name: str, config: ExpertConfig) -> ExpertConfig:
         engine = replace(config.engine, python=_interpreter(config.engine.python))
@@ -251,18 +251,19 @@ def _absolute_cluster(cluster: ClusterConfig) -> ClusterConfig:
 
 
 def _absolute_bind(bind: str) -> str:
-    """SOURCE[:TARGET[:ro]]: the source is a path outside the container."""
+    """Returns SOURCE[:TARGET[:ro]] with an absolute SOURCE, which is a path outside the container."""
     source, colon, inside = bind.partition(":")
     return _absolute(source) + colon + inside
 
 
 def _interpreter(python: str | None) -> str | None:
-    """A name without a slash is looked up on the PATH of the job."""
+    """Returns the absolute path of an interpreter. A name without a slash stays, because the job looks it up on its
+    PATH."""
     return _absolute(python) if python and "/" in python else python
 
 
 def _absolute(path: str) -> str:
-    """Symbolic links are not resolved: the interpreter of a virtual environment is one."""
+    """Returns the absolute path. Keeps symbolic links, because the interpreter of a virtual environment is one."""
     return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
 
@@ -281,5 +282,5 @@ def _replicas(deployment: Deployment, run: RunDir, engines: Mapping[str, Engine]
 
 
 def exemplars_of(deployment: Deployment) -> dict[str, list[str]]:
-    """The exemplars of the experts that have any."""
+    """Returns the exemplars of the experts that have any."""
     return {name: list(expert.exemplars) for name, expert in deployment.experts.items() if expert.exemplars}

@@ -1,6 +1,6 @@
-"""Checks of folders and software that jobs need, made before anything is submitted.
+"""Checks folders and software that jobs need, before anything is submitted.
 
-A check returns faults, which end `plan` and `up`, and warnings, where only a node can show a fault. Checks examine this
+A check returns faults, which end `plan` and `up`, and warnings, if only a node can show the fault. Checks examine this
 machine; on cluster=local the jobs run here.
 """
 
@@ -22,18 +22,18 @@ _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs",
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The result of one check."""
+    """The faults and warnings of one check."""
 
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 Check = Callable[[ClusterConfig, Path], CheckResult]
-"""Called with the cluster and the folder of the run; for a new run, the folder of all runs."""
+"""A check. Its arguments are the cluster and the folder of the run; for a new run, the folder of all runs."""
 
 
 def prerequisites(cluster: ClusterConfig, runs: Path, *, ask: bool) -> CheckResult:
-    """Run all checks. `ask`: also those that start programs."""
+    """Runs all checks and returns their faults and warnings. `ask`: also runs those that start programs."""
     results = [check(cluster, runs) for name, check in CHECKS.items() if ask or name not in PROGRAM_CHECKS]
     return CheckResult(
         [f for result in results for f in result.faults], [w for result in results for w in result.warnings]
@@ -41,7 +41,8 @@ def prerequisites(cluster: ClusterConfig, runs: Path, *, ask: bool) -> CheckResu
 
 
 def scratch(cluster: ClusterConfig, _runs: Path) -> CheckResult:
-    """Checks `cluster.scratch`. It is on the nodes, so from another machine only the length of its path is checked."""
+    """Checks `cluster.scratch`, a folder of the nodes. On another machine than a node, only the length of its path is
+    checked."""
 
     def fault(folder: Path, *, here: bool) -> str | None:
         return path_error(folder) or (usage_error(folder) if here else None)
@@ -63,7 +64,8 @@ def staging(cluster: ClusterConfig, _runs: Path) -> CheckResult:
 
 
 def _folder_of_nodes(cluster: ClusterConfig, key: str, value: str, fault: Callable[..., str | None]) -> CheckResult:
-    """`fault(folder, here=...)`: why the folder cannot be used; `here`: whether jobs run on this machine."""
+    """Checks a folder of the nodes. `fault(folder, here=...)` returns why the folder cannot be used; `here`: jobs run
+    on this machine."""
     here = cluster.kind == "local"
     if not here and "$" in value:
         return CheckResult()
@@ -75,8 +77,9 @@ def _folder_of_nodes(cluster: ClusterConfig, key: str, value: str, fault: Callab
 
 
 def run_directory(cluster: ClusterConfig, runs: Path) -> CheckResult:
-    """Slurm must be able to name log files in the run directory, and nodes must see it. A local file system is only a
-    warning, because a cluster may be one host; the first job shows whether nodes see it (FailureReason.RUN_UNSEEN)."""
+    """Checks that Slurm can name log files in the run directory, and that nodes may see it. A local file system is only
+    a warning, because a cluster may be one host; the first job shows whether nodes see it
+    (FailureReason.RUN_UNSEEN)."""
     try:
         check_run_path(runs.absolute(), cluster.kind)
     except ConfigError as error:
@@ -89,7 +92,7 @@ def run_directory(cluster: ClusterConfig, runs: Path) -> CheckResult:
 
 
 def file_system(path: Path) -> str | None:
-    """The type of the file system of a path, which need not exist; None if it is not known."""
+    """Returns the type of the file system of a path, which need not exist; None if it is not known."""
     best: tuple[int, str] | None = None
     try:
         lines = MOUNTS.read_text(encoding="utf-8", errors="replace").split("\n")

@@ -1,7 +1,8 @@
-"""Selects the run directory of an `up`, and creates a new one so that two `up` at the same time use the same.
+"""Selects the run directory of `up`, or creates it. Two `up` with equal configs at the same time get the same one.
 
-`--run DIR` (or $HPC_ROUTER_RUN) names a run to complete. Without it, that is `runs/latest` if its config is equal, else
-a new run. The config of a run is frozen: overrides that differ from it are refused, with their keys.
+`--run DIR` (or $HPC_ROUTER_RUN) names a run to complete. Without it, `up` completes `runs/latest` if its config is
+equal, and creates a new run otherwise. The config of a run is frozen: overrides that differ from it are refused, with
+their keys.
 """
 
 import hashlib
@@ -33,16 +34,17 @@ class RunTarget:
 
     @property
     def run(self) -> RunDir | None:
-        """The run, if it exists with a config."""
+        """Returns the run if it exists and has a config."""
         return RunDir(self.path.resolve()) if self.path is not None and (self.path / "config.yaml").exists() else None
 
     @property
     def planned(self) -> RunDir | None:
-        """The run directory, also one that does not exist yet; None for a new run below `deployment.runs`."""
+        """Returns the run directory, also if it does not exist yet; None for a new run below `deployment.runs`."""
         return self.run or (RunDir(self.path.absolute()) if self.path is not None else None)
 
     def open(self) -> tuple[RunDir, bool]:
-        """The run directory with its frozen config, and whether this call created it."""
+        """Creates the run directory if necessary, and freezes its config. Returns it, and whether this call created
+        it."""
         if self.path is None:
             return _new_run(self.deployment)
         made = not self.path.exists()
@@ -59,7 +61,7 @@ class RunTarget:
 
 
 def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None) -> RunTarget:
-    """Creates nothing. Raises ConfigError."""
+    """Returns the target of an `up` with these arguments. Creates nothing. Raises ConfigError."""
     named = os.environ.get("HPC_ROUTER_RUN")
     path = given or (Path(named) if named else None)
     if path is not None and (path / "config.yaml").exists():
@@ -78,20 +80,20 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
 
 
 def with_requested(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """The deployment that these overrides request of a run whose config is `base`. With the choice of a group among
-    them a whole config is composed, which should equal `base`; single values are applied to `base`."""
+    """Returns the deployment that these overrides request of a run whose config is `base`. If they choose a group, they
+    make a whole config, which `up` requires to equal `base`; otherwise they change single values of `base`."""
     if config_dir is not None or any(parse_override(text).key_or_group in frozen.GROUPS for text in overrides):
         return with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
     return with_absolute_paths(compose.with_overrides(base, overrides))
 
 
 def freeze(run: RunDir, deployment: Deployment) -> bool:
-    """Write `config.yaml`; False if the run has one already."""
+    """Writes `config.yaml`. Returns False if the run already has one."""
     return create_text(run.config, frozen.to_yaml(deployment))
 
 
 def latest_of(runs: Path) -> str | None:
-    """The name of the run to which the link `latest` points."""
+    """Returns the name of the run to which the link `latest` points."""
     try:
         return str((runs / "latest").readlink())
     except OSError:
@@ -99,7 +101,7 @@ def latest_of(runs: Path) -> str | None:
 
 
 def discard(run: RunDir, *, before: str | None) -> None:
-    """Remove a run that could not be started, and point `latest` to the run `before` again."""
+    """Removes a run that could not be started, and points `latest` to the run `before` again."""
     runs = run.path.parent
     if latest_of(runs) == run.path.name:
         if before is not None and (runs / before).is_dir():
@@ -112,7 +114,8 @@ def discard(run: RunDir, *, before: str | None) -> None:
 
 
 def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
-    """Create a run, then claim to be the new `latest`: of two `up` with equal configs, one finds the other's run."""
+    """Creates a run and makes it `latest`. Of two `up` with equal configs, the later one returns the run of the
+    first."""
     runs, text = Path(deployment.runs), frozen.to_yaml(deployment)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = new_run_path(runs, deployment.name)
@@ -130,7 +133,8 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
 
 
 def _claim_latest(run: RunDir, deployment: Deployment, *, digest: str) -> RunDir | None:
-    """Point `latest` to the run; or the run of another `up` with an equal config that came first."""
+    """Points `latest` to the run and returns None; returns another run instead if an `up` with an equal config came
+    first."""
     claim = run.path.parent / f".new-{digest}"
     while True:
         try:

@@ -1,7 +1,7 @@
 """Checks that modules, the container's image and its program exist.
 
-They are looked for on this machine, which sees the shared file system as the nodes do. A program that may exist on the
-nodes only is a warning; on cluster=local it is a fault.
+The checks look on this machine, which sees the shared file system as the nodes do. A missing program is a warning,
+because the nodes may have it; on cluster=local it is a fault.
 """
 
 import os
@@ -19,22 +19,23 @@ CHECK: Final = MODULES.with_name("check_modules.sh")
 TIMEOUT_S: Final = 120.0
 _NO_MODULE: Final = 3
 _ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*:.*")
-"""docker://..., oras://..., docker-archive:..."""
+"""Matches addresses such as docker://..., oras://... or docker-archive:..."""
 
 
 def software_faults(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
-    """Faults and warnings."""
+    """Returns faults and warnings about modules and the container."""
     faults, warnings = _modules(cluster) if cluster.kind != "local" else ([], [])  # only batch scripts load modules
     return [*_container_faults(cluster), *faults], [*_container_warnings(cluster), *warnings]
 
 
 def is_address(image: str) -> bool:
-    """Whether the image is an address from which Apptainer fetches it, rather than a path."""
+    """Returns whether the image is an address from which Apptainer fetches it, rather than a path."""
     return _ADDRESS.fullmatch(image) is not None
 
 
 def _modules(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
-    """Load the modules as a batch job does: in order, because one may make the next available."""
+    """Loads the modules as a batch job does: in order, because one may make the next available. Returns faults and
+    warnings."""
     if not cluster.modules:
         return [], []
     try:
@@ -73,7 +74,7 @@ def _container_faults(cluster: ClusterConfig) -> Iterator[str]:
 
 
 def _has_program(cluster: ClusterConfig) -> bool:
-    """Whether it is on the PATH of the engines."""
+    """Returns whether the container's program is on the PATH of the engines."""
     return shutil.which(cluster.container.program, path=cluster.env.get("PATH")) is not None
 
 

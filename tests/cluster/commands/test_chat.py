@@ -1,4 +1,4 @@
-"""What `hpc-router chat` reads from a stream, whatever its line ends."""
+"""`hpc-router chat` reads a stream with any kind of line ends."""
 
 import json
 
@@ -16,7 +16,7 @@ def delta(text: str) -> bytes:
     return b"data: " + json.dumps({"choices": [{"delta": {"content": text}}]}).encode()
 
 
-async def said(answer: Answer) -> list[str]:
+async def text_of(answer: Answer) -> list[str]:
     async with scripted(answer) as server:
         url = f"http://{server.address.header.decode()}"
         access = RouterAccess(Record(RecordKind.ROUTER, "router-0.g1", url, State.READY, {}), "t")
@@ -27,10 +27,10 @@ async def said(answer: Answer) -> list[str]:
 @pytest.mark.parametrize("last", [2, 1, 0], ids=["closed", "a line end", "nothing"])
 async def test_the_text_of_every_event(end: bytes, last: int) -> None:
     body = delta("a") + end * 2 + b": ping" + end + delta("b") + end * 2 + delta("c") + end * last
-    assert await said([EVENTS, chunked(*[bytes([byte]) for byte in body])]) == ["a", "b", "c"]
+    assert await text_of([EVENTS, chunked(*[bytes([byte]) for byte in body])]) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("tail", [b"data: {", b'data: {"error": {"message": "failed before it had finished"}}\n\n'])
 async def test_a_stream_that_fails_is_an_error(tail: bytes) -> None:
     with pytest.raises(ChatError, match=r"failed before it had finished|broken stream"):
-        await said([EVENTS, chunked(delta("a") + b"\n\n", tail)])
+        await text_of([EVENTS, chunked(delta("a") + b"\n\n", tail)])

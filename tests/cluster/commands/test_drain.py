@@ -1,4 +1,4 @@
-"""`drain NAME`: which jobs a name means, and what becomes of them. Jobs are processes, the agent is a real server."""
+"""`drain NAME`: which jobs a name selects, and how they end. Jobs are processes, and the agent is a real server."""
 
 import getpass
 import json
@@ -63,26 +63,26 @@ ELSEWHERE = Record(RecordKind.EXPERT, "code-0.g1", "http://h:1", State.READY, {}
 
 
 @pytest.mark.parametrize(
-    ("names", "meant"),
+    ("names", "selected"),
     [
         (["math-0.g2"], ["math-0.g2"]),
         (["math-0"], ["math-0.g2"]),
         (["math"], ["math-0.g2", "math-1.g1"]),
         (["n2"], ["code-0.g1", "math-1.g1"]),
         (["n2.hpc.example"], ["code-0.g1", "math-1.g1"]),
-        (["n3"], ["code-0.g1"]),  # the record knows better than the submission
+        (["n3"], ["code-0.g1"]),  # the record's node counts before the submission's
         (["n1", "math-0", "math"], ["math-0.g2", "math-1.g1"]),
         (["router"], ["router-0.g1"]),
         (["router-0"], ["router-0.g1"]),
         (["math-0.g1"], []),  # it has ended
-        (["n5"], []),  # so has the only job there: later ones stay away
+        (["n5"], []),  # its only job has ended; further ones are kept off
         (["math-h0"], []),
         (["law"], []),  # an expert without a job
     ],
 )
-def test_names_select_jobs(names: list[str], meant: list[str]) -> None:
+def test_names_select_jobs(names: list[str], selected: list[str]) -> None:
     records = {r.replica: r for r in (EXTERNAL, ELSEWHERE)}
-    assert [a.replica for a in select_jobs(names, OBSERVED, records, experts=["math", "code", "law"])] == meant
+    assert [a.replica for a in select_jobs(names, OBSERVED, records, experts=["math", "code", "law"])] == selected
 
 
 STANDBY = attempt(ROUTER_SLOT, job=JobState.PENDING, generation=2)
@@ -93,20 +93,20 @@ def beside_a_standby(state: State | None, *, job: JobState = JobState.RUNNING) -
 
 
 @pytest.mark.parametrize(
-    ("name", "observed", "meant"),
+    ("name", "observed", "selected"),
     [
         ("router", beside_a_standby(State.READY), ["router-0.g1"]),
         ("router-0", beside_a_standby(State.READY), ["router-0.g1"]),
         ("router-0.g2", beside_a_standby(State.READY), ["router-0.g2"]),
-        ("router", beside_a_standby(State.DRAINING), ["router-0.g1"]),  # asked a second time
+        ("router", beside_a_standby(State.DRAINING), ["router-0.g1"]),  # drained a second time
         ("router", beside_a_standby(None), ["router-0.g1"]),
         ("router", beside_a_standby(None, job=JobState.PENDING), ["router-0.g1", "router-0.g2"]),
         ("router", beside_a_standby(None, job=JobState.ENDED), ["router-0.g2"]),
     ],
 )
-def test_a_standby_is_not_the_router(name: str, observed: Observed, meant: list[str]) -> None:
-    """It waits for the end of the one that serves, and takes over: unless it is named itself, it stays."""
-    assert [a.replica for a in select_jobs([name], observed, {}, experts=[])] == meant
+def test_a_standby_is_not_the_router(name: str, observed: Observed, selected: list[str]) -> None:
+    """A standby waits for the end of the serving router and replaces it, so only its own name drains it."""
+    assert [a.replica for a in select_jobs([name], observed, {}, experts=[])] == selected
 
 
 def test_a_standby_replaces_what_ends(run: RunDir) -> None:
@@ -125,7 +125,7 @@ def test_a_standby_replaces_what_ends(run: RunDir) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mth-0", r"nothing here is named 'mth-0'; did you mean 'math-0'\? \(valid: .*math-0\.g2.*n1.*n2"),
+        ("mth-0", r"this run has nothing named 'mth-0'; did you mean 'math-0'\? \(valid: .*math-0\.g2.*n1.*n2"),
         ("n9", r"'n9'; did you mean 'n\d"),
         ("law-x0", "law-x0 is an external endpoint; `hpc-router unregister law-x0`"),
     ],
@@ -137,7 +137,7 @@ def test_unknown_names_are_refused(name: str, message: str) -> None:
 
 @pytest.fixture
 def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> ControlLoop:
-    """Experts math (two replicas) and code on stand-in jobs that serve nothing."""
+    """A control loop with the experts math (two replicas) and code, whose jobs are stand-ins that serve nothing."""
     sim = EngineConfig(kind="sim")
     deployment = Deployment(
         experts={"math": ExpertConfig(model="m", engine=sim, replicas=2), "code": ExpertConfig(model="m", engine=sim)}
@@ -156,7 +156,7 @@ def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: py
 
 @contextmanager
 def agent(run: RunDir, replica: str, *, status: int = 202) -> Iterator[list[str | None]]:
-    """Its record, and a server that is told to drain; the job is then said to have ended."""
+    """A record and an HTTP server for this replica. The server records the drain call and ends the job."""
     offered: list[str | None] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -194,8 +194,8 @@ def stopped(run: RunDir, replica: str) -> Callable[[], bool]:
     return lambda: (run.path / f"{replica}.stopped").exists()
 
 
-def test_an_agent_is_asked(run: RunDir, control: ControlLoop) -> None:
-    """With its own key; the others stay."""
+def test_an_agent_gets_the_drain_call(run: RunDir, control: ControlLoop) -> None:
+    """The call has the replica's own key. Other replicas stay."""
     with agent(run, "math-0.g1") as offered:
         retired = drain(control, ["math-0"])
     assert (retired.asked, retired.signalled) == (("math-0.g1",), ())
@@ -207,16 +207,16 @@ def test_an_agent_is_asked(run: RunDir, control: ControlLoop) -> None:
     assert JobDir(run, "math-1.g1").stop() is None
 
 
-def test_an_adapter_goes_only_with_its_host(run: RunDir, control: ControlLoop) -> None:
+def test_an_adapter_is_drained_only_with_its_host(run: RunDir, control: ControlLoop) -> None:
     control.deployment.experts["law"] = ExpertConfig(model="a", adapter_of="math")
     with pytest.raises(
-        ConfigError, match=r"law is an adapter on the engine of math; drain math, with all that it serves$"
+        ConfigError, match=r"law is an adapter on the engine of math; drain math, which drains all that it serves$"
     ):
         drain(control, ["law"])
     assert JobDir(run, "math-0.g1").stop() is None
 
 
-def test_a_second_time_does_not_move_its_deadline(run: RunDir, control: ControlLoop) -> None:
+def test_a_second_drain_does_not_move_the_deadline(run: RunDir, control: ControlLoop) -> None:
     JobDir(run, "math-0.g1").write(Stop(drain_at=1.0))
     with agent(run, "math-0.g1") as offered:
         drain(control, ["math-0"])
@@ -224,7 +224,7 @@ def test_a_second_time_does_not_move_its_deadline(run: RunDir, control: ControlL
     assert JobDir(run, "math-0.g1").stop() == Stop(drain_at=1.0)
 
 
-def test_one_that_serves_nothing_yet_gets_its_jobs_signal(run: RunDir, control: ControlLoop) -> None:
+def test_a_replica_that_does_not_serve_yet_gets_sigterm(run: RunDir, control: ControlLoop) -> None:
     assert drain(control, ["math"]) == DrainResult(asked=(), signalled=("math-0.g1", "math-1.g1"))
     eventually_sync(stopped(run, "math-0.g1"))
     eventually_sync(stopped(run, "math-1.g1"))
@@ -233,7 +233,7 @@ def test_one_that_serves_nothing_yet_gets_its_jobs_signal(run: RunDir, control: 
     assert stop.cancel_at is not None
 
 
-def test_one_that_refuses_gets_its_jobs_signal(
+def test_a_replica_that_refuses_the_call_gets_sigterm(
     run: RunDir, control: ControlLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     with agent(run, "math-0.g1", status=500):
@@ -244,7 +244,7 @@ def test_one_that_refuses_gets_its_jobs_signal(
 
 
 def on_slurm(control: ControlLoop) -> ControlLoop:
-    """The same, as a deployment on Slurm: only submissions differ."""
+    """The same control loop for a deployment on Slurm, where only submissions differ."""
     control.deployment.cluster.kind = "slurm"
     return control
 
@@ -256,12 +256,12 @@ def exclusions(control: ControlLoop, replica: str) -> str | None:
 
 
 def test_a_node_that_is_drained_gets_no_further_jobs(run: RunDir, control: ControlLoop) -> None:
-    """Until that is taken back; a node that the site excludes stays so."""
+    """The exclusion lasts until `drain --undo`. A node that the site excludes stays excluded."""
     on_slurm(control).deployment.cluster.exclude = "n[1-2]"
     with agent(run, "math-0.g1"):
         retired = drain(control, ["n7"])
     assert (retired.asked, retired.excluded) == (("math-0.g1",), ("n7",))
-    assert "node n7 gets no further jobs; `hpc-router drain --undo n7` ends that" in retired.lines()
+    assert "no further job starts on node n7 until `hpc-router drain --undo n7`" in retired.lines()
     facts = run.read_desired()["excluded_nodes"]["n7"]
     assert (facts["reason"], facts["by"]) == ("drain", getpass.getuser())
     assert exclusions(control, "math-0.g2") == "n[1-2],n7"
@@ -280,7 +280,7 @@ def queue_job(run: RunDir, replica: str, number: str) -> None:
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
-    """Job 8 has started; the others wait."""
+    """A `scontrol` for which job 8 has started and the other jobs wait."""
     monkeypatch.setattr(loop, "request_for", request_for)
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("scontrol", 'case "$*" in *JobId=8*) echo "Job is no longer pending execution" >&2; exit 1;; esac')
@@ -292,7 +292,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
 def test_a_drained_node_is_excluded_for_the_jobs_in_the_queue(
     run: RunDir, control: ControlLoop, scontrol: Programs
 ) -> None:
-    """A standby router and a successor. One that has just started is replaced, wherever it started."""
+    """The jobs are a standby router and a successor. A job that has just started is replaced, wherever it runs."""
     control = ControlLoop(run, deployment=on_slurm(control).deployment)
     control.deployment.cluster.exclude = "n[1-2]"
     queue_job(run, "router-0.g2", "7")
@@ -316,7 +316,7 @@ def test_a_drained_node_is_excluded_for_the_jobs_in_the_queue(
 def test_a_job_submitted_while_a_node_is_drained_is_kept_off_it(
     run: RunDir, control: ControlLoop, scontrol: Programs
 ) -> None:
-    """Its request was made before the node was excluded."""
+    """Its request was built before the node was excluded."""
     control = ControlLoop(run, deployment=on_slurm(control).deployment)
 
     def submit(requests: Sequence[JobRequest]) -> list[str]:
@@ -343,7 +343,7 @@ def test_a_replica_that_is_drained_excludes_no_node(run: RunDir, control: Contro
 
 
 def test_one_machine_is_not_excluded(run: RunDir, control: ControlLoop) -> None:
-    """Nothing could run any more."""
+    """No job could run any more."""
     with agent(run, "math-0.g1"):
         assert drain(control, ["n7"]).excluded == ()
 
@@ -353,10 +353,10 @@ def test_an_expert_that_loses_its_last_ready_replica_is_a_warning(run: RunDir, c
         assert drain(control, ["math-0"]).warnings == ()
     with agent(run, "code-0.g1"):
         (warning,) = drain(control, ["code"]).warnings
-    assert warning.startswith("code has no ready replica until another has started")
+    assert warning.startswith("code has no ready replica until another one starts")
 
 
-def test_an_endpoint_elsewhere_goes_on_serving() -> None:
+def test_an_expert_with_an_external_endpoint_is_no_warning() -> None:
     ready = attempt(CODE_0, registered=State.READY)
     observed = {CODE_0: (ready,)}
     assert list(unserved_warnings(observed, [ready], []))
@@ -364,8 +364,8 @@ def test_an_endpoint_elsewhere_goes_on_serving() -> None:
     assert list(unserved_warnings(observed, [ready], [external])) == []
 
 
-def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control: ControlLoop) -> None:
-    """No router is there, so the pass of the control loop is made here."""
+def test_waiting_ends_with_the_last_replica_and_fills_the_slots(run: RunDir, control: ControlLoop) -> None:
+    """There is no router, so `wait` runs the passes of the control loop."""
     retired = drain(control, ["math"])
     eventually_sync(lambda: not any(a.live for a in control.preview().observed[MATH_0]))  # leaves the exit records
     eventually_sync(lambda: not any(a.live for a in control.preview().observed[MATH_1]))
@@ -382,7 +382,7 @@ def test_waiting_ends_with_the_last_one_and_fills_the_slots(run: RunDir, control
 
 
 def test_waiting_has_a_limit(run: RunDir, control: ControlLoop) -> None:
-    """The time to drain and half a minute."""
+    """The limit is the drain time plus MARGIN_S."""
     now = iter([0.0, 59.9, 60.0, 60.0, 60.0])
     slept: list[float] = []
     retired = DrainResult(asked=("math-0.g1",), signalled=())
@@ -392,11 +392,11 @@ def test_waiting_has_a_limit(run: RunDir, control: ControlLoop) -> None:
 
 
 class TestTheVerb:
-    def test_tells_what_it_did(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_it_prints_what_it_did(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
         with agent(run, "math-0.g1"):
             assert main(["drain", "--run", str(run.path), "math-0", "code"]) == 0
         said = capsys.readouterr()
-        assert said.out == "math-0.g1 drains\ncode-0.g1 gets its job's signal, and drains\n"
+        assert said.out == "math-0.g1 drains\ncode-0.g1 drains: its job got SIGTERM\n"
         assert "no router will replace" in said.err
 
     def test_json(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
@@ -409,12 +409,12 @@ class TestTheVerb:
             "left": None,
         }
 
-    def test_where_nothing_lives(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_without_live_jobs(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["drain", "--run", str(run.path), "router"]) == 1
-        assert "nothing of router runs" in capsys.readouterr().err
+        assert "no job of router runs" in capsys.readouterr().err
 
     def test_a_wrong_name(self, run: RunDir, control: ControlLoop, capsys: pytest.CaptureFixture[str]) -> None:
-        """Nobody is drained, not even those that were named rightly."""
+        """No replica is drained, not even those whose names are valid."""
         assert main(["drain", "--run", str(run.path), "math-0", "cod"]) == 2
         assert "did you mean 'code'?" in capsys.readouterr().err
         assert JobDir(run, "math-0.g1").stop() is None

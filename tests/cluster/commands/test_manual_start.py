@@ -1,4 +1,4 @@
-"""What `srun` says about a task, and what the tasks of one step make of it. Claims themselves: test_control."""
+"""The tasks of one `srun` step: which task claims a replica and which ones join it. Claims themselves: test_loop."""
 
 import os
 import socket
@@ -21,8 +21,8 @@ def test_a_task_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("step", [None, "", "4294967291", "4294967290", "interactive"])
-def test_outside_srun_a_job_has_no_step_of_ours(step: str | None) -> None:
-    """The batch script and an interactive shell have steps of Slurm's own."""
+def test_outside_srun_there_is_no_step(step: str | None) -> None:
+    """The batch script and an interactive shell run in steps that Slurm starts itself."""
     environment = {key: value for key, value in TASK.items() if key != "SLURM_STEP_ID"}
     assert step_of(environment | ({} if step is None else {"SLURM_STEP_ID": step})) is None
     assert step_of({"SLURM_STEP_ID": "0"}) is None

@@ -1,4 +1,4 @@
-"""Verbs send the owner's token to a router that proves itself, and to nothing else."""
+"""Verbs send the owner's token only to a router that proves its identity."""
 
 import asyncio
 from pathlib import Path
@@ -17,7 +17,7 @@ def record_of(url: str, *, nonce: str | None = NONCE) -> Record:
     return Record(RecordKind.ROUTER, "router-0.g1", url, State.READY, {}, nonce=nonce)
 
 
-async def asked(run: RunDir) -> RouterAccess:
+async def access_to(run: RunDir) -> RouterAccess:
     return await asyncio.to_thread(router_access, run)
 
 
@@ -25,11 +25,11 @@ async def test_the_router_of_the_record(tmp_path: Path, monkeypatch: pytest.Monk
     run = a_run(tmp_path)
     async with a_router(run, a_deployment("math")) as router:
         monkeypatch.setattr(access, "live_router", lambda _: record_of(router.url))
-        found = await asked(run)
+        found = await access_to(run)
         assert found == RouterAccess(record_of(router.url), run.token())
         assert (found.url, found.replica) == (router.url, "router-0.g1")
     with pytest.raises(LaunchError, match=rf"router-0\.g1 at {router.url}: no process answers there"):
-        await asked(run)
+        await access_to(run)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ async def test_another_process_at_the_routers_address(
     async with a_router(run, a_deployment("math")) as router:
         monkeypatch.setattr(access, "live_router", lambda _: record_of(router.url, nonce=nonce))
         with pytest.raises(LaunchError, match=rf"router-0\.g1 at {router.url}: .*{says}"):
-            await asked(run)
+            await access_to(run)
 
 
 def test_no_router(tmp_path: Path) -> None:

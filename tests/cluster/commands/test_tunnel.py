@@ -1,4 +1,4 @@
-"""The `ssh` line from a laptop to the router, as text: nothing is connected."""
+"""The `ssh` command that reaches the router from a laptop, as text: nothing is connected."""
 
 import asyncio
 import getpass
@@ -59,12 +59,12 @@ def test_another_port_of_the_laptop() -> None:
 
 @pytest.mark.parametrize("port", [0, 65536])
 def test_invalid_ports(port: int) -> None:
-    with pytest.raises(ConfigError, match=f"--port {port}: valid are 1 to 65535"):
+    with pytest.raises(ConfigError, match=f"--port {port}: not a port"):
         to("http://n17:41000", port=port)
 
 
 def test_the_notes_are_comments_and_survive_both_shells() -> None:
-    """The laptop's shell takes one level of quotes, the login host's the other."""
+    """The laptop's shell removes one level of quotes, the login host's shell another."""
     notes = to("http://n17:41000", login="hpc", run="/home/ada/my runs/a").notes()
     assert all(note.startswith("# ") for note in notes)
     assert """#   export OPENAI_API_KEY="$(ssh hpc 'cat '"'"'/home/ada/my runs/a/token'"'"'')\"""" in notes
@@ -85,24 +85,26 @@ def leads(monkeypatch: pytest.MonkeyPatch, url: str, *, node: str = socket.getho
     monkeypatch.setattr(router_access, "live_router", lambda _run: record)
 
 
-async def said(capsys: pytest.CaptureFixture[str], run: RunDir, *words: str) -> tuple[int, str, str]:
+async def output_of(capsys: pytest.CaptureFixture[str], run: RunDir, *words: str) -> tuple[int, str, str]:
     capsys.readouterr()
     status = await asyncio.to_thread(main, ["url", "--run", str(run.path), *words])
     return status, *capsys.readouterr()
 
 
-async def test_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The router's record and the config's login host decide; the router has proven itself."""
+async def test_the_tunnel_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The router's record and the config's login host determine the command; the router has proven its identity."""
     run = configured(tmp_path, login=socket.gethostname())
     async with a_router(run, a_deployment("math")) as router:
         leads(monkeypatch, router.url)
         line = f"ssh -N -L 8000:{router.url.removeprefix('http://')} {socket.gethostname()}"
-        status, out, err = await said(capsys, run, "--ssh")
+        status, out, err = await output_of(capsys, run, "--ssh")
         assert (status, out) == (0, f"{line}\n")
         assert "could not be proven" not in err
-        status, out, _ = await said(capsys, run, "--json")
+        status, out, _ = await output_of(capsys, run, "--json")
         assert (status, json.loads(out)) == (0, {"url": router.url, "ssh": line.split(), "proven": True})
-        assert await said(capsys, run) == (0, f"{router.url}\n", "")
+        assert await output_of(capsys, run) == (0, f"{router.url}\n", "")
 
 
 @pytest.mark.parametrize("words", [(), ("--ssh",), ("--json",), ("--json", "--ssh")])
@@ -110,23 +112,24 @@ async def test_an_unproven_router_is_not_printed(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = configured(tmp_path)
-    status, out, err = await said(capsys, run, *words)
+    status, out, err = await output_of(capsys, run, *words)
     assert (status, out) == (1, "")
     assert "no router serves" in err
     async with a_router(run, a_deployment("math")) as router:
         leads(monkeypatch, router.url, nonce=new_token())
-        status, out, err = await said(capsys, run, *words)
+        status, out, err = await output_of(capsys, run, *words)
     assert (status, out) == (1, "")
     assert "something else answers there" in err
 
 
-def test_on_the_loopback_of_another_node_it_cannot_be_asked(
+def test_on_the_loopback_of_another_node_the_identity_is_not_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So the line is printed with a note: nothing else leads there. The address alone would be of no use here."""
+    """The command is printed with a note, because no other process leads there. The bare address is refused: it is of
+    no use here."""
     run = configured(tmp_path)
     leads(monkeypatch, "http://127.0.0.1:41000", node="n17")
-    monkeypatch.setattr(router_access, "check_identity", lambda *_: pytest.fail("asked somebody on this node"))
+    monkeypatch.setattr(router_access, "check_identity", lambda *_: pytest.fail("checked a process on this node"))
     assert main(["url", "--run", str(run.path), "--ssh"]) == 0
     out, err = capsys.readouterr()
     assert out == f"ssh -N -J hpc -L 8000:127.0.0.1:41000 {getpass.getuser()}@n17\n"

@@ -1,4 +1,5 @@
-"""`up` and `down` as a user has them: real agents with simulated engines, interrupted, repeated, refused, failing."""
+"""`up` and `down` as a user runs them, with real agents and simulated engines: repeated, interrupted, refused and
+failing."""
 
 import json
 import os
@@ -38,7 +39,7 @@ SLOW = "experts.{}.engine.options.load_s=1000"
 
 @dataclass
 class Place:
-    """A folder to work in, with a small topology of the user's own."""
+    """A working folder with a small topology of the user."""
 
     folder: Path
     scratch: Path
@@ -121,7 +122,7 @@ def test_up_again_and_down_again(place: Place) -> None:
     assert len(place.runs) == 1
 
 
-def test_two_at_once_are_one(place: Place) -> None:
+def test_two_up_at_once_make_one_run(place: Place) -> None:
     both = [place.start("up", "--wait", "all") for _ in range(2)]
     said = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
@@ -132,7 +133,7 @@ def test_two_at_once_are_one(place: Place) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_up_leaves_nothing(place: Place, number: signal.Signals) -> None:
+def test_an_interrupted_up_leaves_no_process_and_no_run(place: Place, number: signal.Signals) -> None:
     up = place.start("up", SLOW.format("a"), SLOW.format("b"))
     assert up.stderr is not None
     while "loading" not in (line := up.stderr.readline()):
@@ -148,7 +149,7 @@ def test_an_interrupted_up_leaves_nothing(place: Place, number: signal.Signals) 
 
 @contextmanager
 def frozen_agent(place: Place, run: str, replica: str) -> Iterator[None]:
-    """Its agent is stopped by SIGSTOP meanwhile, so that it cannot end."""
+    """Stops the replica's agent by SIGSTOP during the block, so that it cannot end."""
     path = place.folder / run / "jobs" / replica / "process.json"
     eventually_sync(path.exists)
     pid = json.loads(path.read_text())["pid"]
@@ -196,7 +197,7 @@ def test_a_second_ctrl_c_names_what_is_left_and_the_command_that_ends_it(place: 
 
 
 def test_a_second_ctrl_c_removes_a_run_directory_without_jobs(place: Place) -> None:
-    """Its classifier is being trained, or `up` was about to submit."""
+    """The second Ctrl-C comes while the classifier is trained, or just before the first submission."""
     program = (
         "import os, sys, pathlib\n"
         "from hpc_router.cluster.commands import up\n"
@@ -248,7 +249,7 @@ def test_an_interrupted_drain_names_what_still_drains(place: Place) -> None:
     with frozen_agent(place, run, "a-0.g1"):
         drain = place.start("drain", "a", "--wait")
         assert drain.stdout is not None
-        assert "a-0.g1 gets its job's signal" in drain.stdout.readline()
+        assert "a-0.g1 drains: its job got SIGTERM" in drain.stdout.readline()
         os.killpg(drain.pid, signal.SIGINT)
         _, said = drain.communicate(timeout=60)
     assert drain.returncode == 130, said
@@ -256,7 +257,7 @@ def test_an_interrupted_drain_names_what_still_drains(place: Place) -> None:
 
 
 def test_ctrl_c_in_a_terminal(place: Place) -> None:
-    """The key itself, with the live table on the screen; a run that was there before stays, as it was."""
+    """The key is pressed while the live table is shown. A run that existed before stays unchanged."""
     place.run("register", "--run", "run", "--expert", "big", "--url", "http://127.0.0.1:1", "--model", "m")
     leader, follower = pty.openpty()
     up = subprocess.Popen(
@@ -275,7 +276,7 @@ def test_ctrl_c_in_a_terminal(place: Place) -> None:
     while True:
         try:
             screen += os.read(leader, 4096)
-        except OSError:  # the terminal's last user has gone
+        except OSError:  # the last process of the terminal has ended
             break
     os.close(leader)
     assert up.wait(60) == 130, screen.decode()
@@ -284,7 +285,7 @@ def test_ctrl_c_in_a_terminal(place: Place) -> None:
 
 
 def _take_terminal() -> None:
-    """A session of its own, with stdin as its terminal."""
+    """Starts a session whose terminal is stdin."""
     import fcntl
     import termios
 
@@ -329,7 +330,7 @@ def test_a_refused_config_makes_nothing(place: Place, override: str, said: str) 
 
 
 def test_another_config_is_another_run(place: Place) -> None:
-    """And an interrupted second one gives `latest` back to the first."""
+    """If the second `up` is interrupted, `latest` names the first run again."""
     place.run("up")
     latest = (place.folder / "runs" / "latest").readlink()
     up = place.start("up", SLOW.format("a"), SLOW.format("b"))

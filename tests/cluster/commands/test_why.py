@@ -1,4 +1,4 @@
-"""Why a replica does not serve, for one that waits in the queue and for every way to fail."""
+"""Why a replica does not serve: for jobs that wait in the queue, and for every reason of failure."""
 
 import os
 import re
@@ -86,7 +86,7 @@ def test_a_job_that_waits(run: RunDir) -> None:
     assert cause(run, waiting("Resources")).what.endswith("become free; Slurm gives no estimate yet")
 
 
-def test_a_job_that_waits_in_vain(run: RunDir) -> None:
+def test_a_job_that_will_never_start(run: RunDir) -> None:
     told = cause(run, waiting("PartitionTimeLimit", NOON))
     assert told.what == "its job waits: it asks for more time than its partition allows; so it will never start"
     assert told.advice == "change cluster.walltime or cluster.partition with `hpc-router apply`"
@@ -129,7 +129,7 @@ def test_advice_names_no_key_that_cannot_be_changed() -> None:
 
 
 def ends(*exits: Exit | None) -> Observed:
-    """One attempt per exit of math-0; None runs."""
+    """The attempts of math-0, one for each exit; None is a running job."""
     attempts = [
         Attempt(
             MATH,
@@ -151,7 +151,7 @@ DRAINED = Exit(ok=True, reason=FailureReason.DRAINED, message="drained after SIG
 
 @pytest.mark.parametrize("state", [DisplayedState.READY, DisplayedState.LOADING])
 def test_the_last_end_of_a_replica_has_a_cause(run: RunDir, state: DisplayedState) -> None:
-    """Its successor loads or serves already. Log lines and advice are those of the one that ended."""
+    """Its successor already loads or serves. Log lines and advice are those of the job that ended."""
     assert JobDir(run, "math-0.g1").claim()
     JobDir(run, "math-0.g1").agent_log.write_text("the last words\n")
     view = ReplicaView("math", "math-0.g2", state, job_id="2")
@@ -165,9 +165,9 @@ def test_the_last_end_of_a_replica_has_a_cause(run: RunDir, state: DisplayedStat
 @pytest.mark.parametrize(
     ("view", "observed", "forgiven", "now"),
     [
-        ("math-0.g2", ends(DRAINED, None), {}, NOON),  # in order
-        ("math-0.g3", ends(KILLED, DRAINED, None), {}, NOON),  # not the last
-        ("math-0.g1", ends(KILLED), {}, NOON),  # shown with its state
+        ("math-0.g2", ends(DRAINED, None), {}, NOON),  # it ended in order
+        ("math-0.g3", ends(KILLED, DRAINED, None), {}, NOON),  # a newer job ended in order
+        ("math-0.g1", ends(KILLED), {}, NOON),  # its state shows the end
         ("math-0.g2", ends(KILLED, None), {"math-0": 1}, NOON),  # before the last `up`
         ("math-0.g2", ends(KILLED, None), {}, NOON + why.RECENT_S + 1),
     ],
@@ -248,7 +248,7 @@ def test_why_and_status_show_a_handover_under_way(
 
 
 def test_a_step_that_waits_in_a_job_of_the_user() -> None:
-    """Slurm does not tell why: in its queue there is only the job that runs."""
+    """Slurm gives no reason: its queue only shows the job, which runs."""
     view = ReplicaView("math", "math-0.g1", DisplayedState.SUBMITTED, job_id="7")
     told = why._step_cause(Cause(view, "its job was submitted", None))
     assert "other steps hold the resources of job 7" in told.what
@@ -260,7 +260,7 @@ def test_a_step_that_waits_in_a_job_of_the_user() -> None:
 def test_a_silent_controller_is_named(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By `why` and `status`, once, beside what the files show."""
+    """`why` and `status` name it once, beside what the files show."""
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("squeue", 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1')
     deployment = Deployment(experts={"math": ExpertConfig(model="m", engine=EngineConfig(kind="sim"))})
@@ -281,7 +281,7 @@ def test_a_silent_controller_is_named(
 
 
 def test_equal_entries_appear_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers of the router have the same problem."""
+    """Two workers of the router report the same problem."""
     monkeypatch.setattr(why, "ask_router", lambda _run: (None, {}, None))
     view = ReplicaView("router", "router-0.g1", DisplayedState.MISSING)
     twice = [Cause(view, "a change was not applied", None), Cause(view, "another", None)] * 2
@@ -291,7 +291,8 @@ def test_equal_entries_appear_once(run: RunDir, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_log_lines_of_a_failure(run: RunDir) -> None:
-    """Of the engine; of the batch script where it failed before, though it lie with another replica of the job."""
+    """They are from the engine's log, or from the batch script's log if the script failed first. That log may be in the
+    folder of another replica of the job."""
     first, second = JobDir(run, "law-0.g1"), JobDir(run, "math-0.g1")
     assert first.claim()
     assert second.claim()
@@ -309,7 +310,8 @@ def test_the_log_lines_of_a_failure(run: RunDir) -> None:
 
 
 def test_the_log_lines_of_a_lost_rank(run: RunDir) -> None:
-    """Beside those of rank 0, which only says that the other is gone; its agent's where its engine never ran."""
+    """They follow those of rank 0, which only reports the loss. A rank whose engine never ran has an agent's log
+    only."""
     job = JobDir(run, "math-0.g1")
     assert job.claim()
     job.engine_log.write_text("waiting for ranks\n")
@@ -332,7 +334,7 @@ def test_the_log_lines_of_a_lost_rank(run: RunDir) -> None:
 
 
 def test_the_router_reports_ejected_and_degraded_replicas() -> None:
-    """Out of use, slow or with errors; nothing is said of the others, nor without a router that answers."""
+    """Other replicas get no cause, and neither does any replica if no router answers."""
     seen = [
         {"replica": "math-0.g1", "state": "ejected", "trouble": "does not answer probes", "sick": None},
         {"replica": "math-1.g1", "state": "ready", "trouble": None, "sick": "is slow: 1 s to the first byte"},
@@ -350,7 +352,7 @@ def test_the_router_reports_ejected_and_degraded_replicas() -> None:
 
 
 def test_advice_for_an_external_endpoint_can_be_followed() -> None:
-    """It has no log here, and no job that could be drained."""
+    """The endpoint has no log in the run, and no job that could be drained."""
     seen = {"replica": "big-x0.g1", "kind": "external", "state": "ejected", "trouble": "http://h:1 answered 404"}
     view = ReplicaView("big", "big-x0.g1", DisplayedState.REGISTERED)
     (cause,) = why._degraded([view], {"experts": {"big": {"replicas": [seen]}}})
@@ -391,7 +393,7 @@ def test_problems_of_the_routers_processes_and_settings(answer: dict[str, Any], 
 
 
 def test_a_replica_that_copies_its_model_says_so(run: RunDir) -> None:
-    """In `why` and `status`, with what the copy took."""
+    """`why` and `status` show that and how long the copy took."""
     deployment = Deployment(experts={"math": ExpertConfig(model="m", engine=EngineConfig(kind="sim"))})
     deployment.policy.kind = "model_field"
     run.config.write_text(frozen.to_yaml(deployment))

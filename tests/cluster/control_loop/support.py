@@ -1,4 +1,4 @@
-"""Jobs as the control loop observes them: one that serves, one that waits, one that has ended."""
+"""Attempts as the control loop observes them: serving, waiting and ended."""
 
 from dataclasses import replace
 

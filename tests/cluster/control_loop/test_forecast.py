@@ -1,4 +1,4 @@
-"""What `forecast.json` and `estimates.json` say, from observed jobs."""
+"""The content of `forecast.json` and `estimates.json`, from observed jobs."""
 
 import json
 from dataclasses import replace

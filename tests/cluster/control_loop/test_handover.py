@@ -1,4 +1,4 @@
-"""When handovers are due and what they do: pure, so every case is a value in and a decision out."""
+"""When handovers are due, and what they do. Pure: each case is a value in and a decision out."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def test_requests_in_flight_may_take_the_rest_of_the_walltime() -> None:
 
 
 def test_a_predecessor_that_drains_by_itself_is_given_its_drain_time() -> None:
-    """Slurm's warning came first. SIGTERM would reach its engine where Slurm signals every process."""
+    """Slurm's warning made it drain. A SIGTERM would also reach its engine where Slurm signals every process."""
     progress = JobProgress(JobPhase.DRAINING, at=DUE, ready_at=BEGAN)
     draining = replace(serving(), registered=State.DRAINING, progress=progress)
     ready = serving(2, expires_at=BEGAN + 3 * LIFE_S)
@@ -73,7 +73,7 @@ def test_without_room_the_successor_waits_for_the_end() -> None:
     assert decide(serving(), waits, mode="drain_first") == []
 
 
-def test_none_submits_when_the_job_has_ended() -> None:
+def test_mode_none_submits_when_the_job_has_ended() -> None:
     assert decide(serving(), mode="none") == []
     drained = ended(1, FailureReason.DRAINED, at=DUE)
     assert decide(drained, mode="none") == [Submit(MATH, 2)]
@@ -96,7 +96,7 @@ def test_a_refused_standby_is_submitted_again_with_pauses() -> None:
 
 
 def test_a_refused_overlap_does_not_give_the_slot_up() -> None:
-    """Limits that forbid two jobs at once allow one."""
+    """Limits that forbid two jobs at once still allow one."""
     over = ended(1, FailureReason.DRAINED, at=DUE + 50)
     refused = [ended(2, FailureReason.REFUSED, at=DUE), ended(3, FailureReason.REFUSED, at=DUE + 1)]
     assert decide(over, *refused, now=DUE + 51) == [Submit(MATH, 4)]
@@ -141,7 +141,7 @@ def due_at(*attempts: Attempt, policy: HandoverPolicy = POLICY) -> dict[str, flo
 
 
 def test_replicas_that_end_together_hand_over_one_after_the_other() -> None:
-    """Each has the time of a load and a drain."""
+    """Each handover has the time of one load and one drain."""
     three = [serving(slot=Slot("math", str(n))) for n in range(3)]
     assert due_at(*three) == {"math-2.g1": DUE, "math-1.g1": DUE - 80, "math-0.g1": DUE - 160}
 
@@ -166,7 +166,7 @@ def test_a_walltime_that_is_too_short_hands_over_after_half_of_it() -> None:
 
 
 def test_the_replicas_of_one_job_hand_over_together() -> None:
-    """Also those of an expert that would be due later."""
+    """The earliest due time counts, also for replicas of another expert."""
     both = [replace(serving(slot=Slot(name, "0")), job_id="17") for name in ("math", "code")]
     slow = replace(both[1], started_at=BEGAN - 500, submitted_at=BEGAN - 510)
     assert due_at(both[0], slow) == {"math-0.g1": DUE - 450, "code-0.g1": DUE - 450}
@@ -189,6 +189,6 @@ def test_times_are_measured_from_the_jobs_own_records() -> None:
 
 
 @pytest.mark.parametrize("after", ["17", None])
-def test_the_wait_for_another_job_is_no_queue_time(after: str | None) -> None:
+def test_the_wait_for_another_job_is_not_queue_time(after: str | None) -> None:
     observed = {MATH: (replace(serving(), after=after),)}
     assert measured(observed)["math"].queue_s == (() if after else (10,))

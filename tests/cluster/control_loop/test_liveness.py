@@ -1,4 +1,4 @@
-"""Who hangs: beats that stopped by our own clock, and nobody who answers."""
+"""The hang detector: agents whose beats have stopped by this process's clock and that do not answer."""
 
 import json
 import socket
@@ -63,8 +63,8 @@ def test_beats_that_stop_for_long_enough_are_missed() -> None:
     )
 
 
-def test_one_is_lost_before_it_hangs() -> None:
-    """Then its job may have ended, which Slurm knows."""
+def test_an_agent_is_lost_before_it_hangs() -> None:
+    """A lost agent's job may have ended, which only Slurm knows."""
     clock = Clock()
     pulse = HangDetector()
     pulse.silent([record()], read_at=clock())
@@ -113,7 +113,7 @@ def test_one_that_answers_does_not_hang() -> None:
         assert pulse.silent([record(stranger)], read_at=clock()).hung == {"math-0.g1"}
 
 
-def test_a_record_without_beats_is_not_judged() -> None:
+def test_a_record_without_beats_is_ignored() -> None:
     clock = Clock()
     pulse = HangDetector()
     external = replace(record(beat=None), beat_s=None)

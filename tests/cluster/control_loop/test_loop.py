@@ -41,7 +41,7 @@ MATH = Slot("math", "0")
 
 @pytest.fixture
 def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> ControlLoop:
-    """Experts math and code, one replica each, whose job is the stand-in."""
+    """A control loop with the experts math and code, one replica each, whose job is the stand-in."""
 
     def request(_run: RunDir, _deployment: Deployment, replica: str) -> JobRequest:
         return request_of(service, replica)
@@ -65,7 +65,7 @@ def live(control: ControlLoop) -> list[str]:
 
 
 def started(run: RunDir, replica: str) -> bool:
-    """The stand-in has taken its signal handlers."""
+    """Whether the stand-in has installed its signal handlers."""
     return (run.path / replica).exists()
 
 
@@ -83,7 +83,7 @@ def test_one_pass_submits_missing_jobs(control: ControlLoop) -> None:
 
 
 def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: ControlLoop) -> None:
-    """Only a record whose job is known to have ended; one without a job may be anybody's."""
+    """Only a record whose job is known to have ended is removed."""
     control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1"))
     for name in ("math-0.g1", "code-0.g1", "law-0.g1"):
@@ -97,7 +97,7 @@ def test_a_killed_job_is_replaced_and_its_record_removed(run: RunDir, control: C
 
 
 def test_a_hung_job_is_replaced(run: RunDir, control: ControlLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped process is not dead; its beats stand still, and nobody answers at its address."""
+    """A stopped process is alive, but its beats stop and its address does not answer."""
     monkeypatch.setattr("hpc_router.cluster.control_loop.reconcile.KILL_AFTER_S", 0.0)
     control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1"))
@@ -136,7 +136,7 @@ def test_scaling_adds_and_drains(run: RunDir, control: ControlLoop) -> None:
     eventually_sync(lambda: started(run, "math-1.g1"))
     registry.publish(run.registry, record("math-1.g1"))
     desired_state.scale(run, control.deployment, {"math": 1}, control.preview().observed)
-    control.run_pass()  # the drain call finds nobody at that address, so the deadline ends it
+    control.run_pass()  # no process answers the drain call, so the deadline ends the replica
     assert JobDir(run, "math-1.g1").stop() is not None
     eventually_sync(lambda: control.run_pass() and live(control) == ["math-0.g1"])
     assert (run.path / "math-1.g1.stopped").read_text() == "SIGTERM"
@@ -149,7 +149,7 @@ def test_scaling_warns_of_experts_without_a_ready_replica(run: RunDir, control: 
     registry.publish(run.registry, record("math-1.g1"))
     assert scale(run, {"math": 3})[1] == []
     (warning,) = scale(run, {"math": 1})[1]
-    assert warning.startswith("math has no ready replica until another has started")
+    assert warning.startswith("math has no ready replica until another one starts")
     counts, warnings = scale(run, {"math": 0})
     assert counts["math"] == 0
     assert warnings == ["math=0: it has no replicas, and requests for it fail until it is scaled up"]
@@ -194,7 +194,7 @@ def test_down_ends_everything_and_cleans_up(run: RunDir, control: ControlLoop) -
 
 
 class SlowToCancel:
-    """A controller that takes its time before it passes a signal on."""
+    """A launcher whose cancellation takes a while to reach the job."""
 
     def __init__(self, launcher: Launcher) -> None:
         self.observe, self.submit, self.release = launcher.observe, launcher.submit, launcher.release
@@ -210,7 +210,7 @@ class SlowToCancel:
 
 @pytest.mark.parametrize("by", ["loop", "drain"])
 def test_the_drain_time_starts_after_scancel(run: RunDir, control: ControlLoop, by: str) -> None:
-    """Not when the controller was: it may take a minute, and what is late is killed."""
+    """scancel may take a minute, so the deadline counts from its end."""
     control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1"))
     control.launcher = slow = SlowToCancel(control.launcher)
@@ -256,7 +256,7 @@ def test_down_works_with_a_config_of_another_version(run: RunDir, control: Contr
 
 
 def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: ControlLoop) -> None:
-    """It neither fills nor empties then: what runs is wanted by somebody."""
+    """`down` then neither starts nor ends jobs, because another `up` wants them."""
     control.run_pass()
     eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
 
@@ -264,13 +264,13 @@ def test_down_stops_when_it_is_brought_up_again(run: RunDir, control: ControlLoo
         def living(self, attempts: list[Attempt]) -> None:
             desired_state.want_up(run, {})
 
-    with pytest.raises(LaunchError, match="started again in the meantime"):
+    with pytest.raises(LaunchError, match="started again by `hpc-router up`"):
         down(run, watcher=Up())
     assert not JobDir(run, "router-0.g1").path.exists()
 
 
-def test_an_unreadable_wish_skips_the_pass(run: RunDir, control: ControlLoop) -> None:
-    """It is not the wish for nothing: live replicas beyond the config's would drain."""
+def test_an_unreadable_desired_state_skips_the_pass(run: RunDir, control: ControlLoop) -> None:
+    """An unreadable `desired.json` does not mean the config's counts: live replicas beyond these would drain."""
     desired_state.scale(run, control.deployment, {"math": 2}, {})
     control.run_pass()
     run.desired.write_text('{"replicas": {"ma')
@@ -282,13 +282,13 @@ def test_an_unreadable_wish_skips_the_pass(run: RunDir, control: ControlLoop) ->
 
 
 def control_of_config(run: RunDir) -> ControlLoop:
-    """With the wishes taken away."""
+    """A control loop of the run without `desired.json`."""
     run.desired.unlink()
     return ControlLoop(run)
 
 
 def test_a_loop_of_a_run_that_is_down_ends_no_router(run: RunDir, control: ControlLoop, service: Path) -> None:
-    """Somebody may have started it after the `down`."""
+    """A user may have started the router after `down`."""
     desired_state.want_down(run)
     control.launcher.submit([request_of(service, "router-0.g1"), request_of(service, "math-0.g1")])
     eventually_sync(lambda: started(run, "router-0.g1") and started(run, "math-0.g1"))
@@ -304,8 +304,8 @@ def test_down_cannot_reach_another_host(run: RunDir, control: ControlLoop) -> No
         down(run)
 
 
-def test_the_exit_record_of_the_job_itself_stands(run: RunDir) -> None:
-    """It may be written while the observer decides that there is none."""
+def test_the_exit_record_of_the_job_itself_is_kept(run: RunDir) -> None:
+    """The job may write it while the observer decides that there is none."""
     job = JobDir(run, "math-0.g1")
     job.claim()
     own = Exit(ok=True, reason=FailureReason.DRAINED, message="asked")
@@ -319,8 +319,8 @@ def _dead(run: RunDir, replica: str) -> None:
     job.write(JobInfo(job_id="1", host=os.uname().nodename, start_ticks=-1))
 
 
-def test_a_dead_routers_record_goes(run: RunDir, control: ControlLoop) -> None:
-    """And before that nobody sends the owner's token to its address."""
+def test_a_dead_routers_record_is_removed(run: RunDir, control: ControlLoop) -> None:
+    """Until it is removed, no client sends the owner's token to its address."""
     for generation in (1, 2):
         _dead(run, f"router-0.g{generation}")
         registry.publish(run.registry, record(f"router-0.g{generation}", kind=RecordKind.ROUTER))
@@ -338,7 +338,7 @@ def test_a_dead_routers_record_goes(run: RunDir, control: ControlLoop) -> None:
 
 
 def test_the_loop_acts_only_beside_the_leading_router(run: RunDir, control: ControlLoop) -> None:
-    """A dead router of a higher generation leads nobody."""
+    """A dead router of a higher generation does not count."""
     first, second = claim_router(run), claim_router(run)
     assert control.leads(first)
     registry.publish(run.registry, record(first, kind=RecordKind.ROUTER))
@@ -351,7 +351,7 @@ def test_the_loop_acts_only_beside_the_leading_router(run: RunDir, control: Cont
 
 
 def test_experts_started_by_hand_have_slots_of_their_own(run: RunDir, control: ControlLoop) -> None:
-    """The first in which nothing lives; the control loop neither replaces nor ends them."""
+    """They take the first slot without a live job. The control loop neither replaces nor ends them."""
     assert claim_expert(run, "math") == "math-h0.g1"
     assert claim_expert(run, "math") == "math-h1.g1"
     _dead(run, "math-h2.g4")
@@ -366,7 +366,8 @@ def test_a_router_is_submitted_once_up_wants_it(run: RunDir, control: ControlLoo
 
 
 def test_a_failing_pass_does_not_end_the_loop(run: RunDir, control: ControlLoop) -> None:
-    """The loop as the router starts it: tied to a pipe; it survives a damaged run and goes when the pipe closes."""
+    """The loop runs as the router starts it, tied to a pipe. It survives a damaged run and ends when the pipe
+    closes."""
     config = run.config.read_text()
     hidden = run.path / "hidden"
     loop = subprocess.Popen(
@@ -411,7 +412,7 @@ def test_the_loop_ends_with_its_run_directory(run: RunDir, tmp_path: Path) -> No
 
 
 def test_the_loop_ends_on_sigterm(run: RunDir) -> None:
-    """And not on the walltime warning of its router's job, which has a lower number."""
+    """It ignores the walltime warning of its router's job."""
     run.desired.write_text(json.dumps({"down": True}))
     loop = subprocess.Popen(
         [sys.executable, "-m", "hpc_router.cli", "reconcile", "--loop", "--run", str(run.path)],

@@ -1,4 +1,4 @@
-"""One look at a run: what it makes of records and reports that were not read at the same moment."""
+"""One observation of a run, from records and reports that were not read at the same moment."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ RECORD = Record(RecordKind.EXPERT, "math-0.g1", "http://127.0.0.1:1", State.READ
 
 
 class Slurm:
-    """A job that runs as far as the controller has said; it is asked afresh or not at all."""
+    """A controller with one running job. It answers only `fresh` queries."""
 
     def __init__(self) -> None:
         self.now, self.asked = 0.0, 0
@@ -59,8 +59,7 @@ class Waiting(Slurm):
 
 
 class SlowController(Slurm):
-    """A job that runs, by the word of a controller that takes so long to say so that the agent, `renewing`, has
-    renewed its record meanwhile."""
+    """A controller whose answer takes so long that the agent renews its record meanwhile, if `renewing`."""
 
     def __init__(self, run: RunDir, *, renewing: bool) -> None:
         super().__init__()
@@ -82,7 +81,7 @@ def submitted(run: RunDir, record: Record) -> None:
 
 
 def hung(run: RunDir, *, renewing: bool) -> list[bool]:
-    """Of three looks in a row."""
+    """Whether the replica counts as hung, for three observations in a row."""
     submitted(run, RECORD)
     controller = SlowController(run, renewing=renewing)
     observer = RunObserver(run, controller, clock=lambda: controller.now)
@@ -90,16 +89,16 @@ def hung(run: RunDir, *, renewing: bool) -> list[bool]:
 
 
 def test_a_slow_controller_makes_no_agent_hung(run: RunDir) -> None:
-    """The age of a beat ends when it was read: no probe by a busy node has to save the replica."""
+    """The age of a beat is measured when the record is read, not after the controller's answer."""
     assert hung(run, renewing=True) == [False, False, False]
 
 
-def test_beats_that_stopped_are_missed_all_the_same(run: RunDir) -> None:
+def test_stopped_beats_are_noticed_with_a_slow_controller(run: RunDir) -> None:
     assert hung(run, renewing=False) == [False, True, True]
 
 
 def test_the_controller_is_queried_once_for_a_lost_replica(run: RunDir) -> None:
-    """So that a job which ended without a word is replaced before the next periodic question."""
+    """A job that ended without a record is thus replaced before the next periodic query."""
     slurm = Slurm()
     submitted(run, RECORD)
     observer = RunObserver(run, slurm, clock=lambda: slurm.now)
@@ -128,8 +127,8 @@ def test_a_lost_job_that_ended_is_seen_in_the_same_observation(run: RunDir) -> N
     assert attempt.exit is not None
 
 
-def test_losses_that_follow_each_other_share_a_question(run: RunDir) -> None:
-    """At most one per ASK_LOST_S, and none is forgotten."""
+def test_losses_that_follow_each_other_share_a_query(run: RunDir) -> None:
+    """The controller is queried at most once per MIN_QUERY_INTERVAL_S, and about every lost replica."""
     slurm = Slurm()
     names = [f"math-{number}.g1" for number in range(3)]
     records = [replace(RECORD, replica=name) for name in names]
@@ -152,7 +151,7 @@ def test_losses_that_follow_each_other_share_a_question(run: RunDir) -> None:
     assert slurm.asked == len(told)
 
 
-def test_one_that_comes_back_and_falls_silent_again_is_another_loss(run: RunDir) -> None:
+def test_a_replica_that_is_lost_twice_is_queried_twice(run: RunDir) -> None:
     slurm = Slurm()
     submitted(run, RECORD)
     observer = RunObserver(run, slurm, clock=lambda: slurm.now)

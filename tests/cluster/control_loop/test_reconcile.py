@@ -1,4 +1,4 @@
-"""The control loop's decisions: pure, so every case is a value in and a list of actions out."""
+"""The control loop's decisions. Pure: each case is a value in and a list of actions out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -61,7 +61,7 @@ def test_missing_jobs_are_submitted() -> None:
 
 @pytest.mark.parametrize("job", [JobState.RUNNING, JobState.UNKNOWN, JobState.PENDING])
 def test_live_jobs_are_left_alone(job: JobState) -> None:
-    """Also a job that cannot be asked: two of one slot would be worse than none."""
+    """A job whose state is unknown stays, too: two jobs in one slot would be worse than none."""
     assert decide(ONE, attempt(job=job)) == []
 
 
@@ -92,7 +92,7 @@ def test_a_reason_that_no_restart_fixes_gives_up_at_once(reason: FailureReason) 
 
 
 def test_failures_before_up_do_not_count() -> None:
-    """`up` and `scale` start the count again."""
+    """`up` and `scale` reset the count."""
     desired = replace(ONE, forgiven={"math-0": 3})
     assert decide(desired, failed(1), failed(2), failed(3)) == [Submit(MATH, 4)]
     assert decide(replace(ONE, forgiven={"math-0": 1}), failed(1, reason=FailureReason.WEIGHTS)) == [Submit(MATH, 2)]
@@ -116,7 +116,7 @@ def test_a_claim_without_a_job_is_abandoned_after_a_minute() -> None:
 
 
 def test_a_refused_submission_counts_as_a_failure() -> None:
-    """It has an exit record and no job: nobody waits a minute for it."""
+    """It has an exit record and no job, so the loop does not wait until the claim expires."""
     refused = attempt(job=JobState.PENDING, submitted=False, exit=Exit(False, FailureReason.CRASHED, "no", NOW))
     assert decide(ONE, refused) == [Submit(MATH, 2)]
 
@@ -143,14 +143,14 @@ def test_the_highest_slots_are_surplus() -> None:
     assert decide(ONE, *ready) == [Drain("math-1.g1"), Drain("math-2.g1")]
 
 
-def test_an_older_generation_goes_when_the_newer_is_ready() -> None:
+def test_an_older_generation_is_ended_when_the_newer_is_ready() -> None:
     old, new = attempt(1, registered=State.READY), attempt(2, registered=State.STARTING)
     assert decide(ONE, old, new) == []
     assert decide(ONE, old, replace(new, registered=State.READY)) == [Drain("math-0.g1")]
 
 
 def test_a_hung_replica_is_cancelled_then_replaced_and_killed() -> None:
-    """It drains nothing, so neither the time to drain nor its end is waited for: its node may be lost."""
+    """It cannot drain, and its node may be lost, so the replacement waits neither for a drain nor for the end."""
     hung = attempt(registered=State.READY, hung=True)
     assert decide(ONE, hung) == [Cancel("math-0.g1")]
     asked = replace(hung, stop=Stop(cancel_at=NOW))
@@ -163,7 +163,7 @@ def test_a_hung_replica_is_cancelled_then_replaced_and_killed() -> None:
 
 
 def test_a_replica_that_does_not_drain_is_cancelled() -> None:
-    """The verb `drain` asks one that is wanted; its successor comes when it has gone."""
+    """`drain` ends a replica that is wanted; its successor is submitted when it has ended."""
     asked = attempt(registered=State.DRAINING, stop=Stop(drain_at=NOW))
     assert decide(ONE, asked) == [Wait("math-0.g1", NOW + ONE.drain_s, "asked to drain")]
     assert decide(ONE, asked, now=NOW + ONE.drain_s) == [Cancel("math-0.g1")]
@@ -232,19 +232,19 @@ def test_a_surplus_claim_is_cancelled_before_its_job_is_submitted() -> None:
 
 
 def test_a_claim_whose_submitter_is_alive_is_kept() -> None:
-    """A busy controller may take its time with many jobs."""
+    """A busy controller may take long to submit many jobs."""
     claim = attempt(job=JobState.PENDING, submitted=False, claimed_at=NOW - 2 * CLAIM_S, submitting=True)
     assert isinstance(decide(ONE, claim)[0], Wait)
     assert decide(ONE, replace(claim, submitting=False)) == [Submit(MATH, 2)]
 
 
 def test_a_job_that_was_asked_to_end_before_it_began_does_not_hold_its_slot() -> None:
-    """A part of a job that others share cannot be taken out of the queue."""
+    """One replica of a shared job cannot be removed from the queue."""
     doomed = attempt(job=JobState.PENDING, stop=Stop(cancel_at=NOW))
     assert Submit(MATH, 2) in decide(ONE, doomed)
 
 
-def test_a_waiting_successor_goes_with_its_deployment() -> None:
+def test_a_waiting_successor_is_cancelled_with_its_deployment() -> None:
     router = attempt(slot=ROUTER_SLOT, registered=State.READY, job_id="7")
     waiting = attempt(2, slot=ROUTER_SLOT, job=JobState.PENDING, job_id="8")
     cleared = decide(Desired(router=True, standby=True, down=True, clear=True), router, waiting)
@@ -257,7 +257,7 @@ def test_a_hung_successor_replaces_no_job() -> None:
     assert decide(ONE, replace(old, hung=True), replace(new, hung=False)) == [Cancel("math-0.g1")]
 
 
-def test_a_hung_replica_that_others_started_is_left_alone() -> None:
+def test_a_hung_replica_started_by_hand_is_left_alone() -> None:
     assert decide(ONE, attempt(registered=State.READY), attempt(slot=Slot("math", "h0"), hung=True)) == []
 
 
@@ -277,22 +277,24 @@ def test_down_cancels_everything_and_starts_nothing() -> None:
 
 
 def test_clearing_ends_nothing_and_starts_nothing_once_it_is_brought_up_again() -> None:
-    """What lives is the other's by then."""
+    """The live jobs then belong to the `up` that came after `down`."""
     desired = replace(Desired(replicas={"math": 2}, router=True), clear=True)
     assert decide(desired, attempt(slot=Slot("math", "h0"), registered=State.READY), failed(1)) == []
 
 
-# Any sequence of failures, kills and wishes ends in what is wanted: a small world with a clock of its own.
+# Any sequence of failures, kills and changed replica counts ends in the desired state.
 
 
 @dataclass
 class World:
+    """A small simulation with its own clock, in which jobs follow the actions of the control loop."""
+
     desired: Desired = ONE
     jobs: dict[Slot, list[Attempt]] = field(default_factory=dict)
     now: float = NOW
 
     def tick(self, seconds: float) -> list[Action]:
-        """Time passes, then one pass of the loop with its actions carried out."""
+        """Advances the clock, then runs one pass and carries out its actions."""
         self.now += seconds
         observed = {slot: tuple(attempts) for slot, attempts in self.jobs.items()}
         actions = reconcile(self.desired, observed, self.now)
@@ -330,7 +332,7 @@ class World:
         return [a for attempts in self.jobs.values() for a in attempts if a.live]
 
     def check(self) -> None:
-        """Never two jobs in one slot, never more than the highest wish."""
+        """Asserts that no slot has two jobs, and that no more jobs exist than were ever wanted."""
         slots = [a.slot for a in self.live()]
         assert len(slots) == len(set(slots))
 
@@ -365,7 +367,7 @@ STEPS = st.one_of(
 @settings(max_examples=300)
 @given(st.lists(STEPS, max_size=40))
 def test_any_history_ends_in_the_desired_state(steps: Sequence[tuple[object, ...]]) -> None:
-    """Slots that were given up aside, which `up` brings back."""
+    """Slots that were given up are excluded; only `up` restarts them."""
     world = World()
     for step in steps:
         match step:
@@ -389,5 +391,5 @@ def test_any_history_ends_in_the_desired_state(steps: Sequence[tuple[object, ...
     wanted = set(world.desired.slots())
     live = {a.slot for a in world.live()}
     assert live - {ROUTER_SLOT} == wanted - {ROUTER_SLOT}
-    assert ROUTER_SLOT in live or ROUTER_SLOT not in wanted  # one that nobody wants any more is left alone
+    assert ROUTER_SLOT in live or ROUTER_SLOT not in wanted  # a router that is no longer wanted stays
     assert world.tick(1000.0) == []

@@ -1,4 +1,4 @@
-"""How a changed config replaces jobs: slot by slot, and not beyond the first expert that fails."""
+"""A changed config replaces jobs slot by slot, and stops at the first expert that fails."""
 
 import math
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_an_outdated_job_is_replaced_when_its_successor_is_ready() -> None:
 
 
 def test_a_job_of_unknown_revision_is_left_alone() -> None:
-    """It was submitted before `apply` existed."""
+    """It was submitted by a version without `apply`."""
     assert decide(replace(old(), revision=None)) == []
 
 
@@ -83,11 +83,11 @@ def test_an_outdated_router_ends_when_its_successor_leads() -> None:
     assert decide(old(slot=ROUTER_SLOT), new(slot=ROUTER_SLOT), router=True) == [Cancel("router-0.g1")]
 
 
-def test_it_stops_at_an_expert_whose_successor_fails() -> None:
+def test_the_rollout_stops_at_an_expert_whose_successor_fails() -> None:
     code = Slot("code", "0")
     failed = replace(ended(2, FailureReason.WEIGHTS, at=DUE), slot=code, revision="new")
     assert decide(old(slot=code), failed, old(), now=DUE + 99) == []
 
 
-def test_the_walltime_has_no_part_in_it() -> None:
+def test_the_walltime_does_not_matter() -> None:
     assert decide(replace(old(), expires_at=math.inf)) == [Submit(MATH, 2, replaces="math-0.g1")]

@@ -36,7 +36,7 @@ def state(launcher: LocalLauncher, replica: str) -> JobState:
 def test_the_job_is_the_service_itself(
     run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No submitit in it, its own session, none of another job's variables, no signal handler left over."""
+    """The process has no submitit, its own session, no variables of another job, and no inherited signal handlers."""
     monkeypatch.setenv("SLURM_CPU_BIND", "mask")
     assert launcher.submit([request_of(service, "math-0.g1")]) == ["math-0.g1"]
     seen = facts(service, "math-0.g1")
@@ -52,7 +52,7 @@ def test_the_job_is_the_service_itself(
     assert seen["environ"]["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_cancel_lets_it_end_by_itself(service: Path, launcher: LocalLauncher) -> None:
+def test_cancel_sends_sigterm(service: Path, launcher: LocalLauncher) -> None:
     launcher.submit([request_of(service, "math-0.g1")])
     facts(service, "math-0.g1")
     launcher.cancel(["math-0.g1"])
@@ -61,7 +61,7 @@ def test_cancel_lets_it_end_by_itself(service: Path, launcher: LocalLauncher) ->
 
 
 def test_any_process_of_the_user_can_cancel(run: RunDir, service: Path, launcher: LocalLauncher) -> None:
-    """submitit itself can only from the process that submitted."""
+    """submitit itself can cancel only from the process that submitted the job."""
     launcher.submit([request_of(service, "math-0.g1")])
     facts(service, "math-0.g1")
     program = (
@@ -85,8 +85,8 @@ def test_kill_ends_a_job_that_ignores_sigterm(service: Path, launcher: LocalLaun
     assert state(launcher, "math-1.g1") is JobState.RUNNING
 
 
-def test_it_lives_on_without_its_controller(run: RunDir, service: Path, launcher: LocalLauncher) -> None:
-    """A killed controller must not look like an ended job: a second one would be submitted beside the first."""
+def test_a_job_survives_its_controller(run: RunDir, service: Path, launcher: LocalLauncher) -> None:
+    """A killed controller must not look like an ended job; otherwise a second job would be submitted."""
     launcher.submit([request_of(service, "math-0.g1")])
     facts(service, "math-0.g1")
     info = JobDir(run, "math-0.g1").info()
@@ -104,7 +104,7 @@ def test_a_service_that_ends_ends_its_job(service: Path, launcher: LocalLauncher
 
 
 def test_only_the_first_claim_submits(service: Path, run: RunDir, launcher: LocalLauncher) -> None:
-    """Eight at once, one job."""
+    """Eight threads submit at once; one job starts."""
     start, submitted = threading.Barrier(8), []
 
     def submit() -> None:
@@ -121,7 +121,7 @@ def test_only_the_first_claim_submits(service: Path, run: RunDir, launcher: Loca
 
 
 def test_each_job_has_gpus_of_its_own(service: Path, launcher: LocalLauncher) -> None:
-    """Also when two callers submit at once; what a job held is free again after it."""
+    """Two callers that submit at once get different GPUs. An ended job's GPUs are free again."""
     requests = [request_of(service, f"math-{n}.g1", gpus=1) for n in range(4)]
     threads = [threading.Thread(target=launcher.submit, args=([request],)) for request in requests]
     for thread in threads:
@@ -159,8 +159,8 @@ def test_a_program_that_cannot_run_leaves_a_reason(run: RunDir, launcher: LocalL
     assert (end.ok, end.reason) == (False, FailureReason.INTERPRETER)
 
 
-def test_another_version_refuses(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job's interpreter may have another hpc-router than the submitter's."""
+def test_a_job_of_another_version_is_refused(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job's interpreter may have another version of hpc-router than the submitter."""
     from hpc_router.cluster.launchers import job_entry
 
     job = JobDir(run, "math-0.g1")
@@ -176,7 +176,7 @@ def test_another_version_refuses(run: RunDir, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_job_of_another_host_is_unknown(run: RunDir, launcher: LocalLauncher) -> None:
-    """Never ended, and never signalled: its process ids mean nothing here."""
+    """It counts neither as ended nor is it signalled, because its process ids are invalid on this host."""
     job = JobDir(run, "math-0.g1")
     job.claim()
     mine = start_ticks(os.getpid())

@@ -1,4 +1,4 @@
-"""What would run, and what only the whole deployment on this machine can show wrong."""
+"""The plan: what `up` would run, and the faults that a whole deployment has on this machine."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def test_gpus_of_all_replicas_together() -> None:
     wrong = deployment(a=two, b=two)
     wrong.cluster.gpus = 7
     assert faults(wrong) == [
-        "cluster.gpus=7: this machine has fewer GPUs than all replicas need: 8 (a 4, b 4)",
+        "cluster.gpus=7: all replicas together need 8 GPUs (a 4, b 4)",
     ]
     wrong.cluster.gpus = 8
     make_plan(wrong)
@@ -153,7 +153,7 @@ def test_secrets_are_not_shown() -> None:
 
 
 def test_the_engines_whole_environment_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the agent makes it, without what the node brings along."""
+    """The environment that the agent makes, without the node's own variables."""
     monkeypatch.setenv("SOMEBODYS", "own")
     engine = EngineConfig(kind="transformers", threads=3, env={"LEVEL": "info"})
     made = deployment(a=ExpertConfig(model=str(tmp_path), engine=engine))
@@ -169,8 +169,9 @@ def test_the_engines_whole_environment_is_shown(tmp_path: Path, monkeypatch: pyt
     assert not {"SOMEBODYS", "PATH", "HOME"} & set(shown)
 
 
-def test_local_paths_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run may be completed from another folder. An interpreter that is a link stays one, a hub id a hub id."""
+def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Local paths become absolute, because a run may be completed from another folder. An interpreter that is a link
+    stays one, and a hub id stays a hub id."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "python").symlink_to(sys.executable)
@@ -193,14 +194,14 @@ def test_local_paths_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def interpreter(folder: Path, name: str, script: str) -> ExpertConfig:
-    """An engine's interpreter that answers as told."""
+    """An expert whose engine's interpreter is this script."""
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return ExpertConfig(model="m", engine=EngineConfig(kind="transformers", python=str(path)))
 
 
-def test_a_clear_no_of_the_engines_own_interpreter_is_a_fault(tmp_path: Path) -> None:
+def test_flags_that_the_engines_interpreter_refuses_are_a_fault(tmp_path: Path) -> None:
     refusing = interpreter(tmp_path, "no", "echo 'error: no such option: --x' >&2; echo '╰───╯' >&2; exit 2")
     assert faults(deployment(a=refusing)) == [
         "experts.a.engine.options: the engine refuses: error: no such option: --x"
@@ -242,7 +243,7 @@ NODES = "batch|batch*|up|1-00:00:00|3|8|16000|idle|(null)|gpu:4"
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
-    """A site that takes whatever fits its nodes."""
+    """A site that accepts every job that fits its nodes."""
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("sinfo", f"echo '{NODES}'")
     programs.add("sbatch", "cat >/dev/null")
@@ -250,7 +251,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
 
 
 def test_the_plan_shows_the_batch_scripts(slurm: Programs) -> None:
-    """Each job's whole script; those that differ in names alone stand together."""
+    """The plan shows each job's whole script. Jobs that differ only in names share one."""
     plan = make_plan(
         load_deployment(["topology=sim", "cluster=slurm", "experts.math={replicas: 2, resources: {gpus: 1}}"])
     )
@@ -279,7 +280,7 @@ def test_replicas_that_share_a_job_stand_in_one_script(slurm: Programs) -> None:
 
 
 def test_the_controller_is_queried_no_more_than_needed(slurm: Programs) -> None:
-    """Once what it has, once for each shape; and not at all with `--no-ask`."""
+    """One sinfo, one sbatch for each different job, and no query with `--no-ask`."""
     deployed = load_deployment(["topology=sim", "cluster=slurm", "experts.math.resources.gpus=1"])
     make_plan(deployed, ask_engines=False)
     assert (slurm.calls("sinfo"), slurm.calls("sbatch")) == ([], [])
@@ -303,7 +304,7 @@ def test_sbatch_decides_and_sinfo_names_the_value(slurm: Programs) -> None:
     assert faults(deployed) == [misfit]
 
 
-def test_a_router_here_is_no_job(slurm: Programs) -> None:
+def test_a_router_on_this_machine_is_no_slurm_job(slurm: Programs) -> None:
     plan = make_plan(load_deployment(["topology=sim", "cluster=slurm", "router.place=here"]))
     assert "router-0.g1" not in [replica for job in plan.jobs for replica in job.replicas]
     assert plan.to_json()["replicas"][0]["script"] is None
@@ -347,7 +348,7 @@ def test_an_allocation_that_is_too_small_or_ends_too_soon(slurm: Programs, monke
 
 
 def test_a_step_that_holds_the_allocation_is_a_fault(slurm: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tried with srun, unless other steps run: those may be the deployment's own."""
+    """srun tries a step, unless other steps run, because these may be the deployment's own."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_STEP_ID", "3")
     deployed = load_deployment(["topology=sim", "cluster=allocation"])
@@ -367,7 +368,7 @@ def test_a_step_that_holds_the_allocation_is_a_fault(slurm: Programs, monkeypatc
 def test_a_step_of_an_allocation_is_shown_as_it_will_run(
     slurm: Programs, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the letter: the script that `up` starts with bash."""
+    """The plan shows exactly the script that `up` starts with bash."""
     monkeypatch.delenv("HPC_ROUTER_JOB_ID", raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     slurm.add("setsid", "")
@@ -393,7 +394,7 @@ def test_outside_of_any_job_the_steps_have_a_placeholder(slurm: Programs, monkey
 
 
 def test_an_engine_in_an_image(slurm: Programs, tmp_path: Path) -> None:
-    """Its interpreter is the image's: not looked for here, and asked about its flags in there."""
+    """The interpreter is in the image: it is not looked for on this machine, and checks its flags inside the image."""
     slurm.add("apptainer", "echo 'error: no such option: --x' >&2; exit 2")
     image = tmp_path / "x.sif"
     one = ExpertConfig(model="org/m", engine=EngineConfig(kind="transformers", python="/opt/python"))
@@ -416,7 +417,7 @@ def test_an_engine_in_an_image(slurm: Programs, tmp_path: Path) -> None:
     assert "could not be checked: they are in docker://a/b" in " ".join(make_plan(made).warnings)
 
 
-def test_the_jobs_interpreter_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_interpreter_of_the_jobs_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = deployment(a=SIM)
     wrong.cluster = ClusterConfig(python=str(tmp_path / "python"))
     assert faults(wrong)[0].startswith(f"cluster.python={tmp_path}/python: not an executable file")
@@ -427,8 +428,9 @@ def test_the_jobs_interpreter_is_there(tmp_path: Path, monkeypatch: pytest.Monke
     assert (done.python, done.container.image) == (str(tmp_path / "python"), str(tmp_path / "x.sif"))
 
 
-def test_a_containers_folders_are_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apptainer knows neither `~` nor the folder that `up` was started in; what stands behind the colon is inside."""
+def test_paths_of_container_binds_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths of binds become absolute, because Apptainer knows neither `~` nor the folder in which `up` was started. The
+    path after the colon is inside the container and stays."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/ada")
     binds = ["~/models", "data:/data:ro", "/project:/p", "~:/me"]
@@ -446,7 +448,7 @@ def test_a_containers_folders_are_settled(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_container_on_this_machine_is_checked_too(tmp_path: Path) -> None:
-    """There are no other nodes that might have it."""
+    """On cluster=local a missing program is a fault, because there are no other nodes."""
     wrong = deployment(a=SIM)
     wrong.cluster = ClusterConfig(container=ContainerConfig(image=str(tmp_path / "no.sif"), program="no-program"))
     image, program = faults(wrong)
@@ -455,7 +457,7 @@ def test_a_container_on_this_machine_is_checked_too(tmp_path: Path) -> None:
 
 
 def test_a_key_without_effect_on_this_machine_is_a_warning() -> None:
-    """One line; and no module is loaded for it."""
+    """The warning is one line, and no module is loaded."""
     made = deployment(a=SIM)
     made.cluster = ClusterConfig(modules=["nope"], setup=["false"])
     (note,) = make_plan(made).warnings
@@ -481,7 +483,7 @@ def printed(plan: Plan) -> str:
 
 
 def test_models_that_are_not_copied_to_the_nodes_are_named(tmp_path: Path) -> None:
-    """Those on the hub, and those larger than the limit; a simulated engine loads nothing."""
+    """Models on the hub and models above the size limit are named. A simulated engine loads no model."""
     folder = tmp_path / "math"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"x" * 2000)

@@ -1,4 +1,4 @@
-"""What jobs need is looked for before they run, by one list of checks."""
+"""One list of checks finds missing prerequisites of jobs before they run."""
 
 import os
 from pathlib import Path
@@ -18,12 +18,12 @@ RUNS = Path("runs")
 
 
 def longest() -> int:
-    """Bytes that `cluster.scratch` may have."""
+    """The number of bytes that `cluster.scratch` may have."""
     return MAX_FOLDER_BYTES - len(f"/hpc-router-{os.getuid()}/12345678")
 
 
 def test_a_scratch_path_has_room_for_a_socket(tmp_path: Path) -> None:
-    """Exactly at the limit; told by `plan`, also for Slurm, whose nodes have the folder."""
+    """The limit is exact. `plan` also checks it for Slurm, where the folder is on the nodes."""
     fits = Path("/" + "a" * (longest() - 1))
     assert path_error(fits) is None
     assert path_error(Path(f"{fits}b")) == f"too long for a socket's path (valid: at most {longest()} bytes, as /tmp)"
@@ -34,7 +34,7 @@ def test_a_scratch_path_has_room_for_a_socket(tmp_path: Path) -> None:
         make_plan(load_deployment(["topology=sim", f"cluster.scratch={fits}b"]), ask_engines=False)
 
 
-def test_a_scratch_folder_is_there_on_this_machine(tmp_path: Path) -> None:
+def test_a_missing_scratch_folder_on_this_machine_is_a_fault(tmp_path: Path) -> None:
     nope = f"/{'n' * 5}"
     assert scratch(ClusterConfig(kind="slurm", scratch=nope), RUNS).faults == []
     [fault] = scratch(ClusterConfig(scratch=nope), RUNS).faults
@@ -49,7 +49,7 @@ def test_a_scratch_folder_is_there_on_this_machine(tmp_path: Path) -> None:
     assert scratch(ClusterConfig(kind="slurm", scratch="/$HPC_ROUTER_NOPE"), RUNS).faults == []
 
 
-def test_a_scratch_folder_runs_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scratch_folder_must_allow_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs("/tmp")
     flags = os.statvfs_result((*tuple(real)[:8], real.f_flag | os.ST_NOEXEC, real.f_namemax))
     monkeypatch.setattr(os, "statvfs", lambda _path: flags)
@@ -88,8 +88,10 @@ def test_checks_that_start_programs_can_be_skipped(monkeypatch: pytest.MonkeyPat
     assert set(prerequisites.PROGRAM_CHECKS) <= CHECKS.keys()
 
 
-def test_the_name_of_a_run_directory_is_one_for_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Slurm expands % in the names of log files. `plan` says so too, also of a directory that does not exist yet."""
+def test_a_run_directory_with_a_percent_sign_is_refused_for_slurm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm expands % in the names of log files. `plan` refuses such a name even before the directory exists."""
     path = tmp_path / "50%"
     assert "has '%'" in run_directory(ClusterConfig(kind="slurm"), path).faults[0]
     assert run_directory(ClusterConfig(), path).faults == []
@@ -100,8 +102,8 @@ def test_the_name_of_a_run_directory_is_one_for_slurm(tmp_path: Path, capsys: py
     assert not path.exists()
 
 
-def test_a_folder_for_copies_of_models(tmp_path: Path) -> None:
-    """The first job on a node makes it, but not the folder around it."""
+def test_the_parent_of_the_staging_folder_must_exist(tmp_path: Path) -> None:
+    """The first job on a node creates the folder, but not its parent."""
     for kind in ("local", "slurm"):
         assert staging(ClusterConfig(kind=kind), RUNS).faults == []
         assert staging(ClusterConfig(kind=kind, stage_to=str(tmp_path / "new")), RUNS).faults == []

@@ -1,4 +1,4 @@
-"""The run directory of an `up`: nothing half-made stays."""
+"""The run directory of an `up`: an interrupt leaves no incomplete one."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def interrupted(*_: object, **__: object) -> bool:
 def test_an_interrupt_while_the_run_directory_is_made_leaves_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, named: bool
 ) -> None:
-    """A second Ctrl-C may come at any moment."""
+    """A second Ctrl-C may arrive at any moment."""
     monkeypatch.setattr(run_target, step, interrupted)
     runs = tmp_path / "runs"
     target = RunTarget(Deployment(runs=str(runs)), tmp_path / "mine" if named else None)

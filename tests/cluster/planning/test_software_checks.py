@@ -1,4 +1,4 @@
-"""Modules as a batch job would load them, and the container's image."""
+"""Checks of modules, loaded as a batch job loads them, and of the container's image."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ from tests.support.needs import need
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An environment in which this machine's own `module` knows two; the second needs the first."""
+    """An environment whose `module` command knows two modules; the second needs the first."""
     need(Path("/etc/profile.d/modules.sh").exists(), "environment-modules")
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "12.4").write_text("#%Module\nsetenv CUDA_HOME /cuda\n")
@@ -25,7 +25,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return {"MODULEPATH": str(tmp_path), "MODULES_AUTO_HANDLING": "0"}
 
 
-def test_modules_that_load(modules: dict[str, str]) -> None:
+def test_modules_that_load_have_no_faults(modules: dict[str, str]) -> None:
     cluster = ClusterConfig(kind="slurm", modules=["cuda/12.4", "nccl"], env=modules)
     assert software_faults(cluster) == ([], [])
 
@@ -33,7 +33,7 @@ def test_modules_that_load(modules: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("names", "at"), [(["nope"], "[0]=nope"), (["cuda/12.4", "nope/1"], "[1]=nope/1"), (["nccl"], "[0]=nccl")]
 )
-def test_a_module_that_does_not(names: list[str], at: str, modules: dict[str, str]) -> None:
+def test_a_module_that_does_not_load_is_a_fault(names: list[str], at: str, modules: dict[str, str]) -> None:
     ((fault,), warnings) = software_faults(ClusterConfig(kind="slurm", modules=names, env=modules))
     assert fault.startswith(f"cluster.modules{at}: does not load: ")
     assert "module avail" in fault
@@ -42,7 +42,7 @@ def test_a_module_that_does_not(names: list[str], at: str, modules: dict[str, st
 
 
 def test_a_shell_that_has_a_module_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Lmod says it, and as one that ends with 0 whatever happens."""
+    """A `module` command that reports errors as Lmod does, and one that always ends with status 0."""
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("module", "[ $2 = good ] || echo 'Lmod has detected the following error: no such thing' >&2")
     assert software_faults(ClusterConfig(kind="slurm", modules=["good"])) == ([], [])
@@ -52,7 +52,7 @@ def test_a_shell_that_has_a_module_of_its_own(tmp_path: Path, monkeypatch: pytes
 
 
 def test_no_module_command_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without: the static script says so by its exit status."""
+    """On a machine without a `module` command, the check script says so by its exit status."""
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("bash", "exit 3")
     assert software_faults(ClusterConfig(kind="slurm", modules=["a"])) == (
@@ -66,7 +66,7 @@ def test_the_scripts_are_shipped() -> None:
     assert CHECK.with_name("modules.sh").exists()
 
 
-def test_shellcheck_has_nothing_to_say() -> None:
+def test_shellcheck_finds_no_fault() -> None:
     need(shutil.which("shellcheck") is not None, "shellcheck")
     scripts = [str(CHECK), str(CHECK.with_name("modules.sh"))]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False)
@@ -81,7 +81,7 @@ def test_addresses_of_images(image: str, address: bool) -> None:
     assert is_address(image) is address
 
 
-def test_an_image_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_image_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Programs(tmp_path / "bin", monkeypatch).add("apptainer", "")
     absent = ContainerConfig(image=str(tmp_path / "no.sif"))
     assert software_faults(ClusterConfig(kind="slurm", container=absent))[0] == [
@@ -99,7 +99,7 @@ def test_an_image_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_on_this_machine_the_program_has_to_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the PATH that the engine gets; no module is loaded, so none is asked for."""
+    """The program must be on the PATH that the engine gets. No module is loaded on cluster=local."""
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("module", "exit 1")
     cluster = ClusterConfig(container=ContainerConfig(image=str(tmp_path), program="no-program"), modules=["a"])
@@ -113,7 +113,7 @@ def test_on_this_machine_the_program_has_to_be_here(tmp_path: Path, monkeypatch:
     assert software_faults(cluster) == ([], [])
 
 
-def test_modules_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_hangs_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Programs(tmp_path / "bin", monkeypatch).add("bash", "echo out; printf '\\377 err' >&2; exec sleep 60")
     monkeypatch.setattr(software_checks, "TIMEOUT_S", 0.3)
     faults, (warning,) = software_faults(ClusterConfig(kind="slurm", modules=["a"]))

@@ -1,1 +1,1 @@
-"""Slurm: batch scripts, queues, nodes, and what its refusals mean."""
+"""Slurm: builds batch scripts, reads queues and nodes, and explains what refusals and pending reasons mean."""

@@ -1,6 +1,6 @@
 """Runs replicas as steps inside one Slurm job that exists already: the `sbatch` script or `salloc` that runs `up`.
 
-Each replica is an `srun` into that job, started on this host by the script that a batch job would have; afterwards
+Each replica is an `srun` into that job, started on this host by the script that a batch job would have. Afterwards
 `SlurmLauncher` observes and ends it. The allocation belongs to the user: nothing here ends it, and its end ends every
 step.
 """
@@ -25,16 +25,18 @@ from hpc_router.state.job_records import JobDir, JobInfo, Runner
 from hpc_router.state.run_directory import RunDir, private_umask
 
 NO_JOB: Final = "<job>"
-"""Stands in a plan for the id of the job in which `up` will run."""
+"""Placeholder in a plan for the id of the job in which `up` will run."""
 
 
 @dataclass(frozen=True)
 class AllocationLauncher:
+    """Starts replicas as steps of the job in which this process runs."""
+
     run: RunDir
     deployment: Deployment
 
     def jobs(self, requests: Sequence[JobRequest]) -> list[BatchJob]:
-        """The steps that `submit` starts for these requests."""
+        """Returns the steps that `submit` starts for these requests."""
         return [self._step(request, current_job_id() or NO_JOB) for request in requests]
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:

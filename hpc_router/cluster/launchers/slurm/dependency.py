@@ -18,7 +18,7 @@ OPTION: Final = "dependency"
 
 
 def was_met(run: RunDir, deployment: Deployment, resources: ResourceConfig) -> bool:
-    """Whether a job of this run has started with the dependency of these resources."""
+    """Returns whether a job of this run has started with the `sbatch.dependency` of these resources."""
     wanted = _dependency(deployment, resources)
     if wanted is None or not run.jobs.is_dir():
         return False

@@ -1,7 +1,7 @@
 """The Slurm job in which `up cluster=allocation` runs: its nodes, its end, and whether further steps can start in it.
 
-Slurm lets a step that does not fit wait for ever, on 24.11 and later without a message. So `plan` compares the replicas
-with the job's nodes, and tries a step where `up` itself runs in one, which may hold everything.
+A step that does not fit waits for ever, on Slurm 24.11 and later without a message. So `plan` compares the replicas
+with the job's nodes. If `up` itself runs in a step, which may hold all resources, `plan` also tries to start a step.
 """
 
 import os
@@ -18,9 +18,9 @@ from hpc_router.cluster.launchers.slurm.squeue import running_steps
 
 TIMEOUT_S: Final = 30.0
 WAIT_S: Final = 3
-"""How long a trial step waits for resources."""
+"""Seconds that a trial step waits for resources."""
 MAX_STEP_ID: Final = 2**31
-"""Larger ids are the batch script, the shell of salloc and the like, which hold no resources."""
+"""Larger ids are those of the batch script, the shell of salloc and the like, which hold no resources."""
 _NODES: Final = re.compile(r"\bNodes=(\S+) CPU_IDs=(\S+) Mem=(\d+) GRES=(\S*)")
 _END: Final = re.compile(r"\bEndTime=(\S+)")
 _REFUSED: Final = re.compile(r"Unable to create step")
@@ -28,14 +28,14 @@ _REFUSED: Final = re.compile(r"Unable to create step")
 
 @dataclass(frozen=True, slots=True)
 class HeldJob:
-    """`ends_at`: Unix seconds; None: without a limit."""
+    """The job that the user holds. `ends_at`: Unix seconds; None without a time limit."""
 
     kinds: tuple[NodeKind, ...]
     ends_at: float | None
 
 
 def ask_held_job(job_id: str) -> HeldJob:
-    """Raises SlurmCommandError."""
+    """Asks Slurm about the job. Raises SlurmCommandError."""
     argv = ["scontrol", "--details", "--oneliner", "show", "job", job_id]
     return parse_held_job(run_slurm_command(argv, timeout_s=TIMEOUT_S, environment={"SLURM_TIME_FORMAT": "standard"}))
 
@@ -61,7 +61,7 @@ def parse_held_job(text: str) -> HeldJob:
 
 
 def count_hosts(hosts: str) -> int:
-    """`n[1-3,7],m1` -> 5."""
+    """Returns the number of hosts in a list: `n[1-3,7],m1` -> 5."""
     total = 0
     for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", hosts):
         number = 1
@@ -72,7 +72,7 @@ def count_hosts(hosts: str) -> int:
 
 
 def _count_numbers(ranges: str) -> int:
-    """`1-3,7` -> 4."""
+    """Returns how many numbers the ranges have: `1-3,7` -> 4."""
     total = 0
     for each in ranges.split(","):
         first, _, last = each.partition("-")
@@ -81,14 +81,15 @@ def _count_numbers(ranges: str) -> int:
 
 
 def current_step_id(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The id of the step of srun in which this process runs; None in a batch script or in the shell of salloc."""
+    """Returns the id of the srun step in which this process runs; None in a batch script or in the shell of salloc."""
     step = environment.get("SLURM_STEP_ID", "")
     return step if step.isdecimal() and int(step) < MAX_STEP_ID else None
 
 
 def step_fault(jobs: Sequence[BatchJob]) -> str | None:
-    """That no step of such a size can start beside the step in which this process runs; None if one can, if this is no
-    step, and if other steps run, which may be replicas. Raises SlurmCommandError."""
+    """Returns a fault if a step for one of these jobs cannot start beside the step in which this process runs. Returns
+    None if all can, if this process runs in no step, or if other steps run, because these may be the replicas. Raises
+    SlurmCommandError."""
     step_id = current_step_id()
     if step_id is None or not jobs:
         return None
@@ -109,7 +110,7 @@ def step_fault(jobs: Sequence[BatchJob]) -> str | None:
             if error.output is not None and _REFUSED.search(error.output):
                 return (
                     f"cluster.kind=allocation: no step for {request.replica} can start beside step {own}, in which "
-                    "this runs and which holds the job's resources: run it without srun (in the sbatch script, or in "
-                    "the shell of salloc), or with `srun --overlap`"
+                    "this command runs and which holds the job's resources: run it without srun (in the sbatch "
+                    "script, or in the shell of salloc), or with `srun --overlap`"
                 )
     return None

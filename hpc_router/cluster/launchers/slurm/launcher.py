@@ -2,8 +2,8 @@
 
 The files of a job count first: `process.json` shows that it runs, `exit.json` and `ended.json` that it has ended. The
 Slurm controller, queried at most once per `cluster.ask_s`, is needed for jobs that wait in the queue and for jobs that
-died without a record. A job that is asked to end gets SIGTERM and its whole drain time; scancel without a signal, which
-allows Slurm's short KillWait only, comes afterwards.
+died without a record. A job that is asked to end first gets SIGTERM and its whole drain time. Only then does scancel
+run without a signal, which allows a job no more than Slurm's short KillWait.
 """
 
 import logging
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 SCANCEL_TIMEOUT_S: Final = 60.0
 SCONTROL_TIMEOUT_S: Final = 30.0
 QUERY_AGAIN_S: Final = 3.0
-"""Time after a submission or cancellation until Slurm is queried again."""
+"""Seconds between a submission or cancellation and the next query of Slurm."""
 MIN_MISSED_ANSWERS: Final = 2
 SETTLE_S: Final = 10.0
-"""How long to wait for Slurm's state of a job whose batch script has ended and that left no record."""
+"""Seconds to wait for Slurm's state of a job whose batch script has ended without a record."""
 
 STATES: Final[Mapping[str, JobState]] = {
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"), JobState.PENDING),
@@ -58,7 +58,8 @@ REASONS: Final[Mapping[str, FailureReason]] = {
 
 @dataclass(slots=True)
 class SlurmLauncher:
-    """Also observes steps inside jobs of the user (`Runner.STEP`), which it ends one by one."""
+    """Submits, observes and ends Slurm jobs. Also observes steps inside jobs of the user (`Runner.STEP`), which it ends
+    one by one."""
 
     run: RunDir
     deployment: Deployment
@@ -70,7 +71,7 @@ class SlurmLauncher:
     _orphans: set[str] = field(default_factory=set, init=False)
 
     def jobs(self, requests: Sequence[JobRequest]) -> list[BatchJob]:
-        """What `submit` hands to sbatch for these requests."""
+        """Returns the jobs that `submit` hands to sbatch for these requests."""
         return batch_jobs(self.run, self.deployment, requests)
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
@@ -128,7 +129,8 @@ class SlurmLauncher:
         self._query_soon()
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        """Includes jobs in this run's folder that have no record here; those are cancelled."""
+        """As `Launcher.remaining`. Jobs in this run's folder that have no record here are included, and are
+        cancelled."""
         infos = [info for replica in replicas if (info := JobDir(self.run, replica).info()) is not None]
         jobs = {info.job_id for info in infos if info.runner is Runner.SLURM}
         snapshot = self.queue.snapshot(fresh=True)
@@ -162,7 +164,7 @@ class SlurmLauncher:
         return self.queue.trouble
 
     def _steps_left(self, replicas: Iterable[str]) -> set[str]:
-        """Steps that still run in jobs of the user; they are killed."""
+        """Kills the steps of these replicas that still run in jobs of the user, and returns their ids."""
         steps = {step: info for replica in replicas for step, info in self._steps(replica)}
         held = {info.job_id for info in steps.values() if info.runner is Runner.STEP}
         try:
@@ -232,8 +234,8 @@ class SlurmLauncher:
                     _scancel("--signal=KILL", step)
 
     def _targets(self, replicas: Iterable[str]) -> tuple[list[str], list[str]]:
-        """The ids of whole jobs, and of steps in shared jobs. A shared job that waits is cancelled when all its
-        replicas were asked to end; until then each replica reads `stop.json` before it starts."""
+        """Returns the ids of whole jobs, and of steps in shared jobs. A shared job in the queue is cancelled when all
+        its replicas were asked to end; until then each replica reads `stop.json` before it starts."""
         whole, steps = set(), []
         for replica in replicas:
             job = JobDir(self.run, replica)
@@ -267,7 +269,7 @@ def _submission(job: BatchJob) -> Submission:
 
 
 def _holds_resources(queued: QueuedJob) -> bool:
-    """Whether it has resources or waits for them."""
+    """Returns whether the job has resources or waits for them."""
     return STATES.get(queued.state) is not JobState.ENDED
 
 
@@ -308,7 +310,8 @@ def _state(job: JobRecords, info: JobInfo, snapshot: QueueSnapshot | None, *, st
 
 
 def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
-    """The exit of a job without an exit record, from Slurm's state and from the batch script's record."""
+    """Returns the exit of a job without an exit record, from Slurm's state and from the batch script's record; None if
+    these show no end."""
     at = ended.at if ended is not None else time.time()
     reason = REASONS.get(queued.state) if queued is not None else None
     if queued is not None and reason is not None:
@@ -328,7 +331,7 @@ def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
 
 
 def _scancel(*words: str) -> None:
-    """A failure is only logged: the job may have ended meanwhile, and the next pass repeats the call."""
+    """Runs scancel. A failure is only logged: the job may have ended meanwhile, and the next pass repeats the call."""
     try:
         run_slurm_command(["scancel", "--quiet", *words], timeout_s=SCANCEL_TIMEOUT_S)
     except SlurmCommandError as error:

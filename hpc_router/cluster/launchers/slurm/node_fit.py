@@ -1,4 +1,4 @@
-"""Whether the nodes of a site can run a deployment, before anything is submitted. Pure.
+"""Checks whether the nodes of a site can run a deployment, before anything is submitted. Pure.
 
 Each fault is a line that starts with the config key of the value: the expert's key, or the cluster's. `sbatch_test`
 tests what `sinfo` does not show: accounts, limits of a qos, a site's own rules.
@@ -19,6 +19,7 @@ from hpc_router.errors import suggest
 
 
 def configured_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:
+    """Returns the config key that sets this option, and its value: the expert's own key, else the cluster's."""
     own, general = getattr(resources, name), getattr(cluster, name)
     if own is not None:
         return f"{at}.{name}", str(own)
@@ -26,20 +27,20 @@ def configured_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, na
 
 
 def resources_of(deployment: Deployment, expert: str) -> tuple[str, ResourceConfig]:
-    """The resources of an expert or the router, after their config key."""
+    """Returns the config key of the resources of an expert or the router, and these resources."""
     if expert == ROUTER:
         return "router.resources", deployment.router.resources
     return f"experts.{expert}.resources", deployment.experts[expert].resources
 
 
 def site_faults(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """One line for each value that no node can satisfy."""
+    """Returns a fault for each value that no node can satisfy."""
     faults = [fault for request in _requests(deployment) for fault in _faults(request, site)]
     return list(dict.fromkeys(faults))
 
 
 def site_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """Jobs that Slurm would accept, but cannot start now or at all."""
+    """Returns warnings for jobs that Slurm would accept, but cannot start now or at all."""
     warnings = []
     for request in _requests(deployment):
         for partition in _partitions(request, site):
@@ -52,7 +53,7 @@ def site_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
 
 
 def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """Experts whose replicas together need more GPUs than their partitions have."""
+    """Returns a warning for each expert whose replicas together need more GPUs than its partitions have."""
     warnings = []
     for name, expert in hosts(deployment.experts).items():
         each = expert.resources.gpus * expert.resources.nodes
@@ -69,14 +70,14 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
 
 
 def can_overlap(deployment: Deployment, site: SlurmSite, expert: str) -> bool:
-    """Whether the expert's partitions have the GPUs of one replica more than it has."""
+    """Returns whether the expert's partitions have GPUs for one replica more than it has."""
     config = deployment.experts[expert]
     partitions, available = _gpus_that_fit(deployment, site, expert)
     return not partitions or available >= config.resources.gpus * config.resources.nodes * (config.replicas + 1)
 
 
 def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tuple[list[Partition], int]:
-    """The expert's partitions, and how many GPUs they have on nodes that can run it."""
+    """Returns the expert's partitions, and how many GPUs they have on nodes that can run it."""
     request = _Request(*resources_of(deployment, expert), deployment.cluster, 1)
     partitions, gpu_type = _partitions(request, site), request.option("gpu_type")[1]
     kinds = [kind for partition in partitions for kind in partition.kinds if _fits(request, kind)]
@@ -84,8 +85,9 @@ def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tupl
 
 
 def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: str) -> list[str]:
-    """Replicas that can never run as steps of the job `name`, whose nodes are `kinds`: Slurm would let such a step wait
-    for ever. The router is left out, because its step overlaps with others."""
+    """Returns a fault for each size because of which a replica can never run as a step of the job `name`, whose nodes
+    are `kinds`. Slurm would let such a step wait for ever. The router is left out, because its step overlaps with
+    others."""
     cluster = replace(deployment.cluster, gpu_type=None, constraint=None)  # srun gets neither
     whole = Partition(name, math.inf, default=False, state="up", kinds=tuple(kinds))
     wanted = {expert: e.replicas for expert, e in hosts(deployment.experts).items() if e.replicas}
@@ -125,11 +127,11 @@ class _Request:
     together: int
 
     def option(self, name: str) -> tuple[str, str | None]:
-        """The config key of the option and its value."""
+        """Returns the config key of the option and its value."""
         return configured_at(self.at, self.resources, self.cluster, name)
 
     def size(self, name: str, unit: str) -> str:
-        """A size as in the config, followed by the size of the whole job if replicas share it."""
+        """Returns `key=value` as in the config, followed by the size of the whole job if replicas share it."""
         key, value = f"{self.at}.{name}", getattr(self.resources, name)
         if self.together == 1:
             return f"{key}={value:g}"
@@ -145,7 +147,7 @@ def _requests(deployment: Deployment) -> Iterator[_Request]:
 
 
 def _partition_names(request: _Request, site: SlurmSite) -> list[str]:
-    """The requested partitions, or the default one."""
+    """Returns the requested partitions, or the default one."""
     _, value = request.option("partition")
     return value.split(",") if value is not None else [site.default] if site.default is not None else []
 
@@ -166,7 +168,7 @@ def _faults(request: _Request, site: SlurmSite) -> Iterator[str]:
 
 
 def _request_faults(request: _Request, partitions: Sequence[Partition]) -> Iterator[str]:
-    """Values that none of these partitions can satisfy."""
+    """Yields a fault for each value that none of these partitions can satisfy."""
     name = f"partition {' or '.join(partition.name for partition in partitions)}"
     kinds = [kind for partition in partitions for kind in partition.kinds]
     alone = [*_size_faults(request, kinds, name), *_constraint_faults(request, kinds, name)]
@@ -177,7 +179,7 @@ def _request_faults(request: _Request, partitions: Sequence[Partition]) -> Itera
 
 
 def _size_faults(request: _Request, kinds: Sequence[NodeKind], name: str) -> Iterator[str]:
-    """Faults of each size by itself."""
+    """Yields the faults of each size by itself."""
     resources = request.resources
     type_key, gpu_type = request.option("gpu_type")
     most = max((kind.gpus_of(gpu_type) for kind in kinds), default=0)
@@ -210,16 +212,16 @@ def _walltime_faults(request: _Request, partitions: Sequence[Partition], name: s
 
 
 def _together_faults(request: _Request, partitions: Sequence[Partition], name: str) -> Iterator[str]:
-    """Faults of all sizes together: one node must have all, and one partition enough such nodes."""
+    """Yields faults of all sizes together: one node must have all, and one partition enough such nodes."""
     resources = request.resources
     fitting = max((sum(k.nodes for k in p.kinds if _fits(request, k)) for p in partitions), default=0)
     total = max((sum(k.nodes for k in p.kinds) for p in partitions), default=0)
     if resources.nodes > total:
         yield f"{request.at}.nodes={resources.nodes}: {name} has {total}"
     elif fitting == 0:
-        yield f"{request.at}: no node of {name} has all that is asked for at once"
+        yield f"{request.at}: no node of {name} has all requested resources at once"
     elif resources.nodes > fitting:
-        yield f"{request.at}.nodes={resources.nodes}: {name} has {fitting} with all that is asked for"
+        yield f"{request.at}.nodes={resources.nodes}: {name} has {fitting} with all requested resources"
 
 
 def _fits(request: _Request, kind: NodeKind) -> bool:
@@ -239,6 +241,6 @@ def _memory_mb(request: _Request) -> int:
 
 
 def _features(constraint: str | None) -> list[str]:
-    """The names in `a&b`, `[x*2&y*2]`, `a|(b&!c)`."""
+    """Returns the feature names in `a&b`, `[x*2&y*2]` or `a|(b&!c)`."""
     words = re.split(r"[&|,\[\]()]+", constraint or "")
     return [name for word in words if (name := re.sub(r"^!|\*\d+$", "", word))]

@@ -1,4 +1,4 @@
-"""What Slurm's reason for a waiting job means, and what to do about it. Pure.
+"""Explains Slurm's reason for a waiting job, and what to do about it. Pure.
 
 Slurm updates the reason whenever it considers the job; few reasons mean that the job can never start.
 """
@@ -10,7 +10,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class PendingReason:
-    """`hopeless`: the job will never start with its present options."""
+    """What a reason means. `hopeless`: the job will never start with its present options."""
 
     what: str
     advice: str | None = None
@@ -20,7 +20,7 @@ class PendingReason:
 _EDIT: Final = "change {} with `hpc-router apply`"
 _LIMIT: Final = "`sacctmgr show qos` and `scontrol show assoc_mgr` show the limits"
 _JOB: Final = "JOBID"
-"""Placeholder for the job's id; it stays where the id is not known."""
+"""Placeholder for the job's id. It stays if the id is not known."""
 _HELD: Final = "`scontrol release JOBID` releases it"
 _SHORTER: Final = "`scontrol update JobId=JOBID TimeLimit=H:MM:SS`, or cluster.walltime by `hpc-router apply`"
 _MOVE: Final = (
@@ -110,7 +110,7 @@ _OWNERS: Final = {
 }
 _LIMITS: Final = re.compile(r"(?P<of>QOS|Assoc|)(?P<kind>Grp|Max|Min)(?P<what>[A-Z][A-Za-z]*)")
 _ONE_JOB: Final = re.compile(r"Per(Job|Node)(Limit)?$|Wall|CpuPerNode")
-"""Limits of a single job: the end of other jobs does not help."""
+"""Matches limits of a single job. For these, it does not help that other jobs end."""
 _RESOURCES: Final = (
     ("Wall", "time", "cluster.walltime"),
     ("Minutes", "CPU or GPU time in a period", "cluster.walltime"),
@@ -124,7 +124,8 @@ _RESOURCES: Final = (
 
 
 def explain_pending(reason: str, job_id: str | None = None) -> PendingReason:
-    """Explains a reason as squeue prints it; an unknown one is quoted. `job_id` is put into the advice."""
+    """Returns the explanation of a reason as squeue prints it; quotes an unknown one. `job_id` is put into the
+    advice."""
     text = reason.strip().strip("()")
     word, _, detail = text.partition(",")
     word = "launch_failed_requeued_held" if word.replace(" ", "_") == "launch_failed_requeued_held" else word.strip()
@@ -136,7 +137,8 @@ def explain_pending(reason: str, job_id: str | None = None) -> PendingReason:
 
 
 def _limit(word: str) -> PendingReason | None:
-    """Explains the name of a limit by its parts: `QOSMaxGRESPerUser`, `AssocGrpCpuLimit`, `MaxNodePerAccount`."""
+    """Returns the explanation of a limit from the parts of its name: `QOSMaxGRESPerUser`, `AssocGrpCpuLimit`,
+    `MaxNodePerAccount`. None if the name is no limit."""
     match = _LIMITS.fullmatch(word)
     if match is None:
         return None

@@ -14,7 +14,7 @@ SIGNALS_DESCENDANTS: Final = "proctrack/linuxproc"
 
 
 def process_tracking() -> str | None:
-    """Slurm's `ProctrackType`; None if it cannot be read."""
+    """Returns Slurm's `ProctrackType`; None if it cannot be read."""
     try:
         config = run_slurm_command(["scontrol", "show", "config"], timeout_s=TIMEOUT_S)
     except SlurmCommandError:
@@ -24,7 +24,7 @@ def process_tracking() -> str | None:
 
 
 def signals_note() -> str | None:
-    """A warning if a job's SIGTERM reaches the engine as well as its agent."""
+    """Returns a warning if a job's SIGTERM reaches the engine as well as its agent; else None."""
     if process_tracking() != SIGNALS_DESCENDANTS:
         return None
     return (

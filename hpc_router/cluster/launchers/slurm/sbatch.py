@@ -1,7 +1,7 @@
-"""Builds batch scripts from job requests. Pure but for `setup_faults`, so that `plan` shows what `up` submits.
+"""Builds batch scripts from job requests. Pure except for `setup_faults`, so that `plan` shows what `up` submits.
 
-A job has one replica, or several of the same shape where a site gives whole nodes: then each is a step with its own
-share of the node, and starts, ends and is cancelled on its own. The parts that all scripts share are in `batch.sh`,
+A job has one replica, or several of the same shape where a site gives whole nodes. Then each replica is a step with its
+own share of the node, and starts, ends and is cancelled on its own. The parts that all scripts share are in `batch.sh`,
 which each script sources.
 """
 
@@ -23,12 +23,13 @@ from hpc_router.state.run_directory import RunDir
 LIBRARY: Final = Path(__file__).with_name("batch.sh")
 MODULES: Final = Path(__file__).with_name("modules.sh")
 _SAME_NAME: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude")
-"""Config keys that are named like the option of sbatch."""
+"""Config keys that have the same name as their sbatch option."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """One Slurm job. `command`: what srun runs in each task. `jobid`: the existing job in which the steps run."""
+    """One Slurm job. `command`: what srun runs in each task. `jobid`: the existing job in which the steps run; None for
+    a new job."""
 
     run: RunDir
     requests: tuple[JobRequest, ...]
@@ -43,16 +44,16 @@ class BatchJob:
 
     @property
     def resources(self) -> ResourceConfig:
-        """Of one replica; all replicas of a job have the same."""
+        """Returns the resources of one replica; all replicas of a job have the same."""
         return self.requests[0].resources
 
     @property
     def folder(self) -> Path:
-        """The folder of the first replica, which has the files of the job."""
+        """Returns the folder of the first replica, which has the files of the job."""
         return self.run.jobs / self.replicas[0]
 
     def options(self) -> dict[str, Any]:
-        """Options of sbatch by their long names; the value True makes a flag."""
+        """Returns the options of sbatch by their long names; the value True makes a flag."""
         options, count = effective_options(self.cluster, self.resources), len(self.requests)
         sizes = {
             "nodes": self.resources.nodes,
@@ -81,6 +82,7 @@ class BatchJob:
         return {k: v for k, v in {**ours, **sizes, **extra}.items() if v is not None and v is not False}
 
     def script(self) -> str:
+        """Returns the text of the batch script."""
         head = [] if self.jobid else [f"#SBATCH {word}" for word in option_words(self.options(), quoted=True)]
         begin = shlex.join(["begin", str(self.run.jobs), *self.replicas])
         return "\n".join(["#!/bin/bash", *head, "", f". {shlex.quote(str(LIBRARY))}", begin, *self._setup(), ""]) + (
@@ -104,7 +106,7 @@ class BatchJob:
             yield " \\\n    ".join([f"step {shlex.quote(request.replica)} srun", *words, self._task()])
 
     def step_options(self, request: JobRequest) -> dict[str, Any]:
-        """Options of srun by their long names."""
+        """Returns the options of srun by their long names."""
         options, resources = effective_options(self.cluster, request.resources), request.resources
         folder = _escape_percent(self.run.jobs / request.replica)
         within: dict[str, Any] = {"jobid": self.jobid} if self.jobid else {}
@@ -131,7 +133,7 @@ class BatchJob:
 
 
 def batch_jobs(run: RunDir, deployment: Deployment, requests: Sequence[JobRequest]) -> list[BatchJob]:
-    """The jobs for these requests, in the same order."""
+    """Returns the jobs for these requests, in the same order."""
     cluster = deployment.cluster
     return [
         BatchJob(
@@ -146,12 +148,12 @@ def batch_jobs(run: RunDir, deployment: Deployment, requests: Sequence[JobReques
 
 
 def python_of(cluster: ClusterConfig) -> str:
-    """The interpreter of the jobs."""
+    """Returns the interpreter that runs the jobs."""
     return cluster.python or sys.executable
 
 
 def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
-    """The options of one job: those of its resources, and the cluster's where a resource option is not set."""
+    """Returns the options of one job: those of its resources, and the cluster's where a resource option is not set."""
     values: dict[str, Any] = {}
     for item in fields(JobOptions):
         general, own = getattr(cluster, item.name), getattr(resources, item.name)
@@ -160,29 +162,29 @@ def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobO
 
 
 def excluded(cluster: ClusterConfig, request: JobRequest) -> str | None:
-    """The nodes on which its job may not start: those of the config, and those that were drained."""
+    """Returns the nodes on which this job may not start: those of the config, and drained ones."""
     configured = effective_options(cluster, request.resources).exclude
     return ",".join(filter(None, [configured, *request.exclude])) or None
 
 
 def without_job_dependencies(dependency: str) -> str | None:
-    """The parts of a dependency that name no other job, such as `singleton`, which apply to every job."""
+    """Returns the parts of a dependency that name no other job, such as `singleton`. They apply to every job."""
     parts = [part for part in dependency.split(",") if not part.strip().lower().startswith("after")]
     return ",".join(parts) or None
 
 
 def option_words(options: Mapping[str, Any], *, quoted: bool = False) -> list[str]:
-    """`{"mem": "4G", "exclusive": True}` -> `--mem=4G --exclusive`."""
+    """Returns command-line words: `{"mem": "4G", "exclusive": True}` -> `--mem=4G --exclusive`."""
     quote = shlex.quote if quoted else str
     return [f"--{name}" if value is True else f"--{name}={quote(str(value))}" for name, value in options.items()]
 
 
 def setup_faults(setup: Sequence[str]) -> list[str]:
-    """A fault for each setup line that bash cannot parse: such a line would end the job before it leaves a record.
-    Nothing is executed. Without /bin/bash on this machine there are no faults."""
+    """Returns a fault for each setup line that bash cannot parse: such a line would end the job before it leaves a
+    record. Nothing is executed. Without /bin/bash on this machine there are no faults."""
     faults = []
     for number, line in enumerate(setup):
-        # Alone, because `} ; {` would be valid in the script; and in the script, because a line may be continued.
+        # Tested alone, because `} ; {` would be valid in the script, and in the script, because lines may be continued.
         message = _syntax_fault(line) or _syntax_fault("\n".join(_guarded(number, line)))
         if message:
             faults.append(f"cluster.setup[{number}]: {message}")
@@ -194,7 +196,8 @@ def _guarded(number: int, line: str) -> tuple[str, ...]:
 
 
 def _syntax_fault(text: str) -> str | None:
-    """The first syntax error, or None. `extglob` changes the syntax, and an earlier line may have set it."""
+    """Returns bash's first syntax error in the text, or None. Parses with `extglob`, which changes the syntax and which
+    an earlier line may have set."""
     try:
         done = subprocess.run(
             ["/bin/bash", "-O", "extglob", "-n"],
@@ -212,8 +215,8 @@ def _syntax_fault(text: str) -> str | None:
 
 
 def _grouped(requests: Sequence[JobRequest], cluster: ClusterConfig) -> Iterator[list[JobRequest]]:
-    """Groups of at most `replicas_per_job` replicas with equal resources. A router, or a replica on several nodes, is a
-    group of its own."""
+    """Yields groups of at most `replicas_per_job` replicas with equal resources. A router, or a replica on several
+    nodes, is a group of its own."""
     open_groups: list[list[JobRequest]] = []
     groups: list[list[JobRequest]] = []
     for request in requests:
@@ -244,5 +247,5 @@ def _gpus(form: str, kind: str | None, count: int) -> dict[str, str]:
 
 
 def _escape_percent(path: Path) -> str:
-    """Escaped, because Slurm expands %-signs in file names."""
+    """Returns the path with doubled %-signs, because Slurm expands them in file names."""
     return str(path).replace("%", "%%")

@@ -15,14 +15,14 @@ from hpc_router.state.registry import split_replica
 
 TIMEOUT_S: Final = 30.0
 MAX_TESTED: Final = 8
-"""Number of different jobs that are tested."""
+"""Limit for the number of different jobs that are tested."""
 NOT_CHECKED: Final = "could not be checked with Slurm: "
 _NAMES: Final = ("job-name", "output", "chdir")
-"""Options that differ between equal jobs."""
+"""Options in which otherwise equal jobs differ."""
 
 
 def check_submission(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str], list[str]]:
-    """Faults and warnings, each a line."""
+    """Returns faults and warnings, one line each."""
     faults: dict[str, None] = {}
     shapes = _group_by_shape(jobs)
     warnings = (
@@ -55,8 +55,8 @@ def _group_by_shape(jobs: Sequence[BatchJob]) -> list[list[BatchJob]]:
 
 
 def _refusal(script: str) -> str | None:
-    """What sbatch prints against the script; None if it would take the job. Raises SlurmCommandError if sbatch cannot
-    be run."""
+    """Returns why sbatch refuses the script; None if it would accept it. Raises SlurmCommandError if sbatch cannot be
+    run."""
     try:
         run_slurm_command(["sbatch", "--test-only"], stdin=script, timeout_s=TIMEOUT_S)
     except SlurmCommandError as error:

@@ -15,16 +15,17 @@ from hpc_router.config.walltime import walltime_s
 
 TIMEOUT_S: Final = 30.0
 FORMAT: Final = "%R|%P|%a|%l|%D|%c|%m|%t|%f|%G"
-"""Partition, the same with the mark `*` of the default one, up or down, time limit, number of nodes, CPUs, memory in
-MB, state of the nodes, features, generic resources."""
+"""Fields of a line: partition, the same with the mark `*` of the default one, up or down, time limit, number of nodes,
+CPUs, memory in MB, state of the nodes, features, generic resources."""
 _MANY: Final = {"K": 1024, "M": 1024**2}
 _USABLE: Final = frozenset({"idle", "mix", "alloc", "comp", "resv", "plnd", "maint", "boot", "pow_dn", "pow_up"})
-"""States of nodes that run jobs, or will without an administrator's help."""
+"""States of nodes that run jobs, or will run them without an administrator's help."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeKind:
-    """Equal nodes of a partition. `nodes`: their number. `gpus`: number per node by type; "" is no type."""
+    """Equal nodes of a partition. `nodes`: their number. `gpus`: number per node by GPU type; the type is "" if the
+    site names none."""
 
     nodes: int
     cpus: int
@@ -34,6 +35,7 @@ class NodeKind:
     state: str
 
     def gpus_of(self, kind: str | None) -> int:
+        """Returns the number of GPUs of this type per node; None counts all types."""
         return sum(self.gpus.values()) if kind is None else self.gpus.get(kind, 0)
 
     @property
@@ -60,7 +62,7 @@ class SlurmSite:
 
 
 def ask_site() -> SlurmSite:
-    """The answer of one `sinfo`. Raises SlurmCommandError."""
+    """Returns the partitions, from one `sinfo`. Raises SlurmCommandError."""
     argv = ["sinfo", "--all", "--noheader", "--exact", f"--format={FORMAT}"]
     return parse_site(run_slurm_command(argv, timeout_s=TIMEOUT_S))
 
@@ -94,7 +96,8 @@ def parse_site(text: str) -> SlurmSite:
 
 
 def parse_gres(text: str) -> dict[str, int]:
-    """`gpu:a100:4(S:0-1),gpu:v100:2,nvme:1` -> {"a100": 4, "v100": 2}; without a type: {"": 4}."""
+    """Returns the GPUs by type: `gpu:a100:4(S:0-1),gpu:v100:2,nvme:1` -> {"a100": 4, "v100": 2}; without a type: {"":
+    4}."""
     gpus: dict[str, int] = {}
     for entry in re.sub(r"\([^()]*\)", "", text).split(","):
         name, *words = [word for word in entry.strip().split(":") if word != "no_consume"]
@@ -107,6 +110,6 @@ def parse_gres(text: str) -> dict[str, int]:
 
 
 def _count(text: str) -> int:
-    """`16000` or `16000+`; 0 for other text."""
+    """Returns the number in `16000` or `16000+`; 0 for other text."""
     match = re.match(r"\d+", text)
     return int(match[0]) if match else 0

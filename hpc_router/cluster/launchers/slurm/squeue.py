@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 TIMEOUT_S: Final = 30.0
 _FORMAT: Final = "%i\t%T\t%N\t%S\t%e\t%j\t%Z\t%P\t%r"
 MAX_CLOCK_SKEW_S: Final = 5.0
-"""A snapshot from further in the future is ignored: a clock was wrong."""
+"""A snapshot dated more than this many seconds in the future is ignored, because a clock was wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class QueueSnapshot:
 
 
 class Queue:
-    """The queue as one run sees it."""
+    """The user's jobs in Slurm's queue, as one run sees them."""
 
     def __init__(self, run: RunDir, *, ask_s: float) -> None:
         self._file = run.squeue_json
@@ -60,12 +60,12 @@ class Queue:
         self._ask_s = ask_s
         self._snapshot: QueueSnapshot | None = None
         self.answers = 0
-        """Number of answers that this process got itself."""
+        """Number of answers that Slurm gave to this process itself."""
         self.trouble: str | None = None
         """Why the last query of this process failed."""
 
     def snapshot(self, *, fresh: bool = False) -> QueueSnapshot | None:
-        """The newest snapshot; None if there was no answer yet. `fresh`: query now."""
+        """Returns the newest snapshot; None if there was no answer yet. `fresh`: query now."""
         if not fresh:
             self._read()
             if self._snapshot is not None and abs(time.time() - self._snapshot.asked_at) < self._ask_s:
@@ -87,7 +87,7 @@ class Queue:
         self.trouble = None
         self._snapshot = QueueSnapshot(asked_at, jobs)
         self.answers += 1
-        with contextlib.suppress(OSError):  # the file system stalls: this process has its own copy
+        with contextlib.suppress(OSError):  # the file system stalls; this process keeps its own copy
             replace_json(self._file, asdict(self._snapshot))
 
     def _read(self) -> None:
@@ -101,7 +101,7 @@ class Queue:
 
     @contextlib.contextmanager
     def _asking(self, *, fresh: bool) -> Iterator[bool]:
-        """Whether this process may query. A claim that is older than `ask_s` was left by a process that died."""
+        """Yields whether this process may query. A claim that is older than `ask_s` was left by a process that died."""
         if fresh:
             yield True
             return
@@ -123,24 +123,25 @@ class Queue:
 
 
 def ask_squeue() -> dict[str, QueuedJob]:
-    """Raises SlurmCommandError."""
+    """Returns the user's jobs by id, from one `squeue`. Raises SlurmCommandError."""
     argv = ["squeue", "--me", "--states=all", "--noheader", f"--format={_FORMAT}"]
     return parse_squeue(run_slurm_command(argv, timeout_s=TIMEOUT_S, environment={"SLURM_TIME_FORMAT": "standard"}))
 
 
 def running_steps(job_ids: Iterable[str]) -> set[str]:
-    """`JOB.STEP` of each step that runs in these jobs. Raises SlurmCommandError."""
+    """Returns `JOB.STEP` of each step that runs in these jobs. Raises SlurmCommandError."""
     argv = ["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={','.join(sorted(set(job_ids)))}"]
     return set(run_slurm_command(argv, timeout_s=TIMEOUT_S).split())
 
 
 def parse_squeue(text: str) -> dict[str, QueuedJob]:
+    """Returns the jobs by id, from the output of squeue."""
     jobs = {}
     for line in text.splitlines():
         words = [word.strip() for word in line.split("\t", 8)]
         if len(words) == 9:
             job_id, state, node, starts, ends, name, folder, partition, reason = words
-            if "," in partition and reason.startswith("Partition"):  # of the last partition that Slurm considered
+            if "," in partition and reason.startswith("Partition"):  # the reason is that of the last partition
                 reason = f"{reason} for one of the partitions {partition}"
             jobs[job_id] = QueuedJob(
                 state=state,
@@ -155,7 +156,7 @@ def parse_squeue(text: str) -> dict[str, QueuedJob]:
 
 
 def _unix(text: str) -> float | None:
-    """From local time, as Slurm prints it; None for `N/A` and `Unknown`."""
+    """Returns Unix seconds from local time as Slurm prints it; None for `N/A` and `Unknown`."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:

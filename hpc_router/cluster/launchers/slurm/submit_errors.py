@@ -19,7 +19,8 @@ _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")
 
 @dataclass(frozen=True, slots=True)
 class SubmitError:
-    """`keys`: the options and sizes that may be wrong, the most likely first. `temporary`: none is wrong."""
+    """A known error. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`: no value is
+    wrong."""
 
     pattern: re.Pattern[str]
     keys: tuple[str, ...]
@@ -187,7 +188,7 @@ TABLE: Final = (
     ),
     _permanent(
         "nodes partition",
-        "`scontrol show partition` tells how few and how many",
+        "`scontrol show partition` shows the least and the largest number",
         r"Node count specification",
         r"Job size specification",
         r"Task count specification",
@@ -198,7 +199,7 @@ TABLE: Final = (
     _permanent("sbatch", "`scontrol show licenses` lists them", r"Invalid license"),
     _permanent(
         "sbatch.dependency",
-        "Slurm knows no such job, or has forgotten it: five minutes after its end by default; `sacct --jobs=ID` tells "
+        "Slurm knows no such job, or has forgotten it: five minutes after its end by default; `sacct --jobs=ID` shows "
         "how it ended, and a dependency that was met can be left out",
         r"Job dependency problem",
     ),
@@ -232,31 +233,32 @@ TABLE: Final = (
         r"I/O error writing script",
     ),
 )
-"""The first match counts. Limits that Slurm names stand before the general sentence that follows them."""
+"""The first match counts, so the texts of single limits stand before the general ones that Slurm adds to them."""
 _NOISE: Final = re.compile(
     r"^((sbatch|srun|salloc): )?((error|fatal): )?((allocation failure|Batch job submission failed): )?"
 )
 
 
 def find(text: str) -> SubmitError | None:
+    """Returns the known error that the text matches; None for an unknown text."""
     return next((error for error in TABLE if error.pattern.search(text)), None)
 
 
 def is_temporary(text: str) -> bool:
-    """Whether Slurm cannot accept the job now, rather than never."""
+    """Returns whether Slurm cannot accept the job now, but may accept it later."""
     error = find(text)
     return error is not None and error.temporary
 
 
 def one_line(text: str) -> str:
-    """The error text in one line."""
+    """Returns the error text in one line."""
     lines = (_NOISE.sub("", line.strip()) for line in text.splitlines())
     kept = [line for line in lines if line and not line.startswith('Try "')]
     return "; ".join(dict.fromkeys(kept)) or "no reason given"
 
 
 def explain(text: str, deployment: Deployment, expert: str) -> str:
-    """One line: the keys to edit with their values, the error, the advice. `expert` may be the router."""
+    """Returns one line: the keys to edit with their values, the error, the advice. `expert` may be the router."""
     message, error = one_line(text), find(text)
     if error is not None and error.temporary:
         return f"Slurm cannot take it now: {message} ({error.advice})"
@@ -269,7 +271,7 @@ def explain(text: str, deployment: Deployment, expert: str) -> str:
 
 
 def _values(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str, bool]]:
-    """For each key its value, and whether it is set."""
+    """Returns each config key of the option `name`, its value, and whether it is set."""
     at, resources = resources_of(deployment, expert)
     if name == "runs":
         return [(name, deployment.runs, True)]

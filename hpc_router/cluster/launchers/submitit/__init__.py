@@ -1,1 +1,1 @@
-"""Everything that is particular to submitit: only `process` imports it, in a process of its own."""
+"""All code that is specific to submitit. Only `process` imports submitit, in a process of its own."""

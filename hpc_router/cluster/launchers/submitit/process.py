@@ -1,8 +1,8 @@
 """Submits jobs through submitit, in a process of its own: `python -m hpc_router.cluster.launchers.submitit.process`.
 
-Submissions come as JSON on stdin, results go to stdout, one JSON line per job. The caller starts it in a new session,
-so that Ctrl-C in a terminal reaches no job. It writes each `job.json` itself, right after the submission, so that a
-caller that dies in between leaves no job that the run does not know.
+Submissions come as JSON on stdin, results go to stdout, one JSON line per job. The caller starts this process in a new
+session, so that Ctrl-C in a terminal reaches no job. This process writes each `job.json` right after the submission, so
+that the run knows every job even if the caller dies in between.
 """
 
 import json
@@ -25,12 +25,12 @@ from hpc_router.state.job_records import JobInfo, Runner, Submitter, start_ticks
 
 SCANCEL_TIMEOUT_S: Final = 60.0
 A_YEAR_MIN: Final = 60 * 24 * 365
-"""submitit's local executor kills a job after two minutes by default."""
+"""Timeout of local jobs in minutes. submitit's local executor kills a job after two minutes by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class SubmissionResult:
-    """`error` is None for a job that was submitted."""
+    """The result of one submission. `error` is None for a job that was submitted."""
 
     replicas: list[str]
     job_id: str | None = None
@@ -38,7 +38,7 @@ class SubmissionResult:
 
 
 def submit(submission: Submission) -> SubmissionResult:
-    """Submit one job. On this machine its id is the process id of submitit's controller."""
+    """Submits one job. On this machine its id is the process id of submitit's controller."""
     replicas = list(submission.argv_of)
     if all((stop := job.stop()) is not None and stop.cancel_at is not None for job in submission.jobs):
         return SubmissionResult(replicas, error=CANCELLED)
@@ -80,7 +80,7 @@ def _write_info(submission: Submission, job_id: str) -> None:
 
 
 class _BatchExecutor(submitit.SlurmExecutor):
-    """submitit's executor, with a batch script of ours."""
+    """submitit's Slurm executor, but with the batch script of the submission."""
 
     def __init__(self, folder: Path, script: str) -> None:
         super().__init__(folder)

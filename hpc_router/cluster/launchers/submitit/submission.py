@@ -19,15 +19,16 @@ from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.run_directory import RunDir, private_umask
 
 TIMEOUT_S: Final = 60.0
-"""For the batch, and once more for each job in it: a busy Slurm controller answers slowly."""
+"""Time limit in seconds for the batch, and as much again for each job in it, because a busy Slurm controller answers
+slowly."""
 CANCELLED: Final = "it was asked to end before it was submitted"
 _PROCESS_FAILED: Final = "the submitting process failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """Claimed replicas that share one job. `script` is the batch script for Slurm, None for a job of this machine.
-    `after`: id of the job whose end this one waits for. `revisions`: of the config, by replica."""
+    """Claimed replicas that share one job. `script`: the batch script for Slurm; None for a job of this machine.
+    `after`: id of the job whose end this one waits for. `revisions`: the config revision of each replica."""
 
     run: str
     argv_of: Mapping[str, Sequence[str]]
@@ -50,12 +51,13 @@ def from_json(text: str) -> list[Submission]:
 
 
 def task_command(python: str, folder: Path) -> tuple[str, ...]:
-    """What a task of a submitted job runs: submitit loads the pickle in `folder`, which calls `job_entry.start`."""
+    """Returns the command of a task of a submitted job: submitit loads the pickle in `folder`, which calls
+    `job_entry.start`."""
     return (python, "-u", "-m", "submitit.core._submit", str(folder))
 
 
 def submit_all(submissions: Sequence[Submission]) -> dict[str, str | None]:
-    """For each replica the error of its submission; None where it was submitted."""
+    """Submits all jobs. Returns the error of each replica; None where it was submitted."""
     replicas = [replica for submission in submissions for replica in submission.argv_of]
     held = current_job_id()
     environment = {**without_job_variables(os.environ), **({JOB_ID: held} if held is not None else {})}
@@ -71,8 +73,9 @@ def submit_all(submissions: Sequence[Submission]) -> dict[str, str | None]:
 
 
 def _run_submitter(text: str, *, environment: Mapping[str, str], timeout_s: float) -> bytes:
-    """Its stdout. `subprocess.run` would kill it after Ctrl-C, perhaps between a submission and its record; here it
-    finishes the job at which it is and ends when it cannot report it. Raises OSError and SubprocessError."""
+    """Runs the submitting process and returns its stdout. `subprocess.run` would kill the process after Ctrl-C, perhaps
+    between a submission and its record; here it finishes its current job, and ends when it cannot report that. Raises
+    OSError and SubprocessError."""
     argv = [sys.executable, "-m", "hpc_router.cluster.launchers.submitit.process"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -90,7 +93,7 @@ def _run_submitter(text: str, *, environment: Mapping[str, str], timeout_s: floa
 
 
 def _results(output: bytes) -> dict[str, str | None]:
-    """One JSON line per job. The last line is incomplete where the process was stopped while it wrote."""
+    """Parses one JSON line per job. The last line is incomplete if the process was stopped while it wrote."""
     results: dict[str, str | None] = {}
     for line in output.splitlines():
         try:
@@ -104,7 +107,7 @@ def _results(output: bytes) -> dict[str, str | None]:
 def record_refusals(
     run: RunDir, errors: Mapping[str, str | None], exit_for: Callable[[str, str], Exit] | None = None
 ) -> None:
-    """Write an exit record for each job that was not submitted; raise LaunchError if there is any.
+    """Writes an exit record for each job that was not submitted; raises LaunchError if there is any.
 
     `exit_for(replica, error)` makes the record of a job that Slurm refused; without it the job counts as crashed.
     """

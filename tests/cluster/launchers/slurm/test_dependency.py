@@ -1,4 +1,4 @@
-"""When the site's own dependency is known to have been met: as soon as one job of the run has begun with it."""
+"""A site's dependency counts as met as soon as one job of the run has started with it."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ WANTED = "afterok:17"
 
 
 def deployment(**own: str) -> Deployment:
-    """`own`: dependencies of experts that have another one than the cluster's."""
+    """A deployment. `own`: dependencies of experts that differ from the cluster's."""
     experts = {
         name: ExpertConfig(model="m", resources=ResourceConfig(sbatch={"dependency": own[name]} if name in own else {}))
         for name in ("math", "code")
@@ -30,38 +30,38 @@ def submitted(run: RunDir, replica: str, *, runner: Runner = Runner.SLURM) -> Jo
     return job
 
 
-def asked(run: RunDir, replica: str, **own: str) -> str | None:
-    """The dependency in the batch script of its job."""
+def dependency_of(run: RunDir, replica: str, **own: str) -> str | None:
+    """The dependency in the batch script of the replica's job."""
     (job,) = batch_jobs(run, deployment(**own), [request_for(run, deployment(**own), replica)])
     found: str | None = job.options().get("dependency")
     return found
 
 
 def test_the_dependency_is_submitted_until_a_job_has_started(run: RunDir) -> None:
-    assert asked(run, "math-0.g1") == WANTED
+    assert dependency_of(run, "math-0.g1") == WANTED
     job = submitted(run, "math-0.g1")
-    assert asked(run, "math-1.g1") == WANTED, "the first one waits"
+    assert dependency_of(run, "math-1.g1") == WANTED, "the first one waits"
     job.write(Process(1, 1, "n1"))
     for replica in ("math-0.g2", "math-1.g1", "code-0.g1", "router-0.g2"):
-        assert asked(run, replica) is None
+        assert dependency_of(run, replica) is None
 
 
 def test_a_job_whose_setup_failed_had_started(run: RunDir) -> None:
     submitted(run, "code-0.g1").write(Ended(1, 0.0, "cluster.setup[0] failed"))
-    assert asked(run, "math-0.g1") is None
+    assert dependency_of(run, "math-0.g1") is None
 
 
 @pytest.mark.parametrize("replica", ["code-0.g1", "law-0.g1"])
 def test_a_job_with_another_dependency_does_not_count(run: RunDir, replica: str) -> None:
-    """Nor does one of an expert that is no more."""
+    """Neither does a job of an expert that was removed."""
     submitted(run, replica).write(Process(1, 1, "n1"))
-    assert asked(run, "math-0.g1", code="afterok:18") == WANTED
+    assert dependency_of(run, "math-0.g1", code="afterok:18") == WANTED
 
 
-def test_a_router_on_the_login_node_waited_for_nothing(run: RunDir) -> None:
+def test_a_router_on_the_login_node_does_not_count(run: RunDir) -> None:
     submitted(run, "router-0.g1", runner=Runner.PROCESS).write(Process(1, 1, "login1"))
-    assert asked(run, "math-0.g1") == WANTED
+    assert dependency_of(run, "math-0.g1") == WANTED
 
 
-def test_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
-    assert asked(RunDir(tmp_path / "none"), "math-0.g1") == WANTED
+def test_a_run_without_a_directory_has_met_no_dependency(tmp_path: Path) -> None:
+    assert dependency_of(RunDir(tmp_path / "none"), "math-0.g1") == WANTED

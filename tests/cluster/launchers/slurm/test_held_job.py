@@ -16,7 +16,7 @@ Nodes=n[1-2] CPU_IDs=4-7 Mem=4000 GRES=gpu:a100:1(IDX:0) Nodes=n3 CPU_IDs=0,2-4 
 
 
 def test_the_nodes_and_the_end_of_a_job() -> None:
-    """As Slurm 22.05 prints them with --details --oneliner. Without a limit of memory Mem is 0."""
+    """The text is that of Slurm 22.05 with --details --oneliner. Without a memory limit, Mem is 0."""
     held = parse_held_job(JOB)
     assert [(k.nodes, k.cpus, k.memory_mb, dict(k.gpus)) for k in held.kinds] == [
         (2, 4, 4000, {"a100": 1}),

@@ -1,4 +1,4 @@
-"""What is known of a Slurm job, from its own files and from a view of the queue."""
+"""The state of a Slurm job, from its own files and from a snapshot of the queue."""
 
 import time
 from pathlib import Path
@@ -16,8 +16,8 @@ from hpc_router.state.run_directory import RunDir, make_run
 NOW = time.time()
 
 
-class SeenQueue(Queue):
-    """A view that a test made."""
+class FixedQueue(Queue):
+    """A queue with a fixed snapshot."""
 
     def __init__(self, run: RunDir, jobs: dict[str, QueuedJob], asked_at: float = NOW) -> None:
         super().__init__(run, ask_s=30.0)
@@ -78,7 +78,7 @@ def test_its_own_files_are_newer_than_the_view(run: RunDir) -> None:
 
 
 def test_slurms_state_is_awaited_for_a_job_without_exit_record(run: RunDir) -> None:
-    """A step that ends with status 0 on a node that was given up is no crash."""
+    """A step that ends with status 0 on a lost node is not a crash."""
     job = submitted(run)
     job.write(Ended(0, time.time()))
     assert observed(run, QueuedJob("RUNNING")).state is JobState.ENDING
@@ -127,7 +127,7 @@ def test_a_job_submitted_although_sbatch_failed_is_cancelled(
 
 def test_without_a_snapshot_the_files_count(run: RunDir) -> None:
     submitted(run)
-    queue = SeenQueue(run, {})
+    queue = FixedQueue(run, {})
     queue.now = None
     assert (
         SlurmLauncher(run, Deployment(), queue, JobReader(run)).observe(["math-0.g1"])["math-0.g1"].state
@@ -177,7 +177,7 @@ def calls_of(launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch) -> list[t
 
 
 def test_a_job_is_cancelled_with_sigterm_only(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm's own end gives the site's KillWait, which may be shorter than the drain."""
+    """A plain scancel gives a job only the site's KillWait, which may be shorter than the drain."""
     submitted(run).write(Process(1, 1, "n1", step_id="0"))
     launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
@@ -185,7 +185,7 @@ def test_a_job_is_cancelled_with_sigterm_only(run: RunDir, monkeypatch: pytest.M
     assert calls == [("--state=PENDING", "7"), ("--signal=TERM", "7")]
 
 
-def test_a_replica_that_shares_its_job_goes_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_shares_its_job_is_cancelled_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted(run, shared=True).write(Process(1, 1, "n1", step_id="3"))
     other = JobDir(run, "math-1.g1")
     other.claim()
@@ -200,7 +200,7 @@ def test_a_replica_that_shares_its_job_goes_alone(run: RunDir, monkeypatch: pyte
     assert ("--state=PENDING", "7") in calls
 
 
-def test_a_step_in_a_job_of_somebody_else_never_ends_the_job(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelling_a_step_never_ends_the_users_job(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     job = submitted(run, runner=Runner.STEP, shared=True)
     job.write(Process(1, 1, "n1", step_id="2"))
     job.write(Stop(cancel_at=NOW))

@@ -1,4 +1,4 @@
-"""What a site cannot give, told with the key at which the value stands."""
+"""Requests that a site's nodes cannot satisfy, reported with the config key of the value."""
 
 from dataclasses import replace
 from typing import Any
@@ -87,7 +87,7 @@ def test_requests_that_fit(resources: dict[str, Any]) -> None:
         ({"cpus": 9}, ".cpus=9: partition batch has at most 8 per node"),
         ({"memory_gb": 15.7}, ".memory_gb=15.7: partition batch has at most 15.62 GB per node"),
         ({"nodes": 5}, ".nodes=5: partition batch has 4"),
-        ({"nodes": 4, "gpus": 1}, ".nodes=4: partition batch has 3 with all that is asked for"),
+        ({"nodes": 4, "gpus": 1}, ".nodes=4: partition batch has 3 with all requested resources"),
         ({"walltime": "1-00:01:00"}, ".walltime=1-00:01:00: partition batch allows at most 1-00:00:00"),
         (
             {"constraint": "fats"},
@@ -96,11 +96,11 @@ def test_requests_that_fit(resources: dict[str, Any]) -> None:
         ({"constraint": "fast&(ib|old)"}, "has the feature 'old'"),
         (
             {"cpus": 128, "gpus": 4, "partition": "big"},
-            ": no node of partition big has all that is asked for at once",
+            ": no node of partition big has all requested resources at once",
         ),
         (
             {"constraint": "a100&v100", "partition": "big"},
-            ": no node of partition big has all that is asked for at once",
+            ": no node of partition big has all requested resources at once",
         ),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_router_in_a_job_is_checked() -> None:
 
 
 def test_replicas_that_share_a_job() -> None:
-    """They need as much more, but only as many as there are."""
+    """The job needs the resources of all its replicas, but of no more replicas than exist."""
     shared = {"replicas_per_job": 4}
     assert site_faults(deployment(replicas=8, gpus=1, cpus=2, cluster=shared), SITE) == []
     assert site_faults(deployment(replicas=8, gpus=2, cpus=3, cluster=shared), SITE) == [
@@ -142,7 +142,7 @@ def test_replicas_that_share_a_job() -> None:
 
 
 def test_without_a_named_partition_slurm_decides() -> None:
-    """A submit plugin may choose one: only what no partition of the site has is a fault."""
+    """A submit plugin may choose the partition, so a fault is only what no partition can satisfy."""
     nowhere = parse_site("batch|batch|up|1:00:00|3|8|16000|idle|(null)|(null)")
     assert site_faults(deployment(), nowhere) == []
     assert site_faults(deployment(cpus=9), nowhere) == [f"{AT}.cpus=9: partition batch has at most 8 per node"]

@@ -1,4 +1,4 @@
-"""Every reason Slurm has for a job that waits, in words; and which of them mean that waiting is in vain."""
+"""Explanations of every reason for which Slurm lets a job wait, and which of them mean that it will never start."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What `plan` and `why` say of a Slurm whose signals for a job reach its engines."""
+"""The notes of `plan` and `why` on a Slurm that sends a job's signals to engines, too."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ READY = ReplicaView("math", "math-0.g2", DisplayedState.READY)
 
 
 def ended(*, cut: int, at: float = NOON) -> Observed:
-    """The predecessor of `READY`, which has drained."""
+    """The predecessor of `READY`, which has drained and cut off `cut` answers."""
     end = Exit(True, FailureReason.DRAINED, f"drained after SIGTERM; {cut} answers were cut off", at=at, cut=cut)
     attempts = [
         Attempt(MATH, 1, report=JobReport(JobState.ENDED), claimed_at=NOON - 60, exit=end),

@@ -1,4 +1,4 @@
-"""A request becomes one batch script, and that script does to the shell what it says."""
+"""Batch scripts: their text, and what they do when a shell runs them."""
 
 import json
 import subprocess
@@ -87,12 +87,12 @@ def test_an_expert_overrules_the_cluster_and_adds_to_its_options() -> None:
 
 
 def test_a_job_is_never_requeued_by_slurm() -> None:
-    """A requeued job waits for minutes; a fresh one is the faster replacement, and keeps no count of time-outs."""
+    """A requeued job waits for minutes. A new job starts sooner, and submitit does not count its timeouts."""
     assert "#SBATCH --no-requeue" in script(request()).splitlines()
 
 
 def test_srun_gets_the_number_of_cpus() -> None:
-    """It does not take them from sbatch since Slurm 22.05: the service would run on one core."""
+    """Since Slurm 22.05, srun does not take it from sbatch; the service would run on one core."""
     step = next(line for line in script(request(cpus=6)).split("\n\n") if "srun" in line)
     assert "--cpus-per-task=6" in step
     assert "SRUN_CPUS_PER_TASK" in Path("hpc_router/cluster/launchers/slurm/batch.sh").read_text()
@@ -139,10 +139,10 @@ def test_paths_may_hold_spaces_and_percent_signs() -> None:
         ("17", False, "afterany:17"),
     ],
 )
-def test_a_successor_waits_for_its_predecessor_and_for_what_the_site_wants(
+def test_a_successor_waits_for_its_predecessor_and_for_the_sites_dependency(
     after: str | None, own: object, dependency: str | None
 ) -> None:
-    """Without the first, each router's successor would have a successor while it waits, and so on."""
+    """Without the first dependency, each router's successor would start at once and get a successor of its own."""
     asked = replace(request("router-0.g2", sbatch={"dependency": own}), after=after)
     assert jobs(asked)[0].options().get("dependency") == dependency
 
@@ -159,7 +159,8 @@ def test_a_successor_waits_for_its_predecessor_and_for_what_the_site_wants(
     ],
 )
 def test_a_dependency_that_was_met_is_left_out(own: object, left: str | None) -> None:
-    """Slurm 24.11 and later refuse it once they have forgotten the job; parts that apply to every job stay."""
+    """Slurm 24.11 and later refuse a dependency on a job that they have forgotten. Parts that apply to every job
+    stay."""
     asked = replace(request(sbatch={"dependency": own}), dependency_met=True)
     assert jobs(asked)[0].options().get("dependency") == left
     successor = replace(request("router-0.g2", sbatch={"dependency": own}), after="20", dependency_met=True)
@@ -174,7 +175,8 @@ def run_script(
     environment: Mapping[str, str] = {},
     **cluster: object,
 ) -> int:
-    """Run the script with a stand-in for srun on the PATH; its exit status. `before`: what is in the run already."""
+    """Runs the script with a stand-in for srun on the PATH, and returns its exit status. `before` prepares the run
+    directory."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "srun").write_text(f"#!/bin/bash\n{srun}\n")
@@ -236,8 +238,8 @@ def test_sigterm_to_the_script_does_not_lose_the_record(tmp_path: Path) -> None:
     assert ended(tmp_path)["status"] == 5
 
 
-def test_the_steps_own_records_are_believed_before_bash(tmp_path: Path) -> None:
-    """Where a signal met the end of a step, `wait` of bash 5.2 told 0 for 7 of 900 that had failed."""
+def test_the_steps_own_records_count_before_bash(tmp_path: Path) -> None:
+    """When a signal arrives as a step ends, `wait` of bash 5.2 returned 0 for 7 of 900 failed steps."""
     setup = ['wait() { builtin wait "$@"; return 0; }']
     assert run_script(tmp_path, *PAIR, srun="exit 3", replicas_per_job=2, setup=setup) == 3
 
@@ -279,7 +281,8 @@ def test_a_line_that_fails_is_named_whatever_it_set(tmp_path: Path, line: str) -
     ],
 )
 def test_sigterm_during_setup_is_no_fault_of_the_setup(tmp_path: Path, line: str) -> None:
-    """Preemption and scancel: another job of the same shape would begin, so nothing permanent may be written."""
+    """Preemption and scancel also end a setup line. The record must not be permanent, because another job could
+    start."""
     began = tmp_path / "began"
     status = run_script(tmp_path, request(), setup=[line, f"touch {began}"], srun=f"touch {began}")
     assert status in (143, 4)
@@ -291,8 +294,9 @@ def test_sigterm_during_setup_is_no_fault_of_the_setup(tmp_path: Path, line: str
     ("pause", "status", "message"),
     [("kill -TERM $$", 143, None), (":", 1, "cluster.setup[1] failed on ")],
 )
-def test_a_child_may_hear_of_sigterm_first(tmp_path: Path, pause: str, status: int, message: str | None) -> None:
-    """Slurm signals one process after the other; a line that always ends so would for ever be tried again."""
+def test_a_child_may_get_sigterm_first(tmp_path: Path, pause: str, status: int, message: str | None) -> None:
+    """Slurm signals one process after the other. A line that always ends with this status must not be retried for
+    ever."""
     setup = [f"sleep() {{ {pause}; }}", "bash -c 'kill -TERM $$'"]
     assert run_script(tmp_path, request(), setup=setup) == status
     record = ended(tmp_path)
@@ -312,7 +316,7 @@ EXIT = Exit(ok=False, reason=FailureReason.UNANSWERED, message="sbatch timed out
 def test_a_job_whose_replicas_have_ended_ends_at_once(
     tmp_path: Path, record: Exit | Ended | JobInfo, replicas: tuple[str, ...]
 ) -> None:
-    """sbatch may be given up and yet be heard: by then another generation has been submitted."""
+    """sbatch may time out although the job was submitted; by the time it starts, another generation exists."""
     found: list[dict[Path, bytes]] = []
 
     def contents() -> dict[Path, bytes]:
@@ -340,7 +344,7 @@ def test_a_job_whose_replicas_have_ended_ends_at_once(
 
 @pytest.mark.parametrize("environment", [{"SLURM_JOB_ID": "17"}, {}])
 def test_a_job_that_is_waited_for_begins(tmp_path: Path, environment: dict[str, str]) -> None:
-    """Its `job.json` comes a moment after sbatch has returned; a step of an allocation has no $SLURM_JOB_ID."""
+    """Its `job.json` appears a moment after sbatch has returned. A step of an allocation has no $SLURM_JOB_ID."""
     job_id = environment.get("SLURM_JOB_ID", "16")
     for number, infos in enumerate(([], [job_of(job_id)])):
         folder = tmp_path / str(number)
@@ -396,8 +400,8 @@ def test_lines_of_bash_have_no_faults() -> None:
         ("fi", "syntax error near unexpected token `fi'"),
     ],
 )
-def test_a_line_that_is_no_bash_is_named(line: str, said: str) -> None:
-    """Also what is whole by itself and would swallow the lines after it."""
+def test_a_line_with_a_syntax_error_is_named(line: str, said: str) -> None:
+    """Lines that are valid alone but would swallow the next ones are named, too."""
     (fault,) = setup_faults(["true", line])
     assert fault.startswith("cluster.setup[1]: ")
     assert said in fault

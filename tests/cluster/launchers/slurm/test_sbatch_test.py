@@ -1,4 +1,4 @@
-"""What is tried with Slurm before anything is submitted, and how often."""
+"""Jobs are tested with Slurm before anything is submitted, each kind once."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ SIM = ExpertConfig(model="m", engine=EngineConfig(kind="sim"))
 
 
 def deployment(*cpus: int, **cluster: Any) -> Deployment:
-    """An expert of two replicas for each number of CPUs."""
+    """A deployment with an expert of two replicas for each number of CPUs."""
     experts = {f"e{n}": replace(SIM, replicas=2, resources=ResourceConfig(cpus=c)) for n, c in enumerate(cpus)}
     return replace(Deployment(experts=experts), cluster=ClusterConfig(kind="slurm", **cluster))
 
@@ -35,7 +35,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
 
 
 def test_equal_jobs_are_tested_once(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the script that will be submitted, whatever options the user's shell has for sbatch."""
+    """The test uses the script that will be submitted, and ignores sbatch options in the user's environment."""
     monkeypatch.setenv("SBATCH_PARTITION", "other")
     programs.add("sbatch", f'echo "$SBATCH_PARTITION" >>{programs.folder}/seen; cat >>{programs.folder}/script')
     made = deployment(1, 1, 2)

@@ -1,4 +1,4 @@
-"""What `sinfo` says of very different sites."""
+"""Parses the `sinfo` output of very different sites."""
 
 import math
 import os
@@ -60,7 +60,7 @@ def test_a_partition_of_different_nodes() -> None:
 
 
 def test_what_a_site_leaves_out() -> None:
-    """No limit, no memory, no nodes."""
+    """A site without time limits, memory and nodes."""
     found = parse_site(MIXED).partitions
     assert found["cpu"].limit_s == math.inf
     assert found["cpu"].kinds[0].memory_mb is None
@@ -77,7 +77,7 @@ def test_nodes_that_run_jobs_now_or_by_themselves(state: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["idle*", "down", "drng", "drain*", "inval", "down~"])
-def test_nodes_that_somebody_must_see_to(state: str) -> None:
+def test_nodes_that_need_an_administrator(state: str) -> None:
     assert not kind_in(state).usable
 
 
@@ -86,7 +86,7 @@ def kind_in(state: str) -> NodeKind:
 
 
 def program(folder: Path, name: str, script: str) -> Path:
-    """A command of Slurm's that answers as told; alone on PATH with the system's own."""
+    """Puts a command of Slurm on the PATH that runs this script."""
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -104,7 +104,7 @@ def test_one_sinfo_without_the_users_settings(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "message"),
     [
         ("echo one >&2; echo 'Unable to contact slurm controller' >&2; exit 1", "^Unable to contact slurm controller$"),
         ("exit 1", "non-zero exit status 1"),
@@ -114,16 +114,16 @@ def test_one_sinfo_without_the_users_settings(tmp_path: Path, monkeypatch: pytes
         ("printf '\\377\\n' >&2; exit 1", "^\ufffd$"),
     ],
 )
-def test_no_answer(script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_answer(script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "sinfo", script)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(sinfo, "TIMEOUT_S", 2.0)
-    with pytest.raises(LaunchError, match=said):
+    with pytest.raises(LaunchError, match=message):
         ask_site()
 
 
 def test_an_answer_in_another_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A feature's name that is no UTF-8 does not hide the rest."""
+    """The name of a feature that is not valid UTF-8 does not hide the rest."""
     program(tmp_path, "sinfo", "printf 'p|p*|up|1:00|1|8|1000|idle|\\377,fast|(null)\\n'")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert "fast" in ask_site().partitions["p"].kinds[0].features

@@ -1,4 +1,4 @@
-"""The shared view of the queue: how often Slurm is asked, and what its answers mean."""
+"""The shared snapshot of the queue: how often Slurm is queried, and how its answers are parsed."""
 
 import time
 from dataclasses import asdict
@@ -21,8 +21,8 @@ def run(tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each question to Slurm; time stands at `now` unless a test moves it."""
+def queries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list with one entry for each query of Slurm. The clock stands at `now` unless a test moves it."""
     questions: list[int] = []
 
     def answer() -> dict[str, QueuedJob]:
@@ -55,7 +55,7 @@ def test_squeue_lines_are_read() -> None:
 
 
 def test_a_reason_of_one_of_several_partitions_is_not_that_of_the_job() -> None:
-    """It would be hopeless otherwise: Slurm shows the reason of the partition that it considered last."""
+    """Slurm shows the reason of the partition that it considered last, so the job may still start elsewhere."""
     line = "12|PENDING||N/A|N/A|sh|/home|tiny,batch|PartitionTimeLimit".replace("|", "\t")
     reason = parse_squeue(line)["12"].reason
     assert reason == "PartitionTimeLimit for one of the partitions tiny,batch"
@@ -64,31 +64,31 @@ def test_a_reason_of_one_of_several_partitions_is_not_that_of_the_job() -> None:
     assert explain_pending(alone.reason or "").hopeless
 
 
-def test_many_watchers_share_one_question(run: RunDir, asked: list[int]) -> None:
+def test_many_watchers_share_one_query(run: RunDir, queries: list[int]) -> None:
     watchers = [Queue(run, ask_s=30.0) for _ in range(5)]
     views = [watcher.snapshot() for watcher in watchers for _ in range(3)]
-    assert len(asked) == 1
+    assert len(queries) == 1
     assert all(view is not None and view.jobs["7"].node == "n1" for view in views)
 
 
-def test_a_verb_asks_afresh_and_the_others_get_its_answer(run: RunDir, asked: list[int]) -> None:
+def test_a_verb_queries_at_once_and_the_others_get_its_answer(run: RunDir, queries: list[int]) -> None:
     loop, verb = Queue(run, ask_s=30.0), Queue(run, ask_s=30.0)
     loop.snapshot()
     seen = verb.snapshot(fresh=True)
-    assert len(asked) == 2
+    assert len(queries) == 2
     assert loop.snapshot() == seen
-    assert len(asked) == 2
+    assert len(queries) == 2
 
 
-def test_an_old_snapshot_is_replaced(run: RunDir, asked: list[int]) -> None:
+def test_an_old_snapshot_is_replaced(run: RunDir, queries: list[int]) -> None:
     replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=0.0, jobs={})))
     view = Queue(run, ask_s=30.0).snapshot()
-    assert len(asked) == 1
+    assert len(queries) == 1
     assert view is not None
     assert "7" in view.jobs
 
 
-def test_a_snapshot_from_the_future_is_ignored(run: RunDir, asked: list[int]) -> None:
+def test_a_snapshot_from_the_future_is_ignored(run: RunDir, queries: list[int]) -> None:
     replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=time.time() + 3600, jobs={})))
     view = Queue(run, ask_s=30.0).snapshot()
     assert view is not None
@@ -98,7 +98,7 @@ def test_a_snapshot_from_the_future_is_ignored(run: RunDir, asked: list[int]) ->
 def test_a_hanging_squeue_leaves_the_last_snapshot(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What it said until it was stopped comes as bytes."""
+    """The output before the timeout arrives as bytes."""
     tool = tmp_path / "squeue"
     tool.write_text("#!/bin/bash\necho slow >&2\nexec sleep 60\n")
     tool.chmod(0o755)
@@ -107,25 +107,25 @@ def test_a_hanging_squeue_leaves_the_last_snapshot(
     assert Queue(run, ask_s=30.0).snapshot(fresh=True) is None
 
 
-def test_while_another_process_queries_the_old_snapshot_is_valid(run: RunDir, asked: list[int]) -> None:
+def test_while_another_process_queries_the_old_snapshot_is_valid(run: RunDir, queries: list[int]) -> None:
     replace_json(run.path / "squeue.json", asdict(QueueSnapshot(asked_at=5.0, jobs={})))
     (run.path / ".squeue.asking").touch()
     view = Queue(run, ask_s=30.0).snapshot()
-    assert asked == []
+    assert queries == []
     assert view is not None
     assert view.asked_at == 5.0
 
 
-def test_the_claim_of_a_process_that_died_is_taken_over(run: RunDir, asked: list[int]) -> None:
+def test_the_claim_of_a_process_that_died_is_taken_over(run: RunDir, queries: list[int]) -> None:
     (run.path / ".squeue.asking").touch()
     watcher = Queue(run, ask_s=0.0)
     watcher.snapshot()  # finds the claim old, and removes it
     watcher.snapshot()
-    assert len(asked) == 1
+    assert len(queries) == 1
 
 
 def test_a_controller_that_does_not_answer_leaves_the_last_snapshot(
-    run: RunDir, asked: list[int], monkeypatch: pytest.MonkeyPatch
+    run: RunDir, queries: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watcher = Queue(run, ask_s=30.0)
     before = watcher.snapshot()
@@ -141,7 +141,7 @@ def test_a_controller_that_does_not_answer_leaves_the_last_snapshot(
 @pytest.mark.parametrize(
     "text", ["{}", '{"asked_at": 1, "jobs": {"1": {"unknown": 2}}}', '{"asked_at": null, "jobs": {}}']
 )
-def test_a_damaged_snapshot_is_ignored(run: RunDir, asked: list[int], text: str) -> None:
+def test_a_damaged_snapshot_is_ignored(run: RunDir, queries: list[int], text: str) -> None:
     (run.path / "squeue.json").write_text(text)
     assert Queue(run, ask_s=30.0).snapshot() is not None
-    assert len(asked) == 1
+    assert len(queries) == 1

@@ -1,4 +1,4 @@
-"""Slurm's sentences, each as a real one said it, and what is made of them."""
+"""Error texts of real Slurm versions, and the advice that users get."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What submitit is given: a function by its name and plain values, so no code of ours is frozen into a job."""
+"""A submitted job holds a function by its name and plain values, so that no code is pickled into it."""
 
 import pickletools
 import subprocess
@@ -28,7 +28,7 @@ def names_in(pickled: bytes) -> set[str]:
 
 
 def test_a_job_holds_a_name_and_plain_values(tmp_path: Path) -> None:
-    """By value it would run the submitter's code of weeks ago on a node with another version, or not load at all."""
+    """A pickle by value would run the submitter's old code on a node with another version, or not load at all."""
     run = make_run(tmp_path / "run")
     submission = Submission(str(run.path), {"math-0.g1": ["/bin/true"]})
     for job in submission.jobs:
