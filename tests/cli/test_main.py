@@ -52,7 +52,7 @@ def test_help_lists_all_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    said = Said(capsys, verb, "--help")
+    said = Output(capsys, verb, "--help")
     assert said.status == 0
     assert f"hpc-router {verb}" in said.out.partition("examples:")[2] or verb in ("url", "token")
     assert "--run DIR" in said.out or verb in ("bench", "classify", "nodes")

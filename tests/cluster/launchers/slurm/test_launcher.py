@@ -40,7 +40,7 @@ def submitted(run: RunDir, *, runner: Runner = Runner.SLURM, at: float = NOW, sh
 
 
 def observed(run: RunDir, queued: QueuedJob | None, asked_at: float = NOW):  # type: ignore[no-untyped-def]
-    queue = SeenQueue(run, {} if queued is None else {"7": queued}, asked_at)
+    queue = FixedQueue(run, {} if queued is None else {"7": queued}, asked_at)
     return SlurmLauncher(run, Deployment(), queue, JobReader(run)).observe(["math-0.g1"])["math-0.g1"]
 
 
@@ -98,7 +98,7 @@ def test_a_job_submitted_after_the_view_is_not_lost(run: RunDir) -> None:
 
 def test_a_job_that_slurm_has_forgotten_is_missing_in_answers_of_ones_own(run: RunDir) -> None:
     submitted(run)
-    queue = SeenQueue(run, {})
+    queue = FixedQueue(run, {})
     launcher = SlurmLauncher(run, Deployment(), queue, JobReader(run))
     for answered in range(MIN_MISSED_ANSWERS + 1):
         queue.answers = answered
@@ -116,11 +116,11 @@ def test_a_job_submitted_although_sbatch_failed_is_cancelled(
     job = JobDir(run, "math-0.g1")
     job.claim()
     queued = QueuedJob("PENDING", name="math-0.g1:demo", folder=str(run.path))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}), JobReader(run))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": queued}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
     assert launcher.remaining(["math-0.g1"]) == []
     job.write(record)
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": queued}), JobReader(run))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": queued}), JobReader(run))
     assert launcher.remaining(["math-0.g1"]) == ["7"]
     assert calls == [("7",)]
 
@@ -179,7 +179,7 @@ def calls_of(launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch) -> list[t
 def test_a_job_is_cancelled_with_sigterm_only(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain scancel gives a job only the site's KillWait, which may be shorter than the drain."""
     submitted(run).write(Process(1, 1, "n1", step_id="0"))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}), JobReader(run))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
     launcher.cancel(["math-0.g1"])
     assert calls == [("--state=PENDING", "7"), ("--signal=TERM", "7")]
@@ -190,7 +190,7 @@ def test_a_replica_that_shares_its_job_is_cancelled_alone(run: RunDir, monkeypat
     other = JobDir(run, "math-1.g1")
     other.claim()
     other.write(JobInfo("7", "login1", runner=Runner.SLURM, shared=True))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {}), JobReader(run))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
     launcher.cancel(["math-0.g1"])
     assert calls == [("--signal=TERM", "7.3")]
@@ -204,7 +204,7 @@ def test_cancelling_a_step_never_ends_the_users_job(run: RunDir, monkeypatch: py
     job = submitted(run, runner=Runner.STEP, shared=True)
     job.write(Process(1, 1, "n1", step_id="2"))
     job.write(Stop(cancel_at=NOW))
-    launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob("RUNNING")}), JobReader(run))
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": QueuedJob("RUNNING")}), JobReader(run))
     calls = calls_of(launcher, monkeypatch)
     launcher.cancel(["math-0.g1"])
     launcher.kill(["math-0.g1"])
@@ -216,5 +216,5 @@ def test_remaining_jobs_come_from_slurm(run: RunDir) -> None:
     job = submitted(run)
     job.write(Ended(0, NOW))
     for word, left in (("COMPLETING", ["7"]), ("RUNNING", ["7"]), ("COMPLETED", [])):
-        launcher = SlurmLauncher(run, Deployment(), SeenQueue(run, {"7": QueuedJob(word)}), JobReader(run))
+        launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": QueuedJob(word)}), JobReader(run))
         assert launcher.remaining(["math-0.g1"]) == left
