@@ -153,7 +153,9 @@ def test_replica_names_are_split_into_their_parts(expert: str, slot: int, genera
     assert split_replica(replica_name(expert, slot, generation)) == (expert, str(slot), generation)
 
 
-@pytest.mark.parametrize("url", ["", "http://", "http:///v1", "ftp://h", "http://h\\v1", "http://h/\\v1", "http://h /v1"])
+@pytest.mark.parametrize(
+    "url", ["", "http://", "http:///v1", "ftp://h", "http://h\\v1", "http://h/\\v1", "http://h /v1"]
+)
 def test_a_record_without_a_usable_address_is_skipped(tmp_path: Path, url: str) -> None:
     """Otherwise the router could not read any record while it is there."""
     publish(tmp_path, RECORD)

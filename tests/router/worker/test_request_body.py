@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.errors import BadRequestError
-from hpc_router.router.worker.request_body import MAX_COLONS, MAX_COMMAS, MAX_CONTAINERS, MAX_DIGITS, check_values, decode
+from hpc_router.router.worker.request_body import (
+    MAX_COLONS,
+    MAX_COMMAS,
+    MAX_CONTAINERS,
+    MAX_DIGITS,
+    check_values,
+    decode,
+)
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
