@@ -94,7 +94,7 @@ class _Reader:
 
 def _same(text: str, value: float) -> bool:
     """Returns whether `text` is a plain decimal notation of `value`."""
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return True  # infinity and NaN: the parser reports them as out of range
     try:
         return (int(text) if isinstance(value, int) else float(text)) == value and not _leading_zero(text)

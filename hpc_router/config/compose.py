@@ -23,10 +23,10 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from yaml import YAMLError
 
 from hpc_router.config.as_written import as_written
-from hpc_router.config.frozen import GROUPS, IGNORED_KEYS, ROOT_KEYS, display_path, to_deployment, yaml_error_text
-from hpc_router.config.parsing import is_text, type_at
+from hpc_router.config.frozen import GROUPS, IGNORED_KEYS, ROOT_KEYS, display_path, flat, to_deployment, yaml_error_text
+from hpc_router.config.parsing import REQUIRED, is_text, type_at
 from hpc_router.config.schema import Deployment, ExpertConfig
-from hpc_router.config.sources import Sources, composed_files, parse_override, place_of
+from hpc_router.config.sources import Sources, composed_files, parse_override, place_of, shown
 from hpc_router.errors import ConfigError, suggest
 
 
@@ -88,7 +88,7 @@ def _delete(config: DictConfig | ListConfig, override: Override) -> None:
     parent, _, name = override.key_or_group.rpartition(".")
     holder = OmegaConf.select(config, parent) if parent else config
     if not isinstance(holder, DictConfig) or name not in holder:
-        raise ConfigError(f"override '{override.input_line}': there is no '{override.key_or_group}' to remove")
+        raise ConfigError(f"{shown(str(override.input_line))}: there is no '{override.key_or_group}' to remove")
     del holder[name]
 
 
@@ -121,6 +121,10 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
     defaults = asdict(Deployment()) | {"experts": {name: asdict(ExpertConfig()) for name in experts or {}}}
     merged = OmegaConf.merge(OmegaConf.create(defaults), composed)
     assert isinstance(merged, DictConfig)
+    texts = flat(OmegaConf.to_container(merged))
+    for key, value in flat(OmegaConf.to_container(composed)).items():
+        if value == REQUIRED and texts[key] != REQUIRED:  # OmegaConf took the default instead
+            raise ConfigError(f"'{key}' is missing: `{REQUIRED}` stands for a value that has to be set", key=key)
     return {str(key): resolved(merged, key) for key in composed}
 
 
@@ -203,7 +207,7 @@ def _single_value(text: str, override: Override) -> str:
         return f"{key}='{value.strip()}'"
     valid = f"{key}=[{value}] for a list" if get_origin(kind) is list else f"{key}=VALUE"
     problem = "several values are only valid in a sweep (`python -m launch.deploy -m`)"
-    raise ConfigError(f"override '{text}': {problem}; valid here: {valid}", key=override.key_or_group)
+    raise ConfigError(f"{shown(text)}: {problem}; valid here: {valid}", key=override.key_or_group)
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:
@@ -219,7 +223,7 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         first, dot, rest = key.partition(".")
         if dot and first in GROUPS and first not in ROOT_KEYS:
             valid = f"; did you mean 'experts.{rest}'?" if first == "expert" else suggest(first, ROOT_KEYS)
-            raise ConfigError(f"override '{text}': unknown key '{key}'{valid}", key=key)
+            raise ConfigError(f"{shown(text)}: unknown key '{key}'{valid}", key=key)
         is_value = not (
             key in GROUPS or key.split(".")[0] in IGNORED_KEYS or "/" in key or override.package is not None
         )
@@ -240,6 +244,10 @@ def _translated_errors(config_dir: Path | None) -> Iterator[None]:
         raise ConfigError(f"{_composed_file(error)}{' '.join(problem.split(chr(10), 1)[0].split())}") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(yaml_error_text(error, _undecodable(error, config_dir))) from error
+    except RecursionError as error:
+        raise ConfigError("a config file is nested too deeply, or an alias in it contains itself") from error
+    except ValueError as error:  # such as a number of too many digits
+        raise ConfigError(f"a config file has a value that cannot be read: {error}") from error
 
 
 def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:

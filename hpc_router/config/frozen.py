@@ -99,7 +99,7 @@ def yaml_error_text(error: YAMLError | UnicodeDecodeError, name: str) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
     mark: Any = getattr(error, "problem_mark", None)
-    problem = str(getattr(error, "problem", None) or error)
+    problem = str(getattr(error, "problem", None) or error).split("\n", 1)[0]
     where = f"{display_path(Path(mark.name))}:{mark.line + 1}" if mark is not None else name
     duplicate = re.match(r"found duplicate key (.+)", problem)
     if duplicate:

@@ -161,7 +161,7 @@ def _scalar(kind: Any, value: Any) -> str | bool | int | float | None:
         return None
     try:
         if kind is float:
-            return float(value)
+            return float(value) if text is None or (text.isascii() and "_" not in text) else None
         if kind is int:
             return int(value) if isinstance(value, int) or (text is not None and _WHOLE.fullmatch(text)) else None
     except (ValueError, OverflowError):

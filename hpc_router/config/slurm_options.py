@@ -102,7 +102,9 @@ def check_script(cluster: ClusterConfig) -> None:
 
 
 def check_environment(at: str, environment: Mapping[str, str]) -> None:
-    for name in environment:
+    for name, value in environment.items():
+        if "\0" in value:
+            raise ConfigError(f"{at}.{name}: has a null character, which ends the value", key=f"{at}.{name}")
         if not _VARIABLE.fullmatch(name):
             valid = "letters, digits and '_', not beginning with a digit"
             raise ConfigError(f"{at}.{name}: cannot name a variable (valid: {valid})", key=f"{at}.{name}")

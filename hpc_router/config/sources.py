@@ -28,14 +28,21 @@ from hpc_router.config.frozen import GROUPS, display_path
 from hpc_router.errors import ConfigError
 
 
+def shown(text: str) -> str:
+    """Returns how messages name an override: its text in quotes, in one line."""
+    return f"override '{text}'" if text.isprintable() else f"override {text!r}"
+
+
 def parse_override(text: str) -> Override:
     """Parses an override of the command line. Raises ConfigError with the override's text."""
     try:
         return OverridesParser.create().parse_override(text)
-    except HydraException as error:
+    except RecursionError as error:
+        raise ConfigError(f"{shown(text)}: nested too deeply") from error
+    except (HydraException, ValueError) as error:  # ValueError: a number of too many digits
         first = str(error).split("\n", 1)[0]
         raise ConfigError(
-            f"override '{text}': {first} (valid: key=value, a group's topology=name, ~key; "
+            f"{shown(text)}: {first} (valid: key=value, a group's topology=name, ~key; "
             "quote values with special characters: key='a, b')"
         ) from error
 
@@ -56,7 +63,7 @@ class Sources:
             if path[: len(key)] == key and _equal(_value_at(typed, path[len(key) :]), value):
                 written = _value_at(parts, path[len(key) :])
                 if isinstance(written, str):
-                    return Written(written, f"override '{text}'")
+                    return Written(written, shown(text))
         for file, package, root in self._parsed_files:
             if path[: len(package)] == package:
                 node = _node_at(root, path[len(package) :])
@@ -106,7 +113,9 @@ def _with_text(text: str) -> Override:
 
 
 def _equal(found: object, value: object) -> bool:
-    return type(found) is type(value) and found == value
+    if type(found) is not type(value):
+        return False
+    return found == value or (found != found and value != value)  # NaN is unequal to itself
 
 
 def _value_at(value: Any, path: as_written.Path, *, absent: object = None) -> Any:
@@ -161,7 +170,7 @@ def place_of(key: str, overrides: Sequence[str]) -> str:
         override = parse_override(text)
         chooses_file = override.key_or_group in GROUPS and isinstance(override.value(), str)
         if not chooses_file and _touches(override.key_or_group, key):
-            return f"override '{text}': "
+            return f"{shown(text)}: "
     for path, package in reversed(list(composed_files(overrides))):
         below = _below(key, package)
         if below and _value_at(OmegaConf.to_container(OmegaConf.load(path)), below, absent=_ABSENT) is not _ABSENT:

@@ -22,7 +22,13 @@ from hpc_router.config.schema import (
     VllmOptions,
     options_of,
 )
-from hpc_router.config.slurm_options import check_environment, check_not_empty, check_options, check_script
+from hpc_router.config.slurm_options import (
+    check_environment,
+    check_not_empty,
+    check_one_line,
+    check_options,
+    check_script,
+)
 from hpc_router.errors import ConfigError, suggest
 
 _RUN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -42,6 +48,7 @@ _SPANS_NODES: Final = ("vllm", "sim")
 def check(deployment: Deployment) -> None:
     """Raises ConfigError for the first invalid value of a deployment."""
     check_values(deployment, at="")
+    check_one_line("name", deployment.name)
     if not _RUN_NAME.fullmatch(deployment.name):
         valid = "letters, digits, '.', '-' and '_', at most 63"
         raise ConfigError(f"name={deployment.name}: cannot name a run directory (valid: {valid})", key="name")
@@ -196,6 +203,7 @@ def _check_expert(name: str, expert: ExpertConfig, cluster: ClusterConfig) -> No
         )
     if not expert.model:
         raise ConfigError(f"{at}.model is empty (valid: a model folder or a hub id)", key=f"{at}.model")
+    check_one_line(f"{at}.model", expert.model)
     check_environment(f"{at}.engine.env", expert.engine.env)
     _check_resources(f"{at}.resources", expert.resources, cluster)
     if expert.adapter_of is not None:

@@ -5,8 +5,8 @@ import re
 from typing import Final
 
 VALID: Final = "D-HH:MM:SS, HH:MM:SS, MM:SS, or minutes"
-_PLAIN: Final = re.compile(r"(?:(?:(\d+):)?(\d+):(\d+)|(\d+))")
-_WITH_DAYS: Final = re.compile(r"(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?")
+_PLAIN: Final = re.compile(r"(?:(?:(\d{1,9}):)?(\d{1,9}):(\d{1,9})|(\d{1,9}))", re.ASCII)
+_WITH_DAYS: Final = re.compile(r"(\d{1,9})-(\d{1,9})(?::(\d{1,9})(?::(\d{1,9}))?)?", re.ASCII)
 
 
 def walltime_s(text: str) -> float | None:

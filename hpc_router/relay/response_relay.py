@@ -40,7 +40,7 @@ class ResponseRelay:
     """The response to `request`. The handler returns `response` at the end.
 
     `abort_detector`: that of the request's API. `stream`: the request asks for a stream, so a body without a length is
-    not buffered, whatever its content type.
+    not buffered, whatever its content type. Events that the upstream has compressed pass as any other body.
     """
 
     __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "events", "response", "status")
@@ -63,7 +63,7 @@ class ResponseRelay:
     async def relay(self, upstream: UpstreamResponse, head: bytes) -> None:
         """Relay all of it. Raises what `UpstreamResponse.stream_to` raises, UpstreamAbortedError and
         DownstreamGoneError."""
-        if upstream.content_type == CONTENT_TYPE:
+        if upstream.content_type == CONTENT_TYPE and b"content-encoding" not in upstream.headers:
             self.begin_events(upstream.status, head)
             await self.relay_events(upstream)
             return

@@ -18,6 +18,9 @@ EVENT_ENDS: Final = (b"\n\n", b"\n\r\n", b"\r\r", b"\n\r", b"\r\r\n")
 """A blank line after each line end of the standard (LF, CRLF, CR). The LF of a CRLF may arrive after its CR; it then
 counts as one more blank line, which parsers ignore."""
 _LINE_END: Final = re.compile(rb"\r\n|\r|\n")
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_WITHOUT_CONTENT: Final = (b":", b"retry:")
+"""Beginnings of the lines that no event needs: comments, and the pause before a reconnection."""
 
 
 class EventTooLargeError(ValueError):
@@ -48,16 +51,16 @@ class EventSplitter:
 
     def end(self) -> bytes:
         """The remaining bytes at the regular end of a stream, plus the blank line if it is missing, because parsers
-        drop an event without one. The last event is complete if its data is `[DONE]` or valid JSON, or if it has
-        comments only.
+        drop an event without one. The last event is complete if its data is `[DONE]` or valid JSON, or if all its
+        lines are without content.
 
         Raises UnfinishedEventError.
         """
         tail, self.tail = self.tail, b""
-        lines = _LINE_END.split(tail)
-        if any(line and not line.startswith(b":") for line in lines):
+        lines = _lines(tail)
+        if any(line and not line.startswith(_WITHOUT_CONTENT) for line in lines):
             data = next(payloads(tail + b"\n\n"), b"")
-            if data != DONE and not _is_json(data):
+            if data.strip() != DONE and not _is_json(data):
                 raise UnfinishedEventError("the stream ended inside an event")
         elif not any(lines):
             return tail
@@ -68,12 +71,17 @@ class EventSplitter:
 def payloads(events: bytes) -> Iterator[bytes]:
     """The data of each complete event that has data."""
     data: list[bytes] = []
-    for line in _LINE_END.split(events):
+    for line in _lines(events):
         if line.startswith(b"data:"):
             data.append(line[5:].removeprefix(b" "))
         elif not line and data:
             yield b"\n".join(data)
             data.clear()
+
+
+def _lines(events: bytes) -> list[bytes]:
+    """The lines, without the byte order mark with which a stream may begin."""
+    return _LINE_END.split(events.removeprefix(_BYTE_ORDER_MARK))
 
 
 def _is_json(data: bytes) -> bool:

@@ -21,6 +21,7 @@ from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.stamped_file import StampedFile
 
 SCHEMA: Final = 1
+_URL = re.compile(r"https?://[^\s\\/]+(/[^\s\\]*)?")
 _REPLICA = re.compile(r"(?P<expert>[a-z0-9][a-z0-9_-]*)-(?P<slot>[a-z]*[0-9]+)\.g(?P<generation>[0-9]+)")
 
 
@@ -129,7 +130,7 @@ def _check_types(record: Record) -> None:
     )
     accepts_ok = all(isinstance(item, str) for item in record.accepts or ())
     generation_ok = isinstance(record.generation, int) and not isinstance(record.generation, bool)
-    url_ok = isinstance(record.url, str) and record.url.startswith(("http://", "https://"))
+    url_ok = isinstance(record.url, str) and _URL.fullmatch(record.url) is not None
     texts_ok = isinstance(record.nonce, str | None) and isinstance(record.probe, str | None)
     if not (serves_ok and numbers_ok and engine_ok and accepts_ok and generation_ok and url_ok and texts_ok):
         raise RegistryError(f"record {record.replica!r} has a value of the wrong type")

@@ -105,7 +105,11 @@ def test_any_text_survives_being_frozen_and_changed(one: str, two: str, three: s
     deployment = Deployment(
         cluster=ClusterConfig(kind="slurm", env={"A": one}),
         policy=PolicyConfig(kind="model_field"),
-        experts={"a": ExpertConfig(model="m", exemplars=[two], engine=EngineConfig("sim", env={"B": three}))},
+        experts={
+            "a": ExpertConfig(
+                model="m", exemplars=[two], engine=EngineConfig("sim", env={"B": three.replace("\0", "")})
+            )
+        },
     )
     deployment.experts["a"].engine.options = {"extra": {"x": two}}
     if any(c in one for c in "\n\r\0\x85\u2028\u2029") or not one.isprintable():

@@ -48,6 +48,18 @@ OVERRIDES = [
     (["router.host='10.1.2'"], ["neither a host's name nor an address"]),
     (["router.host='h:80'"], ["neither a host's name nor an address", "router.port"]),
     (["cluster.setup=['echo ${HOME}']"], ["'cluster.setup[0]'", "'HOME' not found", "as \\${NAME}"]),
+    # texts that no key can take
+    (["experts.math.replicas=1" + "0" * 400], ["experts.math.replicas=more than 1e15", "valid: 0 to 1024"]),
+    (["cluster.env.A=1" + "0" * 5000], ["override 'cluster.env.A=1000", "digits"]),
+    (["cluster.env.A=" + "[" * 3000 + "]" * 3000], ["override 'cluster.env.A=[[[", "nested too deeply"]),
+    (["router.drain_s='٣.٥'"], ["'router.drain_s': '٣.٥' is not a number"]),
+    (["router.drain_s='1_0'"], ["'router.drain_s': '1_0' is not a number"]),
+    (["experts.math.model='m\n'"], ["override \"experts.math.model='m\\n'\"", r"control character '\n'"]),
+    (["name='x\n'"], ["override \"name='x\\n'\"", r"name: has the control character '\n'"]),
+    (["router.port=x\n"], [r"override 'router.port=x\n'"]),
+    (["cluster.walltime='٣:00:00'", "cluster.kind=slurm"], ["'cluster.walltime=", "not a time"]),
+    (["router.workers=???"], ["override 'router.workers=???'", "'router.workers' is missing"]),
+    (["cluster.login='???'"], ["'cluster.login' is missing"]),
     # values out of range or outside a fixed set
     (["router.port=70000"], ["override 'router.port=70000'", "valid: 0 to 65535"]),
     (["router.workers=0"], ["router.workers=0", "1 to 256"]),
@@ -103,6 +115,18 @@ FILES = [
     ("defaults:\n - /expert/cod@_global_.experts.code\n", ["topology/mine.yaml names 'expert/cod'", "'code'?"]),
     (f"router: 3\nexperts:\n  a: {{model: x, {EXPERT}}}\n", ["topology/mine.yaml"]),
     ("- a\n- b\n", ["topology/mine.yaml"]),
+    (f"experts:\n  a: {{model: x, {EXPERT}, replicas: 1{'0' * 400}}}\n", ["mine.yaml", "valid: 0 to 1024"]),
+    (f"experts:\n  a: {{model: x, {EXPERT}, replicas: 1{'0' * 5000}}}\n", ["config file", "digits"]),
+    (f"experts:\n  a: {{model: x, {EXPERT}, revision: {'[' * 3000}{']' * 3000}}}\n", ["nested too deeply"]),
+    (f"experts: &e\n  a: {{model: x, {EXPERT}}}\n  b: *e\n", ["an alias in it contains itself"]),
+    (f"experts:\n  a: {{model: x, revision: .nan, {EXPERT}}}\n", ["mine.yaml:3", 'revision: ".nan" in a file']),
+    (f"experts:\n  a: {{model: x, revision: '???', {EXPERT}}}\n", ["'experts.a.revision' is missing"]),
+    (f'experts:\n  a: {{model: "x\\n", {EXPERT}}}\n', ["mine.yaml", r"control character '\n'"]),
+    (
+        'experts:\n  a: {model: x, engine: {kind: sim, env: {A: "x\\0"}}}\n',
+        ["experts.a.engine.env.A", "null character"],
+    ),
+    ("experts: {}\n# \0\n", ["a config file: not valid YAML", "#x0000"]),
 ]
 
 

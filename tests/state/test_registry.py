@@ -153,6 +153,16 @@ def test_replica_names_are_split_into_their_parts(expert: str, slot: int, genera
     assert split_replica(replica_name(expert, slot, generation)) == (expert, str(slot), generation)
 
 
+@pytest.mark.parametrize(
+    "url", ["", "http://", "http:///v1", "ftp://h", "http://h\\v1", "http://h/\\v1", "http://h /v1"]
+)
+def test_a_record_without_a_usable_address_is_skipped(tmp_path: Path, url: str) -> None:
+    """Otherwise the router could not read any record while it is there."""
+    publish(tmp_path, RECORD)
+    publish(tmp_path, replace(RECORD, replica="math-1.g1", url=url))
+    assert RegistryReader(tmp_path).snapshot() == {"math-0.g3": RECORD}
+
+
 @pytest.mark.parametrize("name", ["", "math", "math-0", "math-0.g", "Math-0.g1", "a/b-0.g1", "math-0.g1\n"])
 def test_an_invalid_replica_name_is_refused(name: str) -> None:
     with pytest.raises(RegistryError):

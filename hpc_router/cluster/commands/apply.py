@@ -107,16 +107,22 @@ def write_change(change: Change) -> ControlLoop:
     """Replaces the run's config and returns a control loop that rolls it out; any other loop of the run does so, too.
     Raises ConfigError if another `apply` has changed the config in the meantime."""
     run = change.run
-    if frozen.read(run.config) != change.before:
-        raise ConfigError(f"the config of {run.path} was changed by another `apply`: look at it, then apply again")
-    observed = ControlLoop(run, read_only=True).preview(fresh=True).observed
+    observed = ControlLoop(run, read_only=True).preview(fresh=True).observed  # may wait for Slurm
+    _check_config_is(run, change.before)
     replace_text(run.previous_config, frozen.to_yaml(change.before))
     replace_text(run.config, frozen.to_yaml(change.after))
     want_config(run, change.before, change.after, observed)
     if change.before.experts != change.after.experts or change.before.policy != change.after.policy:
         train_classifier(run, change.after, replace=True)
     run.event("applied", keys=sorted(change.keys), version=hpc_router.__version__)
+    _check_config_is(run, change.after)
     return ControlLoop(run)
+
+
+def _check_config_is(run: RunDir, config: Deployment) -> None:
+    """Raises ConfigError if the run has another config, because another `apply` runs at the same time."""
+    if frozen.read(run.config) != config:
+        raise ConfigError(f"the config of {run.path} was changed meanwhile: look at it and apply again")
 
 
 def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:

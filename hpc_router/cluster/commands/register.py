@@ -14,6 +14,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from hpc_router.config.schema import EXPERT_NAME, RESERVED_NAMES
+from hpc_router.config.validation import check_host
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.net.http_client import DEFAULT_TIMEOUT_S, Unreachable, call_blocking
 from hpc_router.net.protocol import API_ROOT, MODELS, url_at
@@ -107,12 +108,13 @@ def unregister(
 def base_url(url: str) -> str:
     """Returns the address as written, but without a final slash, and without the path if that is `/v1`. Raises
     ConfigError."""
-    if odd := re.search(r"[\s\x00-\x1f\x7f]", url):  # `urlsplit` removes some of these silently
+    if odd := re.search(r"[\s\x00-\x1f\x7f\\]", url):  # `urlsplit` removes some of these silently
         raise ConfigError(f"--url {url!r}: contains {odd[0]!r} at position {odd.start()} ({_VALID_URLS})")
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
+        check_host("--url", (parts.hostname or "").removesuffix(".").replace("_", "x"))
+        usable = parts.scheme in ("http", "https") and (parts.port is None or parts.port > 0)
+    except (ValueError, ConfigError):
         usable = False
     if not usable or parts.username is not None:
         raise ConfigError(f"--url {url}: not an endpoint's address ({_VALID_URLS})")

@@ -174,7 +174,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
     def on_head(self, status: int, headers: Headers) -> EventStream | None:
         """Events of a stream go from the replica's connection to the client's without a task."""
-        if status in REVIEWED_STATUSES or headers.content_type != CONTENT_TYPE:
+        if status in REVIEWED_STATUSES or headers.content_type != CONTENT_TYPE or b"content-encoding" in headers:
             return None
         assert self.reservation is not None
         head = self.accept(self.reservation, status, headers)

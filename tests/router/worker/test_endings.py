@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,33 @@ async def test_an_answer_that_was_not_to_be_a_stream_is_held(tmp_path: Path) -> 
         await ready(router)
         async with asyncio.timeout(20):
             assert (await post(router, chat()))[0] == 200
+
+
+async def test_a_compressed_event_stream_passes_as_it_comes(tmp_path: Path) -> None:
+    """Although the request asked for identity. Events cannot be found in it, but its client can read it."""
+    pack = zlib.compressobj(wbits=31)
+    pieces = [pack.compress(event("a")) + pack.flush(zlib.Z_SYNC_FLUSH), pack.compress(DONE) + pack.flush()]
+
+    async def act(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "content-encoding": "gzip"})
+        await response.prepare(request)
+        await response.write(pieces[0])
+        await fake.go_on.wait()
+        await response.write(pieces[1])
+        return response
+
+    run = a_run(tmp_path)
+    async with (
+        fake_replica(run, "math-0.g1", act) as fake,
+        a_router(run, a_deployment("math")) as router,
+        client_of(router) as client,
+    ):
+        await ready(router)
+        chunks = await client.chat.completions.create(
+            model="math", messages=[{"role": "user", "content": "x"}], stream=True
+        )
+        assert (await anext(chunks)).choices[0].delta.content == "a"
+        fake.go_on.set()
+        assert [chunk async for chunk in chunks] == []
+        assert [headers["accept-encoding"] for headers in fake.headers] == ["identity"]
+        await eventually(lambda: all_gauges_zero(router))

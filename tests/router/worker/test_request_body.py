@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.errors import BadRequestError
-from hpc_router.router.worker.request_body import MAX_COMMAS, MAX_CONTAINERS, check_values, decode
+from hpc_router.router.worker.request_body import (
+    MAX_COLONS,
+    MAX_COMMAS,
+    MAX_CONTAINERS,
+    MAX_DIGITS,
+    check_values,
+    decode,
+)
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -19,12 +26,23 @@ values = st.recursive(
 bodies = st.dictionaries(st.text(), values, max_size=6)
 
 
-@pytest.mark.parametrize(("item", "most"), [(b"[],", MAX_CONTAINERS), (b"{},", MAX_CONTAINERS), (b"1,", MAX_COMMAS)])
+@pytest.mark.parametrize(
+    ("item", "most"),
+    [(b"[],", MAX_CONTAINERS), (b"{},", MAX_CONTAINERS), (b"1,", MAX_COMMAS), (b'"a":1,', MAX_COLONS)],
+)
 def test_a_body_of_very_many_values_is_refused_before_it_is_decoded(item: bytes, most: int) -> None:
     """10 million lists in 30 MB take seconds, in which no other thread runs, and 1 GB of memory."""
     check_values(item * most)
     with pytest.raises(BadRequestError, match="too many"):
         check_values(item * (most + 1))
+
+
+def test_a_whole_number_of_very_many_digits_is_refused() -> None:
+    """7,000 of 4,000 digits each take a second, in which no other thread runs."""
+    longest = b'{"model": "a", "n": 1%b}' % (b"0" * (MAX_DIGITS - 1))
+    assert decode(longest).fields["n"] == 10 ** (MAX_DIGITS - 1)
+    with pytest.raises(BadRequestError, match="a number of more than 400 digits"):
+        decode(longest.replace(b"}", b"0}"))
 
 
 @given(bodies, st.booleans(), st.sampled_from([None, 1, "\t"]))
