@@ -1,17 +1,20 @@
-"""Checks of folders and software that jobs need, made before anything is submitted.
+"""Checks of folders, software and Slurm that jobs need: the one list that `plan`, `up` and `doctor` use.
 
-A check returns faults, which end `plan` and `up`, and warnings, where only a node can show a fault. Checks examine this
-machine; on cluster=local the jobs run here.
+`plan` and `up` make them on the login node before anything is submitted; `doctor` makes them there and in a job on a
+node. A check's faults end `plan` only if it is one of BLOCKING; the others are warnings there.
 """
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from hpc_router.cluster.planning.finding import CheckResult, Finding, fault, note, ok
+from hpc_router.cluster.planning.host_checks import home, hub_cache, proxies
+from hpc_router.cluster.planning.slurm_checks import slurm
 from hpc_router.cluster.planning.software_checks import software_faults
-from hpc_router.config.schema import ClusterConfig
+from hpc_router.config.schema import ClusterConfig, Deployment
 from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.scratch_dir import expanded, path_error, usage_error
@@ -21,71 +24,87 @@ _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs",
 
 
 @dataclass(frozen=True, slots=True)
-class CheckResult:
-    """The result of one check."""
+class CheckedHost:
+    """What is checked: this host, for a deployment. `runs`: the folder of the run; for a new run, that of all runs.
+    `on_node`: this process runs in a Slurm job."""
 
-    faults: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    deployment: Deployment
+    runs: Path
+    on_node: bool = False
+
+    @property
+    def cluster(self) -> ClusterConfig:
+        return self.deployment.cluster
+
+    @property
+    def runs_jobs(self) -> bool:
+        """Whether jobs run on this host."""
+        return self.on_node or self.cluster.kind == "local"
 
 
-Check = Callable[[ClusterConfig, Path], CheckResult]
-"""Called with the cluster and the folder of the run; for a new run, the folder of all runs."""
+Check = Callable[[CheckedHost], CheckResult]
 
 
-def prerequisites(cluster: ClusterConfig, runs: Path, *, ask: bool) -> CheckResult:
-    """Run all checks. `ask`: also those that start programs."""
-    results = [check(cluster, runs) for name, check in CHECKS.items() if ask or name not in PROGRAM_CHECKS]
-    return CheckResult(
-        [f for result in results for f in result.faults], [w for result in results for w in result.warnings]
-    )
+def prerequisites(host: CheckedHost, *, ask: bool) -> CheckResult:
+    """Run all checks for `plan`. `ask`: also those that start programs or write files."""
+    found: list[Finding] = []
+    for name, check in CHECKS.items():
+        if ask or name not in PROGRAM_CHECKS:
+            result = check(host)
+            found += result.findings if name in BLOCKING else [note(warning) for warning in _all_texts(result)]
+    return CheckResult(found)
 
 
-def scratch(cluster: ClusterConfig, _runs: Path) -> CheckResult:
+def _all_texts(result: CheckResult) -> list[str]:
+    return [*result.faults, *result.warnings]
+
+
+def scratch(host: CheckedHost) -> CheckResult:
     """Checks `cluster.scratch`. It is on the nodes, so from another machine only the length of its path is checked."""
 
-    def fault(folder: Path, *, here: bool) -> str | None:
+    def found(folder: Path, *, here: bool) -> str | None:
         return path_error(folder) or (usage_error(folder) if here else None)
 
-    return _folder_of_nodes(cluster, "cluster.scratch", cluster.scratch, fault)
+    return _folder_of_nodes(host, "cluster.scratch", host.cluster.scratch, found)
 
 
-def staging(cluster: ClusterConfig, _runs: Path) -> CheckResult:
+def staging(host: CheckedHost) -> CheckResult:
     """Checks `cluster.stage_to`, which the first job on a node creates."""
 
-    def fault(folder: Path, *, here: bool) -> str | None:
+    def found(folder: Path, *, here: bool) -> str | None:
         if not folder.is_absolute():
             return "not an absolute path (valid: such as /local)"
         return f"no such folder: {folder.parent}" if here and not folder.parent.is_dir() else None
 
-    if cluster.stage_to is None:
+    if host.cluster.stage_to is None:
         return CheckResult()
-    return _folder_of_nodes(cluster, "cluster.stage_to", cluster.stage_to, fault)
+    return _folder_of_nodes(host, "cluster.stage_to", host.cluster.stage_to, found)
 
 
-def _folder_of_nodes(cluster: ClusterConfig, key: str, value: str, fault: Callable[..., str | None]) -> CheckResult:
-    """`fault(folder, here=...)`: why the folder cannot be used; `here`: whether jobs run on this machine."""
-    here = cluster.kind == "local"
-    if not here and "$" in value:
+def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..., str | None]) -> CheckResult:
+    """`found(folder, here=...)`: why the folder cannot be used; `here`: whether jobs run on this machine."""
+    if not host.runs_jobs and "$" in value:
         return CheckResult()
     try:
-        found = fault(expanded(value, {**os.environ, **cluster.env}, key=key), here=here)
+        problem = found(expanded(value, {**os.environ, **host.cluster.env}, key=key), here=host.runs_jobs)
     except ConfigError as error:
-        return CheckResult([str(error)])
-    return CheckResult([f"{key}={value}: {found}"] if found is not None else [])
+        return CheckResult([fault(str(error), key=key)])
+    return CheckResult([fault(f"{key}={value}: {problem}", key=key) if problem is not None else ok(f"{key}={value}")])
 
 
-def run_directory(cluster: ClusterConfig, runs: Path) -> CheckResult:
+def run_directory(host: CheckedHost) -> CheckResult:
     """Slurm must be able to name log files in the run directory, and nodes must see it. A local file system is only a
     warning, because a cluster may be one host; the first job shows whether nodes see it (FailureReason.RUN_UNSEEN)."""
+    runs, kind = host.runs.absolute(), host.cluster.kind
     try:
-        check_run_path(runs.absolute(), cluster.kind)
+        check_run_path(runs, kind)
     except ConfigError as error:
-        return CheckResult([str(error)])
-    kind = None if cluster.kind == "local" else file_system(runs.absolute())
-    if kind not in _LOCAL_FILE_SYSTEMS:
-        return CheckResult()
-    what = f"the run directory would be in {runs.absolute()}, a {kind} of this host: nodes may not see it"
-    return CheckResult(warnings=[f"{what} (`runs=DIR` or `--run DIR` names a folder of the shared file system)"])
+        return CheckResult([fault(str(error), key="runs")])
+    of = file_system(runs)
+    if kind == "local" or of not in _LOCAL_FILE_SYSTEMS:
+        return CheckResult([ok(f"{runs} is on {of or 'an unknown file system'}")])
+    what = f"the run directory would be in {runs}, a {of} of this host: nodes may not see it"
+    return CheckResult([note(what, "`runs=DIR` or `--run DIR` names a folder of the shared file system", "runs")])
 
 
 def file_system(path: Path) -> str | None:
@@ -105,8 +124,15 @@ def file_system(path: Path) -> str | None:
     return None if best is None else best[1]
 
 
-def software(cluster: ClusterConfig, _runs: Path) -> CheckResult:
-    return CheckResult(*software_faults(cluster))
+def software(host: CheckedHost) -> CheckResult:
+    cluster = replace(host.cluster, kind="local") if host.on_node else host.cluster
+    faults, warnings = software_faults(cluster)
+    return CheckResult([*map(fault, faults), *map(note, warnings)])
+
+
+def slurm_settings(host: CheckedHost) -> CheckResult:
+    """They are the same on every node, so a job does not ask for them again."""
+    return CheckResult() if host.runs_jobs else slurm(host.deployment)
 
 
 CHECKS: Final[Mapping[str, Check]] = {
@@ -114,6 +140,12 @@ CHECKS: Final[Mapping[str, Check]] = {
     "staging": staging,
     "run directory": run_directory,
     "software": software,
+    "home": lambda host: home(),
+    "proxies": lambda host: proxies(host.cluster, on_node=host.runs_jobs),
+    "hub cache": lambda host: hub_cache(host.deployment),
+    "Slurm": slurm_settings,
 }
-PROGRAM_CHECKS: Final = frozenset({"software"})
-"""Names of the checks that start programs."""
+BLOCKING: Final = frozenset({"scratch", "staging", "run directory", "software"})
+"""Checks whose faults end `plan` and `up`. The others concern a node or a service that this machine knows in part."""
+PROGRAM_CHECKS: Final = frozenset({"software", "home", "Slurm"})
+"""Names of the checks that start programs or write files."""
