@@ -36,7 +36,7 @@ def slurm(deployment: Deployment) -> CheckResult:
         config = ask_config()
     except SlurmCommandError:
         return CheckResult()
-    if not config:
+    if "SLURM_VERSION" not in config:
         return CheckResult()
     findings = list(config_findings(config, deployment))
     if _has_accounting(config) and deployment.cluster.kind == "slurm":
