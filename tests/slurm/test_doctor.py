@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +55,23 @@ class Doctor:
 
 
 @pytest.fixture
-def doctor(
-    cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: Any
-) -> Iterator[Doctor]:
-    yield from _doctor(cluster, monkeypatch, capsys, request)
+def make_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> Callable[[SlurmCluster], Doctor]:
+    def make(cluster: SlurmCluster) -> Doctor:
+        for name, value in cluster.environment.items():
+            monkeypatch.setenv(name, value)
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        return Doctor(cluster, cluster.shared / request.node.name, capsys)
+
+    return make
 
 
-def _doctor(
-    cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: Any
-) -> Iterator[Doctor]:
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    one = Doctor(cluster, cluster.shared / request.node.name, capsys)
+@pytest.fixture
+def doctor(cluster: SlurmCluster, make_doctor: Callable[[SlurmCluster], Doctor]) -> Iterator[Doctor]:
+    one = make_doctor(cluster)
     yield one
     one.nothing_left()
 
@@ -101,9 +103,9 @@ def test_a_healthy_site(doctor: Doctor) -> None:
     assert all("SIGTERM to the engine too" in f["what"] for f in of(findings, "note"))
     good = {f["check"]: f["what"] for f in of(findings, "ok") if f["where"] == NODE}
     assert good.keys() == {
-        *("python", "run directory", "clock", "ports", "scratch", "software", "home", "proxies", "hub cache"),
-        *("Slurm's commands", "GPUs", "job"),
-    } - {"software"}
+        *("python", "run directory", "clock", "ports", "scratch", "home", "proxies", "hub cache"),
+        *("Slurm's commands", "GPUs", "job", "file operations"),
+    }
     assert "is seen both ways" in good["run directory"]
     assert good["GPUs"] == f"CUDA_VISIBLE_DEVICES=0 on {NODE} (indices)"
     assert good["job"] == "the job got what it asked for, and is never requeued"
@@ -244,13 +246,14 @@ def plain_cluster() -> Iterator[SlurmCluster]:
 
 
 def test_a_site_without_accounting_that_signals_the_task_alone(
-    plain_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: Any
+    plain_cluster: SlurmCluster, make_doctor: Callable[[SlurmCluster], Doctor]
 ) -> None:
-    for doctor in _doctor(plain_cluster, monkeypatch, capsys, request):
-        status, findings = doctor.run()
-        assert status == 0
-        (note,) = of(findings, "note", "fault")
-        assert note["what"].startswith("accounting is off")
-        assert "slurmdbd" in note["fix"]
-        signals = next(f for f in findings if f["check"] == "signals")
-        assert signals["what"].endswith("at the task alone")
+    doctor = make_doctor(plain_cluster)
+    status, findings = doctor.run()
+    assert status == 0
+    (note,) = of(findings, "note", "fault")
+    assert note["what"].startswith("accounting is off")
+    assert "slurmdbd" in note["fix"]
+    signals = next(f for f in findings if f["check"] == "signals")
+    assert signals["what"].endswith("at the task alone")
+    doctor.nothing_left()

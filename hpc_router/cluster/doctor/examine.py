@@ -129,7 +129,7 @@ def _running(job: DoctorJob, started: Mapping[str, Any]) -> Found:
     if node is None:
         yield "job", host, fault(f"the checks on {host} did not end in time", "look at its load and its file systems")
     else:
-        yield from _facts(node, deployment, host)
+        yield from _facts(node, deployment, host, runs)
     for finding in node_checks.changed_by_site(_asked(deployment), job.shown()):
         yield "job", host, finding
     yield "signals", host, _signals(job, started, reading)
@@ -142,10 +142,11 @@ def _read_clock(started: Mapping[str, Any]) -> tuple[ClockReading | None, str | 
         return None, error.strerror or str(error)
 
 
-def _facts(node: Mapping[str, Any], deployment: Deployment, host: str) -> Found:
+def _facts(node: Mapping[str, Any], deployment: Deployment, host: str, runs: str) -> Found:
     for name, findings in node["checks"].items():
         for finding in findings:
             yield name, host, node_checks.of_json(finding)
+    yield "file operations", host, node_checks.file_operations(node, runs)
     yield "Slurm's commands", host, node_checks.slurm_commands(node, deployment, host)
     asked = doctor_resources(deployment)[1].gpus
     gpus = node_checks.gpus(asked, node["visible_gpus"], node["gpu_list"], host)

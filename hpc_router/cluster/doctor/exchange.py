@@ -50,6 +50,11 @@ class Exchange:
         return self.folder / "signals.json"
 
     @property
+    def created(self) -> Path:
+        """A file that the job creates to try whether that works."""
+        return self.folder / "created"
+
+    @property
     def stop(self) -> Path:
         return self.folder / "stop.json"
 

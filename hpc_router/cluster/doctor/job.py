@@ -3,6 +3,7 @@
 import getpass
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from hpc_router.cluster.launchers.interface import JobRequest, JobState
 from hpc_router.cluster.launchers.slurm.launcher import STATES
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, python_of
 from hpc_router.cluster.launchers.slurm.squeue import QueuedJob, ask_squeue
+from hpc_router.cluster.signals import ignored
 from hpc_router.config import frozen
 from hpc_router.config.adapters import hosts
 from hpc_router.config.schema import Deployment, ResourceConfig
@@ -38,6 +40,8 @@ SUBMIT_S: Final = 60.0
 POLL_S: Final = 0.02
 QUEUE_POLL_S: Final = 2.0
 END_S: Final = 20.0
+_OF_STEP: Final = re.compile(r"srun: error: \S+: task|slurmstepd: error: \*\*\*|hpc-router: ")
+"""Lines that only say that the step or the script has ended."""
 _SETUP: Final = re.compile(r"(cluster\.(?:setup|modules)\[\d+\]) failed")
 T = TypeVar("T")
 
@@ -61,6 +65,8 @@ class DoctorJob:
     deployment: Deployment
     runs: Path
     job_id: str | None = field(default=None, init=False)
+    _submitting: bool = field(default=False, init=False)
+    _made: bool = field(default=False, init=False)
 
     def __enter__(self) -> Self:
         self._made = not self.runs.exists()
@@ -70,16 +76,15 @@ class DoctorJob:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        with suppress(OSError):
-            replace_json(self.exchange.stop, {})
-        if self.job_id is not None or self._submitting:
-            self._end()
-        _until(lambda: self._removed(), END_S)
-        if self._made:
+        with ignored(signal.SIGINT):
             with suppress(OSError):
-                self.runs.rmdir()
-
-    _submitting = False
+                replace_json(self.exchange.stop, {})
+            if self._submitting:
+                self._end()
+            _until(self._removed, END_S)
+            if self._made:
+                with suppress(OSError):
+                    self.runs.rmdir()
 
     @property
     def batch_job(self) -> BatchJob:
@@ -121,25 +126,15 @@ class DoctorJob:
             time.sleep(POLL_S)
 
     def _unstarted(self, job: QueuedJob | None, ended: Ended | None) -> JobStart:
-        error, key = "no message", None
-        logs = sorted(self._dir.path.glob("*_log.err")) + sorted(self._dir.path.glob("*_batch.log"))
-        for log in logs:
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            wanted = [
-                line
-                for line in lines
-                if not line.startswith(("slurmstepd:", "srun: error: Unable to")) or "execve" in line
-            ]
-            if wanted:
-                error = wanted[-1]
-                break
-        if ended is not None and ended.message and (found := _SETUP.search(ended.message)):
-            key = found[1]
+        logs = [*sorted(self._dir.path.glob("*_log.err")), *sorted(self._dir.path.glob("*_batch.log"))]
+        lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        own = [line for line in lines if line.strip() and not _OF_STEP.match(line)]
+        key = _SETUP.search(ended.message or "") if ended is not None else None
         return JobStart(
             node=None if job is None else job.node,
             left_logs=bool(logs) or ended is not None,
-            error=error,
-            failed_key=key,
+            error=(own or lines or ["no message"])[-1],
+            failed_key=None if key is None else key[1],
         )
 
     def in_queue(self) -> QueuedJob | None:

@@ -30,6 +30,16 @@ def shared_folder(delays_s: Sequence[float], *, sees_login: bool, beat_s: float,
     return ok(f"{runs} is seen both ways; a rename is seen after {longest * 1e3:.0f} ms")
 
 
+def file_operations(node: Mapping[str, Any], runs: str) -> Finding:
+    """What a node can do in the folder of the runs. Nothing there relies on flock."""
+    kind = node["file_system"] or "an unknown file system"
+    if node["creates_files"] is not None:
+        what = f"{runs}, {kind}: files cannot be created there with hard links: {node['creates_files']}"
+        return fault(what, "`runs=DIR` or `--run DIR` names a folder on a file system with hard links", "runs")
+    flock = "flock works" if node["flock"] is None else f"flock does not work ({node['flock']}), and is not used"
+    return ok(f"{runs} is on {kind}; hard links work; {flock}")
+
+
 def unshared(runs: str, node: str | None) -> Finding:
     """The job left no file at all."""
     where = "its node" if node is None else node

@@ -19,11 +19,11 @@ from typing import Any, Final
 import hpc_router
 from hpc_router.cluster.doctor.exchange import ROUNDS, Exchange, clock_server, read_clock, read_now
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
-from hpc_router.cluster.planning.prerequisites import CHECKS, CheckedHost
+from hpc_router.cluster.planning.prerequisites import CHECKS, CheckedHost, file_system, flock_error
 from hpc_router.config import frozen
 from hpc_router.errors import ConfigError
 from hpc_router.net.addresses import address
-from hpc_router.state.atomic_files import replace_json
+from hpc_router.state.atomic_files import create_text, replace_json
 
 LIMIT_S: Final = 150.0
 EVERY_S: Final = 0.02
@@ -75,12 +75,24 @@ def facts(exchange: Exchange, host: CheckedHost, environment: Mapping[str, str] 
     return {
         "sees_login": login is not None,
         "reaches_login": None if login is None else _reaches(login),
+        "creates_files": _creation_error(exchange),
+        "flock": flock_error(exchange.folder),
+        "file_system": file_system(exchange.folder),
         "squeue": _error_of(["squeue", "--me", "--noheader"]),
         "sbatch": _error_of(["sbatch", "--test-only"], stdin=exchange.script.read_text(encoding="utf-8")),
         "visible_gpus": environment.get("CUDA_VISIBLE_DEVICES"),
         "gpu_list": _gpu_list(),
         "checks": {name: [f.to_json() for f in check(host).findings] for name, check in CHECKS.items()},
     }
+
+
+def _creation_error(exchange: Exchange) -> str | None:
+    """Why a file of the run directory cannot be created: that takes a hard link, and fails if the file exists."""
+    try:
+        first, second = create_text(exchange.created, "1"), create_text(exchange.created, "2")
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if first and not second else "a file that exists was created again"
 
 
 def _reaches(login: Mapping[str, Any]) -> str | None:

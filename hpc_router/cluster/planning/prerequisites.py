@@ -18,6 +18,7 @@ from hpc_router.config.schema import ClusterConfig, Deployment
 from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.scratch_dir import expanded, path_error, usage_error
+from hpc_router.expert.staging.folder_lock import FolderLock
 
 MOUNTS: Final = Path("/proc/self/mountinfo")
 _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs"})
@@ -74,7 +75,11 @@ def staging(host: CheckedHost) -> CheckResult:
     def found(folder: Path, *, here: bool) -> str | None:
         if not folder.is_absolute():
             return "not an absolute path (valid: such as /local)"
-        return f"no such folder: {folder.parent}" if here and not folder.parent.is_dir() else None
+        if here and not folder.parent.is_dir():
+            return f"no such folder: {folder.parent}"
+        if here and (error := flock_error(folder.parent)) is not None:
+            return f"flock does not work there, which protects copies in use: {error} (valid: a disk of the node)"
+        return None
 
     if host.cluster.stage_to is None:
         return CheckResult()
@@ -105,6 +110,17 @@ def run_directory(host: CheckedHost) -> CheckResult:
         return CheckResult([ok(f"{runs} is on {of or 'an unknown file system'}")])
     what = f"the run directory would be in {runs}, a {of} of this host: nodes may not see it"
     return CheckResult([note(what, "`runs=DIR` or `--run DIR` names a folder of the shared file system", "runs")])
+
+
+def flock_error(folder: Path) -> str | None:
+    """Why `flock` fails in this folder; None if it works."""
+    try:
+        lock = FolderLock.take(folder, shared=True)
+    except OSError as error:
+        return error.strerror
+    if lock is not None:
+        lock.release()
+    return None
 
 
 def file_system(path: Path) -> str | None:

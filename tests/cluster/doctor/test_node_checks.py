@@ -164,6 +164,18 @@ def test_a_shared_folder_is_seen_both_ways_and_soon() -> None:
     assert found(sees=False).what.startswith("/r: a node does not see")
 
 
+def test_files_of_a_run_need_hard_links_but_no_flock() -> None:
+    facts = {"file_system": "beegfs", "creates_files": None, "flock": "Function not implemented"}
+    finding = node_checks.file_operations(facts, "/r")
+    assert finding.severity is Severity.OK
+    assert finding.what == (
+        "/r is on beegfs; hard links work; flock does not work (Function not implemented), and is not used"
+    )
+    finding = node_checks.file_operations({**facts, "creates_files": "Operation not permitted"}, "/r")
+    assert finding.severity is Severity.FAULT
+    assert finding.key == "runs"
+
+
 def test_no_job_needs_sbatch_when_the_router_is_here() -> None:
     deployment = Deployment()
     deployment.router.place = "here"
@@ -262,6 +274,19 @@ def test_offline_engines_need_their_models_in_the_cache(tmp_path: Path) -> None:
     assert missing.key == "experts.math.model"
     (tmp_path / "hub" / "models--org--name" / "snapshots" / "abc").mkdir(parents=True)
     assert found(HF_HUB_OFFLINE="1")[0].severity is Severity.OK
+
+
+def test_copies_of_models_need_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_descriptor: int, _kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    cluster = ClusterConfig(kind="slurm", stage_to=str(tmp_path / "models"))
+    host = CheckedHost(Deployment(cluster=cluster), Path("runs"), on_node=True)
+    assert prerequisites.staging(host).faults == []
+    monkeypatch.setattr("fcntl.flock", refuse)
+    [finding] = prerequisites.staging(host).findings
+    assert "flock does not work there, which protects copies in use: Function not implemented" in finding.what
+    assert finding.key == "cluster.stage_to"
 
 
 def test_a_home_folder_with_room(tmp_path: Path) -> None:
