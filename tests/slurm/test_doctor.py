@@ -103,10 +103,10 @@ def test_a_healthy_site(doctor: Doctor) -> None:
     assert all("SIGTERM to the engine too" in f["what"] for f in of(findings, "note"))
     good = {f["check"]: f["what"] for f in of(findings, "ok") if f["where"] == NODE}
     assert good.keys() == {
-        *("python", "run directory", "clock", "ports", "scratch", "home", "proxies", "hub cache"),
+        *("python", "shared folder", "run directory", "clock", "ports", "scratch", "home", "proxies", "hub cache"),
         *("Slurm's commands", "GPUs", "job", "file operations"),
     }
-    assert "is seen both ways" in good["run directory"]
+    assert "is seen both ways" in good["shared folder"]
     assert good["GPUs"] == f"CUDA_VISIBLE_DEVICES=0 on {NODE} (indices)"
     assert good["job"] == "the job got what it asked for, and is never requeued"
 
@@ -194,7 +194,7 @@ def test_a_run_directory_that_nodes_do_not_see(doctor: Doctor, mounts: list[str]
     status, findings = doctor.run()
     assert status == 1
     (fault,) = of(findings, "fault")
-    assert (fault["check"], fault["key"]) == ("run directory", "runs")
+    assert (fault["check"], fault["key"]) == ("shared folder", "runs")
     assert fault["what"] == f"{doctor.folder}/runs: n1 does not see this folder: the job left no log there"
     assert "`runs=DIR` or `--run DIR`" in fault["fix"]
 

@@ -102,7 +102,7 @@ def _not_started(job: DoctorJob, start: JobStart) -> tuple[str, str, Finding]:
         return "job", LOGIN, make(what, why.advice or "try again later, or cluster.partition=NAME of an idle one")
     where = start.node or "node"
     if not start.left_logs:
-        return "run directory", where, node_checks.unshared(str(job.runs.absolute()), start.node)
+        return "shared folder", where, node_checks.unshared(str(job.runs.absolute()), start.node)
     python = python_of(deployment.cluster)
     return "python", where, node_checks.no_report(start.error, key=start.failed_key, python=python)
 
@@ -118,7 +118,7 @@ def _running(job: DoctorJob, started: Mapping[str, Any]) -> Found:
     sees_login = bool(trips) or node is None or bool(node["sees_login"])
     runs = str(job.runs.absolute())
     yield (
-        "run directory",
+        "shared folder",
         host,
         node_checks.shared_folder(delays, sees_login=sees_login, beat_s=cluster.beat_s, runs=runs),
     )
