@@ -44,6 +44,6 @@ def _lines(report: "DoctorReport") -> list[str]:
     lines = []
     for check, where, finding in report.findings:
         lines.append(f"{finding.severity:<5}  {where:<8}  {check}: {finding.what}")
-        lines += [f"{'':>17}fix: {finding.fix}"] if finding.fix else []
+        lines += [f"{'':>17}fix: {finding.advice}"] if finding.advice else []
     count = report.to_json()["count"]
     return [*lines, f"{count['fault']} faults, {count['note']} notes, {count['ok']} ok"]

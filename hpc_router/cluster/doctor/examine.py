@@ -82,7 +82,7 @@ def _node(job: DoctorJob, progress: Callable[[str], None]) -> Found:
         except SlurmCommandError as error:
             expert = doctor_resources(deployment)[0]
             text = explain(error.output, deployment, expert) if error.output else str(error)
-            yield "job", LOGIN, fault(text)
+            yield "job", LOGIN, fault(text, "edit the named values, or try again if Slurm was busy")
             return
         progress(f"job {job.job_id} is submitted")
         start = job.wait_for_start()

@@ -23,8 +23,13 @@ class Finding:
     def __str__(self) -> str:
         return self.what if self.fix is None else f"{self.what} ({self.fix})"
 
+    @property
+    def advice(self) -> str | None:
+        """What to do; where the text of `what` says which values are valid, only which key to edit."""
+        return self.fix or (f"edit {self.key}" if self.key is not None else None)
+
     def to_json(self) -> dict[str, Any]:
-        return {"state": str(self.severity), "what": self.what, "fix": self.fix, "key": self.key}
+        return {"state": str(self.severity), "what": self.what, "fix": self.advice, "key": self.key}
 
 
 def ok(what: str) -> Finding:

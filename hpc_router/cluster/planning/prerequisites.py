@@ -5,6 +5,7 @@ node. A check's faults end `plan` only if it is one of BLOCKING; the others are 
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,7 +144,8 @@ def file_system(path: Path) -> str | None:
 def software(host: CheckedHost) -> CheckResult:
     cluster = replace(host.cluster, kind="local") if host.on_node else host.cluster
     faults, warnings = software_faults(cluster)
-    return CheckResult([*map(fault, faults), *map(note, warnings)])
+    of_faults = [fault(text, key=text.partition("=")[0]) for text in faults]
+    return CheckResult([*of_faults, *(note(text, key=re.split("[=:]", text)[0]) for text in warnings)])
 
 
 def slurm_settings(host: CheckedHost) -> CheckResult:

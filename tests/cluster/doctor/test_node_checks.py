@@ -110,6 +110,7 @@ def test_the_twelve_faults(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.severity is severity
     assert what in finding.what
     assert fix in str(finding)
+    assert finding.advice is not None
     assert finding.key == key
 
 
@@ -308,3 +309,6 @@ def test_findings_travel_as_json() -> None:
     finding = Finding(Severity.FAULT, "what", "fix", "cluster.key")
     value: dict[str, Any] = finding.to_json()
     assert node_checks.of_json(value) == finding
+    assert Finding(Severity.FAULT, "cluster.key=1: wrong (valid: 2)", key="cluster.key").to_json()["fix"] == (
+        "edit cluster.key"
+    )
