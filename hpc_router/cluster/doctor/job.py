@@ -40,7 +40,7 @@ SUBMIT_S: Final = 60.0
 POLL_S: Final = 0.02
 QUEUE_POLL_S: Final = 2.0
 END_S: Final = 20.0
-_OF_STEP: Final = re.compile(r"srun: error: \S+: task|slurmstepd: error: \*\*\*|hpc-router: ")
+_OF_STEP: Final = re.compile(r"srun: |slurmstepd: error: \*\*\*|hpc-router: ")
 """Lines that only say that the step or the script has ended."""
 _SETUP: Final = re.compile(r"(cluster\.(?:setup|modules)\[\d+\]) failed")
 T = TypeVar("T")

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -155,7 +156,9 @@ def main(folder: Path) -> None:
                 "end_time": os.environ.get("SLURM_JOB_END_TIME"),
             }
             replace_json(exchange.started, started)
-            replace_json(exchange.node, facts(exchange, CheckedHost(deployment, folder.parent, on_node=True)))
+            host = CheckedHost(deployment, folder.parent, on_node=True)
+            # In a thread, because Slurm's commands may take long, and pings measure the time of a rename.
+            threading.Thread(target=lambda: replace_json(exchange.node, facts(exchange, host)), daemon=True).start()
             serve(exchange, watch)
     finally:
         watch.close()
