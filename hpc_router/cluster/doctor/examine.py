@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import hpc_router
 from hpc_router.cluster.doctor import node_checks
-from hpc_router.cluster.doctor.exchange import ClockReading, clock_server, read_clock
+from hpc_router.cluster.doctor.exchange import ClockReading, clock_server, own_address, read_clock
 from hpc_router.cluster.doctor.job import SIGNAL_S, DoctorJob, JobStart, doctor_resources
 from hpc_router.cluster.launchers.commands import SlurmCommandError
 from hpc_router.cluster.launchers.slurm.node_fit import site_faults, site_warnings
@@ -19,8 +19,6 @@ from hpc_router.cluster.planning.finding import Finding, Severity, fault, note
 from hpc_router.cluster.planning.prerequisites import CHECKS, CheckedHost
 from hpc_router.cluster.signals import sigterm_as_interrupt
 from hpc_router.config.schema import Deployment
-from hpc_router.errors import ConfigError
-from hpc_router.net.addresses import address
 
 LOGIN: Final = "login"
 Found = Iterator[tuple[str, str, Finding]]
@@ -72,10 +70,7 @@ def _login(host: CheckedHost) -> Found:
 
 def _node(job: DoctorJob, progress: Callable[[str], None]) -> Found:
     deployment = job.deployment
-    try:
-        own = address(deployment.cluster.fabric, kind="slurm")
-    except ConfigError:  # a login node may not be on the fabric
-        own = address(None, kind="slurm")
+    own, _ = own_address(deployment.cluster.fabric)  # a login node may not be on the fabric
     with clock_server(own) as port:
         try:
             job.submit({"address": own, "port": port})

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from hpc_router.errors import ConfigError
+from hpc_router.net.addresses import LOOPBACK, address
 from hpc_router.state.atomic_files import read_json, refresh_folder
 
 REPLICA: Final = "doctor-0.g1"
@@ -70,6 +72,16 @@ def read_now(path: Path) -> dict[str, Any] | None:
     with suppress(OSError):
         refresh_folder(path.parent)
     return read_json(path)
+
+
+def own_address(fabric: str | None) -> tuple[str, str | None]:
+    """This host's address on `cluster.fabric`; without one another address, and why."""
+    try:
+        return address(fabric, kind="slurm"), None
+    except ConfigError as error:
+        with suppress(ConfigError):
+            return address(None, kind="slurm"), str(error)
+        return LOOPBACK, str(error)
 
 
 @contextmanager

@@ -15,6 +15,11 @@ NOTED_SKEW_S: Final = 1.0
 SIGNAL_BEFORE_S: Final = 60
 """Seconds before its end at which doctor's job asks for its signal. Slurm may send it a minute earlier."""
 
+_NO_INTERPRETER: Final = re.compile(
+    r"No module named|ImportError|SyntaxError|execve|No such file|Permission denied|not found"
+)
+"""Found in the last line of a job whose interpreter is missing, lacks hpc_router or is too old."""
+
 
 def shared_folder(delays_s: Sequence[float], *, sees_login: bool, beat_s: float, runs: str) -> Finding:
     """`delays_s`: how long renamed files took to be seen, one way. Empty: the job's answers were never seen."""
@@ -54,6 +59,8 @@ def no_report(error: str, *, key: str | None, python: str) -> Finding:
     """The job ran, but its program did not. `key`: the setup line or module that failed."""
     if key is not None:
         return fault(f"{key}: the job ended there: {error}", f"edit {key}", key)
+    if not _NO_INTERPRETER.search(error):
+        return fault(f"the job ended before it had examined the node: {error}", "try again; look at the node's state")
     return fault(
         f"the interpreter of the jobs does not run hpc_router: {python}: {error}",
         "cluster.python=PATH of an interpreter that every node has, with this version of hpc_router installed",

@@ -18,12 +18,10 @@ from types import FrameType
 from typing import Any, Final
 
 import hpc_router
-from hpc_router.cluster.doctor.exchange import ROUNDS, Exchange, clock_server, read_clock, read_now
+from hpc_router.cluster.doctor.exchange import ROUNDS, Exchange, clock_server, own_address, read_clock, read_now
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.planning.prerequisites import CHECKS, CheckedHost, file_system, flock_error
 from hpc_router.config import frozen
-from hpc_router.errors import ConfigError
-from hpc_router.net.addresses import address
 from hpc_router.state.atomic_files import create_text, replace_json
 
 LIMIT_S: Final = 150.0
@@ -137,11 +135,7 @@ def serve(exchange: Exchange, watch: SignalWatch) -> None:
 def main(folder: Path) -> None:
     exchange = Exchange(folder)
     deployment = frozen.read(exchange.config)
-    fabric_error = None
-    try:
-        own = address(deployment.cluster.fabric, kind=deployment.cluster.kind)
-    except ConfigError as error:
-        own, fabric_error = socket.gethostbyname(socket.gethostname()), str(error)
+    own, fabric_error = own_address(deployment.cluster.fabric)
     watch = SignalWatch(exchange)
     try:
         with clock_server(own) as port:

@@ -24,7 +24,7 @@ HEALTHY = {
     "MinJobAge": "300 sec",
     "ProctrackType": "proctrack/cgroup",
 }
-NOBODY = {"sbatch": None, "squeue": None}
+WORKING = {"sbatch": None, "squeue": None}
 
 
 def config(**changed: str | None) -> list[Finding]:
@@ -54,7 +54,7 @@ def proxied(_monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
 
 
 def no_sbatch(_monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
-    return [node_checks.slurm_commands({**NOBODY, "sbatch": "sbatch is not installed here"}, Deployment(), "n1")]
+    return [node_checks.slurm_commands({**WORKING, "sbatch": "sbatch is not installed here"}, Deployment(), "n1")]
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], list[Finding]], Severity, str, str, str | None]] = {
@@ -123,7 +123,7 @@ def test_nothing_is_wrong_with_a_healthy_site() -> None:
         node_checks.interpreter(STARTED, "1.0", "python3"),
         node_checks.clock(ClockReading(-0.3, 0.01), "n1"),
         *node_checks.ports(None, STARTED, None),
-        node_checks.slurm_commands(NOBODY, slurm, "n1"),
+        node_checks.slurm_commands(WORKING, slurm, "n1"),
         node_checks.signals(record, ends_at=1070.0, waited_s=100, cluster=slurm.cluster),
         node_checks.gpus(1, "0", ["GPU 0: NVIDIA H200 (UUID: GPU-1)"], "n1"),
         *node_checks.changed_by_site({"Partition": "a,b", "QOS": None}, {"Partition": "b", "Requeue": "0"}),
@@ -221,6 +221,22 @@ def test_what_the_site_changes() -> None:
     requeue, partition = node_checks.changed_by_site({"Partition": "batch", "Account": "a"}, job)
     assert requeue.severity is Severity.FAULT
     assert partition.what == "the site changed cluster.partition=batch to urgent"
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("/usr/bin/python3: No module named hpc_router", "cluster.python"),
+        ("slurmstepd: error: execve(): /no/python: No such file or directory", "cluster.python"),
+        ("SyntaxError: invalid syntax", "cluster.python"),
+        ("MemoryError", None),
+    ],
+)
+def test_a_job_without_a_report(line: str, key: str | None) -> None:
+    finding = node_checks.no_report(line, key=None, python="/usr/bin/python3")
+    assert finding.severity is Severity.FAULT
+    assert finding.key == key
+    assert finding.what.endswith(line)
 
 
 def test_another_version_in_the_jobs() -> None:
