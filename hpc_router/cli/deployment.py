@@ -11,7 +11,7 @@ from hpc_router.cli.parser import Parser, Verbs, add_verb
 from hpc_router.state.run_directory import RunDir, find_run
 
 
-def _add_overrides(parser: Parser) -> None:
+def add_overrides(parser: Parser) -> None:
     parser.add_argument("--config-dir", type=Path, metavar="DIR", help="folder with topology/, expert/ ... of your own")
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="key=value, or the choice of a group: topology=sim"
@@ -23,7 +23,7 @@ def add_plan(verbs: "Verbs[Parser]") -> None:
     parser.add_argument(
         "--no-ask", action="store_true", help="skip the checks that start programs: engines and Slurm (faster)"
     )
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def add_up(verbs: "Verbs[Parser]") -> None:
     parser.add_argument(
         "--wait", choices=("any", "all"), default="any", help="return when any expert is ready (default), or all"
     )
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def up(arguments: argparse.Namespace) -> int:

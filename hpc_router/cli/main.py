@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from hpc_router.cli import benchmark, classifier, deployment, endpoint, observation, operation
+from hpc_router.cli import benchmark, classifier, deployment, doctor, endpoint, observation, operation
 from hpc_router.cli.parser import Parser, Verbs, parse_arguments
 from hpc_router.errors import ConfigError, HpcRouterError
 
 VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "plan": deployment.add_plan,
+    "doctor": doctor.add_doctor,
     "up": deployment.add_up,
     "down": deployment.add_down,
     "status": observation.add_status,

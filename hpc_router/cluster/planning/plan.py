@@ -22,14 +22,13 @@ from hpc_router.cluster.launchers.interface import JobRequest
 from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.cluster.launchers.slurm.held_job import ask_held_job, step_fault
 from hpc_router.cluster.launchers.slurm.node_fit import allocation_faults, site_faults, site_warnings
-from hpc_router.cluster.launchers.slurm.process_tracking import signals_note
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, setup_faults
 from hpc_router.cluster.launchers.slurm.sbatch_test import NOT_CHECKED, check_submission
 from hpc_router.cluster.launchers.slurm.sinfo import SlurmSite, ask_site
 from hpc_router.cluster.planning.config_faults import build_engines, own_faults, own_warnings
 from hpc_router.cluster.planning.engine_flags import check_flags
 from hpc_router.cluster.planning.handover_plan import HandoverPlan, handover_plans
-from hpc_router.cluster.planning.prerequisites import prerequisites
+from hpc_router.cluster.planning.prerequisites import CheckedHost, prerequisites
 from hpc_router.cluster.planning.software_checks import is_address
 from hpc_router.config.adapters import host_of, hosts
 from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig
@@ -149,7 +148,7 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
     replicas = tuple(_replicas(deployment, run, engines))
     jobs = tuple(launcher_for(run, deployment).jobs([replica.request for replica in replicas]))
     runs = Path(deployment.runs) if run.path == NEW_RUN else run.path
-    needed = prerequisites(deployment.cluster, runs, ask=ask_engines)
+    needed = prerequisites(CheckedHost(deployment, runs), ask=ask_engines)
     faults += needed.faults
     warnings = [*own_warnings(deployment), *needed.warnings]
     site = None
@@ -193,7 +192,7 @@ def _slurm_faults(
         return misfits or refused, []
     if not any(note.startswith(NOT_CHECKED) for note in doubtful):
         misfits = [f"{misfit}; sbatch accepts it, but such a job may never start" for misfit in misfits]
-    return [], [*misfits, *site_warnings(deployment, site), *_signal_warnings(), *doubtful]
+    return [], [*misfits, *site_warnings(deployment, site), *doubtful]
 
 
 def _allocation_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tuple[list[str], list[str]]:
@@ -208,7 +207,7 @@ def _allocation_faults(deployment: Deployment, jobs: tuple[BatchJob, ...]) -> tu
     except SlurmCommandError as error:
         return [], [f"{NOT_CHECKED}{error}; `up` needs it"]
     faults = [*misfits, *([fault] if fault is not None else [])]
-    return faults, [*_signal_warnings(), *_end_warnings(deployment, name, held.ends_at)]
+    return faults, list(_end_warnings(deployment, name, held.ends_at))
 
 
 def _end_warnings(deployment: Deployment, name: str, ends_at: float | None) -> Iterator[str]:
@@ -218,11 +217,6 @@ def _end_warnings(deployment: Deployment, name: str, ends_at: float | None) -> I
             key = f"experts.{expert}.engine.startup_timeout_s={config.engine.startup_timeout_s:g}"
             yield f"{name} ends in {max(left_s, 0) / 60:.0f} min with all its steps, before {key} has passed"
             return
-
-
-def _signal_warnings() -> list[str]:
-    note = signals_note()
-    return [] if note is None else [note]
 
 
 def with_absolute_paths(deployment: Deployment) -> Deployment:

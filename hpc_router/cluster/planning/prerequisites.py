@@ -1,94 +1,127 @@
-"""Checks folders and software that jobs need, before anything is submitted.
+"""Checks of folders, software and Slurm that jobs need: the one list that `plan`, `up` and `doctor` use.
 
-A check returns faults, which end `plan` and `up`, and warnings, if only a node can show the fault. Checks examine this
-machine; on cluster=local the jobs run here.
+`plan` and `up` make them on the login node before anything is submitted; `doctor` makes them there and in a job on a
+node. A check's faults end `plan` only if it is one of BLOCKING; the others are warnings there.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from hpc_router.cluster.planning.finding import CheckResult, Finding, fault, note, ok
+from hpc_router.cluster.planning.host_checks import home, hub_cache, proxies
+from hpc_router.cluster.planning.slurm_checks import slurm
 from hpc_router.cluster.planning.software_checks import software_faults
-from hpc_router.config.schema import ClusterConfig
+from hpc_router.config.schema import ClusterConfig, Deployment
 from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.scratch_dir import expanded, path_error, usage_error
+from hpc_router.expert.staging.folder_lock import FolderLock
 
 MOUNTS: Final = Path("/proc/self/mountinfo")
 _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs"})
 
 
 @dataclass(frozen=True, slots=True)
-class CheckResult:
-    """The faults and warnings of one check."""
+class CheckedHost:
+    """What is checked: this host, for a deployment. `runs`: the folder of the run; for a new run, that of all runs.
+    `on_node`: this process runs in a Slurm job."""
 
-    faults: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    deployment: Deployment
+    runs: Path
+    on_node: bool = False
+
+    @property
+    def cluster(self) -> ClusterConfig:
+        return self.deployment.cluster
+
+    @property
+    def runs_jobs(self) -> bool:
+        """Whether jobs run on this host."""
+        return self.on_node or self.cluster.kind == "local"
 
 
-Check = Callable[[ClusterConfig, Path], CheckResult]
-"""A check. Its arguments are the cluster and the folder of the run; for a new run, the folder of all runs."""
+Check = Callable[[CheckedHost], CheckResult]
 
 
-def prerequisites(cluster: ClusterConfig, runs: Path, *, ask: bool) -> CheckResult:
-    """Runs all checks and returns their faults and warnings. `ask`: also runs those that start programs."""
-    results = [check(cluster, runs) for name, check in CHECKS.items() if ask or name not in PROGRAM_CHECKS]
-    return CheckResult(
-        [f for result in results for f in result.faults], [w for result in results for w in result.warnings]
-    )
+def prerequisites(host: CheckedHost, *, ask: bool) -> CheckResult:
+    """Run all checks for `plan`. `ask`: also those that start programs or write files."""
+    found: list[Finding] = []
+    for name, check in CHECKS.items():
+        if ask or name not in PROGRAM_CHECKS:
+            result = check(host)
+            found += result.findings if name in BLOCKING else [note(warning) for warning in _all_texts(result)]
+    return CheckResult(found)
 
 
-def scratch(cluster: ClusterConfig, _runs: Path) -> CheckResult:
-    """Checks `cluster.scratch`, a folder of the nodes. On another machine than a node, only the length of its path is
-    checked."""
+def _all_texts(result: CheckResult) -> list[str]:
+    return [*result.faults, *result.warnings]
 
-    def fault(folder: Path, *, here: bool) -> str | None:
+
+def scratch(host: CheckedHost) -> CheckResult:
+    """Checks `cluster.scratch`. It is on the nodes, so from another machine only the length of its path is checked."""
+
+    def found(folder: Path, *, here: bool) -> str | None:
         return path_error(folder) or (usage_error(folder) if here else None)
 
-    return _folder_of_nodes(cluster, "cluster.scratch", cluster.scratch, fault)
+    return _folder_of_nodes(host, "cluster.scratch", host.cluster.scratch, found)
 
 
-def staging(cluster: ClusterConfig, _runs: Path) -> CheckResult:
+def staging(host: CheckedHost) -> CheckResult:
     """Checks `cluster.stage_to`, which the first job on a node creates."""
 
-    def fault(folder: Path, *, here: bool) -> str | None:
+    def found(folder: Path, *, here: bool) -> str | None:
         if not folder.is_absolute():
             return "not an absolute path (valid: such as /local)"
-        return f"no such folder: {folder.parent}" if here and not folder.parent.is_dir() else None
+        if here and not folder.parent.is_dir():
+            return f"no such folder: {folder.parent}"
+        if here and (error := flock_error(folder.parent)) is not None:
+            return f"flock does not work there, which protects copies in use: {error} (valid: a disk of the node)"
+        return None
 
-    if cluster.stage_to is None:
+    if host.cluster.stage_to is None:
         return CheckResult()
-    return _folder_of_nodes(cluster, "cluster.stage_to", cluster.stage_to, fault)
+    return _folder_of_nodes(host, "cluster.stage_to", host.cluster.stage_to, found)
 
 
-def _folder_of_nodes(cluster: ClusterConfig, key: str, value: str, fault: Callable[..., str | None]) -> CheckResult:
-    """Checks a folder of the nodes. `fault(folder, here=...)` returns why the folder cannot be used; `here`: jobs run
-    on this machine."""
-    here = cluster.kind == "local"
-    if not here and "$" in value:
+def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..., str | None]) -> CheckResult:
+    """`found(folder, here=...)`: why the folder cannot be used; `here`: whether jobs run on this machine."""
+    if not host.runs_jobs and "$" in value:
         return CheckResult()
     try:
-        found = fault(expanded(value, {**os.environ, **cluster.env}, key=key), here=here)
+        problem = found(expanded(value, {**os.environ, **host.cluster.env}, key=key), here=host.runs_jobs)
     except ConfigError as error:
-        return CheckResult([str(error)])
-    return CheckResult([f"{key}={value}: {found}"] if found is not None else [])
+        return CheckResult([fault(str(error), key=key)])
+    return CheckResult([fault(f"{key}={value}: {problem}", key=key) if problem is not None else ok(f"{key}={value}")])
 
 
-def run_directory(cluster: ClusterConfig, runs: Path) -> CheckResult:
-    """Checks that Slurm can name log files in the run directory, and that nodes may see it. A local file system is only
-    a warning, because a cluster may be one host; the first job shows whether nodes see it
-    (FailureReason.RUN_UNSEEN)."""
+def run_directory(host: CheckedHost) -> CheckResult:
+    """Slurm must be able to name log files in the run directory, and nodes must see it. A local file system is only a
+    warning, because a cluster may be one host; the first job shows whether nodes see it (FailureReason.RUN_UNSEEN)."""
+    runs, kind = host.runs.absolute(), host.cluster.kind
     try:
-        check_run_path(runs.absolute(), cluster.kind)
+        check_run_path(runs, kind)
     except ConfigError as error:
-        return CheckResult([str(error)])
-    kind = None if cluster.kind == "local" else file_system(runs.absolute())
-    if kind not in _LOCAL_FILE_SYSTEMS:
-        return CheckResult()
-    what = f"the run directory would be in {runs.absolute()}, a {kind} of this host: nodes may not see it"
-    return CheckResult(warnings=[f"{what} (`runs=DIR` or `--run DIR` names a folder of the shared file system)"])
+        return CheckResult([fault(str(error), key="runs")])
+    of = file_system(runs)
+    if kind == "local" or of not in _LOCAL_FILE_SYSTEMS:
+        return CheckResult([ok(f"{runs} is on {of or 'an unknown file system'}")])
+    what = f"the run directory would be in {runs}, a {of} of this host: nodes may not see it"
+    return CheckResult([note(what, "`runs=DIR` or `--run DIR` names a folder of the shared file system", "runs")])
+
+
+def flock_error(folder: Path) -> str | None:
+    """Why `flock` fails in this folder; None if it works."""
+    try:
+        lock = FolderLock.take(folder, shared=True)
+    except OSError as error:
+        return error.strerror
+    if lock is not None:
+        lock.release()
+    return None
 
 
 def file_system(path: Path) -> str | None:
@@ -108,8 +141,16 @@ def file_system(path: Path) -> str | None:
     return None if best is None else best[1]
 
 
-def software(cluster: ClusterConfig, _runs: Path) -> CheckResult:
-    return CheckResult(*software_faults(cluster))
+def software(host: CheckedHost) -> CheckResult:
+    cluster = replace(host.cluster, kind="local") if host.on_node else host.cluster
+    faults, warnings = software_faults(cluster)
+    of_faults = [fault(text, key=text.partition("=")[0]) for text in faults]
+    return CheckResult([*of_faults, *(note(text, key=re.split("[=:]", text)[0]) for text in warnings)])
+
+
+def slurm_settings(host: CheckedHost) -> CheckResult:
+    """They are the same on every node, so a job does not ask for them again."""
+    return CheckResult() if host.runs_jobs else slurm(host.deployment)
 
 
 CHECKS: Final[Mapping[str, Check]] = {
@@ -117,6 +158,12 @@ CHECKS: Final[Mapping[str, Check]] = {
     "staging": staging,
     "run directory": run_directory,
     "software": software,
+    "home": lambda host: home(),
+    "proxies": lambda host: proxies(host.cluster, on_node=host.runs_jobs),
+    "hub cache": lambda host: hub_cache(host.deployment),
+    "Slurm": slurm_settings,
 }
-PROGRAM_CHECKS: Final = frozenset({"software"})
-"""Names of the checks that start programs."""
+BLOCKING: Final = frozenset({"scratch", "staging", "run directory", "software"})
+"""Checks whose faults end `plan` and `up`. The others concern a node or a service that this machine knows in part."""
+PROGRAM_CHECKS: Final = frozenset({"software", "home", "Slurm"})
+"""Names of the checks that start programs or write files."""

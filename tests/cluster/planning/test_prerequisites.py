@@ -1,20 +1,31 @@
 """One list of checks finds missing prerequisites of jobs before they run."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hpc_router.cli.main import main
 from hpc_router.cluster.planning import prerequisites
+from hpc_router.cluster.planning.finding import CheckResult
 from hpc_router.cluster.planning.plan import make_plan
-from hpc_router.cluster.planning.prerequisites import CHECKS, file_system, run_directory, scratch, staging
+from hpc_router.cluster.planning.prerequisites import BLOCKING, CHECKS, Check, CheckedHost, file_system
 from hpc_router.config.compose import load_deployment
-from hpc_router.config.schema import ClusterConfig
+from hpc_router.config.schema import ClusterConfig, Deployment
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.scratch_dir import MAX_FOLDER_BYTES, path_error, scratch_folder
 
 RUNS = Path("runs")
+
+
+def of_cluster(check: Check) -> Callable[[ClusterConfig, Path], CheckResult]:
+    return lambda cluster, runs: check(CheckedHost(Deployment(cluster=cluster), runs))
+
+
+scratch = of_cluster(prerequisites.scratch)
+staging = of_cluster(prerequisites.staging)
+run_directory = of_cluster(prerequisites.run_directory)
 
 
 def longest() -> int:
@@ -83,8 +94,10 @@ def test_a_run_directory_of_one_host_is_a_warning(tmp_path: Path, monkeypatch: p
 def test_checks_that_start_programs_can_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = ClusterConfig()
     cluster.container.image = "/no/such.sif"
-    assert prerequisites.prerequisites(cluster, RUNS, ask=False).faults == []
-    assert any("/no/such.sif" in fault for fault in prerequisites.prerequisites(cluster, RUNS, ask=True).faults)
+    host = CheckedHost(Deployment(cluster=cluster), RUNS)
+    assert prerequisites.prerequisites(host, ask=False).faults == []
+    assert any("/no/such.sif" in fault for fault in prerequisites.prerequisites(host, ask=True).faults)
+    assert CHECKS.keys() >= BLOCKING
     assert set(prerequisites.PROGRAM_CHECKS) <= CHECKS.keys()
 
 

@@ -4,28 +4,26 @@ Slurm sends a step's signals to the processes that its process-tracking plugin f
 descendant of the step, also the engine; `proctrack/cgroup` and `proctrack/pgid` signal the agent alone.
 """
 
-import re
 from typing import Final
 
-from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
+from hpc_router.cluster.launchers.commands import SlurmCommandError
+from hpc_router.cluster.launchers.slurm.site_config import ask_config
 
-TIMEOUT_S: Final = 30.0
 SIGNALS_DESCENDANTS: Final = "proctrack/linuxproc"
 
 
 def process_tracking() -> str | None:
     """Returns Slurm's `ProctrackType`; None if it cannot be read."""
     try:
-        config = run_slurm_command(["scontrol", "show", "config"], timeout_s=TIMEOUT_S)
+        return ask_config().get("ProctrackType")
     except SlurmCommandError:
         return None
-    found = re.search(r"^ProctrackType\s*=\s*(\S+)", config, re.MULTILINE)
-    return found[1] if found else None
 
 
-def signals_note() -> str | None:
-    """Returns a warning if a job's SIGTERM reaches the engine as well as its agent; else None."""
-    if process_tracking() != SIGNALS_DESCENDANTS:
+def signals_note(tracking: str | None = None) -> str | None:
+    """Returns a warning if a job's SIGTERM reaches the engine as well as its agent, else None. `tracking`: None asks
+    Slurm."""
+    if (tracking or process_tracking()) != SIGNALS_DESCENDANTS:
         return None
     return (
         f"this Slurm ({SIGNALS_DESCENDANTS}) sends a job's SIGTERM to the engine too: `scancel` and preemption may cut "

@@ -1,0 +1,210 @@
+"""Doctor's job: submits it with the script that replicas have, waits for what it writes, and removes every trace."""
+
+import getpass
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar
+
+from hpc_router.cluster.doctor.exchange import REPLICA, ROUNDS, ClockReading, Exchange, read_now
+from hpc_router.cluster.doctor.node_checks import SIGNAL_BEFORE_S
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
+from hpc_router.cluster.launchers.interface import JobRequest, JobState
+from hpc_router.cluster.launchers.slurm.launcher import STATES
+from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, python_of
+from hpc_router.cluster.launchers.slurm.squeue import QueuedJob, ask_squeue
+from hpc_router.cluster.signals import ignored
+from hpc_router.config import frozen
+from hpc_router.config.adapters import hosts
+from hpc_router.config.schema import Deployment, ResourceConfig
+from hpc_router.state.atomic_files import replace_json, replace_text
+from hpc_router.state.job_records import Ended, JobDir
+from hpc_router.state.run_directory import RunDir
+
+WALLTIME: Final = "2"
+"""In minutes: Slurm looks at time limits twice a minute, and sends the signal up to a minute early."""
+START_S: Final = 120.0
+"""How long the job may wait in the queue."""
+UNSEEN_S: Final = 30.0
+"""How long after the job has begun, or ended, its first file may take to be seen."""
+FACTS_S: Final = 60.0
+ANSWER_S: Final = 30.0
+SIGNAL_S: Final = 100.0
+SUBMIT_S: Final = 60.0
+POLL_S: Final = 0.02
+QUEUE_POLL_S: Final = 2.0
+END_S: Final = 20.0
+_OF_STEP: Final = re.compile(r"srun: |slurmstepd: error: \*\*\*|hpc-router: ")
+"""Lines that only say that the step or the script has ended."""
+_SETUP: Final = re.compile(r"(cluster\.(?:setup|modules)\[\d+\]) failed")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class JobStart:
+    """How the job's start went. `started`: its first file; without it, one of the others says what Slurm did."""
+
+    started: Mapping[str, Any] | None = None
+    pending_reason: str | None = None
+    node: str | None = None
+    left_logs: bool = False
+    error: str = ""
+    failed_key: str | None = None
+
+
+@dataclass
+class DoctorJob:
+    """A context manager: whatever happens, the job is cancelled and its folder removed."""
+
+    deployment: Deployment
+    runs: Path
+    job_id: str | None = field(default=None, init=False)
+    _submitting: bool = field(default=False, init=False)
+    _made: bool = field(default=False, init=False)
+
+    def __enter__(self) -> Self:
+        self._made = not self.runs.exists()
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.exchange = Exchange(Path(tempfile.mkdtemp(prefix=".doctor-", dir=self.runs.absolute())))
+        self._dir = JobDir(RunDir(self.exchange.folder), REPLICA)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with ignored(signal.SIGINT):
+            with suppress(OSError):
+                replace_json(self.exchange.stop, {})
+            if self._submitting:
+                self._end()
+            _until(self._removed, END_S)
+            if self._made:
+                with suppress(OSError):
+                    self.runs.rmdir()
+
+    @property
+    def batch_job(self) -> BatchJob:
+        folder = self.exchange.folder
+        cluster = replace(self.deployment.cluster, warn_s=float(SIGNAL_BEFORE_S), replicas_per_job=1)
+        argv = (python_of(cluster), "-m", "hpc_router.cluster.doctor.node_job", str(folder))
+        request = JobRequest(REPLICA, argv, doctor_resources(self.deployment)[1])
+        return BatchJob(RunDir(folder), (request,), cluster, f"doctor:{folder.name[1:]}", argv)
+
+    def submit(self, login: Mapping[str, Any]) -> None:
+        """Raises SlurmCommandError."""
+        self._dir.path.mkdir(parents=True, mode=0o700)
+        job, exchange = self.batch_job, self.exchange
+        replace_text(exchange.config, frozen.to_yaml(self.deployment))
+        replace_text(exchange.script, job.script())
+        replace_json(exchange.login, login)
+        self._submitting = True
+        answer = run_slurm_command(["sbatch", "--parsable"], stdin=job.script(), timeout_s=SUBMIT_S)
+        self.job_id = answer.strip().partition(";")[0]
+
+    def wait_for_start(self) -> JobStart:
+        """Returns when the job's first file is seen, or when it is clear that it will not be soon."""
+        waits_until, queue_at, begun_at = time.monotonic() + START_S, 0.0, None
+        job: QueuedJob | None = None
+        while True:
+            if (started := read_now(self.exchange.started)) is not None:
+                return JobStart(started)
+            now = time.monotonic()
+            if now >= queue_at:
+                queue_at = now + QUEUE_POLL_S
+                job = self.in_queue() or job
+                state = None if job is None else STATES.get(job.state)
+                begun_at = begun_at or (now if state not in (None, JobState.PENDING) else None)
+            ended = self._dir.ended()
+            if begun_at is not None and (ended is not None or now > begun_at + UNSEEN_S):
+                return self._unstarted(job, ended)
+            if begun_at is None and now > waits_until:
+                return JobStart(pending_reason=(job.reason if job else None) or "None")
+            time.sleep(POLL_S)
+
+    def _unstarted(self, job: QueuedJob | None, ended: Ended | None) -> JobStart:
+        logs = [*sorted(self._dir.path.glob("*_log.err")), *sorted(self._dir.path.glob("*_batch.log"))]
+        lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        own = [line for line in lines if line.strip() and not _OF_STEP.match(line)]
+        key = _SETUP.search(ended.message or "") if ended is not None else None
+        return JobStart(
+            node=None if job is None else job.node,
+            left_logs=bool(logs) or ended is not None,
+            error=(own or lines or ["no message"])[-1],
+            failed_key=None if key is None else key[1],
+        )
+
+    def in_queue(self) -> QueuedJob | None:
+        try:
+            return ask_squeue().get(self.job_id or "")
+        except SlurmCommandError:
+            return None
+
+    def round_trips(self) -> Iterator[ClockReading]:
+        """One reading for each file that was renamed here and answered there; ends early without an answer."""
+        for number in range(ROUNDS):
+            sent = time.time()
+            replace_json(self.exchange.ping(number), {"at": sent})
+            answer = _until(lambda number=number: read_now(self.exchange.pong(number)), ANSWER_S)  # type: ignore[misc]
+            received = time.time()
+            if answer is None:
+                return
+            yield ClockReading(float(answer["at"]) - (sent + received) / 2, (received - sent) / 2)
+
+    def facts(self) -> dict[str, Any] | None:
+        return _until(lambda: read_now(self.exchange.node), FACTS_S)
+
+    def signals(self) -> dict[str, Any] | None:
+        return _until(lambda: read_now(self.exchange.signals), SIGNAL_S)
+
+    def shown(self) -> dict[str, str]:
+        """Slurm's description of the job: `Partition`, `Requeue` and further words."""
+        try:
+            argv = ["scontrol", "--oneliner", "show", "job", self.job_id or ""]
+            text = run_slurm_command(argv, timeout_s=SUBMIT_S)
+        except SlurmCommandError:
+            return {}
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def _end(self) -> None:
+        """By its name, which is unique: after Ctrl-C in sbatch its id is not known."""
+        with suppress(SlurmCommandError):
+            argv = ["scancel", "--quiet", f"--user={getpass.getuser()}", f"--name={self.batch_job.name}"]
+            run_slurm_command(argv, timeout_s=SUBMIT_S)
+        if self.job_id is not None:
+            _until(self._has_ended, END_S, every_s=0.5)
+
+    def _has_ended(self) -> bool:
+        job = self.in_queue()
+        return job is None or STATES.get(job.state) is JobState.ENDED
+
+    def _removed(self) -> bool:
+        """The job may still write logs there."""
+        shutil.rmtree(self.exchange.folder, ignore_errors=True)
+        return not self.exchange.folder.exists()
+
+
+def doctor_resources(deployment: Deployment) -> tuple[str, ResourceConfig]:
+    """The expert whose job options doctor's job has, the first with GPUs; `router` without experts. And a small job
+    with these options."""
+    experts = hosts(deployment.experts)
+    name = next((n for n, e in experts.items() if e.resources.gpus), next(iter(experts), "router"))
+    own = experts[name].resources if name in experts else deployment.router.resources
+    memory = None if own.memory_gb is None else min(own.memory_gb, 1.0)
+    sbatch = {**own.sbatch, "dependency": None}
+    small = replace(own, nodes=1, gpus=min(own.gpus, 1), cpus=1, memory_gb=memory, walltime=WALLTIME, sbatch=sbatch)
+    return name, small
+
+
+def _until(ask: Callable[[], T], within_s: float, every_s: float = POLL_S) -> T | None:
+    """The first true value of `ask`; None if there was none in time."""
+    until = time.monotonic() + within_s
+    while True:
+        if value := ask():
+            return value
+        if time.monotonic() > until:
+            return None
+        time.sleep(every_s)

@@ -1,0 +1,162 @@
+"""What doctor's job runs on a node: `python -m hpc_router.cluster.doctor.node_job FOLDER`.
+
+It writes what it finds as JSON into the folder and answers the files that `doctor` puts there. It changes nothing else,
+and ends when it is told to, or after LIMIT_S.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import hpc_router
+from hpc_router.cluster.doctor.exchange import ROUNDS, Exchange, clock_server, own_address, read_clock, read_now
+from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
+from hpc_router.cluster.planning.prerequisites import CHECKS, CheckedHost, file_system, flock_error
+from hpc_router.config import frozen
+from hpc_router.state.atomic_files import create_text, replace_json
+
+LIMIT_S: Final = 150.0
+EVERY_S: Final = 0.02
+COMMAND_S: Final = 15.0
+CHILD_S: Final = 2.0
+"""How long after the job's own signal its child's is waited for."""
+_CHILD: Final = """
+import os, signal, sys
+def note(number, frame):
+    open(sys.argv[1], "w").close()
+signal.signal(signal.SIGUSR2, note)
+os.write(1, b"ready")
+sys.stdin.read()
+"""
+
+
+class SignalWatch:
+    """Records SIGUSR2 in this process and in a child that has a session of its own, as an engine has."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._at: float | None = None
+        self._sign = exchange.folder / "child-signalled"
+        signal.signal(signal.SIGUSR2, self._received)
+        pipe = subprocess.PIPE
+        argv = [sys.executable, "-c", _CHILD, str(self._sign)]
+        self.child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, start_new_session=True)
+        assert self.child.stdout is not None
+        self.child.stdout.read(len(b"ready"))
+        self.done = False
+
+    def _received(self, _number: int, _frame: FrameType | None) -> None:
+        self._at = self._at or time.time()
+
+    def look(self) -> None:
+        """Write the record once both processes had the time to get the signal."""
+        if self._at is not None and not self.done and time.time() > self._at + CHILD_S:
+            self.done = True
+            replace_json(self._exchange.signals, {"at": self._at, "descendants": self._sign.exists()})
+
+    def close(self) -> None:
+        self.child.kill()
+        self.child.communicate()
+
+
+def facts(exchange: Exchange, host: CheckedHost, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What only this node knows, and the findings of the checks here."""
+    login = read_now(exchange.login)
+    return {
+        "sees_login": login is not None,
+        "reaches_login": None if login is None else _reaches(login),
+        "creates_files": _creation_error(exchange),
+        "flock": flock_error(exchange.folder),
+        "file_system": file_system(exchange.folder),
+        "squeue": _error_of(["squeue", "--me", "--noheader"]),
+        "sbatch": _error_of(["sbatch", "--test-only"], stdin=exchange.script.read_text(encoding="utf-8")),
+        "visible_gpus": environment.get("CUDA_VISIBLE_DEVICES"),
+        "gpu_list": _gpu_list(),
+        "checks": {name: [f.to_json() for f in check(host).findings] for name, check in CHECKS.items()},
+    }
+
+
+def _creation_error(exchange: Exchange) -> str | None:
+    """Why a file of the run directory cannot be created: that takes a hard link, and fails if the file exists."""
+    try:
+        first, second = create_text(exchange.created, "1"), create_text(exchange.created, "2")
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if first and not second else "a file that exists was created again"
+
+
+def _reaches(login: Mapping[str, Any]) -> str | None:
+    """Why the machine that runs `doctor` cannot be reached; None if it can."""
+    try:
+        read_clock(str(login["address"]), int(login["port"]))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _error_of(argv: list[str], stdin: str = "") -> str | None:
+    try:
+        run_slurm_command(argv, timeout_s=COMMAND_S, stdin=stdin)
+    except SlurmCommandError as error:
+        return str(error)
+    return None
+
+
+def _gpu_list() -> list[str] | None:
+    """The lines of `nvidia-smi -L`: GPUs and their MIG instances; None if it cannot be run."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    try:
+        return run_slurm_command(["nvidia-smi", "-L"], timeout_s=COMMAND_S).splitlines()
+    except SlurmCommandError:
+        return None
+
+
+def serve(exchange: Exchange, watch: SignalWatch) -> None:
+    """Answer pings and watch for the signal until `stop` exists."""
+    number, until = 0, time.monotonic() + LIMIT_S
+    while time.monotonic() < until and not exchange.stop.exists():
+        if number < ROUNDS and read_now(exchange.ping(number)) is not None:
+            replace_json(exchange.pong(number), {"at": time.time()})
+            number += 1
+        watch.look()
+        time.sleep(EVERY_S)
+
+
+def main(folder: Path) -> None:
+    exchange = Exchange(folder)
+    deployment = frozen.read(exchange.config)
+    own, fabric_error = own_address(deployment.cluster.fabric)
+    watch = SignalWatch(exchange)
+    try:
+        with clock_server(own) as port:
+            started = {
+                "at": time.time(),
+                "host": socket.gethostname(),
+                "address": own,
+                "port": port,
+                "fabric_error": fabric_error,
+                "hpc_router": hpc_router.__version__,
+                "python": sys.version.split()[0],
+                "end_time": os.environ.get("SLURM_JOB_END_TIME"),
+            }
+            replace_json(exchange.started, started)
+            host = CheckedHost(deployment, folder.parent, on_node=True)
+            # In a thread, because Slurm's commands may take long, and pings measure the time of a rename.
+            threading.Thread(target=lambda: replace_json(exchange.node, facts(exchange, host)), daemon=True).start()
+            serve(exchange, watch)
+    finally:
+        watch.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

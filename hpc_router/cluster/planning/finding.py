@@ -1,0 +1,59 @@
+"""What a check of a site found: its severity, what it is, its fix and the config key to edit."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Severity(StrEnum):
+    OK = "ok"  # a fact, for information
+    NOTE = "note"  # the deployment works, with this consequence
+    FAULT = "fault"  # a part of the deployment will not work
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`key`: the config key to edit; None if the fix is outside of the config."""
+
+    severity: Severity
+    what: str
+    fix: str | None = None
+    key: str | None = None
+
+    def __str__(self) -> str:
+        return self.what if self.fix is None else f"{self.what} ({self.fix})"
+
+    @property
+    def advice(self) -> str | None:
+        """What to do; where the text of `what` says which values are valid, only which key to edit."""
+        return self.fix or (f"edit {self.key}" if self.key is not None else None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"state": str(self.severity), "what": self.what, "fix": self.advice, "key": self.key}
+
+
+def ok(what: str) -> Finding:
+    return Finding(Severity.OK, what)
+
+
+def note(what: str, fix: str | None = None, key: str | None = None) -> Finding:
+    return Finding(Severity.NOTE, what, fix, key)
+
+
+def fault(what: str, fix: str | None = None, key: str | None = None) -> Finding:
+    return Finding(Severity.FAULT, what, fix, key)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The findings of one check, or of several."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[str]:
+        return [str(f) for f in self.findings if f.severity is Severity.FAULT]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [str(f) for f in self.findings if f.severity is Severity.NOTE]
