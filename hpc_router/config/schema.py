@@ -220,9 +220,9 @@ class ClusterConfig(JobOptions):
     reconcile_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval of the control loop
     # Minimum interval between queries to Slurm's controller, for all replicas and commands of a deployment together.
     ask_s: float = bounded(30.0, MIN_DURATION_S, HOUR_S)
-    # Ended jobs of one replica whose records and logs are kept, and for how long; the newest one always is.
+    # Ended jobs of one replica whose records and logs are kept; the newest one always is.
     keep_generations: int = bounded(20, 1, 10_000)
-    keep_days: float = bounded(30.0, 1, 3650)
+    keep_days: float = bounded(30.0, 1, 3650)  # days for which the records and logs of ended jobs are kept
     max_failures: int = bounded(3, 1, 1000)  # consecutive failed jobs after which a replica is not submitted again
 
 

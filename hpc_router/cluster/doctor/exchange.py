@@ -21,7 +21,7 @@ CONNECT_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class ExchangeFolder:
     """Paths in the folder. `login`: where `doctor` listens. `started`: that of the job. `node`: the job's facts and
     findings. `signals`: which processes got SIGUSR2. `stop`: the job is to end."""
 

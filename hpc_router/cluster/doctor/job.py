@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from hpc_router.cluster.doctor.exchange import REPLICA, ROUNDS, ClockReading, Exchange, read_now
+from hpc_router.cluster.doctor.exchange import REPLICA, ROUNDS, ClockReading, ExchangeFolder, read_now
 from hpc_router.cluster.doctor.node_checks import SIGNAL_BEFORE_S
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.interface import JobRequest, JobState
@@ -71,7 +71,7 @@ class DoctorJob:
     def __enter__(self) -> Self:
         self._made = not self.runs.exists()
         self.runs.mkdir(parents=True, exist_ok=True)
-        self.exchange = Exchange(Path(tempfile.mkdtemp(prefix=".doctor-", dir=self.runs.absolute())))
+        self.exchange = ExchangeFolder(Path(tempfile.mkdtemp(prefix=".doctor-", dir=self.runs.absolute())))
         self._dir = JobDir(RunDir(self.exchange.folder), REPLICA)
         return self
 

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Final
 
 import hpc_router
-from hpc_router.cluster.doctor.exchange import ROUNDS, Exchange, clock_server, own_address, read_clock, read_now
+from hpc_router.cluster.doctor.exchange import ROUNDS, ExchangeFolder, clock_server, own_address, read_clock, read_now
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.planning.prerequisites import CHECKS, CheckedHost, file_system, flock_error
 from hpc_router.config import frozen
@@ -42,7 +42,7 @@ sys.stdin.read()
 class SignalWatch:
     """Records SIGUSR2 in this process and in a child that has a session of its own, as an engine has."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: ExchangeFolder) -> None:
         self._exchange = exchange
         self._at: float | None = None
         self._sign = exchange.folder / "child-signalled"
@@ -68,7 +68,7 @@ class SignalWatch:
         self.child.communicate()
 
 
-def facts(exchange: Exchange, host: CheckedHost, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def facts(exchange: ExchangeFolder, host: CheckedHost, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """What only this node knows, and the findings of the checks here."""
     login = read_now(exchange.login)
     return {
@@ -85,7 +85,7 @@ def facts(exchange: Exchange, host: CheckedHost, environment: Mapping[str, str] 
     }
 
 
-def _creation_error(exchange: Exchange) -> str | None:
+def _creation_error(exchange: ExchangeFolder) -> str | None:
     """Why a file of the run directory cannot be created: that takes a hard link, and fails if the file exists."""
     try:
         first, second = create_text(exchange.created, "1"), create_text(exchange.created, "2")
@@ -121,7 +121,7 @@ def _gpu_list() -> list[str] | None:
         return None
 
 
-def serve(exchange: Exchange, watch: SignalWatch) -> None:
+def serve(exchange: ExchangeFolder, watch: SignalWatch) -> None:
     """Answer pings and watch for the signal until `stop` exists."""
     number, until = 0, time.monotonic() + LIMIT_S
     while time.monotonic() < until and not exchange.stop.exists():
@@ -133,7 +133,7 @@ def serve(exchange: Exchange, watch: SignalWatch) -> None:
 
 
 def main(folder: Path) -> None:
-    exchange = Exchange(folder)
+    exchange = ExchangeFolder(folder)
     deployment = frozen.read(exchange.config)
     own, fabric_error = own_address(deployment.cluster.fabric)
     watch = SignalWatch(exchange)

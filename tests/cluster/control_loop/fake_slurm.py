@@ -281,8 +281,13 @@ class FakeSlurm:
                 self._drain(*found, reason="the drain call")
         return refused
 
-    async def unanswering(self, records: Sequence[Record]) -> set[str]:
-        return {record.replica for record in records if self.agent_of(record) is None}
+    async def unanswering(self, records: Sequence[Record]) -> dict[str, bool]:
+        """As `liveness`: the replicas that do not answer, and whether their node can be reached."""
+        lost = self.lost
+        jobs = {
+            record.replica: self.jobs.get(str(record.job_id)) for record in records if self.agent_of(record) is None
+        }
+        return {replica: job is None or job.node not in lost for replica, job in jobs.items()}
 
     def agent_of(self, record: Record) -> tuple[FakeJob, Agent] | None:
         """The agent that answers at the address in the record."""
