@@ -87,9 +87,9 @@ def handover_rows(service: Service) -> Iterator[Row]:
         for n in (1, 2):
             end = deployed.job(f"{slot}.g{n}").exit()
             since = started[f"{slot}.g{n + 1}"]
-            until = time.monotonic() if end is None else end.at - offset
+            until = service.ended_at if end is None else end.at - offset
             yield row(service, f"walltime end of {slot}.g{n}", since=since, until=until)
-    yield row(service, "all of it", since=service.began_at, until=time.monotonic())
+    yield row(service, "all of it", since=service.began_at, until=service.ended_at)
 
 
 async def walltime_ends(deployed: OnSlurm, load: "LoadSize") -> list[Row]:
@@ -111,7 +111,7 @@ async def incident(deployed: OnSlurm, load: "LoadSize", one: Incident) -> Row:
         await asyncio.sleep(TOKENS * ITL_MS / 1000)
         outcome = await one.cause(service)
     assert submitted_once(deployed, before), deployed.claimed()
-    return row(service, one.name, since=service.began_at, until=time.monotonic(), outcome=outcome)
+    return row(service, one.name, since=service.began_at, until=service.ended_at, outcome=outcome)
 
 
 @dataclass(frozen=True)
