@@ -9,6 +9,7 @@ cgroup v1. Exits with 1 if a request failed, or a stream that was not on a repli
 
 import argparse
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -68,10 +69,11 @@ class Row:
 
 def row(service: Service, name: str, *, since: float, until: float, outcome: Outcome | None = None) -> Row:
     hit = frozenset() if outcome is None else outcome.hit
-    broken = service.failures("stream", since=since, until=until)
+    last = math.inf if until == service.ended_at else until  # requests in flight at the load's end count too
+    broken = service.failures("stream", since=since, until=last)
     return Row(
         name,
-        len(service.failures("request", since=since, until=until)),
+        len(service.failures("request", since=since, until=last)),
         len(broken),
         sum(failure.replica in hit for failure in broken),
         service.without_answer_s(since=since, until=until),
