@@ -29,12 +29,14 @@ _UNREADY = re.compile(r'^hpc_router_unready_seconds_total\{expert="(.+)"\} (\S+)
 
 @dataclass
 class Service:
-    """`unready_s`: what each router measured so far, by router and expert."""
+    """`unready_s`: what each router measured so far, by router and expert. `began_at`, `ended_at`: of the load
+    (monotonic)."""
 
     deployed: OnSlurm
     loads: tuple[Load, ...]
     unready_s: dict[tuple[str, str], float] = field(default_factory=dict)
     began_at: float = field(default_factory=time.monotonic)
+    ended_at: float = math.inf
 
     def failures(self, kind: str, *, since: float = 0.0, until: float = math.inf) -> list[Failure]:
         """`since`, `until`: monotonic."""
@@ -109,6 +111,7 @@ async def under_load(
         try:
             async with loads[0].running(), loads[1].running():
                 yield service
+                service.ended_at = time.monotonic()
         finally:
             sampling.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -9,6 +9,7 @@ cgroup v1. Exits with 1 if a request failed, or a stream that was not on a repli
 
 import argparse
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -68,10 +69,11 @@ class Row:
 
 def row(service: Service, name: str, *, since: float, until: float, outcome: Outcome | None = None) -> Row:
     hit = frozenset() if outcome is None else outcome.hit
-    broken = service.failures("stream", since=since, until=until)
+    last = math.inf if until == service.ended_at else until  # requests in flight at the load's end count too
+    broken = service.failures("stream", since=since, until=last)
     return Row(
         name,
-        len(service.failures("request", since=since, until=until)),
+        len(service.failures("request", since=since, until=last)),
         len(broken),
         sum(failure.replica in hit for failure in broken),
         service.without_answer_s(since=since, until=until),
@@ -87,9 +89,9 @@ def handover_rows(service: Service) -> Iterator[Row]:
         for n in (1, 2):
             end = deployed.job(f"{slot}.g{n}").exit()
             since = started[f"{slot}.g{n + 1}"]
-            until = time.monotonic() if end is None else end.at - offset
+            until = service.ended_at if end is None else end.at - offset
             yield row(service, f"walltime end of {slot}.g{n}", since=since, until=until)
-    yield row(service, "all of it", since=service.began_at, until=time.monotonic())
+    yield row(service, "all of it", since=service.began_at, until=service.ended_at)
 
 
 async def walltime_ends(deployed: OnSlurm, load: "LoadSize") -> list[Row]:
@@ -111,7 +113,7 @@ async def incident(deployed: OnSlurm, load: "LoadSize", one: Incident) -> Row:
         await asyncio.sleep(TOKENS * ITL_MS / 1000)
         outcome = await one.cause(service)
     assert submitted_once(deployed, before), deployed.claimed()
-    return row(service, one.name, since=service.began_at, until=time.monotonic(), outcome=outcome)
+    return row(service, one.name, since=service.began_at, until=service.ended_at, outcome=outcome)
 
 
 @dataclass(frozen=True)

@@ -113,13 +113,14 @@ class ControlLoop:
         seen = self.preview(clear=clear, fresh=fresh)
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)
+        # Submissions come first: scancel may take many seconds for a job whose node is lost.
+        submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
         self._drain([a for a in seen.actions if isinstance(a, Drain)])
         self.cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
         self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])
         self._report_given_up(seen.given_up)
         self._withdraw_dead(seen)
         self._release([a for a in seen.actions if isinstance(a, ReleaseJob)])
-        submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
         return replace(seen, submitted=submitted, refused=refused)
 
     def publish(self, seen: LoopPass) -> None:

@@ -273,8 +273,8 @@ def _submit_next(
 
 
 def _cannot_serve_again(attempt: Attempt) -> bool:
-    """Whether the attempt was asked to end and cannot serve any more: it hangs, or has not started."""
-    return attempt.stop.cancel_at is not None and (attempt.hung or attempt.job is JobState.PENDING)
+    """Whether the attempt hangs, or was asked to end before it has started."""
+    return attempt.hung or (attempt.stop.cancel_at is not None and attempt.job is JobState.PENDING)
 
 
 def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:

@@ -208,6 +208,21 @@ class SlowToCancel:
         self.done_at = time.time()
 
 
+def test_the_successor_of_a_hung_job_does_not_wait_for_scancel(run: RunDir, control: ControlLoop) -> None:
+    """It takes many seconds if the job's node is lost."""
+    control.run_pass()
+    eventually_sync(lambda: started(run, "math-0.g1"))
+    control.launcher = slow = SlowToCancel(control.launcher)
+    service = JobDir(run, "math-0.g1").process()
+    assert service is not None
+    os.kill(service.pid, signal.SIGSTOP)
+    registry.publish(run.registry, replace(record("math-0.g1"), beat=1, beat_s=0.001))
+    eventually_sync(lambda: "math-0.g2" in control.run_pass().submitted)
+    info = JobDir(run, "math-0.g2").info()
+    assert info is not None
+    assert info.submitted_at < slow.done_at
+
+
 @pytest.mark.parametrize("by", ["loop", "drain"])
 def test_the_drain_time_starts_after_scancel(run: RunDir, control: ControlLoop, by: str) -> None:
     """scancel may take a minute, so the deadline counts from its end."""

@@ -149,10 +149,10 @@ def test_an_older_generation_is_ended_when_the_newer_is_ready() -> None:
     assert decide(ONE, old, replace(new, registered=State.READY)) == [Drain("math-0.g1")]
 
 
-def test_a_hung_replica_is_cancelled_then_replaced_and_killed() -> None:
-    """It cannot drain, and its node may be lost, so the replacement waits neither for a drain nor for the end."""
+def test_a_hung_replica_is_replaced_at_once_and_killed() -> None:
+    """It drains nothing, so neither the time to drain nor its end is waited for: its node may be lost."""
     hung = attempt(registered=State.READY, hung=True)
-    assert decide(ONE, hung) == [Cancel("math-0.g1")]
+    assert decide(ONE, hung) == [Cancel("math-0.g1"), Submit(MATH, 2)]
     asked = replace(hung, stop=Stop(cancel_at=NOW))
     kill_at = NOW + KILL_AFTER_S
     assert decide(ONE, asked, now=kill_at - 1) == [Wait("math-0.g1", kill_at, "asked to end"), Submit(MATH, 2)]
