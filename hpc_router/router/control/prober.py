@@ -32,7 +32,10 @@ _EVENTS: Final = {state.value: Event(f"says_{state}") for state in State}
 
 def _new_session() -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    return aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), connector=connector)
+    return aiohttp.ClientSession(
+        cookie_jar=aiohttp.DummyCookieJar(), connector=connector, auto_decompress=False,
+        headers={"Accept-Encoding": "identity"},
+    )  # fmt: skip
 
 
 @dataclass(slots=True)

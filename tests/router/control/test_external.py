@@ -230,3 +230,10 @@ async def test_its_address_is_used_as_registered(tmp_path: Path, base: str, api:
     async with a_router(run, a_deployment()) as router, registered(run, endpoint, probe="/health"):
         await ready(router)
         assert set(endpoint.probed) == {f"{health}/health"}
+
+
+async def test_an_answer_that_cannot_be_decompressed_proves_life(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    endpoint = Endpoint(200, b"not gzip", headers={"content-encoding": "gzip"})
+    async with registered(run, endpoint), a_router(run, a_deployment()) as router:
+        await ready(router)
