@@ -6,6 +6,7 @@ source: a `sitecustomize` moves `time.time` of the job's Python.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def make_doctor(
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)
-        return Doctor(cluster, cluster.shared / request.node.name, capsys)
+        name = re.sub(r"\W+", "-", request.node.name).strip("-")  # brackets have a meaning in overrides
+        return Doctor(cluster, cluster.shared / name, capsys)
 
     return make
 
@@ -141,23 +143,23 @@ def test_nine_faults_of_one_site(
     wrong_settings: None,
     blocked: None,
     cluster: SlurmCluster,
-    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Noexec scratch, full home, no sbatch on the node, proxies, blocked ports, clock skew, short MinJobAge, a submit
     plugin and linuxproc: each is named once, with its fix, and nothing else is."""
     node, tools = cluster.node(NODE), cluster.shared / "doctor-tools"
-    for name in ("noexec", "home", "skewed"):
+    for name in ("home", "skewed"):
         (tools / name).mkdir(parents=True)
     (tools / "skewed" / "sitecustomize.py").write_text(
         f"import time\n_real = time.time\ntime.time = lambda: _real() + {SKEW_S}\n"
     )
-    mount(node, mounts, "-t", "tmpfs", "-o", "noexec", "tmpfs", str(tools / "noexec"))
+    node.enter(["mkdir", "-p", "/tmp/noexec"])  # /tmp is the node's own
+    mount(node, mounts, "-t", "tmpfs", "-o", "noexec", "tmpfs", "/tmp/noexec")
     mount(node, mounts, "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tools / "home"))
     mount(node, mounts, "--bind", "/dev/null", "/usr/bin/sbatch")
     monkeypatch.setenv("HOME", str(tools / "home"))
     status, findings = doctor.run(
-        f"cluster.scratch={tools}/noexec",
+        "cluster.scratch=/tmp/noexec",
         f"cluster.env={{http_proxy: 'http://proxy:3128', PYTHONPATH: {tools}/skewed}}",
         "cluster.partition=batch",
     )
