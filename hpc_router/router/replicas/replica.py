@@ -1,7 +1,7 @@
 """One replica as the router sees it: its routing state, and the requests that hold a reservation on it. No I/O.
 
-The state changes only by `TRANSITIONS`; an event that is not in that table is an error. Releasing a `Reservation` twice
-has no effect, so the counters return to zero whatever happens to a request. Nothing here chooses a replica.
+The state changes only by `TRANSITIONS`, which has an entry for every state and event. Releasing a `Reservation` twice
+has no effect, so the counters return to zero however a request ends. The choice of a replica is made in `balancing`.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from hpc_router.router.replicas.health import ReplicaHealth
 from hpc_router.state.registry import Record
 
 LOST_S: Final = 5.0
-"""Idle timeout of requests on a lost replica: one that was ejected, or whose record was withdrawn."""
+"""Idle timeout in seconds of requests on a lost replica: one that was ejected, or whose record was withdrawn."""
 DEFAULT_CAPACITY: Final = 1024
 """Capacity of an endpoint whose record does not state one."""
 NO_COLUMN: Final = 0
@@ -36,7 +36,8 @@ class RoutingState(StrEnum):
 
 
 class Event(StrEnum):
-    """What changes a routing state: the state that the replica itself reports, or a failure that the router saw."""
+    """A cause of a change of the routing state: a state that the replica reports, or a failure that the router
+    observed."""
 
     SAYS_STARTING = "says_starting"
     SAYS_READY = "says_ready"
@@ -73,10 +74,11 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One endpoint. `key`: the bearer token of requests to it; `models`: the model names its engine reported;
-    `listed_max_model_len`: of its models, as an external endpoint lists it.
+    """One endpoint, and what the router knows of its state and load.
 
-    `peer_in_flight`: requests in flight on it from the router's other workers. Balancing and limits use `load`, the sum
+    `key`: the bearer token that requests to the replica carry; `models`: the model names that its engine reported;
+    `listed_max_model_len`: the context length that an external endpoint lists for its model. `peer_in_flight`: number
+    of requests that the router's other workers have in flight on the replica. Balancing and limits use `load`, the sum
     over all workers.
     """
 
@@ -91,7 +93,7 @@ class Replica:
     trouble: str | None = None  # text of the last failure
     reservations: "set[Reservation]" = field(default_factory=set)
     peer_in_flight: int = 0
-    column: int = NO_COLUMN  # of the shared counters: its requests in flight
+    column: int = NO_COLUMN  # column of the shared counters with this replica's requests in flight
     request_starts: dict[str, bytes] = field(default_factory=dict)  # API path -> request line, host, authorization
     routing_lines: dict[tuple[str, str], bytes] = field(default_factory=dict)  # expert, reason -> response headers
     address: Address = field(init=False)
@@ -102,11 +104,12 @@ class Replica:
         self.address = address_of(self.record.url)
 
     def renew(self, record: Record) -> None:
+        """Replaces the record with a newer one of the same server process, and sets the capacity from it."""
         self.record = record
         self.capacity = record.capacity or DEFAULT_CAPACITY
 
     def is_at(self, record: Record) -> bool:
-        """Whether the record describes the same server process."""
+        """Returns whether `record` describes the same server process as this replica's record."""
         own = self.record
         return (own.url, own.nonce, own.generation, own.kind) == (
             record.url, record.nonce, record.generation, record.kind,
@@ -114,17 +117,17 @@ class Replica:
 
     @property
     def authorization(self) -> bytes:
-        """The `authorization` header line of requests to it; empty without a key."""
+        """The `authorization` header line of requests to this replica; empty without a key."""
         return _authorization(self.key)
 
     @property
     def in_flight(self) -> int:
-        """Requests of this worker."""
+        """Number of requests that this worker has in flight on the replica."""
         return len(self.reservations)
 
     @property
     def load(self) -> int:
-        """Requests of all workers."""
+        """Number of requests that all workers have in flight on the replica."""
         return len(self.reservations) + self.peer_in_flight
 
     @property
@@ -137,16 +140,17 @@ class Replica:
 
     @property
     def max_model_len(self) -> int | None:
-        """Tokens of prompt and response together; None: not known."""
+        """Maximum number of tokens of prompt and response together; None if it is unknown."""
         return self.record.engine.max_model_len or self.listed_max_model_len
 
     @property
     def slot_name(self) -> str:
-        """The name without the generation, so that a replica's successor inherits its conversations."""
+        """The replica's name without the generation, so that a successor inherits the affinity of its conversations."""
         return self.record.replica.rpartition(".")[0]
 
     def model_for(self, expert: str) -> str | None:
-        """The engine's model name of this expert; an endpoint with a single model needs no name in its record."""
+        """Returns the engine's model name for this expert, None if unknown. An endpoint with a single model needs no
+        name in its record."""
         name = self.record.serves.get(expert)
         return name if name is not None or len(self.models) != 1 else self.models[0]
 
@@ -154,7 +158,7 @@ class Replica:
         self.state = TRANSITIONS[self.state, event]
 
     def mark_lost(self) -> None:
-        """Shorten the idle timeout of every request on it to `LOST_S`."""
+        """Shortens the idle timeout of every request on this replica to `LOST_S`."""
         for reservation in tuple(self.reservations):
             reservation.mark_lost()
 
@@ -163,7 +167,7 @@ class Replica:
 
 
 class ReservationOwner(Protocol):
-    """What a released reservation is returned to."""
+    """The table that a released reservation is returned to."""
 
     cells: Cells
 
@@ -172,7 +176,8 @@ class ReservationOwner(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """One request's place on a replica, acquired for `expert`. On a lost replica its idle timeout is `LOST_S`."""
+    """The place of one request on a replica, acquired for `expert`. On a lost replica, the request's idle timeout is
+    `LOST_S`."""
 
     replica: Replica
     expert: str
@@ -181,7 +186,8 @@ class Reservation:
     lost: bool = False
 
     def watch(self, idle_timer: IdleTimer) -> None:
-        """Control this timer: shorten it now or as soon as the replica is lost."""
+        """Stores the request's idle timer, to shorten its timeout when the replica is lost, or at once if it is lost
+        already."""
         self.idle_timer = idle_timer
         if self.lost:
             idle_timer.tighten(LOST_S)
@@ -192,6 +198,7 @@ class Reservation:
             self.idle_timer.tighten(LOST_S)
 
     def release(self) -> None:
+        """Returns the place to the table, which offers it to a waiting request. A second call has no effect."""
         replica, owner = self.replica, self._owner
         reservations = replica.reservations
         if self in reservations:
