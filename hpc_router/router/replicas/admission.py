@@ -64,7 +64,7 @@ class DepartureRate:
     _departures: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=256))
 
     def began(self, now: float) -> None:
-        """Records that an empty queue got a request. Discards departures of an earlier queue."""
+        """Records that an empty queue got a request. Discards earlier departures after more than `MAX_EMPTY_S`."""
         if not self._departures or now - self._departures[-1][0] > MAX_EMPTY_S:
             self._departures.clear()
             self._since = now

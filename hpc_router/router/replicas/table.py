@@ -331,7 +331,8 @@ class ReplicaTable:
             self._line.leave(waiter)
 
     def set_scaled_to_zero(self, experts: Mapping[str, str]) -> None:
-        """Sets the experts that shall have no replicas, each with the name of the expert to scale up instead of it.
+        """Sets the experts that shall have no replicas, each with the expert whose count starts one (for an adapter its
+        host).
 
         Requests that wait only for such experts fail.
         """
