@@ -144,7 +144,7 @@ class TurnAnswered(Message):
 
 @dataclass(frozen=True, slots=True)
 class MetricsReport(Message):
-    """Reports all that the worker has counted since its start."""
+    """Reports the worker's counts to the control process."""
 
     metrics: MetricsDump
 
