@@ -48,7 +48,7 @@ from hpc_router.router.worker.routed_request import REVIEWED_STATUSES, RequestRe
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 6
-"""Maximum number of replicas that are tried for one request."""
+"""Maximum number of attempts for one request."""
 _NOTEWORTHY_S: Final = 0.001
 """Time in seconds before an attempt below which it is not subtracted in the statistics of the replica."""
 
