@@ -33,7 +33,8 @@ CHECK_S: Final = 1.0
 class ConfigWatcher:
     """Watches the files, and calls `on_change` with the new deployment and its policy.
 
-    `base`: the deployment that the router was started with. `trouble`: text of the last change that was not applied.
+    `base`: the deployment that the router was started with. `trouble`: why the last change was not applied; None if it
+    was.
     """
 
     run: RunDir
