@@ -1,1 +1,1 @@
-"""Connections of clients: requests in, responses out."""
+"""Connections of clients: the server reads their requests and writes the responses."""
