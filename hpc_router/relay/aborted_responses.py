@@ -24,11 +24,8 @@ _OVERLAP_BYTES: Final = 64
 
 
 class AbortDetector(ABC):
-    """Detects aborted responses of one API. Each response has its own object, because several events may make up its
-    end.
-
-    `event_mark`: bytes that every event about the end of a response contains.
-    """
+    """A detector of aborted responses of one API. Each response has its own object, because several events may make up
+    its end. `event_mark`: bytes that every event about the end of a response contains."""
 
     event_mark: ClassVar[bytes]
 
@@ -79,11 +76,8 @@ class ChoicesAbortDetector(AbortDetector):
 
 
 class ResponsesAbortDetector(AbortDetector):
-    """The detector for `/v1/responses`.
-
-    vLLM reports most aborted responses as `completed`. A response that vLLM rejects while it stops is empty and has 0
-    output tokens; a normal response has at least the end token.
-    """
+    """The detector for `/v1/responses`. vLLM reports most aborted responses as `completed`. A response that vLLM
+    rejects while it stops is empty and has 0 output tokens; a normal response has at least the end token."""
 
     event_mark = b'"response.completed"'
 
@@ -133,8 +127,7 @@ class MessagesAbortDetector(AbortDetector):
 
 
 class UnbufferedAbortDetector:
-    """Searches a body that is relayed without buffering, and whose format is unknown, for the mark of an aborted
-    choice."""
+    """A detector that searches an unbuffered body of unknown format for the mark of an aborted choice."""
 
     __slots__ = ("_overlap",)
 

@@ -29,11 +29,8 @@ class ErrorReply:
 
 @dataclass(frozen=True, slots=True)
 class ApiFormat:
-    """The format of one API.
-
-    `prompt_field`: the request field that is read first. `error_body`, `error_event`: make the two forms of an error.
-    `abort_detector`: detects aborted responses.
-    """
+    """The format of one API. `prompt_field`: the request field that is read first. `error_body`, `error_event`: make
+    the two forms of an error. `abort_detector`: detects aborted responses."""
 
     prompt_field: str
     error_body: Callable[[ErrorReply], dict[str, Any]]

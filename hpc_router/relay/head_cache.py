@@ -68,7 +68,7 @@ class HeadCache(Generic[H]):
             digits = data[first:last]
             if data[at - 11 : at] not in _LENGTH_BEGINS or not digits.isdigit() or int(digits) != len(data) - end:
                 return None
-            key = data[:first] + data[last : end - 1]  # without the last byte: never equal to a key of the other branch
+            key = data[:first] + data[last : end - 1]  # one byte less, so that it equals no key of the other branch
         request_id = b""
         if self._ids and (line := key.find(ID_LINE)) >= 0:
             begin = line + len(ID_LINE)
@@ -88,10 +88,7 @@ class HeadCache(Generic[H]):
 
     def lookup_start(self, data: bytes) -> tuple[H, int] | None:
         """Returns the head and its size in bytes if `data` starts with a cached head that has no `Content-Length`.
-        None: the HTTP parser must parse it.
-
-        Here `parse` is called with only the bytes of the head.
-        """
+        None: the HTTP parser must parse it. Here `parse` is called with only the bytes of the head."""
         last, last_head = self._last_whole
         if data.startswith(last):
             return last_head, len(last)

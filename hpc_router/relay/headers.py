@@ -57,11 +57,8 @@ NOT_DOWNSTREAM: Final = HOP_BY_HOP | {
 
 
 class Headers:
-    """The fields of one message in order, names in lower case. Immutable.
-
-    `cached`: results computed from these fields. Messages with the same cached head share one object (see
-    `head_cache`).
-    """
+    """The fields of one message in order, names in lower case. Immutable. `cached`: results computed from these fields.
+    Messages with the same cached head share one object (see `head_cache`)."""
 
     __slots__ = ("_last", "cached", "content_type", "fields")
 
@@ -100,11 +97,8 @@ def without_id(fields: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, byt
 
 
 def crossing(headers: Headers, *, drop: frozenset[bytes]) -> bytes:
-    """Returns the header lines of all fields except those in `drop` and those listed in `Connection`.
-
-    `Retry-After` is limited to `MAX_RETRY_AFTER_S`. If `drop` is NOT_UPSTREAM, the lines also ask for an uncompressed
-    response.
-    """
+    """Returns the header lines of all fields except those in `drop` and those listed in `Connection`. `Retry-After` is
+    limited to `MAX_RETRY_AFTER_S`. If `drop` is NOT_UPSTREAM, the lines also ask for an uncompressed response."""
     joined: bytes | None = headers.cached.get(drop)
     if joined is None:
         joined = headers.cached[drop] = _crossing(headers, drop)

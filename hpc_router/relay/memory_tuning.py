@@ -20,7 +20,7 @@ TRIM_THRESHOLD_BYTES: Final = 32 * 2**20
 """Maximum number of free bytes at the end of the heap; glibc returns more to the kernel."""
 MMAP_THRESHOLD_BYTES: Final = 4 * 2**20
 """Minimum size of a block that is mapped for itself, and unmapped when it is freed."""
-_TRIM_THRESHOLD: Final = -1  # of mallopt(3), in glibc's malloc.h
+_TRIM_THRESHOLD: Final = -1  # parameter of mallopt(3), from glibc's malloc.h
 _MMAP_THRESHOLD: Final = -3
 
 

@@ -40,8 +40,8 @@ class RelayLimits:
 
 
 class ResponseRelay:
-    """Relays the response to `request`. At the end, the request's handler returns `response`, which is None for a
-    streamed response.
+    """The object that relays the response to `request`. At the end, the request's handler returns `response`, which is
+    None for a streamed response.
 
     `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed
@@ -67,10 +67,8 @@ class ResponseRelay:
         return self.response is not None or self._request.response_started
 
     async def relay(self, upstream: UpstreamResponse, head: bytes) -> None:
-        """Relays the complete response. `head`: its header lines.
-
-        Raises DownstreamGoneError, UpstreamAbortedError, and the errors of `UpstreamResponse.stream_to`.
-        """
+        """Relays the complete response. `head`: its header lines. Raises DownstreamGoneError, UpstreamAbortedError, and
+        the errors of `UpstreamResponse.stream_to`."""
         if upstream.content_type == CONTENT_TYPE and b"content-encoding" not in upstream.headers:
             self.begin_events(upstream.status, head)
             await self.relay_events(upstream)
@@ -233,13 +231,11 @@ class EventStream:
         self._ping_timer = asyncio.get_running_loop().call_later(self._limits.ping_s, self._ping)
 
     def _ping(self) -> None:
-        """Sends a comment if the stream has paused.
-
-        An event only sets a flag and restarts no timer, so a pause is detected after one to two times `ping_s`.
-        """
+        """Sends a comment if the stream has paused. An event only sets a flag and restarts no timer, so a pause is
+        detected after one to two times `ping_s`."""
         if self._request.idle:
             try:
                 self._request.write(PING)
             except DownstreamGoneError:
-                return  # the next write raises it in the request's task
+                return  # the next write raises this error in the request's task
         self._schedule_ping()

@@ -33,7 +33,7 @@ class UnfinishedEventError(ValueError):
 
 
 class EventSplitter:
-    """Converts chunks to complete events. `tail`: the received part of an incomplete event."""
+    """A converter of chunks to complete events. `tail`: the received part of an incomplete event."""
 
     tail = b""
 
@@ -44,7 +44,7 @@ class EventSplitter:
             data, self.tail = self.tail + chunk, b""
             return data
         data = self.tail + chunk if self.tail else chunk
-        new = max(0, len(self.tail) - 2)  # the tail holds no end, but may hold the beginning of one
+        new = max(0, len(self.tail) - 2)  # the tail has no event end, but may have the beginning of one
         end = max(at + len(mark) if (at := data.rfind(mark, new)) >= 0 else 0 for mark in EVENT_ENDS)
         self.tail = data[end:]
         if len(self.tail) > MAX_EVENT_BYTES:
@@ -53,11 +53,8 @@ class EventSplitter:
 
     def end(self) -> bytes:
         """Returns the remaining bytes at the regular end of a stream. Adds the blank line if it is missing, because
-        parsers drop an event without one.
-
-        The last event is complete if its data is `[DONE]` or valid JSON, or if all its lines are without content.
-        Raises UnfinishedEventError if it is not.
-        """
+        parsers drop an event without one. The last event is complete if its data is `[DONE]` or valid JSON, or if all
+        its lines are without content. Raises UnfinishedEventError if it is not."""
         tail, self.tail = self.tail, b""
         lines = _lines(tail)
         if any(line and not line.startswith(_WITHOUT_CONTENT) for line in lines):

@@ -15,10 +15,7 @@ async def relay_unchanged(
     request: Request, upstream: UpstreamResponse, *, on_progress: Callable[[], None]
 ) -> Response | None:
     """Returns the response to `request`; None if it was streamed to the client. `on_progress` is called for every
-    chunk.
-
-    Raises UpstreamError if the upstream response breaks off.
-    """
+    chunk. Raises UpstreamError if the upstream response breaks off."""
     head = crossing(upstream.headers, drop=NOT_DOWNSTREAM)
     if (whole := upstream.complete_body) is not None and len(whole) <= SHORT_BYTES:
         on_progress()

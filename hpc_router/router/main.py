@@ -63,10 +63,7 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
 @contextlib.contextmanager
 def _final_files(job: JobDir) -> Iterator[FileThread]:
     """Opens a file thread for the last files and withdraws the router's record, in case the control process died before
-    it could.
-
-    A thread is allowed here because no process is forked any more.
-    """
+    it could. A thread is allowed here because no process is forked any more."""
     with file_thread(f"files of {job.replica}", log=job.agent_log) as files:
         files.post(partial(withdraw, job.run.registry, job.replica))
         yield files
@@ -83,7 +80,7 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
     with bind(run, deployment, node=socket.gethostname()) as reserved:
         reserved.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEPORT, 1
-        )  # not before the bind, which would share another router's port
+        )  # after the bind, which would otherwise share another router's port
         identity = Identity(
             replica=job.replica,
             key=replica_key(run.secret(), nonce),

@@ -73,7 +73,7 @@ class HistogramCollector(Collector):
         ones."""
         self._about = name, text, labels
         self._bounds = bounds
-        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and the sum as a list of one
+        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and a list with only the sum
 
     def add(self, value: float, *labels: str) -> None:
         series = self._series.get(labels) or self._new_series(labels)

@@ -1,1 +1,1 @@
-"""Connections of clients: the server reads their requests and writes the responses."""
+"""Connections of clients: requests in, responses out."""

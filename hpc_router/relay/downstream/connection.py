@@ -128,11 +128,8 @@ class ClientConnection(asyncio.Protocol):
         await self._close(linger=True)
 
     async def _close(self, *, linger: bool) -> None:
-        """Closes the connection after the response.
-
-        `linger`: whether the client is still sending. Closing at once would then reset the connection and could discard
-        the response.
-        """
+        """Closes the connection after the response. `linger`: whether the client is still sending. Closing at once
+        would then reset the connection and could discard the response."""
         if self._transport is None or self._transport.is_closing():
             return
         if linger:
@@ -247,10 +244,8 @@ class ClientConnection(asyncio.Protocol):
             waiter.set_result(None)
 
     def _check_deadline(self) -> None:
-        """Closes an idle connection after its deadline.
-
-        Every request only stores a new deadline; a timer that fires too early is scheduled again.
-        """
+        """Closes an idle connection after its deadline. Every request only stores a new deadline; a timer that fires
+        too early is scheduled again."""
         now = self._loop.time()
         if self._deadline is not None and now >= self._deadline:
             self.abort()

@@ -23,10 +23,8 @@ _REQUEST_METHOD: Final = b"access-control-request-method"
 
 @dataclass(slots=True, eq=False)
 class CrossOrigin:
-    """The allowed origins.
-
-    `origins`: the origins as browsers write them; CORS is off if there are none. They may change at any time.
-    """
+    """The allowed origins. `origins`: the origins as browsers write them; CORS is off if there are none. They may
+    change at any time."""
 
     origins: frozenset[bytes] = frozenset()
 

@@ -82,10 +82,8 @@ class Request(ABC):
 
     @abstractmethod
     async def read(self, *, limit_s: float | None = None) -> bytes:
-        """Waits for the complete body and returns it.
-
-        Raises BadRequestError or BodyTooLargeError, and RequestTimeoutError after `limit_s` seconds.
-        """
+        """Waits for the complete body and returns it. Raises BadRequestError or BodyTooLargeError, and
+        RequestTimeoutError after `limit_s` seconds."""
 
     def respond(self, status: int, head: bytes, body: bytes) -> None:
         """Sends the complete response of a `PendingResponse`. The arguments are those of `Response`."""
@@ -117,10 +115,8 @@ class Request(ABC):
 
     @abstractmethod
     async def drain(self, *, limit_s: float | None = None) -> None:
-        """Waits until the client has read most of what was written. Raises DownstreamGoneError.
-
-        A client that reads nothing for `limit_s` seconds is disconnected, because its request occupies a replica.
-        """
+        """Waits until the client has read most of what was written. Raises DownstreamGoneError. A client that reads
+        nothing for `limit_s` seconds is disconnected, because its request occupies a replica."""
 
     @abstractmethod
     def abort(self) -> None:

@@ -38,7 +38,7 @@ class RefusedError(BadRequestError):
 
 
 class RequestHead:
-    """Request line and headers of a request.
+    """The request line and headers of a request.
 
     `path` is decoded; `target` is path and query as received. In both, one slash replaces each run of slashes in the
     path, because clients double a slash if their base URL ends with one.
@@ -95,10 +95,8 @@ R = TypeVar("R", bound=ParsedRequest)
 
 
 class RequestParser(Generic[R]):
-    """The parser of one connection.
-
-    `feed` appends each request whose head is complete to `waiting`; the body of the last request may be incomplete.
-    """
+    """The parser of one connection. `feed` appends each request whose head is complete to `waiting`; the body of the
+    last request may be incomplete."""
 
     __slots__ = (
         "_bytes_since_progress", "_current", "_ended", "_fields", "_max_body", "_parser", "_request_type", "_target",

@@ -73,11 +73,9 @@ async def listening(
     keep_alive_s: float = KEEP_ALIVE_S,
     cross_origin: CrossOrigin = OFF,
 ) -> AsyncIterator[asyncio.Server]:
-    """Serves on `sock` until the end of the block, which closes all connections and cancels running handlers.
-
-    If the caller closes the yielded server earlier, that only stops new connections. Request bodies above `max_body`
-    bytes are rejected. `cross_origin` adds its header lines to every response.
-    """
+    """Serves on `sock` until the end of the block, which closes all connections and cancels running handlers. If the
+    caller closes the yielded server earlier, that only stops new connections. Request bodies above `max_body` bytes are
+    rejected. `cross_origin` adds its header lines to every response."""
     server = Server(handler, max_body=max_body, keep_alive_s=keep_alive_s, cross_origin=cross_origin)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited by its connections
     listener = await server.loop.create_server(server.connection, sock=sock, backlog=BACKLOG)

@@ -1,1 +1,1 @@
-"""Connections to upstream servers: the replicas' agents, or an agent's engine."""
+"""Connections to upstream servers: requests out, responses in."""

@@ -32,11 +32,8 @@ class Connections(Protocol):
 
 
 class AwaitedExchange(asyncio.Protocol):
-    """A connection whose exchanges are awaited by a task.
-
-    For each exchange, the task calls `begin`, `send` and `wait_for_head`, then either `chunk` until the result is
-    empty, or `stream_to`, and at the end `Connection.end`.
-    """
+    """A connection whose exchanges are awaited by a task. For each exchange, the task calls `begin`, `send` and
+    `wait_for_head`, then either `chunk` until the result is empty, or `stream_to`, and at the end `Connection.end`."""
 
     __slots__ = (
         "_buffered_bytes", "_callback", "_chunk_ends", "_failure", "_loop", "_mark", "_owner", "_parser", "_reading",

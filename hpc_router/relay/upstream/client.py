@@ -36,7 +36,7 @@ _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
 class UpstreamClient:
-    """Connections to upstream servers, pooled between requests.
+    """An HTTP client that pools its connections between requests.
 
     `socket_path`: path of a Unix socket that all connections use instead of the address. `tls`: the context for https;
     None: the system's certificates, loaded at first use. `resend`: whether a request is sent again if the server had
@@ -58,7 +58,7 @@ class UpstreamClient:
         self._socket_options = tuple(socket_options)
         self._socket_path = socket_path
         self._tls = tls
-        self._pool: dict[Address | str, list[Connection]] = {}  # idle connections, the one used last at the end
+        self._pool: dict[Address | str, list[Connection]] = {}  # idle connections in order of last use
         self._sweep: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
@@ -104,11 +104,9 @@ class UpstreamClient:
         return connection
 
     async def response_started(self, call: "Exchange") -> Connection:
-        """Sends the request, waits for the head of the response, and returns the connection.
-
-        The server may close a pooled connection while it is being used again. If the server closes it at once without
-        sending a byte, the request is sent again over a new connection, unless `resend` is off.
-        """
+        """Sends the request, waits for the head of the response, and returns the connection. The server may close a
+        pooled connection while it is being used again. If the server closes it at once without sending a byte, the
+        request is sent again over a new connection, unless `resend` is off."""
         pooled = call.started or self._pooled(self._socket_path or call.address)
         if pooled is not None:
             try:
@@ -138,7 +136,8 @@ class UpstreamClient:
         return connection
 
     async def connect(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
-        """A new connection. Raises UpstreamConnectError, and UpstreamTimeoutError if the idle timer was tightened."""
+        """Returns a new connection. `watch` is called with its idle timer. Raises UpstreamConnectError, and
+        UpstreamTimeoutError if the idle timer was tightened."""
         loop = asyncio.get_running_loop()
         made = Connection(self, self._socket_path or address)
         idle_timer = made.idle_timer
@@ -172,10 +171,8 @@ class UpstreamClient:
         return sum(map(len, self._pool.values()))
 
     def _pooled(self, address: Address | str) -> Connection | None:
-        """Returns the idle connection that was used last; None if there is none.
-
-        The server is least likely to have closed that connection, and connections that the load does not need expire.
-        """
+        """Returns the idle connection that was used last; None if there is none. The server is least likely to have
+        closed that connection, and connections that the load does not need expire."""
         idle = self._pool.get(address)
         while idle:
             connection = idle.pop()
@@ -216,7 +213,7 @@ class UpstreamClient:
 
     async def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
-            self._tls = await asyncio.to_thread(ssl.create_default_context)  # reads files
+            self._tls = await asyncio.to_thread(ssl.create_default_context)  # in a thread, because it reads files
         return self._tls
 
 

@@ -32,10 +32,8 @@ class UpstreamTimeouts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Address:
-    """The address of an upstream server, made by `address_of`. Connections are pooled per `Address` object.
-
-    `header`: value of the `Host` header. `base_path`: path of the server's URL; see `protocol.path_at`.
-    """
+    """The address of an upstream server, made by `address_of`. Connections are pooled per `Address` object. `header`:
+    value of the `Host` header. `base_path`: path of the server's URL; see `protocol.path_at`."""
 
     host: str
     port: int
@@ -88,8 +86,8 @@ class ChunkWriter(NamedTuple):
 
 
 class Sink(Protocol):
-    """Receives a response body. If one of its methods raises an exception, the exchange ends and `stream_to` raises
-    that exception."""
+    """A receiver of a response body. If one of its methods raises an exception, the exchange ends and `stream_to`
+    raises that exception."""
 
     def write(self, data: bytes) -> bool:
         """Accepts a part of the body without blocking. Returns False if `drain` must be called before the next
@@ -103,10 +101,8 @@ class Sink(Protocol):
 
 
 class UpstreamResponse:
-    """The response of an upstream server: status and headers, then the body in chunks.
-
-    `length`: length of the body in bytes; None if it is unknown. `headers` may lack `Content-Length`.
-    """
+    """The response of an upstream server: status and headers, then the body in chunks. `length`: length of the body in
+    bytes; None if it is unknown. `headers` may lack `Content-Length`."""
 
     def __init__(self, status: int, headers: Headers, length: int | None) -> None:
         self.status = status
@@ -144,7 +140,7 @@ class UpstreamResponse:
 
 
 class ResponseCallback(ABC):
-    """Is notified of the response to a request that `Upstream.start` sent and no task awaits."""
+    """An object that is notified of the response to a request that `Upstream.start` sent and no task awaits."""
 
     __slots__ = ()
 
@@ -166,10 +162,7 @@ class ResponseCallback(ABC):
     @abstractmethod
     def on_incomplete(self) -> None:
         """Continues the request in a task: the callback does not accept the response, the sink is full, or the exchange
-        has failed.
-
-        The task calls `Upstream.request` with the request as `started`.
-        """
+        has failed. The task calls `Upstream.request` with the request as `started`."""
 
 
 class PendingRequest(Protocol):
@@ -182,18 +175,15 @@ class PendingRequest(Protocol):
 
 
 class Upstream(Protocol):
-    """Connections to upstream servers, pooled between requests. A change of `limits` applies to later requests."""
+    """An HTTP client that pools its connections between requests. A change of `limits` applies to later requests."""
 
     limits: UpstreamTimeouts
 
     def start(
         self, address: Address, message: bytes, callback: ResponseCallback, limits: UpstreamTimeouts | None = None
     ) -> PendingRequest | None:
-        """Sends a complete request, from its `request_line` to its body, at once over a pooled connection.
-
-        Returns None and sends nothing if no connection is pooled or the message is long. `limits` replace those of the
-        client.
-        """
+        """Sends a complete request, from its `request_line` to its body, at once over a pooled connection. Returns None
+        and sends nothing if no connection is pooled or the message is long. `limits` replace those of the client."""
 
     def request(
         self,

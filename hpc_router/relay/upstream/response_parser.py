@@ -245,10 +245,7 @@ cached_response: Final = _HEADS.lookup
 @lru_cache(maxsize=2**14)
 def chunk_prefix(length: int) -> bytes:
     """Returns the size line of a chunk whose length including framing is `length` bytes, in the form that servers
-    write.
-
-    The size is never 0, so the last chunk of a body has no such prefix.
-    """
+    write. The size is never 0, so the last chunk of a body has no such prefix."""
     for digits in range(1, 8):
         size = length - digits - 4
         prefix = b"%x\r\n" % max(0, size)

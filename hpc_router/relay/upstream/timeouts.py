@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 
 class IdleTimer:
-    """Calls `on_timeout` when the upstream has sent nothing for longer than the limit.
+    """A timer that calls `on_timeout` when the upstream has sent nothing for longer than the limit.
 
     One object serves all exchanges of a connection (`begin`), and most of them reuse the scheduled timer. `expired`:
     whether the timeout has occurred in this exchange.
@@ -27,11 +27,11 @@ class IdleTimer:
         self.on_timeout = on_timeout
         self.expired = False
         self.activity = False  # data was received since the timer was scheduled
-        self.started_at = 0.0  # on the loop's clock
+        self.started_at = 0.0  # start of the exchange on the event loop's clock
         self._limit_s = math.inf
         self._loop = asyncio.get_running_loop()
         self._max_s = math.inf
-        self._deadline: float | None = None  # None: paused
+        self._deadline: float | None = None  # None while the timer is paused
         self._timer: asyncio.TimerHandle | None = None
         self._fires_at = math.inf
 

@@ -31,11 +31,8 @@ CHECK_S: Final = 1.0
 
 @dataclass(slots=True)
 class ConfigWatcher:
-    """Watches the files, and calls `on_change` with the new deployment and its policy.
-
-    `base`: the deployment that the router was started with. `trouble`: why the last change was not applied; None if it
-    was.
-    """
+    """A watcher of the files that calls `on_change` with the new deployment and its policy. `base`: the deployment that
+    the router was started with. `trouble`: why the last change was not applied; None if it was."""
 
     run: RunDir
     base: Deployment

@@ -19,10 +19,8 @@ from hpc_router.router.replicas.table import ReplicaTable
 
 @dataclass(slots=True)
 class Continuity:
-    """The measurements by expert.
-
-    `near_end_s`: a replica that leaves with at most this many seconds of its walltime left has reached its end.
-    """
+    """The measurements by expert. `near_end_s`: a replica that leaves with at most this many seconds of its walltime
+    left has reached its end."""
 
     near_end_s: float
     clock: Callable[[], float] = time.monotonic

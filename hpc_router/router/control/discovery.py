@@ -67,11 +67,8 @@ class _ReplicaWatch:
 
 @dataclass(slots=True)
 class Discovery:
-    """Discovers and probes the replicas within `async with`. It owns one background task for the registry and one per
-    endpoint.
-
-    `on_snapshot` is called with all records after each read of the registry.
-    """
+    """The discovery and the probes of the replicas, within `async with`. It owns one background task for the registry
+    and one per endpoint. `on_snapshot` is called with all records after each read of the registry."""
 
     run: RunDir
     config: RouterConfig
@@ -227,7 +224,7 @@ class Discovery:
         self.table.remove(name)
         watch = self._watches.pop(name)
         watch.task.cancel()
-        await asyncio.gather(watch.task, return_exceptions=True)  # collects the cancellation
+        await asyncio.gather(watch.task, return_exceptions=True)  # waits for the end of the cancelled task
 
     async def _probe_forever(self, replica: Replica, recheck: asyncio.Event) -> None:
         while True:

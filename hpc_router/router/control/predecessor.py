@@ -39,10 +39,8 @@ def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> d
 
 @dataclass(slots=True)
 class Predecessor:
-    """Fetches the turns and counts of the router with the next lower generation.
-
-    `replica`: name of this router. `secret`: the run's secret, from which the replica keys are derived.
-    """
+    """The older router from which this one fetches turns and counts: the newest router with a lower generation.
+    `replica`: name of this router. `secret`: the run's secret, from which the replica keys are derived."""
 
     replica: str
     secret: str

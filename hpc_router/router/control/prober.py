@@ -37,11 +37,8 @@ def _new_session() -> aiohttp.ClientSession:
 
 @dataclass(slots=True)
 class Prober:
-    """Sends the probes. `timeout_s`: `router.probe_timeout_s`.
-
-    `on_task_failures` is called with a replica and, for each background task of its agent, the number of failures and
-    the last error.
-    """
+    """The client that sends the probes. `timeout_s`: `router.probe_timeout_s`. `on_task_failures` is called with a
+    replica and, for each background task of its agent, the number of failures and the last error."""
 
     run: RunDir
     files: FileThread
@@ -102,7 +99,7 @@ class Prober:
         return Event.SAYS_READY
 
     async def _probe_port(self, replica: Replica) -> Event:
-        """Only opens a connection. Raises OSError or TimeoutError."""
+        """Opens a connection and sends nothing. Raises OSError or TimeoutError."""
         address = replica.address
         async with asyncio.timeout(self.timeout_s):
             _, writer = await asyncio.open_connection(address.host, address.port)

@@ -33,8 +33,8 @@ def control_argv(run: RunDir, replica: str) -> list[str]:
 
 
 class ReconcileProcess:
-    """Keeps the loop running within `async with`. It restarts the loop after the same pauses as the supervisor its
-    children (`pause_s`)."""
+    """A context manager that keeps the loop running. It restarts the loop after the same pauses as the supervisor
+    restarts its children (`pause_s`)."""
 
     def __init__(
         self,

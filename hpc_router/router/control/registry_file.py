@@ -11,7 +11,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 class RegistryFile:
-    """Writes `registry.json` while this router leads. `replica`: name of this router."""
+    """The writer of `registry.json`, which is active while this router leads. `replica`: name of this router."""
 
     def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
         self._run, self._replica, self._files = run, replica, files

@@ -141,11 +141,8 @@ class Workers:
         return [connection.metrics for connection in self.all]
 
     async def find_turn(self, session: str) -> Turn | None:
-        """Returns the session's last turn, whichever worker served it; None if it is unknown.
-
-        A worker reports a turn before it answers its client. So after a `Sync` with each worker, every turn that a
-        client knows of is here.
-        """
+        """Returns the session's last turn, whichever worker served it; None if it is unknown. A worker reports a turn
+        before it answers its client. So after a `Sync` with each worker, every turn that a client knows of is here."""
         await self.informed.wait()
         await asyncio.gather(*(connection.call(messages.Sync()) for connection in self.all))
         if self.sessions.find(session) is None and self.on_unknown_session is not None:

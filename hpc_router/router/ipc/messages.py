@@ -50,23 +50,22 @@ class Call(Message, Generic[R]):
 
 @dataclass(frozen=True, slots=True)
 class DrainCommand(Message):
-    """Tells a child to accept no new connections and to finish the requests in flight."""
+    """The command to accept no new connections and to finish the requests in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class EndCommand(Message):
-    """Tells the control process that all workers have ended, so that it ends as well."""
+    """The command that ends the control process after all workers have ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadCommand(Message):
-    """Tells the control process to check the settings and artefacts for changes now."""
+    """The command to check the settings and artefacts for changes now."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttachCommand(Message):
-    """Carries the socket of a channel to another process: to this worker, or to the control process if `worker` is
-    None."""
+    """The command that brings the socket of a channel to this worker, or to the control process if `worker` is None."""
 
     worker: int | None
 
@@ -83,8 +82,7 @@ class ProcessStatus:
 
 @dataclass(frozen=True, slots=True)
 class ProcessesChanged(Message):
-    """Tells the control process the status of all child processes by name. `notice`: text for the log on what has
-    happened."""
+    """The report of the status of all child processes by name. `notice`: text for the log on what has happened."""
 
     processes: dict[str, ProcessStatus]
     notice: str | None
@@ -96,9 +94,7 @@ class ProcessesChanged(Message):
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
     """The first message of a worker on a channel: the facts that a control process that has just started does not know.
-
-    `replicas`: None if the worker has not received any yet.
-    """
+    `replicas`: None if the worker has not received any yet."""
 
     pid: int
     serving: bool
@@ -110,12 +106,12 @@ class Hello(Message):
 
 @dataclass(frozen=True, slots=True)
 class Serving(Message):
-    """Tells the control process that the worker accepts connections."""
+    """The report that the worker accepts connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaObservation(Message):
-    """Reports what a request observed of a replica.
+    """The report of what a request observed of a replica.
 
     `incident`: a failure or success; `event`: the state that the replica reported. If both are None, the control
     process probes the replica. `number` counts the observations of this worker, from 1 on each channel.
@@ -131,12 +127,12 @@ class ReplicaObservation(Message):
 
 @dataclass(frozen=True, slots=True)
 class SnapshotApplied(Message):
-    """Tells the control process that the worker is ready for the next `Snapshot`."""
+    """The report that the worker is ready for the next `Snapshot`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TurnAnswered(Message):
-    """Reports that a replica answered a turn of the session."""
+    """The report that a replica answered a turn of the session."""
 
     session: str
     turn: Turn
@@ -144,14 +140,14 @@ class TurnAnswered(Message):
 
 @dataclass(frozen=True, slots=True)
 class MetricsReport(Message):
-    """Reports the worker's counts to the control process."""
+    """The report of the worker's counts."""
 
     metrics: MetricsDump
 
 
 @dataclass(frozen=True, slots=True)
 class TaskFailed(Message):
-    """Reports that a background task failed and is started again."""
+    """The report that a background task failed and is started again."""
 
     task: str
     error: str
@@ -159,19 +155,19 @@ class TaskFailed(Message):
 
 @dataclass(frozen=True, slots=True)
 class FindTurn(Call[Turn | None]):
-    """Asks where the session's last turn was answered, whichever worker served it."""
+    """The call for the session's last turn, whichever worker served it."""
 
     session: str
 
 
 @dataclass(frozen=True, slots=True)
 class GetStatus(Call[dict[str, Any]]):
-    """Asks for the body of `GET /status`."""
+    """The call for the body of `GET /status`."""
 
 
 @dataclass(frozen=True, slots=True)
 class GetHandover(Call[dict[str, Any]]):
-    """Asks for the turns and counts that a successor takes over. `skip`: number of turns, newest first, to leave
+    """The call for the turns and counts that a successor takes over. `skip`: number of turns, newest first, to leave
     out."""
 
     skip: int
@@ -179,7 +175,7 @@ class GetHandover(Call[dict[str, Any]]):
 
 @dataclass(frozen=True, slots=True)
 class GetExposition(Call[str]):
-    """Asks for the body of `GET /metrics`."""
+    """The call for the body of `GET /metrics`."""
 
 
 # From the control process to a worker
@@ -187,11 +183,8 @@ class GetExposition(Call[str]):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Message):
-    """Tells a worker the state of all replicas.
-
-    `observed`: number of the worker's last `ReplicaObservation` that the snapshot includes. `expected_ready_at`: as in
-    `ReplicaTable`.
-    """
+    """The state of all replicas. `observed`: number of the worker's last `ReplicaObservation` that the snapshot
+    includes. `expected_ready_at`: as in `ReplicaTable`."""
 
     observed: int
     replicas: tuple[ReplicaSnapshot, ...]
@@ -201,8 +194,7 @@ class Snapshot(Message):
 
 @dataclass(frozen=True, slots=True)
 class Settings(Message):
-    """Tells a worker the settings in force and the versions of the artefacts to load. `scaled_to_zero`: as in
-    `ReplicaTable.set_scaled_to_zero`."""
+    """The settings in force and the versions of the artefacts to load. `scaled_to_zero`: as in `ReplicaTable`."""
 
     policy: PolicyConfig
     router: RouterConfig
@@ -213,7 +205,7 @@ class Settings(Message):
 
 @dataclass(frozen=True, slots=True)
 class Inherit(Message):
-    """Tells a new worker the counts and the session turns of its predecessor, which it continues."""
+    """The counts and the session turns of the worker's predecessor, which the worker continues."""
 
     metrics: MetricsDump
     turns: tuple[tuple[str, Turn], ...]
@@ -221,25 +213,25 @@ class Inherit(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWell(Message):
-    """Tells a worker that a probe found the replica ready, so that it is offered to requests that avoided it as
-    well."""
+    """The report that a probe found the replica ready, so that the worker offers it also to requests that avoided
+    it."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Release(Message):
-    """Tells a worker that the router's record is withdrawn, so that no new clients come."""
+    """The report that the router's record is withdrawn, so that no new clients come."""
 
 
 @dataclass(frozen=True, slots=True)
 class GetMetrics(Call[MetricsDump]):
-    """Asks a worker for its counts."""
+    """The call for the worker's counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sync(Call[None]):
-    """Asks a worker for a reply, which arrives after all messages that the worker sent before."""
+    """The call whose reply arrives after all messages that the worker sent before."""
 
 
 # Answers to calls

@@ -34,11 +34,8 @@ awaitable."""
 
 
 class RpcPeer(asyncio.Protocol):
-    """One end of a channel.
-
-    `on_end` is called when the connection is lost. Messages arrive only after `open`, so the owner can store the object
-    first.
-    """
+    """One end of a channel. `on_end` is called when the connection is lost. Messages arrive only after `open`, so the
+    owner can store the object first."""
 
     def __init__(self, handler: Handler, on_end: Callable[[], None]) -> None:
         self._handler, self._on_end = handler, on_end
@@ -75,7 +72,7 @@ class RpcPeer(asyncio.Protocol):
             self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not derived from it
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transport is not derived from this class
 
     def data_received(self, data: bytes) -> None:
         self._received += data

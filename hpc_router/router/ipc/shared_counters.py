@@ -23,11 +23,8 @@ _CELL: Final = 8
 
 
 class Counters:
-    """The table of counters: a row per worker, and a row of the control process.
-
-    It is created before the processes are forked, so that all of them map it. Pages that are never written take no
-    memory.
-    """
+    """The table of counters: a row per worker, and a row of the control process. It is created before the processes are
+    forked, so that all of them map it. Pages that are never written take no memory."""
 
     def __init__(self, *, workers: int) -> None:
         self.workers = workers

@@ -69,10 +69,8 @@ class ChildSpec:
 
 @dataclass(slots=True)
 class Child:
-    """The supervisor's state of one child. `worker`: its number; None for the control process.
-
-    `pid`: 0 if the child is not running; it is then started at `due_at`. `in_a_row`: number of early ends in a row.
-    """
+    """The supervisor's state of one child. `worker`: its number; None for the control process. `pid`: 0 if the child is
+    not running; it is then started at `due_at`. `in_a_row`: number of early ends in a row."""
 
     name: str
     worker: int | None
@@ -107,7 +105,8 @@ def pause_s(in_a_row: int) -> float:
 
 @dataclass(slots=True)
 class RouterSupervisor:
-    """Starts the router's child processes, restarts those that end, and stops all of them after a stop signal.
+    """The supervisor that starts the router's child processes, restarts those that end, and stops all of them after a
+    stop signal.
 
     `control`, `worker`: the functions that the children run. `listen`: makes a worker's socket. `stop_s`: seconds after
     the signal until the remaining children are killed. `cut`: number of requests that the workers had not finished at
@@ -195,7 +194,7 @@ class RouterSupervisor:
                 if child.worker is not None:
                     if self._stopping_until is not None:
                         cells = self.counters.row(child.worker)
-                        self.cut += max(cells[CUT_OFF], cells[IN_FLIGHT])  # the latter if it was killed
+                        self.cut += max(cells[CUT_OFF], cells[IN_FLIGHT])  # IN_FLIGHT if the worker was killed
                     self.counters.clear(child.worker)
                 if self._stopping_until is None:
                     self._check_failures(child)

@@ -47,11 +47,8 @@ def queue_limits(deployment: Deployment) -> QueueLimits:
 
 
 def should_spill(*, margin: float, wait_s: float, per_s: float) -> bool:
-    """Returns whether the wait costs more than the next best expert's lower score.
-
-    `margin`: by how much its score is lower. `wait_s`: expected wait in seconds. `per_s`: score lost per second of
-    waiting.
-    """
+    """Returns whether the wait costs more than the next best expert's lower score. `margin`: by how much its score is
+    lower. `wait_s`: expected wait in seconds. `per_s`: score lost per second of waiting."""
     return wait_s * per_s > margin
 
 

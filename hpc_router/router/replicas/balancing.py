@@ -36,10 +36,7 @@ R = TypeVar("R", bound=Loaded)
 
 def power_of_two_choices(replicas: Sequence[R], *, fits: Callable[[R], bool], random: Random) -> R | None:
     """Returns the less loaded of two random replicas for which `fits` is true, and at equal load the least recently
-    used one.
-
-    Returns None if no replica fits. `replicas` is not empty.
-    """
+    used one. Returns None if no replica fits. `replicas` is not empty."""
     count = len(replicas)
     first = int(random.random() * count)
     second = (first + 1 + int(random.random() * (count - 1))) % count

@@ -32,7 +32,7 @@ class Incident(StrEnum):
 
 
 class Verdict(StrEnum):
-    """What the router does with a replica after an `Incident`."""
+    """The reaction of the router to an `Incident`."""
 
     KEEP = "keep"
     EJECT = "eject"  # the replica does not answer
@@ -57,10 +57,8 @@ class EjectionRules:
 
 @dataclass(slots=True)
 class ReplicaHealth:
-    """Counters of the failures in a row at one replica.
-
-    Until the time `excluded_until`, the router ignores the replica's own report that it is ready.
-    """
+    """The counters of the failures in a row at one replica. Until the time `excluded_until`, the router ignores the
+    replica's own report that it is ready."""
 
     connect_errors: int = 0
     request_errors: int = 0

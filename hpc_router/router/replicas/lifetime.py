@@ -23,7 +23,7 @@ _KEYS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 @dataclass(slots=True)
 class _Samples:
-    """Durations in seconds, and durations divided by `max_tokens`, of an expert's last responses."""
+    """The durations in seconds, and the durations divided by `max_tokens`, of an expert's last responses."""
 
     duration_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     per_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
@@ -31,10 +31,8 @@ class _Samples:
 
 @dataclass(slots=True)
 class Lifetimes:
-    """The measured durations of responses by expert.
-
-    `expiring`: the experts with a ready replica whose walltime ends within `HORIZON_S`.
-    """
+    """The measured durations of responses by expert. `expiring`: the experts with a ready replica whose walltime ends
+    within `HORIZON_S`."""
 
     expiring: frozenset[str] = frozenset()
     _samples: dict[str, _Samples] = field(default_factory=dict)

@@ -27,9 +27,10 @@ NO_COLUMN: Final = 0
 
 
 class RoutingState(StrEnum):
-    """Whether the router sends requests to a replica: the state it reported last, or `ejected` (docs/states.md)."""
+    """The state that the replica reported last, or `ejected`. It decides whether the router sends requests
+    (docs/states.md)."""
 
-    STARTING = "starting"  # it reports that it is not ready yet, or was not probed yet
+    STARTING = "starting"  # the replica reports that it is not ready yet, or was not probed yet
     READY = "ready"  # gets requests
     DRAINING = "draining"  # finishes its requests, gets no new ones
     EJECTED = "ejected"  # does not answer, fails the challenge, or answers with errors: gets no requests
@@ -57,7 +58,7 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
     (_S.READY, _E.SAYS_READY): _S.READY,
     (_S.READY, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.READY, _E.FAILED): _S.EJECTED,
-    (_S.DRAINING, _E.SAYS_STARTING): _S.DRAINING,  # a drain is not taken back
+    (_S.DRAINING, _E.SAYS_STARTING): _S.DRAINING,  # a drain cannot be undone
     (_S.DRAINING, _E.SAYS_READY): _S.DRAINING,
     (_S.DRAINING, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.DRAINING, _E.FAILED): _S.EJECTED,
@@ -65,7 +66,7 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
     (_S.EJECTED, _E.SAYS_READY): _S.READY,
     (_S.EJECTED, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.EJECTED, _E.FAILED): _S.EJECTED,
-    (_S.STARTING, _E.EXCLUDED): _S.STARTING,  # already out of use: the replica reported it first
+    (_S.STARTING, _E.EXCLUDED): _S.STARTING,  # gets no requests already, because the replica reported this state first
     (_S.READY, _E.EXCLUDED): _S.EJECTED,
     (_S.DRAINING, _E.EXCLUDED): _S.DRAINING,
     (_S.EJECTED, _E.EXCLUDED): _S.EJECTED,

@@ -32,11 +32,8 @@ earlier turns."""
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The place where a session's last turn was answered.
-
-    `url` and `nonce` identify the server process, because a later replica may have the same name. `reason`: why the
-    session's first turn was routed to this expert.
-    """
+    """The place where a session's last turn was answered. `url` and `nonce` identify the server process, because a
+    later replica may have the same name. `reason`: why the session's first turn was routed to this expert."""
 
     expert: str
     replica: str
@@ -53,10 +50,8 @@ class Turn:
 
 @dataclass(slots=True)
 class Sessions:
-    """A mapping from session id to the session's last turn, for the `most` sessions used last.
-
-    `on_turn(session, turn)` is called with each turn that this process serves.
-    """
+    """A mapping from session id to the session's last turn, for the `most` sessions used last. `on_turn(session, turn)`
+    is called with each turn that this process serves."""
 
     most: int = MAX_SESSIONS
     on_turn: Callable[[str, Turn], None] | None = None
@@ -101,11 +96,8 @@ class Sessions:
         self, session: str | None, fields: Mapping[str, Any], table: ReplicaTable, *, model: str
     ) -> tuple[Turn, Replica] | None:
         """Returns the turn that a request body continues and the replica that answered it; None if the body has no
-        `previous_response_id`.
-
-        Raises BadRequestError for an invalid request, and PreviousResponseNotFoundError if the client must send the
-        whole conversation.
-        """
+        `previous_response_id`. Raises BadRequestError for an invalid request, and PreviousResponseNotFoundError if the
+        client must send the whole conversation."""
         previous = fields.get(PARAM)
         if previous is None:
             return None

@@ -41,11 +41,8 @@ def snapshot_of(table: ReplicaTable) -> tuple[ReplicaSnapshot, ...]:
 def apply_snapshot(
     table: ReplicaTable, snapshot: Iterable[ReplicaSnapshot], *, keep_state: Collection[str] = ()
 ) -> None:
-    """Updates `table` to the snapshot: adds, updates and removes replicas.
-
-    `keep_state`: names of replicas that keep their state in `table`, because the snapshot is older than this worker's
-    last observation of them.
-    """
+    """Updates `table` to the snapshot: adds, updates and removes replicas. `keep_state`: names of replicas that keep
+    their state in `table`, because the snapshot is older than this worker's last observation of them."""
     missing = {replica.name for replica in table.all()}
     for item in snapshot:
         record = item.record
@@ -82,7 +79,7 @@ def _snapshot(replica: Replica) -> ReplicaSnapshot:
 
 def _update(table: ReplicaTable, replica: Replica, item: ReplicaSnapshot) -> None:
     if item.key != replica.key:
-        replica.request_starts.clear()  # they contain the key
+        replica.request_starts.clear()  # the cached bytes contain the key
     replica.key, replica.models, replica.trouble = item.key, item.models, item.trouble
     replica.listed_max_model_len = item.listed_max_model_len
     replica.recent_error, replica.health = item.recent_error, replace(item.health)

@@ -55,7 +55,7 @@ _has_room: Final[Callable[[Replica], bool]] = attrgetter("has_room")
 
 @dataclass(slots=True, repr=False)
 class ReplicaTable:
-    """All replicas by name, and the requests of this worker that wait for a replica.
+    """The table of all replicas by name, and the requests of this worker that wait for a replica.
 
     `pin_bound`: a replica whose load is above this multiple of the average load loses affinity; None turns affinity
     off. `bounds`: limits of the requests per expert. `on_change` is called when a replica has changed.
@@ -79,7 +79,7 @@ class ReplicaTable:
     _scaled_to_zero: Mapping[str, str] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
-    _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # of `rendezvous`, by affinity slot
+    _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # rendezvous order by affinity slot
     _line: WaitingLine = field(init=False)
     _acquired_total: int = 0
     _peer_refresh: asyncio.TimerHandle | None = None
@@ -89,10 +89,7 @@ class ReplicaTable:
 
     def __repr__(self) -> str:
         """Shows the replicas of each expert with their load and capacity, and the length of its queue, over all
-        workers.
-
-        Example: `math: math-0.g1 ready 2/8, math-1.g1 ejected 0/8, 3 waiting`.
-        """
+        workers. Example: `math: math-0.g1 ready 2/8, math-1.g1 ejected 0/8, 3 waiting`."""
         self.refresh_peer_counts(self.all())
         parts = []
         for expert in sorted(self.experts() | self._line.queues.keys()):
@@ -173,10 +170,8 @@ class ReplicaTable:
         return load
 
     def apply(self, replica: Replica, event: Event) -> bool:
-        """Applies the event to the replica's state; returns whether the state changed.
-
-        A replica that becomes ready is also offered to waiting requests that avoided it.
-        """
+        """Applies the event to the replica's state; returns whether the state changed. A replica that becomes ready is
+        also offered to waiting requests that avoided it."""
         before = replica.state
         replica.apply(event)
         return self._state_changed(replica, before, lost=event is Event.FAILED)
@@ -332,10 +327,7 @@ class ReplicaTable:
 
     def set_scaled_to_zero(self, experts: Mapping[str, str]) -> None:
         """Sets the experts that shall have no replicas, each with the expert whose count starts one (for an adapter its
-        host).
-
-        Requests that wait only for such experts fail.
-        """
+        host). Requests that wait only for such experts fail."""
         self._scaled_to_zero = experts
         for expert in experts:
             self._fail_absent(expert)
@@ -450,7 +442,7 @@ class ReplicaTable:
         try:
             for replica in {replica for expert in self._line.queues for replica in self.of(expert)}:
                 self.offer(replica)
-        finally:  # a fault in one round does not end the rounds
+        finally:  # an error in one round does not end the rounds
             if self._line.queues:
                 later = asyncio.get_running_loop().call_later
                 self._peer_refresh = later(PEER_REFRESH_S, self._offer_released_by_peers)

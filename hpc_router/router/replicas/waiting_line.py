@@ -32,10 +32,8 @@ class Waiter:
 
 @dataclass(slots=True)
 class WaitingLine:
-    """The queues of one worker by expert, and their departure rates.
-
-    `on_length(expert, length)` is called whenever a queue changes. `queues` has no empty queue.
-    """
+    """The queues of one worker by expert, and their departure rates. `on_length(expert, length)` is called whenever a
+    queue changes. `queues` has no empty queue."""
 
     clock: Callable[[], float]
     on_length: Callable[[str, int], None]

@@ -40,7 +40,7 @@ _MAX_QUOTED_BYTES: Final = 200
 
 
 class HealthReporter(Protocol):
-    """Receives what requests observe of the replicas' health."""
+    """A receiver of what requests observe of the replicas' health."""
 
     def connect_failed(self, replica: Replica, trouble: str) -> None:
         """Records that no connection to the replica could be made. `trouble`: text of the failure."""
@@ -60,10 +60,8 @@ class HealthReporter(Protocol):
 
 
 class RetryError(Exception):
-    """An attempt failed before anything was sent to the client, and the failure is recorded.
-
-    `begun`: whether the engine may have begun the request.
-    """
+    """An attempt failed before anything was sent to the client, and the failure is recorded. `begun`: whether the
+    engine may have begun the request."""
 
     def __init__(self, *, begun: bool) -> None:
         super().__init__()
@@ -72,7 +70,7 @@ class RetryError(Exception):
 
 @dataclass(slots=True)
 class AttemptReview:
-    """Reviews failed attempts and error statuses of one worker, and reports them to `health` and `metrics`."""
+    """The review of failed attempts and error statuses in one worker, with reports to `health` and `metrics`."""
 
     health: HealthReporter
     metrics: Metrics
@@ -80,14 +78,11 @@ class AttemptReview:
     async def review_status(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult | None:
-        """Decides what to do with an error status, before anything is sent to the client.
-
-        Returns the result that the client gets, or None to relay the response. Raises RetryError if another replica
-        should be tried.
-        """
+        """Decides what to do with an error status, before anything is sent to the client. Returns the result that the
+        client gets, or None to relay the response. Raises RetryError if another replica should be tried."""
         replica, status, headers = reservation.replica, upstream.status, upstream.headers
         external = replica.record.kind is RecordKind.EXTERNAL
-        if status == 401 and external:  # the client's own token is valid
+        if status == 401 and external:  # the router's token for the endpoint is wrong; the client's own token is valid
             routed.avoid |= {replica}
             self.metrics.failovers.add(replica.name, status)
             message = f"{replica.record.url} answered 401: `hpc-router register` it again with --token-file"
@@ -128,11 +123,9 @@ class AttemptReview:
     async def _review_missing(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult:
-        """Returns the result for a 404 or 405 of an engine.
-
-        An error in the format of the API is returned unchanged. Any other means that the engine does not serve the
-        path: raises RetryError if another replica of the expert, which may have another engine, can be tried.
-        """
+        """Returns the result for a 404 or 405 of an engine. An error in the format of the API is returned unchanged.
+        Any other means that the engine does not serve the path: raises RetryError if another replica of the expert,
+        which may have another engine, can be tried."""
         replica, expert = reservation.replica, reservation.expert
         if replica.recent_error:
             self.health.request_succeeded(replica)

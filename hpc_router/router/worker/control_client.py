@@ -113,7 +113,7 @@ class ControlClient:
                     try:
                         return await channel.call(call, timeout_s=CALL_TIMEOUT_S)
                     except ChannelClosedError:
-                        if self._channel is channel:  # else it has ended, and its successor may answer
+                        if self._channel is channel:  # otherwise it has ended, and its successor may answer
                             raise
         except (TimeoutError, ChannelClosedError) as error:
             raise ChannelClosedError(

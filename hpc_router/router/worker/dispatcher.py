@@ -60,7 +60,7 @@ def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
 
 @dataclass(slots=True)
 class Dispatcher:
-    """Serves the requests of one worker that have a route."""
+    """The service that serves the routed requests of one worker."""
 
     table: ReplicaTable
     health: HealthReporter
@@ -147,10 +147,8 @@ class Dispatcher:
         raise UnavailableError(f"{times} failed, on {where}", retry_after_s=RETRY_AFTER_S)
 
     def _may_retry(self, replica: Replica) -> bool:
-        """Returns whether another attempt is allowed, and counts it in the retry budget.
-
-        A retry after the loss of its replica is not counted, because a lost replica causes no further retries.
-        """
+        """Returns whether another attempt is allowed, and counts it in the retry budget. A retry after the loss of its
+        replica is not counted, because a lost replica causes no further retries."""
         if replica.state is not RoutingState.READY:
             return True
         if self.retries.try_retry(time.monotonic(), requests=self.table.acquired_total):
@@ -190,11 +188,8 @@ class Dispatcher:
         )  # fmt: skip
 
     async def _attempt(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
-        """Sends the request to the reserved replica and relays its response.
-
-        Raises RetryError if the attempt failed before anything was sent to the client. A later failure is sent to the
-        client as the end of the response.
-        """
+        """Sends the request to the reserved replica and relays its response. Raises RetryError if the attempt failed
+        before anything was sent to the client. A later failure is sent to the client as the end of the response."""
         replica, expert = reservation.replica, reservation.expert
         reason = routed.reason_at(expert)
         begun, routed.relay = routed.relay, None

@@ -55,12 +55,12 @@ RETRY_AFTER_S: Final = 2.0
 
 
 class DrainingError(UnavailableError):
-    """This router accepts no new requests, but its successor does."""
+    """The error of a request to a router that accepts no new requests. Its successor does."""
 
 
 @dataclass(slots=True)
 class ErrorResponses:
-    """Makes, counts and logs the responses to errors."""
+    """The maker of error responses, which also counts and logs them."""
 
     metrics: Metrics
 

@@ -68,11 +68,8 @@ Handler = Callable[[Request, str], Awaitable[Response | None]]
 
 @dataclass(slots=True, eq=False)
 class Gateway:
-    """The handler of all requests of a worker.
-
-    `token`: the owner's token; None turns authentication off. `key`: signs the challenges of `/health`. `link`: the
-    connection to the control process.
-    """
+    """The handler of all requests of a worker. `token`: the owner's token; None turns authentication off. `key`: signs
+    the challenges of `/health`. `link`: the connection to the control process."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -124,11 +121,8 @@ class Gateway:
         self.cross_origin.allow(config.allowed_origins)
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
-        """Starts to serve a request.
-
-        Returns a `RoutedRequest` if the request only has to be routed and sent, which needs no task; for any other
-        request, returns a coroutine.
-        """
+        """Starts to serve a request. Returns a `RoutedRequest` if the request only has to be routed and sent, which
+        needs no task; for any other request, returns a coroutine."""
         if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
             request_id = request.request_id.decode()
         else:
@@ -296,11 +290,9 @@ class Gateway:
         return await asyncio.to_thread(self.routing.read_long, body, request.path.rstrip("/"))
 
     def _model_card(self, name: str) -> dict[str, Any]:
-        """Returns the entry of a model in `/v1/models`.
-
-        `root`, `parent` and `max_model_len` are as in vLLM: the model's path, the base of an adapter, and the context
-        length, here the smallest of all ready replicas. Null means unknown.
-        """
+        """Returns the entry of a model in `/v1/models`. `root`, `parent` and `max_model_len` are as in vLLM: the
+        model's path, the base of an adapter, and the context length, here the smallest of all ready replicas. Null
+        means unknown."""
         replicas = self.table.all() if name == "auto" else self.table.of(name)
         ready = [replica for replica in replicas if replica.state == "ready"]
         engines = [replica.record.engine for replica in replicas]

@@ -37,10 +37,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """The identity of a router, the same in all of its workers.
-
-    `token`: the owner's token; None turns authentication off. `key`: signs the challenges of `/health`.
-    """
+    """The identity of a router, the same in all of its workers. `token`: the owner's token; None turns authentication
+    off. `key`: signs the challenges of `/health`."""
 
     replica: str
     key: str

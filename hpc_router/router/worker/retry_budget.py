@@ -13,16 +13,14 @@ WINDOW_S: Final = 10.0
 
 @dataclass(slots=True)
 class RetryBudget:
-    """The retries that were made and are allowed in the current and the previous interval of `WINDOW_S`.
-
-    `share`: allowed retries per request. `least_per_s`: retries per second that are always allowed.
-    """
+    """The retries that were made and are allowed in the current and the previous interval of `WINDOW_S`. `share`:
+    allowed retries per request. `least_per_s`: retries per second that are always allowed."""
 
     share: float
     least_per_s: float
     _started_at: float = 0.0
     _requests: tuple[int, int] = (0, 0)  # total at the start of each of the two intervals
-    _retries: tuple[int, int] = (0, 0)  # in each of the two intervals
+    _retries: tuple[int, int] = (0, 0)  # retries in each of the two intervals
 
     def try_retry(self, now: float, *, requests: int) -> bool:
         """Returns whether the budget allows a retry, and counts the retry if so. `requests`: total number of requests

@@ -39,7 +39,7 @@ def endpoint_of(request: Request) -> ApiEndpoint:
 
 @dataclass(slots=True)
 class RequestRouting:
-    """Routes the requests of one worker. `policy` and `deployment` are replaced when the settings change, for later
+    """The routing of one worker's requests. `policy` and `deployment` are replaced when the settings change, for later
     requests."""
 
     deployment: Deployment

@@ -48,10 +48,8 @@ _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica"
 
 
 class ApiEndpoint(NamedTuple):
-    """The API path of a request.
-
-    `path`: the path without a final slash; `target`: path and query of the upstream request.
-    """
+    """The API path of a request. `path`: the path without a final slash; `target`: path and query of the upstream
+    request."""
 
     path: str
     target: str
@@ -226,7 +224,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         """Returns the request line and the header lines that are the same for all requests to this replica."""
         path, target, _ = self.endpoint
         start = request_line("POST", replica.address, target) + replica.authorization
-        if target == path:  # there are only a few paths
+        if target == path:  # cached, because there are only a few paths
             replica.request_starts[path] = start
         return start
 
@@ -298,11 +296,8 @@ class RequestResult:
 
 def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
     """Returns the client's bytes if the replica knows this expert by the requested name; otherwise the body with that
-    name replaced.
-
-    A replica with a single expert accepts each of its model names for it. For any other replica, the record has the
-    name.
-    """
+    name replaced. A replica with a single expert accepts each of its model names for it. For any other replica, the
+    record has the name."""
     record, asked = replica.record, call.fields["model"]
     wanted = record.serves.get(expert) or replica.model_for(expert)
     if wanted is None or asked == wanted:

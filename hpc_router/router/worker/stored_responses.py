@@ -29,17 +29,15 @@ _TRANSIENT: Final = frozenset({408, 429})
 
 @dataclass(slots=True)
 class StoredResponses:
-    """Finds stored responses on the replicas of `table`."""
+    """The search for stored responses on the replicas of `table`."""
 
     table: ReplicaTable
     client: Upstream
 
     async def find(self, response_id: str, *, turn: Turn | None) -> Replica:
-        """Returns the replica that has the response. `turn`: the last turn of the request's session.
-
-        If only one ready replica keeps responses, it is returned without being asked. Raises ResponseNotFoundError if
-        no replica has the response, and UnavailableError if a replica that may have it did not answer.
-        """
+        """Returns the replica that has the response. `turn`: the last turn of the request's session. If only one ready
+        replica keeps responses, it is returned without being asked. Raises ResponseNotFoundError if no replica has the
+        response, and UnavailableError if a replica that may have it did not answer."""
         keeping = [
             replica
             for replica in self.table.all()
@@ -89,7 +87,7 @@ class StoredResponses:
                 status = answer.status
                 if 200 <= status < 300:
                     return replica, True
-                await answer.read(_MAX_ERROR_BYTES)  # keeps the connection
+                await answer.read(_MAX_ERROR_BYTES)  # so that the connection can be used again
         except (UpstreamError, TimeoutError):
             return replica, None
         refused = (400 <= status < 500 and status not in _TRANSIENT) or status == _NOT_IMPLEMENTED
