@@ -70,7 +70,7 @@ def with_desired(deployment: Deployment, desired: Mapping[str, Any]) -> Deployme
 
 
 def scaled_to_zero(deployment: Deployment) -> dict[str, str]:
-    """Returns the experts that shall have no replicas, each with the expert to scale: for an adapter, this is its
+    """Returns the experts that shall have no replicas. The value is the expert to scale up instead: for an adapter, its
     host."""
     hosts = {name: host_of(deployment.experts, name) for name in deployment.experts}
     return {name: host for name, host in hosts.items() if deployment.experts[host].replicas == 0}

@@ -146,8 +146,8 @@ class ResponseCallback(ABC):
 
     @abstractmethod
     def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
-        """Handles a complete response that was received in one read. Returns False if the callback does not accept it;
-        `on_head` is called next in that case."""
+        """Handles a complete response that was received in one read. Returns whether the callback has accepted it; if
+        not, `on_head` is called next."""
 
     def on_head(self, status: int, headers: Headers) -> "Sink | None":
         """Handles the head of a response. Returns the sink for its body; None if the response needs a task, and
@@ -161,8 +161,8 @@ class ResponseCallback(ABC):
 
     @abstractmethod
     def on_incomplete(self) -> None:
-        """Continues the request in a task: the callback does not accept the response, the sink is full, or the exchange
-        has failed. The task calls `Upstream.request` with the request as `started`."""
+        """Continues the request in a task, because the callback does not accept the response, the sink is full, or the
+        exchange has failed. The task calls `Upstream.request` with the request as `started`."""
 
 
 class PendingRequest(Protocol):

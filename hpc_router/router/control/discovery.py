@@ -52,7 +52,7 @@ class Beats:
 
 @dataclass(slots=True)
 class _ReplicaWatch:
-    """The probe task of one endpoint, and what it needs from outside.
+    """The probe task of one endpoint, and the data that it uses.
 
     `recheck` is set to request a probe now. `served_at`: time at which the replica last answered a request.
     `task_failures`: for each background task of its agent, the number of failures at the last probe.

@@ -326,8 +326,8 @@ class ReplicaTable:
             self._line.leave(waiter)
 
     def set_scaled_to_zero(self, experts: Mapping[str, str]) -> None:
-        """Sets the experts that shall have no replicas, each with the expert whose count starts one (for an adapter its
-        host). Requests that wait only for such experts fail."""
+        """Sets the experts that shall have no replicas. The value is the expert to scale up instead: for an adapter,
+        its host. Requests that wait only for such experts fail."""
         self._scaled_to_zero = experts
         for expert in experts:
             self._fail_absent(expert)

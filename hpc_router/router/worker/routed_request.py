@@ -88,7 +88,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     """Failed attempts: replica, expert, and status or connection error. They are reported as evidence of bad health
     only if another replica of the same expert serves the request."""
     lost_error: Callable[[str], RoutingError] | None = None
-    """Makes the error for a request whose `only` replica is not ready any more. None: that of a session."""
+    """Makes the error for a request whose `only` replica is not ready any more. If it is None, the client gets the
+    error for a lost session."""
     engines_lost = 0
     """Number of engines that ended while they had this request."""
 
@@ -297,7 +298,7 @@ class RequestResult:
 def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
     """Returns the client's bytes if the replica knows this expert by the requested name; otherwise the body with that
     name replaced. A replica with a single expert accepts each of its model names for it. For any other replica, the
-    record has the name."""
+    record states the name."""
     record, asked = replica.record, call.fields["model"]
     wanted = record.serves.get(expert) or replica.model_for(expert)
     if wanted is None or asked == wanted:
