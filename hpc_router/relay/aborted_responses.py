@@ -1,10 +1,11 @@
 """Detects a response that the engine aborted but ended with valid framing.
 
 vLLM ends its running responses in this way when it is stopped. A client that cancels a request closes its connection
-and receives nothing, so an abort that would reach a client was never requested by it. The mark depends on the API: a
-choice has the `finish_reason` `abort`; a response has the `status` `cancelled`; a message has no `stop_reason`. Each
-part of a response is searched for a few bytes, and JSON is decoded only if they are found. The quotes in these bytes
-cannot occur inside a JSON string, where quotes are escaped.
+and receives nothing, so an aborted response that would reach a client was not aborted by that client.
+
+The mark of an abort depends on the API: a choice has the `finish_reason` `abort`; a response has the `status`
+`cancelled`; a message has no `stop_reason`. Each part of a response is searched for a few bytes, and JSON is decoded
+only if they are found. The quotes in these bytes cannot occur inside a JSON string, where quotes are escaped.
 """
 
 import json
@@ -19,34 +20,33 @@ _ABORT: Final = b'"abort"'
 _ABORTED_CHOICE: Final = re.compile(rb'"finish_reason"\s*:\s*"abort"')
 _NO_TOKENS: Final = re.compile(rb'"output_tokens"\s*:\s*0')
 _OVERLAP_BYTES: Final = 64
-"""Bytes kept of the previous chunk, to find a mark that is split between two chunks. A real mark is shorter."""
+"""Number of bytes kept of the previous chunk, to find a mark that is split between two chunks. A mark is shorter."""
 
 
 class AbortDetector(ABC):
-    """Detects aborted responses of one API. One object per response, because the end of a stream may be several events.
-
-    `event_mark`: bytes that every event about the end of the response contains.
-    """
+    """A detector of aborted responses of one API. Each response has its own object, because several events may make up
+    its end. `event_mark`: bytes that every event about the end of a response contains."""
 
     event_mark: ClassVar[bytes]
 
     @staticmethod
     @abstractmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        """A byte search. False: this complete body is certainly not aborted; True: decode it."""
+        """Searches a complete body for the bytes of an abort. Returns False if the body is certainly not aborted, and
+        True if it must be decoded to know."""
 
     @abstractmethod
     def is_abort(self, value: dict[str, Any]) -> bool:
-        """Whether this decoded event or complete body is the end of an aborted response."""
+        """Returns whether this decoded event or complete body is the end of an aborted response."""
 
     def check_events(self, events: bytes) -> None:
-        """Check complete events, in order; at least one contains `event_mark`. Raises UpstreamAbortedError."""
+        """Checks complete events, in order; at least one contains `event_mark`. Raises UpstreamAbortedError."""
         for data in payloads(events):
             if data.rfind(self.event_mark) >= 0:
                 self._check(data)
 
     def check_body(self, body: bytes | bytearray) -> None:
-        """Check a complete body. Raises UpstreamAbortedError."""
+        """Checks a complete body. Raises UpstreamAbortedError."""
         if self.may_be_aborted(body):
             self._check(body)
 
@@ -60,7 +60,7 @@ class AbortDetector(ABC):
 
 
 class ChoicesAbortDetector(AbortDetector):
-    """Chat completions, text completions and every other response with `choices`."""
+    """The detector for chat completions, text completions and every other response with `choices`."""
 
     event_mark = _ABORT
 
@@ -76,8 +76,8 @@ class ChoicesAbortDetector(AbortDetector):
 
 
 class ResponsesAbortDetector(AbortDetector):
-    """`/v1/responses`. vLLM reports most aborted responses as `completed`. A response that it rejects while it stops is
-    empty and has 0 output tokens; a normal one has at least the end token."""
+    """The detector for `/v1/responses`. vLLM reports most aborted responses as `completed`. A response that vLLM
+    rejects while it stops is empty and has 0 output tokens; a normal response has at least the end token."""
 
     event_mark = b'"response.completed"'
 
@@ -95,7 +95,7 @@ class ResponsesAbortDetector(AbortDetector):
 
 
 def _has_text(item: object) -> bool:
-    """Whether an item of a response's output has content."""
+    """Returns whether an item of a response's output has content."""
     match item:
         case {"type": "message", "content": [*parts]}:
             return any(isinstance(part, dict) and bool(part.get("text")) for part in parts)
@@ -103,12 +103,13 @@ def _has_text(item: object) -> bool:
 
 
 class MessagesAbortDetector(AbortDetector):
-    """`/v1/messages`. In a stream, `message_delta` events contain the stop reason, and `message_stop` is the end."""
+    """The detector for `/v1/messages`. In a stream, `message_delta` events contain the stop reason, and `message_stop`
+    is the end."""
 
     event_mark = b'"message_'
 
     def __init__(self) -> None:
-        self._reason: object = ""  # None: the engine sent null
+        self._reason: object = ""  # None if the engine sent null
 
     @staticmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
@@ -126,7 +127,7 @@ class MessagesAbortDetector(AbortDetector):
 
 
 class UnbufferedAbortDetector:
-    """Searches a body of unknown format that is relayed without buffering, for the mark of an aborted choice."""
+    """A detector that searches an unbuffered body of unknown format for the mark of an aborted choice."""
 
     __slots__ = ("_overlap",)
 
@@ -134,7 +135,7 @@ class UnbufferedAbortDetector:
         self._overlap = b""
 
     def check(self, data: bytes) -> None:
-        """Check the next chunk. Raises UpstreamAbortedError."""
+        """Checks the next chunk. Raises UpstreamAbortedError."""
         overlap = self._overlap + data[:_OVERLAP_BYTES]
         if (_ABORT in data and _ABORTED_CHOICE.search(data)) or (_ABORT in overlap and _ABORTED_CHOICE.search(overlap)):
             raise UpstreamAbortedError

@@ -1,8 +1,9 @@
-"""Differences between the relayed APIs: the field that contains the prompt, the error format and the abort mark.
+"""The differences between the relayed APIs: the field that contains the prompt, the error format and the mark of an
+abort.
 
-OpenAI's paths and Anthropic's `/v1/messages` are served by the same code; this table holds all differences. An error
-has two forms: a response body, and an event that ends a stream, which the official clients raise as an exception. The
-module does no I/O.
+The same code serves OpenAI's paths and Anthropic's `/v1/messages`; the table in this module holds all differences. An
+error has two forms: a response body, and an event that ends a stream, which the official clients raise as an exception.
+No I/O.
 """
 
 import json
@@ -16,7 +17,8 @@ from hpc_router.relay import aborted_responses, sse
 
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
-    """An error with OpenAI's fields. `status`: the HTTP status of the response, or, in a stream, what it would be."""
+    """An error with OpenAI's fields. `status`: the HTTP status of the response; in a stream, the status that the
+    response would have."""
 
     status: int
     kind: str
@@ -27,7 +29,8 @@ class ErrorReply:
 
 @dataclass(frozen=True, slots=True)
 class ApiFormat:
-    """`prompt_field`: the request field that is read first. `abort_detector`: detects aborted responses."""
+    """The format of one API. `prompt_field`: the request field that is read first. `error_body`, `error_event`: make
+    the two forms of an error. `abort_detector`: detects aborted responses."""
 
     prompt_field: str
     error_body: Callable[[ErrorReply], dict[str, Any]]
@@ -36,8 +39,8 @@ class ApiFormat:
 
 
 def api_format_of(path: str) -> ApiFormat:
-    """The format of the API at `path`. A path that is not in the table gets chat's format, which is used for errors
-    only."""
+    """Returns the format of the API at `path`. Any other path gets the format of chat completions, which is then used
+    only for errors."""
     found = _FORMATS.get(path)
     if found is None and path.startswith(protocol.MESSAGES + "/"):
         return _ANTHROPIC
@@ -59,7 +62,8 @@ def _openai_event(error: ErrorReply) -> bytes:
 
 
 def _responses_event(error: ErrorReply) -> bytes:
-    """An event with a `type`, like all events of this API. The openai client raises on the `error` key."""
+    """Returns the event with its `type`, as all events of this API have one. The openai client raises on the `error`
+    key."""
     flat = {"code": error.code, "message": error.message, "param": error.param}
     return _named_event({"type": "error", **flat, "error": _openai_error(error)})
 
@@ -92,7 +96,8 @@ def _named_event(data: dict[str, Any]) -> bytes:
 
 _ANTHROPIC: Final = ApiFormat("messages", _anthropic_body, _anthropic_event, aborted_responses.MessagesAbortDetector)
 _STORED_RESPONSE: Final = ApiFormat("input", _openai_body, _responses_event, aborted_responses.ChoicesAbortDetector)
-"""A response that was cancelled before it was stored is not an aborted response to this request."""
+"""The format for requests with the id of a response in their path. A response that was cancelled before it was stored
+is not an aborted response to such a request."""
 _FORMATS: Final[Mapping[str, ApiFormat]] = {
     protocol.CHAT: ApiFormat("messages", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),
     protocol.COMPLETIONS: ApiFormat("prompt", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),

@@ -1,10 +1,10 @@
-"""Cache of parsed HTTP heads, keyed by their bytes.
+"""A cache of parsed HTTP heads, keyed by their bytes.
 
-The heads that one client or one engine sends are equal but for the digits of `Content-Length`, and those that the
-router sends but for `x-request-id`. The key is the head without these two values, and the parsed head contains neither.
+The heads that one client or one engine sends are equal except for the digits of `Content-Length`; those that the router
+sends also differ in `x-request-id`. The key is the head without these two values, and the parsed head contains neither.
 Only a message that arrives completely in one read, head and body, is looked up; every other message goes to the HTTP
 parser, which alone decides what is valid. A head is parsed for the cache when it occurs for the second time, because
-many occur only once. The size of the cache is bounded.
+many heads occur only once. The size of the cache is bounded.
 """
 
 import itertools
@@ -14,21 +14,24 @@ from typing import Final, Generic, TypeVar, cast
 from hpc_router.relay.headers import REQUEST_ID
 
 MAX_HEADS: Final = 512
+"""Maximum number of cached heads; the cache is cleared when it is full."""
 MAX_HEAD_BYTES: Final = 2**11
-"""A longer head is not looked up."""
+"""Maximum length in bytes of a head that is looked up."""
 _LENGTH: Final = b"ength: "
 _LENGTH_BEGINS: Final = frozenset({b"\r\n%bontent-%b" % pair for pair in itertools.product((b"C", b"c"), (b"L", b"l"))})
 _MAX_DIGITS: Final = 15
 ID_LINE: Final = b"\r\n%b: " % REQUEST_ID
-"""The only spelling of the id's field name that is supported; other heads are not cached."""
+"""The only supported spelling of the field name of the request id. Heads with another spelling are not cached."""
 _MAX_ID_BYTES: Final = 128
 H = TypeVar("H")
 
 
 class HeadCache(Generic[H]):
-    """`parse` returns the parsed head of a complete message, or None if the bytes are not exactly one message or must
-    not be cached. `ids`: an `x-request-id` of letters, digits and `-` is not part of the key, nor of the result of
-    `parse`.
+    """A cache of heads as `parse` returns them.
+
+    `parse` returns the parsed head of a complete message, or None if the bytes are not exactly one message or must not
+    be cached. `ids`: whether an `x-request-id` of letters, digits and `-` is left out of the key and of the parsed
+    head.
     """
 
     __slots__ = ("_heads", "_ids", "_last", "_last_whole", "_parse", "_seen_once")
@@ -37,12 +40,13 @@ class HeadCache(Generic[H]):
         self._parse = parse
         self._ids = ids
         self._heads: dict[bytes, H | None] = {}
-        self._last: tuple[bytes, bytes, H] = b"\0", b"", cast(H, None)  # before and after the length's digits
+        self._last: tuple[bytes, bytes, H] = b"\0", b"", cast(H, None)  # bytes before and after the length's digits
         self._last_whole: tuple[bytes, H] = b"\0", cast(H, None)
         self._seen_once: set[bytes] = set()
 
     def lookup(self, data: bytes) -> tuple[H, bytes, bytes] | None:
-        """Head, body and request id, if `data` is exactly one message with a cached head; None: use the parser."""
+        """Returns head, body and request id if `data` is exactly one message with a cached head. None: the HTTP parser
+        must parse it."""
         before, after, last_head = self._last
         if data.startswith(before):  # the same head again, which is the usual case
             first = len(before)
@@ -64,7 +68,7 @@ class HeadCache(Generic[H]):
             digits = data[first:last]
             if data[at - 11 : at] not in _LENGTH_BEGINS or not digits.isdigit() or int(digits) != len(data) - end:
                 return None
-            key = data[:first] + data[last : end - 1]  # without the last byte: never equal to a key of the other branch
+            key = data[:first] + data[last : end - 1]  # one byte less, so that it equals no key of the other branch
         request_id = b""
         if self._ids and (line := key.find(ID_LINE)) >= 0:
             begin = line + len(ID_LINE)
@@ -83,8 +87,8 @@ class HeadCache(Generic[H]):
         return head, data[end:], request_id
 
     def lookup_start(self, data: bytes) -> tuple[H, int] | None:
-        """Head and its size, if `data` starts with a cached head that has no length; None: use the parser. `parse` gets
-        the bytes of the head alone."""
+        """Returns the head and its size in bytes if `data` starts with a cached head that has no `Content-Length`.
+        None: the HTTP parser must parse it. Here `parse` is called with only the bytes of the head."""
         last, last_head = self._last_whole
         if data.startswith(last):
             return last_head, len(last)
@@ -102,6 +106,8 @@ class HeadCache(Generic[H]):
         return head, end
 
     def _add(self, key: bytes, data: bytes) -> H | None:
+        """Returns the parsed head if the key occurs for the second time; None before that, or if the head must not be
+        cached."""
         if key not in self._seen_once:
             if len(self._seen_once) >= MAX_HEADS:
                 self._seen_once.clear()

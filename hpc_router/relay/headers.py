@@ -1,10 +1,11 @@
-"""Header fields, and which of them are forwarded.
+"""Header fields, and the rules for which of them are forwarded.
 
 Fields are kept as the received bytes, so that forwarding a field is only a copy. Hop-by-hop headers (RFC 9110, section
 7.6.1) are never forwarded. Upstream, the client's credentials are dropped, and `Accept-Encoding` becomes `identity`,
-because compressed events could not be split. Downstream, `Server`, `Date` and cookies of the engine are dropped. Which
-web pages may read a response is the router's decision: `Origin` does not go upstream, and what an engine says of it (by
-default vLLM allows every page) does not go downstream.
+because compressed events could not be split. Downstream, the engine's `Server`, `Date` and cookies are dropped.
+
+The router alone decides which web pages may read a response. So `Origin` is not sent upstream, and the engine's own
+CORS headers (by default vLLM allows every page) are not sent downstream.
 """
 
 from collections.abc import Mapping
@@ -38,8 +39,8 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"x-api-key",
 }
 MAX_RETRY_AFTER_S: Final = 59
-"""Limit for forwarded values: official clients sleep this long without a log line, even beyond their own timeout, and
-the AI SDK ignores 60 and more (see docs/clients.md)."""
+"""Maximum of a forwarded `Retry-After` in seconds. Official clients sleep for that time without a log line, even beyond
+their own timeout, and the AI SDK ignores values from 60 (see docs/clients.md)."""
 REQUEST_ID: Final = REQUEST_ID_HEADER.encode()
 NOT_DOWNSTREAM: Final = HOP_BY_HOP | {
     b"access-control-allow-credentials",
@@ -56,10 +57,8 @@ NOT_DOWNSTREAM: Final = HOP_BY_HOP | {
 
 
 class Headers:
-    """The fields of one message in order, names in lower case. Immutable.
-
-    `cached`: results computed from these fields. Messages with a cached head share them (see `head_cache`).
-    """
+    """The fields of one message in order, names in lower case. Immutable. `cached`: results computed from these fields.
+    Messages with the same cached head share one object (see `head_cache`)."""
 
     __slots__ = ("_last", "cached", "content_type", "fields")
 
@@ -76,11 +75,11 @@ class Headers:
     def get(self, name: bytes, default: bytes) -> bytes: ...
 
     def get(self, name: bytes, default: bytes | None = None) -> bytes | None:
-        """The value; the last one if the field occurs several times."""
+        """Returns the value of the field; the last one if it occurs several times."""
         return self._last.get(name, default)
 
     def text(self, name: str) -> str:
-        """The value as text (invalid UTF-8 becomes surrogates); empty if the field is missing."""
+        """Returns the value as text (invalid UTF-8 becomes surrogates); empty if the field is missing."""
         return self._last.get(name.encode(), b"").decode("utf-8", "surrogateescape")
 
     def all(self, name: bytes) -> list[bytes]:
@@ -91,14 +90,15 @@ class Headers:
 
 
 def without_id(fields: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """The fields without `x-request-id`, and its (last) value; empty if it is missing."""
+    """Returns the fields without `x-request-id`, and the (last) value of that field, which is empty if the field is
+    missing."""
     ids = [value for name, value in fields if name == REQUEST_ID]
     return ([field for field in fields if field[0] != REQUEST_ID], ids[-1]) if ids else (fields, b"")
 
 
 def crossing(headers: Headers, *, drop: frozenset[bytes]) -> bytes:
-    """Header lines of all fields except those in `drop` and those listed in `Connection`. `Retry-After` is limited to
-    `MAX_RETRY_AFTER_S`. `drop` is NOT_UPSTREAM: the lines also ask for an uncompressed response."""
+    """Returns the header lines of all fields except those in `drop` and those listed in `Connection`. `Retry-After` is
+    limited to `MAX_RETRY_AFTER_S`. If `drop` is NOT_UPSTREAM, the lines also ask for an uncompressed response."""
     joined: bytes | None = headers.cached.get(drop)
     if joined is None:
         joined = headers.cached[drop] = _crossing(headers, drop)
@@ -117,7 +117,8 @@ def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
 
 
 def _limited(name: bytes, value: bytes) -> bytes:
-    """Limits `Retry-After` (seconds; an HTTP date is replaced by the limit) and OpenAI's `retry-after-ms` (ms)."""
+    """Returns `value`, or the limit if `name` is `Retry-After` (seconds; the limit also replaces an HTTP date) or
+    OpenAI's `retry-after-ms` (milliseconds) and the value exceeds it."""
     limit = {b"retry-after": MAX_RETRY_AFTER_S, b"retry-after-ms": 1000 * MAX_RETRY_AFTER_S}.get(name)
     if limit is None:
         return value
@@ -129,7 +130,7 @@ def _limited(name: bytes, value: bytes) -> bytes:
 
 
 def lines(fields: Mapping[str, str]) -> bytes:
-    """These fields as header lines. Raises ValueError for control characters that would end a line."""
+    """Returns these fields as header lines. Raises ValueError for control characters that would end a line."""
     text = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
     if not text.count("\n") == text.count("\r") == len(fields) or "\0" in text:
         raise ValueError("a control character in a header")

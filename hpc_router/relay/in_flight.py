@@ -1,4 +1,4 @@
-"""Count of the requests being served. A drain waits until it is 0."""
+"""The count of the requests being served. A drain waits until the count is 0."""
 
 import asyncio
 from collections.abc import Sequence
@@ -14,8 +14,11 @@ class Cells(Protocol):
 
 
 class InFlight:
-    """`with in_flight:` around each request. The count is also written to `cells[at]`; the other processes of the
-    service write theirs to `peers`. `closing`: connections are closed after their current response."""
+    """The number of requests that this process serves; use `with in_flight:` around each request.
+
+    The count is also written to `cells[at]`; the other processes of the service write theirs to `peers`. `closing`:
+    whether connections are closed after their current response.
+    """
 
     __slots__ = ("_at", "_cells", "_idle", "_peers", "closing", "count")
 
@@ -47,14 +50,14 @@ class InFlight:
 
     @property
     def total(self) -> int:
-        """The count over all processes of the service."""
+        """The number of requests that all processes of the service serve."""
         count = self.count
         for row in self._peers:
             count += row[self._at]
         return count
 
     async def idle(self) -> None:
-        """Wait until no request is in flight."""
+        """Waits until no request is in flight."""
         while self.count:
             self._idle = self._idle or asyncio.Event()
             self._idle.clear()

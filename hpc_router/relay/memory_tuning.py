@@ -14,24 +14,25 @@ from contextlib import suppress
 from typing import Final
 
 YOUNG_THRESHOLD: Final = 20_000
-"""Young generation threshold: net allocations between two scans."""
+"""Number of net allocations between two scans of the young generation."""
 
 TRIM_THRESHOLD_BYTES: Final = 32 * 2**20
-"""Free bytes that may remain at the end of the heap."""
+"""Maximum number of free bytes at the end of the heap; glibc returns more to the kernel."""
 MMAP_THRESHOLD_BYTES: Final = 4 * 2**20
-"""Blocks of at least this size are mapped, and unmapped when they are freed."""
-_TRIM_THRESHOLD: Final = -1  # of mallopt(3), in glibc's malloc.h
+"""Minimum size of a block that is mapped for itself, and unmapped when it is freed."""
+_TRIM_THRESHOLD: Final = -1  # parameter of mallopt(3), from glibc's malloc.h
 _MMAP_THRESHOLD: Final = -3
 
 
 def tune() -> None:
-    """Exclude all existing objects from later scans, which also keeps pages shared with forked processes."""
+    """Excludes all existing objects from later scans, which also keeps their pages shared with forked processes."""
     gc.collect()
     gc.freeze()
 
 
 def tune_for_relay() -> None:
-    """`tune`, scan later objects rarely, and keep freed memory of requests for the next ones."""
+    """Does the same as `tune`; also makes scans of later objects rare, and keeps freed memory of requests for the next
+    ones."""
     tune()
     gc.set_threshold(YOUNG_THRESHOLD, 20, 50)
     with suppress(AttributeError):  # the C library is not glibc

@@ -2,8 +2,8 @@
 
 A response is committed once its head is sent to the client; until then the request can be retried on another replica.
 Nothing is sent before the first body byte, and a response that is not streamed is buffered until it is complete. After
-that only complete events are sent, with a comment as keep-alive when the stream pauses. A later failure is always
-visible to the client: an error event in an event stream, otherwise an aborted connection.
+the commit only complete events are sent, with a comment as keep-alive when the stream pauses. The client can always see
+a later failure: as an error event in an event stream, otherwise as an aborted connection.
 """
 
 import asyncio
@@ -28,8 +28,11 @@ _EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
 
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
-    """`buffer_bytes`: buffered part of a response that is not streamed. `write_s`: how long a client may read nothing.
-    `ping_s`: pause of a stream after which a comment is sent."""
+    """The limits of a relayed response.
+
+    `buffer_bytes`: maximum number of buffered bytes of a response that is not streamed. `write_s`: maximum time in
+    seconds for which a client may read nothing. `ping_s`: pause of a stream, in seconds, after which a comment is sent.
+    """
 
     buffer_bytes: int
     write_s: float
@@ -37,10 +40,12 @@ class RelayLimits:
 
 
 class ResponseRelay:
-    """The response to `request`. The handler returns `response` at the end.
+    """The object that relays the response to `request`. At the end, the request's handler returns `response`, which is
+    None for a streamed response.
 
-    `abort_detector`: that of the request's API. `stream`: the request asks for a stream, so a body without a length is
-    not buffered, whatever its content type. Events that the upstream has compressed pass as any other body.
+    `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
+    unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed
+    like any other body.
     """
 
     __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "events", "response", "status")
@@ -58,11 +63,12 @@ class ResponseRelay:
 
     @property
     def committed(self) -> bool:
+        """Whether the response can no longer be replaced by that of another replica."""
         return self.response is not None or self._request.response_started
 
     async def relay(self, upstream: UpstreamResponse, head: bytes) -> None:
-        """Relay all of it. Raises what `UpstreamResponse.stream_to` raises, UpstreamAbortedError and
-        DownstreamGoneError."""
+        """Relays the complete response. `head`: its header lines. Raises DownstreamGoneError, UpstreamAbortedError, and
+        the errors of `UpstreamResponse.stream_to`."""
         if upstream.content_type == CONTENT_TYPE and b"content-encoding" not in upstream.headers:
             self.begin_events(upstream.status, head)
             await self.relay_events(upstream)
@@ -88,19 +94,20 @@ class ResponseRelay:
             await body.drain()
 
     def begin_events(self, status: int, head: bytes) -> "EventStream":
-        """The sink for the events of a stream. They end with `end_events`, unless `relay_events` takes over."""
+        """Returns the sink for the events of a stream. The caller ends the stream with `end_events` or continues it
+        with `relay_events`."""
         self.status = status
         self.events = EventStream(self._request, status, head, self._limits, self._abort_detector())
         return self.events
 
     def end_events(self) -> None:
-        """The upstream body has ended without an error. Raises as `relay`."""
+        """Ends the stream after the upstream body has ended without an error. Raises the same errors as `relay`."""
         assert self.events is not None
         self.events.stop_pings()
         self.events.end()
 
     async def relay_events(self, upstream: UpstreamResponse) -> None:
-        """Relay the rest of the events and their end."""
+        """Relays the rest of the events and ends the stream."""
         assert self.events is not None
         try:
             await upstream.stream_to(self.events)
@@ -109,7 +116,8 @@ class ResponseRelay:
             self.events.stop_pings()
 
     async def end_with_error(self, event: bytes) -> None:
-        """End a committed response that cannot be completed. `event`: the error as an event."""
+        """Ends a committed response that cannot be completed. `event`: the error as an event, which is sent in an event
+        stream."""
         if self.events is None:
             self._request.abort()
         elif not self._request.write(event):
@@ -117,7 +125,7 @@ class ResponseRelay:
 
 
 class _BufferedBody:
-    """A sink that buffers up to `buffer_bytes` bytes; a longer body commits the response."""
+    """A sink that buffers up to `buffer_bytes` bytes. A longer body commits the response."""
 
     def __init__(self, request: Request, status: int, head: bytes, limits: RelayLimits, *, buffer_bytes: int) -> None:
         self._request = request
@@ -136,7 +144,7 @@ class _BufferedBody:
         return len(self.buffered) <= self._buffer_bytes
 
     def chunk_writer(self) -> None:
-        """None: each chunk must be searched for the mark of an abort, without its framing."""
+        """Returns None, because each chunk must be searched for the mark of an abort, without its framing."""
 
     async def drain(self) -> None:
         if not self._request.response_started:
@@ -150,7 +158,7 @@ class _BufferedBody:
 
 
 class EventStream:
-    """A sink that forwards complete events only. The first event commits the response."""
+    """A sink that forwards only complete events. The first event commits the response."""
 
     __slots__ = (
         "_abort_detector", "_chunk_writer", "_head", "_limits", "_mark", "_ping_timer", "_request", "_splitter",
@@ -195,7 +203,8 @@ class EventStream:
         self._schedule_ping()
 
     def end(self) -> None:
-        """The upstream body has ended without an error."""
+        """Sends the last event after the upstream body has ended without an error. Raises UpstreamError if that event
+        is incomplete."""
         try:
             last = self._splitter.end()
         except UnfinishedEventError as error:
@@ -222,10 +231,11 @@ class EventStream:
         self._ping_timer = asyncio.get_running_loop().call_later(self._limits.ping_s, self._ping)
 
     def _ping(self) -> None:
-        """Events only set a flag instead of a timer, so a pause is detected after one to two times `ping_s`."""
+        """Sends a comment if the stream has paused. An event only sets a flag and restarts no timer, so a pause is
+        detected after one to two times `ping_s`."""
         if self._request.idle:
             try:
                 self._request.write(PING)
             except DownstreamGoneError:
-                return  # the next write raises it in the request's task
+                return  # the next write raises this error in the request's task
         self._schedule_ping()

@@ -12,19 +12,20 @@ from typing import Any, Final
 CONTENT_TYPE: Final = b"text/event-stream"
 DONE: Final = b"[DONE]"
 MAX_EVENT_BYTES: Final = 16 * 2**20
+"""Maximum length of an event in bytes."""
 PING: Final = b": ping\n\n"
 """A comment, which parsers ignore. It shows clients and proxies that the connection is alive."""
 EVENT_ENDS: Final = (b"\n\n", b"\n\r\n", b"\r\r", b"\n\r", b"\r\r\n")
-"""A blank line after each line end of the standard (LF, CRLF, CR). The LF of a CRLF may arrive after its CR; it then
-counts as one more blank line, which parsers ignore."""
+"""The bytes that end an event: a blank line after each line end of the standard (LF, CRLF, CR). The LF of a CRLF may
+arrive after its CR; it then counts as one more blank line, which parsers ignore."""
 _LINE_END: Final = re.compile(rb"\r\n|\r|\n")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _WITHOUT_CONTENT: Final = (b":", b"retry:")
-"""Beginnings of the lines that no event needs: comments, and the pause before a reconnection."""
+"""The first bytes of lines that no event needs: comments, and the pause before a reconnection."""
 
 
 class EventTooLargeError(ValueError):
-    """An event is longer than MAX_EVENT_BYTES."""
+    """An event is longer than `MAX_EVENT_BYTES`."""
 
 
 class UnfinishedEventError(ValueError):
@@ -32,17 +33,18 @@ class UnfinishedEventError(ValueError):
 
 
 class EventSplitter:
-    """Converts chunks to complete events. `tail`: the received part of an incomplete event."""
+    """A converter of chunks to complete events. `tail`: the received part of an incomplete event."""
 
     tail = b""
 
     def feed(self, chunk: bytes) -> bytes:
-        """All bytes up to the end of the last complete event; empty if no event is complete."""
+        """Adds a chunk and returns all bytes up to the end of the last complete event; empty if no event is complete.
+        Raises EventTooLargeError."""
         if chunk.endswith(EVENT_ENDS):  # the usual case
             data, self.tail = self.tail + chunk, b""
             return data
         data = self.tail + chunk if self.tail else chunk
-        new = max(0, len(self.tail) - 2)  # the tail holds no end, but may hold the beginning of one
+        new = max(0, len(self.tail) - 2)  # the tail has no event end, but may have the beginning of one
         end = max(at + len(mark) if (at := data.rfind(mark, new)) >= 0 else 0 for mark in EVENT_ENDS)
         self.tail = data[end:]
         if len(self.tail) > MAX_EVENT_BYTES:
@@ -50,12 +52,9 @@ class EventSplitter:
         return data[:end]
 
     def end(self) -> bytes:
-        """The remaining bytes at the regular end of a stream, plus the blank line if it is missing, because parsers
-        drop an event without one. The last event is complete if its data is `[DONE]` or valid JSON, or if all its
-        lines are without content.
-
-        Raises UnfinishedEventError.
-        """
+        """Returns the remaining bytes at the regular end of a stream. Adds the blank line if it is missing, because
+        parsers drop an event without one. The last event is complete if its data is `[DONE]` or valid JSON, or if all
+        its lines are without content. Raises UnfinishedEventError if it is not."""
         tail, self.tail = self.tail, b""
         lines = _lines(tail)
         if any(line and not line.startswith(_WITHOUT_CONTENT) for line in lines):
@@ -69,7 +68,7 @@ class EventSplitter:
 
 
 def payloads(events: bytes) -> Iterator[bytes]:
-    """The data of each complete event that has data."""
+    """Yields the data of each complete event that has data."""
     data: list[bytes] = []
     for line in _lines(events):
         if line.startswith(b"data:"):
@@ -80,7 +79,7 @@ def payloads(events: bytes) -> Iterator[bytes]:
 
 
 def _lines(events: bytes) -> list[bytes]:
-    """The lines, without the byte order mark with which a stream may begin."""
+    """Returns the lines, without the byte order mark that may start a stream."""
     return _LINE_END.split(events.removeprefix(_BYTE_ORDER_MARK))
 
 
@@ -93,5 +92,5 @@ def _is_json(data: bytes) -> bool:
 
 
 def error_event(error: dict[str, Any]) -> bytes:
-    """The event that ends a failed stream; the openai client raises on its `error` key."""
+    """Returns the event that ends a failed stream. The openai client raises an exception because of its `error` key."""
     return b"data: " + json.dumps({"error": error}).encode() + b"\n\n"

@@ -1,7 +1,7 @@
 """Relays a response as it arrives: its bytes are neither buffered nor searched.
 
-The agent relays its engine in this way, and `connect` the router. A response that was cut must never look complete, so
-after a failure within it the caller aborts the request.
+The agent relays its engine's responses in this way, and `connect` those of the router. A response that was cut must
+never look complete, so the caller aborts the request after a failure within the response.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,8 @@ from hpc_router.relay.upstream.interface import CHUNK_ENDS, ChunkWriter, Upstrea
 async def relay_unchanged(
     request: Request, upstream: UpstreamResponse, *, on_progress: Callable[[], None]
 ) -> Response | None:
-    """The response to `request`; None if it was streamed to the client. `on_progress` is called for every chunk.
-
-    Raises UpstreamError if the response breaks off.
-    """
+    """Returns the response to `request`; None if it was streamed to the client. `on_progress` is called for every
+    chunk. Raises UpstreamError if the upstream response breaks off."""
     head = crossing(upstream.headers, drop=NOT_DOWNSTREAM)
     if (whole := upstream.complete_body) is not None and len(whole) <= SHORT_BYTES:
         on_progress()
@@ -31,7 +29,7 @@ async def relay_unchanged(
 
 
 class _ClientSink:
-    """Writes the chunks of the response to the client."""
+    """A sink that writes the chunks of the response to the client."""
 
     def __init__(self, request: Request, on_progress: Callable[[], None]) -> None:
         self._request = request

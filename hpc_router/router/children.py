@@ -1,7 +1,8 @@
-"""The bodies of the router's child processes: one control process, N workers.
+"""The programs of the router's child processes: one control process, N workers.
 
-The control process owns the router's record in the registry: ready once the workers serve, withdrawn before they close
-their sockets. A control process that replaces another finds the record there and continues to renew it.
+The control process owns the router's record in the registry: it sets the record to ready once the workers serve, and
+withdraws it before they close their sockets. A control process that replaces another finds the record there and
+continues to renew it.
 """
 
 import asyncio
@@ -35,12 +36,12 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 SERVING_TIMEOUT_S: Final = 10.0
-"""How long the router's record waits for all workers to serve."""
+"""Maximum time in seconds that the router waits for all workers to serve before it publishes itself as ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """What is fixed before the first fork. `deployment`: `base` with the settings of `desired.json`."""
+    """The values that are fixed before the first fork. `deployment`: `base` with the settings of `desired.json`."""
 
     run: RunDir
     base: Deployment
@@ -53,7 +54,7 @@ class RouterSettings:
 
 
 async def run_control(router: RouterSettings, spec: ChildSpec) -> None:
-    """The body of the control process."""
+    """Runs the control process until the supervisor ends it."""
     run, job = router.run, router.job
     supervisor = os.getppid()
     artefact, shadow = versions(router.policy)
@@ -100,7 +101,7 @@ async def run_control(router: RouterSettings, spec: ChildSpec) -> None:
 
 
 async def run_worker(router: RouterSettings, spec: ChildSpec) -> None:
-    """The body of a worker."""
+    """Runs a worker until it has drained."""
     assert spec.worker is not None
     assert spec.listener is not None
     run, name = router.run, worker_name(spec.worker)
@@ -135,7 +136,7 @@ def _processes_changed(control: ControlProcess, message: ProcessesChanged) -> No
 def _reconcile_process(
     router: RouterSettings, control: ControlProcess, files: FileThread
 ) -> contextlib.AbstractAsyncContextManager[object]:
-    """The reconcile loop beside the router, if `router.reconcile` is set."""
+    """Returns a context manager that runs the reconcile loop beside the router if `router.reconcile` is set."""
     if router.deployment.router.reconcile:
         return ReconcileProcess(router.run, files, replica=router.job.replica, on_failure=control.task_failed)
     return contextlib.nullcontext()

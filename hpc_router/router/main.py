@@ -1,7 +1,7 @@
-"""The router's main program: bind the address, run the supervisor, withdraw the record at the end.
+"""The router's main program: binds the address, runs the supervisor, and withdraws the record at the end.
 
 The address is published only once the workers listen. A router that starts again on the same node takes the port of its
-predecessor unless another process has it, so that clients that know only the address find the router again.
+predecessor unless another process has that port, so that clients that know only the address find the router again.
 """
 
 import contextlib
@@ -39,7 +39,8 @@ _MARGIN_S: Final = 3.0
 
 
 def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
-    """Serve until a stop signal; returns the exit status of the process. Raises what made the router fail."""
+    """Serves until a stop signal and returns the exit status of the process. Writes the job's exit record. Raises the
+    error that made the router fail."""
     job = JobDir(run, replica)
     job.claim()
     raise_file_limit()
@@ -61,16 +62,16 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
 
 @contextlib.contextmanager
 def _final_files(job: JobDir) -> Iterator[FileThread]:
-    """A file thread for the last files: allowed now, because no process is forked any more. It withdraws the record,
-    which the control process could not do if it died."""
+    """Opens a file thread for the last files and withdraws the router's record, in case the control process died before
+    it could. A thread is allowed here because no process is forked any more."""
     with file_thread(f"files of {job.replica}", log=job.agent_log) as files:
         files.post(partial(withdraw, job.run.registry, job.replica))
         yield files
 
 
 def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
-    """Serve until a stop signal; returns how many requests were cut off. Raises ConfigError, and LaunchError if the
-    router's processes end again and again."""
+    """Serves until a stop signal; returns the number of requests that were cut off. Raises ConfigError, and LaunchError
+    if the router's processes end again and again."""
     base, deployment = deployment, _with_desired(run, deployment)
     config = deployment.router
     policy = load_policy(run, deployment)
@@ -79,7 +80,7 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
     with bind(run, deployment, node=socket.gethostname()) as reserved:
         reserved.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEPORT, 1
-        )  # not before the bind, which would share another router's port
+        )  # after the bind, which would otherwise share another router's port
         identity = Identity(
             replica=job.replica,
             key=replica_key(run.secret(), nonce),
@@ -100,7 +101,8 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
 
 
 def _with_desired(run: RunDir, deployment: Deployment) -> Deployment:
-    """With the changes of `desired.json`. An invalid file is ignored here; the control process reports it."""
+    """Returns the deployment with the changes of `desired.json`. Ignores an invalid file, which the control process
+    reports."""
     try:
         return with_desired(deployment, run.read_desired())
     except (ConfigError, RegistryError):
@@ -108,7 +110,8 @@ def _with_desired(run: RunDir, deployment: Deployment) -> Deployment:
 
 
 def usable_cpus(environment: Mapping[str, str], *, asked: int) -> int:
-    """How many CPUs this job may use. Outside Slurm the machine is shared, so no more than configured."""
+    """Returns the number of CPUs that this job may use. Outside Slurm this is at most `asked`, because the machine is
+    shared."""
     usable = len(os.sched_getaffinity(0))
     if "SLURM_JOB_ID" not in environment:
         return max(1, min(usable, asked))
@@ -117,7 +120,8 @@ def usable_cpus(environment: Mapping[str, str], *, asked: int) -> int:
 
 
 def beside(reserved: socket.socket) -> socket.socket:
-    """Another socket on the same address; the kernel spreads connections over all sockets that listen there."""
+    """Returns another socket bound to the same address. The kernel spreads connections over all sockets that listen
+    there."""
     sock = socket.socket(reserved.family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -130,7 +134,8 @@ def beside(reserved: socket.socket) -> socket.socket:
 
 
 def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
-    """A bound socket: the configured port, else the predecessor's, else a free one."""
+    """Returns a socket bound to the configured port, else to the predecessor's port if it is free, else to any free
+    port. Raises ConfigError."""
     config = deployment.router
     ports = [config.port] if config.port else [port for port in (_previous_port(run, node), 0) if port is not None]
     host = _fabric(deployment) if config.host is None else config.host
@@ -171,7 +176,7 @@ def _fabric(deployment: Deployment) -> str:
 
 
 def _previous_port(run: RunDir, node: str) -> int | None:
-    """The port of the last router that served on this node."""
+    """Returns the port of the last router that served on this node; None if there is none."""
     routers = [folder.name for folder in run.jobs.glob(f"{RecordKind.ROUTER}-0.g*")]
     for replica in sorted(routers, key=lambda name: split_replica(name)[2], reverse=True):
         progress = JobDir(run, replica).progress()

@@ -1,7 +1,7 @@
 """The router's metrics, under the names of docs/metrics.md.
 
-Each worker counts its own requests; the control process sums their counters and histograms, and reads the gauges from
-its state when `/metrics` is requested.
+Each worker counts its own requests. When `/metrics` is requested, the control process adds up the counters and
+histograms of all workers and reads the gauges from its own state.
 """
 
 from bisect import bisect_left
@@ -20,14 +20,15 @@ from hpc_router.router.replicas.table import ReplicaTable
 _LATENCY_S: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400, 259200,
 )  # fmt: skip
-"""The last edge exceeds the largest sum of `router.queue_timeout_s` and `router.first_byte_timeout_s`."""
+"""Bucket bounds in seconds. The last one exceeds the largest sum of `router.queue_timeout_s` and
+`router.first_byte_timeout_s`."""
 KEEP_S: Final = 600.0
-"""Series of a replica that has left are kept this long."""
+"""Time in seconds for which the series of a replica that has left are kept."""
 _DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 1)
 
 
 class CounterCollector(Collector):
-    """A counter. The library's own looks up a child and takes a lock at each increment, which costs too much."""
+    """A counter without the library's lock and look-up of a child, which cost too much at each increment."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self._about = name, text, labels
@@ -37,7 +38,7 @@ class CounterCollector(Collector):
         return self._counts.keys()
 
     def drop(self, first: str) -> None:
-        """Remove all series with this first label."""
+        """Removes all series whose first label is `first`."""
         self._counts = {labels: count for labels, count in self._counts.items() if labels[0] != first}
 
     def add(self, *labels: object) -> None:
@@ -68,10 +69,11 @@ class HistogramCollector(Collector):
     """A histogram without the library's locks."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], *, bounds: Sequence[float]) -> None:
-        """Observations may have more labels than `labels`; the exposition sums over the others."""
+        """Creates a histogram. Observations may have more labels than `labels`; the exposition sums over the additional
+        ones."""
         self._about = name, text, labels
         self._bounds = bounds
-        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and the sum as a list of one
+        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and a list with only the sum
 
     def add(self, value: float, *labels: str) -> None:
         series = self._series.get(labels) or self._new_series(labels)
@@ -106,7 +108,7 @@ class HistogramCollector(Collector):
         yield family
 
     def fold(self, last: str) -> None:
-        """Move the counts with this last label to an empty one."""
+        """Moves the counts of series whose last label is `last` to the series where this label is empty."""
         for labels in [labels for labels in self._series if labels[-1] == last]:
             counts, (added,) = self._series.pop(labels)
             self.absorb([[(*labels[:-1], ""), counts, added]])
@@ -116,7 +118,7 @@ class HistogramCollector(Collector):
 
 
 class Metrics:
-    """The counters and histograms of one worker, or the sum over all."""
+    """The counters and histograms of one worker, or the sum over all workers."""
 
     def __init__(self) -> None:
         self.requests = CounterCollector("hpc_router_requests", "Requests answered.", ("expert", "reason", "status"))
@@ -157,13 +159,14 @@ class Metrics:
         self.task_failures = CounterCollector(
             "hpc_router_background_task_failures", "Background tasks that failed and were started again.", ("task",)
         )
-        self._gone: dict[str, float] = {}  # replicas, since when
+        self._gone: dict[str, float] = {}  # replica that has left -> time at which that was noticed
         self._counted: dict[str, CounterCollector | HistogramCollector] = {
             name: each for name, each in vars(self).items() if isinstance(each, CounterCollector | HistogramCollector)
         }
 
     def forget(self, *, present: Collection[str], now: float) -> None:
-        """Drop the series of replicas that left `KEEP_S` ago."""
+        """Drops the series of replicas that are not `present` for more than `KEEP_S`. `now`: a time in seconds of any
+        one clock."""
         for name in {str(labels[0]) for labels in self.failovers.labels()} | self.first_byte.last_labels():
             if name in present:
                 self._gone.pop(name, None)
@@ -174,15 +177,16 @@ class Metrics:
                 self.before_attempt.fold(name)
 
     def dump(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Returns all counts as JSON values."""
         return {name: each.dump() for name, each in self._counted.items()}
 
     def absorb(self, dumped: Mapping[str, Any]) -> None:
-        """Add the dumped counts of another process."""
+        """Adds the dumped counts of another process."""
         for name, each in self._counted.items():
             each.absorb(dumped.get(name, ()))
 
     def exposition(self, gauges: Iterable[Metric]) -> bytes:
+        """Returns the counts and `gauges` in the text format of Prometheus."""
         registry = CollectorRegistry()
         for each in (*self._counted.values(), Gauges(tuple(gauges))):
             if each is not self.before_attempt:
@@ -191,11 +195,13 @@ class Metrics:
 
 
 def departures(dumped: Mapping[str, Any]) -> dict[str, int]:
-    """How many requests have left each expert's queue for a replica, from dumped metrics."""
+    """Returns the number of requests that have left each expert's queue for a replica, from dumped metrics."""
     return {labels[0]: sum(counts) for labels, counts, _ in dumped.get("queued", ())}
 
 
 class Gauges(Collector):
+    """A collector of metrics that were read before."""
+
     def __init__(self, read: Sequence[Metric]) -> None:
         self._read = read
 

@@ -1,4 +1,4 @@
-"""Builds the configured policy, with the classifier that it needs."""
+"""Builds the configured policy, with its classifier if it needs one."""
 
 from pathlib import Path
 
@@ -11,19 +11,19 @@ from hpc_router.state.run_directory import RunDir
 
 
 def artefact_folder(run: RunDir, deployment: Deployment) -> Path:
-    """The folder of the classifier's artefact; it may not exist."""
+    """Returns the folder of the classifier's artefact, which may not exist."""
     artefact = deployment.policy.artefact
     return run.classifier if artefact is None else Path(artefact)
 
 
 def artefact_folders(run: RunDir, deployment: Deployment) -> tuple[Path, ...]:
-    """The folders of the classifier and, if configured, of its shadow."""
+    """Returns the folders of the classifier and of its shadow, if one is configured."""
     shadow = deployment.policy.shadow
     return (artefact_folder(run, deployment), *(() if shadow is None else (Path(shadow),)))
 
 
 def load_policy(run: RunDir, deployment: Deployment) -> Policy:
-    """The configured policy with its classifier. Raises ConfigError or ArtefactError."""
+    """Returns the configured policy with its classifier and shadow. Raises ConfigError or ArtefactError."""
     config = deployment.policy
     if config.kind != "classifier":
         return build_policy(kind=config.kind, fallback=config.fallback)

@@ -1,7 +1,7 @@
-"""What `desired.json` changes while a router serves, and its application to a config. No I/O.
+"""The changes in `desired.json` that apply while a router serves, and their application to a config. No I/O.
 
-Under `settings` it has config keys and their values; what a process is built around at its start (address, number of
-workers, access) stays until the router is restarted. Under `replicas` it has the counts that `scale` has set.
+`settings` has config keys and their values. The values that a process needs at its start (address, number of workers,
+access) stay until the router is restarted. `replicas` has the counts that `scale` has set.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,12 @@ LIVE: Final = (
     *(f"policy.{item.name}" for item in fields(PolicyConfig)),
     *(f"router.{item.name}" for item in fields(RouterConfig) if item.name not in _FIXED),
 )
+"""The config keys that can be set while a router serves."""
 
 
 def with_settings(deployment: Deployment, settings: Mapping[str, Any]) -> Deployment:
-    """The deployment with these settings. Raises ConfigError for a key that cannot change and for an invalid value."""
+    """Returns the deployment with these settings. Raises ConfigError for a key that cannot change and for an invalid
+    value."""
     sections: dict[str, dict[str, Any]] = {"policy": asdict(deployment.policy), "router": asdict(deployment.router)}
     for key, value in settings.items():
         section, _, name = key.partition(".")
@@ -42,7 +44,7 @@ def with_settings(deployment: Deployment, settings: Mapping[str, Any]) -> Deploy
 
 
 def _refusal(key: str) -> str:
-    """Why a key that is not in LIVE cannot be set, and what changes it."""
+    """Returns the error text for a key that is not in `LIVE`: why it cannot be set, and which command changes it."""
     section, *path = parts = key.split(".")
     if section == "experts" and len(path) == 2 and path[1] == "replicas":
         return f"{key}: `hpc-router scale {path[0]}=N` changes the number of replicas"
@@ -54,7 +56,8 @@ def _refusal(key: str) -> str:
 
 
 def with_desired(deployment: Deployment, desired: Mapping[str, Any]) -> Deployment:
-    """The deployment with the settings and replica counts of `desired.json`. Raises ConfigError for wrong settings."""
+    """Returns the deployment with the settings and replica counts of `desired.json`. Raises ConfigError for invalid
+    settings."""
     changed = with_settings(deployment, settings_in(desired))
     counts = desired.get("replicas")
     if not isinstance(counts, dict):
@@ -67,13 +70,14 @@ def with_desired(deployment: Deployment, desired: Mapping[str, Any]) -> Deployme
 
 
 def scaled_to_zero(deployment: Deployment) -> dict[str, str]:
-    """The experts that shall have no replicas, each with the expert to scale: for an adapter that is its host."""
+    """Returns the experts that shall have no replicas. The value is the expert to scale up instead: for an adapter, its
+    host."""
     hosts = {name: host_of(deployment.experts, name) for name in deployment.experts}
     return {name: host for name, host in hosts.items() if deployment.experts[host].replicas == 0}
 
 
 def settings_in(desired: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings in the content of `desired.json`. Raises ConfigError if they are not a mapping."""
+    """Returns the settings in the content of `desired.json`. Raises ConfigError if they are not a mapping."""
     value = desired.get(KEY, {})
     if not isinstance(value, dict):
         raise ConfigError(f"desired.json: '{KEY}' is not a mapping of keys to values")

@@ -25,7 +25,7 @@ def _date(at: int) -> bytes:
 
 
 class ClientRequest(ParsedRequest, Request):
-    """A parsed request whose response goes to `connection`."""
+    """A parsed request whose response is written to `connection`."""
 
     connection: "ClientConnection"
     response_started = False
@@ -59,7 +59,7 @@ class ClientRequest(ParsedRequest, Request):
         self.send(status, head, length)
 
     def send(self, status: int, head: bytes, length: int | None, body: bytes = b"") -> None:
-        """Send the head and the known part of the body."""
+        """Sends the head and the known part of the body. `length`: length of the body; None if it is unknown."""
         self.response_started = True
         if not self.complete:
             self.keep_alive = False
@@ -134,7 +134,7 @@ class ClientRequest(ParsedRequest, Request):
         self.connection.run_pending()
 
     def finish(self, response: Response | None) -> None:
-        """Complete the response after the handler has returned."""
+        """Completes the response after the handler has returned `response`; None if the handler has streamed it."""
         if response is not None:
             if self.response_started:
                 raise AssertionError("the handler has returned a second response")

@@ -1,10 +1,10 @@
-"""The connection of one client: one request after another, each followed by its response.
+"""The connection of one client, with one request after another, each followed by its response.
 
-A connection is idle (`_deadline` is set), or it serves a request: `pending` until a task runs, and then `task`. Each
-event of the event loop makes at most one step. An idle connection passes the next request to the handler, in the call
-that received it. The handler returns a `PendingResponse`, which needs a task only if it is resumed, or a coroutine,
-which gets a task at once. Reading continues meanwhile: a disconnect cancels the request, and further requests wait in
-the parser, up to a limit.
+A connection is either idle (`_deadline` is set), or it serves a request, which is `pending` until a task runs and then
+has the task `task`. Each event of the event loop makes at most one step. An idle connection passes the next request to
+the handler, in the call that received the request. The handler returns a `PendingResponse`, which needs a task only if
+it is resumed, or a coroutine, which gets a task at once. Reading continues meanwhile: a disconnect cancels the request,
+and further requests wait in the parser, up to a limit.
 """
 
 import asyncio
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LINGER_S: Final = 5.0
-"""Time for a client that is still sending to read the response before the connection is closed."""
+"""Time in seconds for a client that is still sending to read the response before the connection is closed."""
 
 
 class ClientConnection(asyncio.Protocol):
+    """One connection of a client to `server`."""
+
     __slots__ = (
         "_deadline", "_lingering", "_loop", "_parser", "_refusal", "_request", "_timer", "_transport", "_waiter",
         "_writable", "cross_origin", "idle", "pending", "server", "task",
@@ -43,12 +45,12 @@ class ClientConnection(asyncio.Protocol):
         self._loop = server.loop
         self._parser = RequestParser(max_body=server.max_body, request_type=ClientRequest)
         self._transport: asyncio.Transport | None = None
-        self._request: ClientRequest | None = None  # being served
+        self._request: ClientRequest | None = None  # the request that is being served
         self.pending: PendingResponse | Coroutine[Any, Any, Response | None] | None = None
         self.task: asyncio.Task[None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._deadline: float | None = None  # for the next request's head; None while a request is served
+        self._deadline: float | None = None  # deadline of the next request's head; None while a request is served
         self._refusal: RefusedError | None = None
         self._writable = True
         self._lingering = False
@@ -57,14 +59,14 @@ class ClientConnection(asyncio.Protocol):
     # Called by the server.
 
     def stop(self) -> None:
-        """Serve no request after the current one."""
+        """Stops the connection after the current request."""
         if self._deadline is not None and self._transport is not None:
             self._transport.close()  # after the last response has been sent
 
     # From one request to the next.
 
     def _start_next(self) -> None:
-        """The connection serves no request: start the next one, or wait for it."""
+        """Starts the next request, or waits for it. Called while the connection serves no request."""
         waiting = self._parser.waiting
         if waiting:
             self._deadline = None
@@ -79,7 +81,7 @@ class ClientConnection(asyncio.Protocol):
             self._deadline = self._loop.time() + self.server.keep_alive_s
 
     def run_pending(self) -> None:
-        """Continue the request in a task."""
+        """Continues the pending request in a task."""
         self._run(self._serve)
 
     def _run(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
@@ -98,7 +100,7 @@ class ClientConnection(asyncio.Protocol):
         await self._end(request)
 
     def responded(self, request: ClientRequest) -> None:
-        """The response to a pending request has been sent."""
+        """Continues after the response to a pending request has been sent."""
         if not request.keep_alive or not self._writable:
             self._run(self._end, request)
         elif self._parser.waiting or self._refusal is not None:
@@ -108,14 +110,14 @@ class ClientConnection(asyncio.Protocol):
             self._deadline = self._loop.time() + self.server.keep_alive_s
 
     async def _end(self, request: ClientRequest) -> None:
-        """The response is complete; the client may not have read it yet."""
+        """Waits until the client has read the complete response, and closes the connection unless it is kept alive."""
         if not self._writable:
             await self.drain(self.server.keep_alive_s)
         if not request.keep_alive:
             await self._close(linger=not request.complete)
 
     async def _refuse(self, error: RefusedError) -> None:
-        """Respond to bytes that are not a request, and close the connection."""
+        """Responds to bytes that are not a request, and closes the connection."""
         response = error_response(error.status, kind="invalid_request_error", code="bad_request", message=str(error))
         if self.cross_origin.origins:
             response.head += self.cross_origin.lines(self._parser.partial_headers)
@@ -126,8 +128,8 @@ class ClientConnection(asyncio.Protocol):
         await self._close(linger=True)
 
     async def _close(self, *, linger: bool) -> None:
-        """Close the connection after the response. `linger`: the client is still sending, and closing now would reset
-        the connection and could discard the response."""
+        """Closes the connection after the response. `linger`: whether the client is still sending. Closing at once
+        would then reset the connection and could discard the response."""
         if self._transport is None or self._transport.is_closing():
             return
         if linger:
@@ -141,6 +143,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport.close()
 
     async def _to_end(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Runs a step of the connection in its task; then starts the next request. An error closes the connection."""
         try:
             await step(*args)
         except DownstreamGoneError:
@@ -157,11 +160,12 @@ class ClientConnection(asyncio.Protocol):
     # Called by requests.
 
     def wait_for_event(self) -> asyncio.Future[None]:
-        """A future that the next event of the connection completes. Awaited by the connection's task."""
+        """Returns a future that the next event of the connection completes. The connection's task awaits it."""
         self._waiter = waiter = self._loop.create_future()
         return waiter
 
     def write(self, data: bytes) -> bool:
+        """Sends `data`. Returns False if `drain` must be called before the next part. Raises DownstreamGoneError."""
         transport = self._transport
         if transport is None or transport.is_closing():
             raise DownstreamGoneError("the client has gone")
@@ -170,6 +174,8 @@ class ClientConnection(asyncio.Protocol):
         return self._writable
 
     async def drain(self, limit_s: float | None) -> None:
+        """Waits until the client has read most of the data. Raises DownstreamGoneError, also after `limit_s`
+        seconds."""
         try:
             async with asyncio.timeout(limit_s):
                 while not self._writable and self._transport is not None:
@@ -205,8 +211,8 @@ class ClientConnection(asyncio.Protocol):
             self._start_next()
 
     def eof_received(self) -> None:
-        """The transport closes after writing its buffer. During a request EOF means that the client has
-        disconnected."""
+        """Handles the end of the client's data. During a request it means that the client has disconnected; otherwise
+        the transport closes after writing its buffer."""
         if self._deadline is None and not self._lingering:
             self.abort()
 
@@ -238,7 +244,8 @@ class ClientConnection(asyncio.Protocol):
             waiter.set_result(None)
 
     def _check_deadline(self) -> None:
-        """Every request only stores a new deadline; a timer that fires too early is scheduled again."""
+        """Closes an idle connection after its deadline. Every request only stores a new deadline; a timer that fires
+        too early is scheduled again."""
         now = self._loop.time()
         if self._deadline is not None and now >= self._deadline:
             self.abort()

@@ -1,7 +1,7 @@
-"""Which web pages may read responses: cross-origin resource sharing (CORS), as in the Fetch standard.
+"""The rules for which web pages may read responses: cross-origin resource sharing (CORS), as in the Fetch standard.
 
-A browser names the origin of the page in each request of its scripts. It lets them read a response that allows this
-origin, and asks with a preflight before it sends a token. Cookies are never allowed; the router has none.
+A browser sends the origin of the page in each request of the page's scripts. It lets them read a response that allows
+this origin, and sends a preflight before it sends a token. Cookies are never allowed; the router has none.
 """
 
 from dataclasses import dataclass
@@ -11,37 +11,41 @@ from hpc_router.relay.headers import Headers
 
 ANY: Final = b"*"
 PREFLIGHT_MAX_AGE_S: Final = 600
-"""How long a browser may keep the answer to a preflight."""
+"""Maximum time in seconds that a browser may keep the response to a preflight."""
 _PREFLIGHT: Final = (
     b"access-control-allow-methods: GET, HEAD, POST, DELETE\r\naccess-control-max-age: %d\r\n" % PREFLIGHT_MAX_AGE_S
 )
 _EXPOSED: Final = b"x-request-id, x-expert, x-replica, x-route-reason, retry-after, x-should-retry"
-"""Response headers that scripts may read, beside those that the standard allows always."""
+"""Response headers that scripts may read, in addition to those that the standard always allows."""
 _VARY: Final = b"vary: origin\r\n"
 _REQUEST_METHOD: Final = b"access-control-request-method"
 
 
 @dataclass(slots=True, eq=False)
 class CrossOrigin:
-    """`origins`: those that are allowed, as browsers write them; empty: CORS is off. It may change at any time."""
+    """The allowed origins. `origins`: the origins as browsers write them; CORS is off if there are none. They may
+    change at any time."""
 
     origins: frozenset[bytes] = frozenset()
 
     def allow(self, origins: list[str]) -> None:
+        """Replaces the allowed origins."""
         self.origins = frozenset(origin.encode() for origin in origins)
 
     def lines(self, headers: Headers) -> bytes:
-        """Header lines for the response to a request with these headers."""
+        """Returns the header lines for the response to a request with these headers."""
         if ANY in self.origins:
             return _allowing(ANY)
         origin = headers.get(b"origin", b"")
         return _VARY + _allowing(origin) if origin in self.origins else _VARY
 
     def is_preflight(self, method: str, headers: Headers) -> bool:
+        """Returns whether the request is a preflight and CORS is on."""
         return bool(self.origins) and method == "OPTIONS" and _REQUEST_METHOD in headers
 
     def preflight_lines(self, headers: Headers) -> bytes | None:
-        """Header lines for the response to a preflight, beside `lines`; None: the origin is not allowed."""
+        """Returns the header lines for the response to a preflight, in addition to `lines`; None if the origin is not
+        allowed."""
         if ANY not in self.origins and headers.get(b"origin") not in self.origins:
             return None
         asked = headers.get(b"access-control-request-headers", b"authorization, content-type")

@@ -1,7 +1,7 @@
 """Interface between the server and its handlers, in the router and in the agent: requests in, responses out.
 
-Two implementations pass the same tests: `server`, and the aiohttp reference in the tests. A handler returns a short
-response as a `Response`; it writes a stream through the request object.
+There are two implementations, which pass the same tests: `server`, and the aiohttp reference in the tests. A handler
+returns a short response as a `Response`, and writes a stream through the request object.
 """
 
 import json
@@ -21,10 +21,10 @@ from hpc_router.relay.api_formats import ErrorReply, api_format_of
 from hpc_router.relay.headers import Headers, lines
 
 KEEP_ALIVE_S: Final = 75.0
-"""Time limit for the next request's head, from the connect or the end of the previous response."""
+"""Maximum time in seconds for the next request's head, from the connect or the end of the previous response."""
 SHORT_BYTES: Final = 2**16
-"""A response up to this size is left to the send buffer; for a longer one the handler waits until the client has read
-most of it."""
+"""Maximum length in bytes of a response that is left to the send buffer. After a longer one, the handler waits until
+the client has read most of it."""
 JSON: Final = b"content-type: application/json\r\n"
 _UNREADABLE: Final = {
     UnsupportedEncodingError: (415, "unsupported_encoding"),
@@ -48,17 +48,20 @@ class Response:
     body: bytes = b""
 
     def add(self, name: str, value: str) -> None:
+        """Adds a header line."""
         self.head += lines({name: value})
 
 
 class Request(ABC):
-    """`path` is decoded; `target` is path and query as received; neither has doubled slashes in the path. `keep_alive`:
-    whether the connection stays open after the response; a handler may set it to False before it responds.
-    `request_id`: the value of `x-request-id`, which is not among the headers, because heads that differ in nothing else
-    share them.
+    """A request of a client, and the methods that send its response.
 
-    To stream a response: `start_response`, then `write`, with a `drain` after each `write` that returned False; then
-    return None.
+    `path` is decoded; `target` is path and query as received; neither has doubled slashes in the path. `request_id`:
+    the value of `x-request-id`, which is not among the headers, so that heads that differ only in this value share one
+    `Headers` object. `keep_alive`: whether the connection stays open after the response; a handler may set it to False
+    before it responds.
+
+    To stream a response, a handler calls `start_response`, then `write`, with a `drain` after each `write` that
+    returned False, and returns None.
     """
 
     method: str
@@ -69,77 +72,85 @@ class Request(ABC):
     request_id: bytes
     keep_alive: bool
     response_started: bool
-    """The head of a response has been sent."""
+    """Whether the head of a response has been sent."""
     idle: bool
     """True while nothing has been written since it was set to True."""
 
     def complete_body(self) -> bytes | None:
-        """The body, if all of it has been received; None: `read` it."""
+        """Returns the body if all of it has been received; None: call `read`."""
         return None
 
     @abstractmethod
     async def read(self, *, limit_s: float | None = None) -> bytes:
-        """Wait for the complete body. Raises BadRequestError, BodyTooLargeError, or RequestTimeoutError after `limit_s`
-        s."""
+        """Waits for the complete body and returns it. Raises BadRequestError or BodyTooLargeError, and
+        RequestTimeoutError after `limit_s` seconds."""
 
     def respond(self, status: int, head: bytes, body: bytes) -> None:
-        """Send the complete response of a `PendingResponse`. Arguments as in `Response`."""
+        """Sends the complete response of a `PendingResponse`. The arguments are those of `Response`."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """End the streamed response of a `PendingResponse`."""
+        """Ends the streamed response of a `PendingResponse`."""
         raise NotImplementedError
 
     def resume(self) -> None:
-        """Continue a `PendingResponse` in a task."""
+        """Continues a `PendingResponse` in a task."""
         raise NotImplementedError
 
     @abstractmethod
     def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
-        """Send the head. `length` of the body; None: unknown, the body is chunked."""
+        """Sends the head of the response. `length`: length of the body; None if it is unknown, and the body is
+        chunked."""
 
     @abstractmethod
     def write(self, data: bytes) -> bool:
-        """Send a part of the body. False: call `drain` before the next part. Raises DownstreamGoneError."""
+        """Sends a part of the body. Returns False if `drain` must be called before the next part. Raises
+        DownstreamGoneError."""
 
     @property
     def write_chunk(self) -> Callable[[bytes], bool] | None:
-        """Like `write`, for data that already has the framing of HTTP/1.1 chunks; None if the response is not
+        """A function like `write` for data that already has the framing of HTTP/1.1 chunks; None if the response is not
         chunked."""
         return None
 
     @abstractmethod
     async def drain(self, *, limit_s: float | None = None) -> None:
-        """Wait until the client has read most of what was written. A client that reads nothing for `limit_s` seconds is
-        disconnected, because it occupies a replica. Raises DownstreamGoneError."""
+        """Waits until the client has read most of what was written. Raises DownstreamGoneError. A client that reads
+        nothing for `limit_s` seconds is disconnected, because its request occupies a replica."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Abort the connection, which is how a client learns that a body without events is incomplete."""
+        """Aborts the connection, which is how a client learns that a body without events is incomplete."""
 
 
 class PendingResponse:
-    """A request that is served by callbacks. It ends with `Request.respond` or `Request.end`, or continues in a task
-    after `Request.resume`. Not abstract, because `isinstance` takes several times as long with an abstract class."""
+    """A request that is served by callbacks.
+
+    It ends with `Request.respond` or `Request.end`, or continues in a task after `Request.resume`. The class is not
+    abstract, because `isinstance` takes several times as long with an abstract class.
+    """
 
     __slots__ = ()
 
     def cancel(self) -> None:
-        """The client has disconnected. Not called once `run` has started."""
+        """Cancels the request because the client has disconnected. Not called once `run` has started."""
         raise NotImplementedError
 
     async def run(self) -> Response | None:
-        """Continue in a task. Result and cancellation as for a handler's coroutine."""
+        """Continues the request in a task. Result and cancellation are those of a handler's coroutine."""
         raise NotImplementedError
 
 
 Handler = Callable[[Request], PendingResponse | Coroutine[Any, Any, Response | None]]
-"""Responds to a request. It returns a `PendingResponse`, or a coroutine that a task runs and that is cancelled when the
-client disconnects. The result None: the response was written through the request."""
+"""Responds to a request.
+
+A handler returns a `PendingResponse`, or a coroutine that a task runs and that is cancelled when the client
+disconnects. The coroutine returns the response; None if it was written through the request.
+"""
 
 
 def check_encoding(headers: Headers) -> None:
-    """Raises UnsupportedEncodingError for a compressed body."""
+    """Raises UnsupportedEncodingError if the headers are those of a compressed body."""
     if b"content-encoding" in headers and any(e.lower() != b"identity" for e in headers.all(b"content-encoding")):
         raise UnsupportedEncodingError("request bodies must not be compressed: send them without Content-Encoding")
 
@@ -151,7 +162,7 @@ def json_response(value: Any, *, status: int = 200) -> Response:
 def error_response(
     status: int, *, kind: str, code: str, message: str, param: str | None = None, path: str = ""
 ) -> Response:
-    """An error in the format of the API at `path`; OpenAI's format for other paths."""
+    """Returns an error in the format of the API at `path`, or in OpenAI's format for any other path."""
     response = json_response(
         api_format_of(path).error_body(ErrorReply(status, kind, code, message, param)), status=status
     )
@@ -163,6 +174,6 @@ def error_response(
 
 
 def unreadable_response(error: BadRequestError | BodyTooLargeError | RequestTimeoutError, *, path: str) -> Response:
-    """The response to a request whose body `Request.read` could not return."""
+    """Returns the response to a request whose body `Request.read` could not return because of `error`."""
     status, code = next(answer for kind, answer in _UNREADABLE.items() if isinstance(error, kind))
     return error_response(status, kind="invalid_request_error", code=code, message=str(error), path=path)

@@ -1,8 +1,8 @@
 """Parses requests: bytes to head, body chunks and end. No I/O.
 
-llhttp (through httptools) parses and is strict by default: bare LF, two lengths, a length with chunks, folded or
-malformed headers and bad chunk sizes are errors. This module also rejects other protocol versions and transfer codings,
-and limits the size of heads and bodies and the number of pipelined requests.
+llhttp (through httptools) does the parsing. It is strict by default: bare LF, two lengths, a length with chunks, folded
+or malformed headers and bad chunk sizes are errors. This module also rejects other protocol versions and transfer
+codings, and limits the size of heads and bodies and the number of pipelined requests.
 """
 
 import re
@@ -17,17 +17,20 @@ from hpc_router.relay.head_cache import ID_LINE, HeadCache
 from hpc_router.relay.headers import REQUEST_ID, Headers, without_id
 
 MAX_HEAD_BYTES: Final = 2**16
-"""The limit also applies to chunk extensions and trailers."""
+"""Maximum length of a head in bytes. The limit also applies to chunk extensions and trailers."""
 MAX_FIELDS: Final = 256
+"""Maximum number of header fields."""
 MAX_WAITING: Final = 64
-"""Limit of pipelined requests on one connection."""
+"""Maximum number of pipelined requests on one connection."""
 MAX_CHUNKS: Final = 256
+"""Number of body chunks after which they are merged."""
 _SLASHES: Final = re.compile("/{2,}")
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
 class RefusedError(BadRequestError):
-    """The bytes are not a request that any handler could serve; the connection ends with `status`."""
+    """The bytes are not a request that any handler could serve. The connection ends with a response of status
+    `status`."""
 
     def __init__(self, message: str, *, status: int = 400) -> None:
         super().__init__(message)
@@ -35,8 +38,11 @@ class RefusedError(BadRequestError):
 
 
 class RequestHead:
-    """Request line and headers. `path` is decoded; `target` is path and query as received. Doubled slashes in the path
-    are one in both, because clients make them from a base URL that ends with a slash."""
+    """The request line and headers of a request.
+
+    `path` is decoded; `target` is path and query as received. In both, one slash replaces each run of slashes in the
+    path, because clients double a slash if their base URL ends with one.
+    """
 
     __slots__ = ("encoded", "expects", "headers", "http_1_0", "keep_alive", "method", "path", "query", "target")
 
@@ -56,7 +62,7 @@ class RequestHead:
 
 
 class ParsedRequest:
-    """One request, possibly not completely received. `failure`: why its body will never be complete."""
+    """One request, which may not be completely received. `failure`: why its body will never be complete."""
 
     __slots__ = (
         "chunks", "complete", "failure", "head", "headers", "keep_alive", "method", "path", "query", "request_id",
@@ -70,7 +76,7 @@ class ParsedRequest:
         self.path = head.path
         self.query = head.query
         self.headers = head.headers
-        self.request_id = request_id  # not in the head, which several requests may share
+        self.request_id = request_id  # the head does not have it, because several requests may share a head
         self.keep_alive = head.keep_alive
         self.chunks = chunks
         self.size = 0
@@ -78,7 +84,7 @@ class ParsedRequest:
         self.failure: RoutingError | None = None
 
     def complete_body(self) -> bytes | None:
-        """See `Request.complete_body`."""
+        """Returns the body if all of it has been received. See `Request.complete_body`."""
         if not self.complete or len(self.chunks) != 1 or self.head.encoded:
             return None
         body = self.chunks[0]
@@ -89,7 +95,8 @@ R = TypeVar("R", bound=ParsedRequest)
 
 
 class RequestParser(Generic[R]):
-    """`feed` appends each request whose head is complete to `waiting`; the body of the last one may be incomplete."""
+    """The parser of one connection. `feed` appends each request whose head is complete to `waiting`; the body of the
+    last request may be incomplete."""
 
     __slots__ = (
         "_bytes_since_progress", "_current", "_ended", "_fields", "_max_body", "_parser", "_request_type", "_target",
@@ -104,11 +111,11 @@ class RequestParser(Generic[R]):
         self._ended = False  # all further bytes are ignored
         self._target = b""
         self._fields: list[tuple[bytes, bytes]] = []
-        self._bytes_since_progress = 0  # since the last body chunk or end of a request
+        self._bytes_since_progress = 0  # bytes received since the last body chunk or end of a request
         self._parser: httptools.HttpRequestParser | None = None  # created when needed
 
     def feed(self, data: bytes) -> None:
-        """Raises RefusedError, once; earlier requests remain in `waiting`."""
+        """Parses the next received bytes. Raises RefusedError once; earlier requests remain in `waiting`."""
         if self._ended:
             return
         if (
@@ -125,7 +132,7 @@ class RequestParser(Generic[R]):
         self.parse(data)
 
     def parse(self, data: bytes) -> None:
-        """Feed `data` to the HTTP parser without the head cache."""
+        """Passes `data` to the HTTP parser, without the head cache. Raises RefusedError."""
         if self._parser is None:
             self._parser = httptools.HttpRequestParser(self)
         self._bytes_since_progress += len(data)
@@ -141,8 +148,8 @@ class RequestParser(Generic[R]):
                 self._refuse(RefusedError(f"more than {MAX_HEAD_BYTES} bytes of headers", status=431))
 
     def _ignore_upgrade(self, rest: bytes) -> None:
-        """The request has an `Upgrade` header, after which llhttp does not parse the body: parse again without the
-        header."""
+        """Parses a request with an `Upgrade` header again without that header, because llhttp does not parse the body
+        of such a request. `rest`: the data after the head."""
         message = self.waiting[-1]
         if message.head.method == "CONNECT":  # the following bytes are not HTTP
             message.keep_alive = False
@@ -159,14 +166,14 @@ class RequestParser(Generic[R]):
         self.parse(b"%b%b\r\n%b" % (line, b"".join(fields), rest))
 
     def _refuse(self, refusal: RefusedError) -> None:
-        """Fail the request whose body is being received. If no body is being received, raise `refusal`."""
+        """Fails the request whose body is being received. If no body is being received, raises `refusal`."""
         self._ended = True
         if self._current is None:
             raise refusal
         self._fail(BadRequestError("the body cannot be read"))
 
     def _fail(self, error: RoutingError) -> None:
-        """Mark the body being received as failed."""
+        """Marks the request whose body is being received as failed."""
         assert self._current is not None
         self._current.failure = error
         self._current.keep_alive = False
@@ -176,11 +183,11 @@ class RequestParser(Generic[R]):
 
     @property
     def partial_headers(self) -> Headers:
-        """The headers of the last request, as far as they were received."""
+        """The headers of the last request that have been received."""
         return Headers(self._fields)
 
     def release(self) -> None:
-        """Break the reference cycle with the HTTP parser, so that both are freed without the garbage collector."""
+        """Breaks the reference cycle with the HTTP parser, so that both are freed without the garbage collector."""
         self._parser = None
 
     # Callbacks of the HTTP parser.
@@ -258,19 +265,19 @@ class RequestParser(Generic[R]):
 
 
 def origin_form(target: str) -> str:
-    """Path and query of an absolute-form target."""
+    """Returns path and query of an absolute-form target."""
     parts = urlsplit(target)
     return f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
 
 
 def single_slashes(target: str) -> str:
-    """`target` with one slash for each run of slashes in its path."""
+    """Returns `target` with one slash in place of each run of slashes in its path."""
     path, mark, query = target.partition("?")
     return _SLASHES.sub("/", path) + mark + query
 
 
 def _cacheable_head(data: bytes) -> RequestHead | None:
-    """The head of `data`, if that is one complete request and may be cached."""
+    """Returns the head of `data` if the data is one complete request and may be cached; else None."""
     parser = RequestParser(max_body=2**63, request_type=ParsedRequest)
     try:
         parser.parse(data)

@@ -1,7 +1,7 @@
 """HTTP server of the router and of the agent, on a bound socket.
 
-aiohttp's server is not used because it costs more CPU than all other work of a relayed request: it wakes three tasks
-and creates a request, a writer and a response object for each.
+aiohttp's server is not used because it costs more CPU than all other work of a relayed request: for each request it
+wakes three tasks and creates a request, a writer and a response object.
 """
 
 import asyncio
@@ -16,11 +16,13 @@ from hpc_router.relay.downstream.cross_origin import OFF, CrossOrigin
 from hpc_router.relay.downstream.interface import KEEP_ALIVE_S, Handler
 
 BACKLOG: Final = 4096
+"""Maximum number of connections that wait in the kernel to be accepted."""
 SHUTDOWN_S: Final = 1.0
+"""Maximum time in seconds for the connections to end before their handlers are cancelled."""
 
 
 class Server:
-    """State shared by all client connections of one handler."""
+    """The state that all client connections of one handler share."""
 
     def __init__(self, handler: Handler, *, max_body: int, keep_alive_s: float, cross_origin: CrossOrigin) -> None:
         self.handler = handler
@@ -36,11 +38,13 @@ class Server:
         return ClientConnection(self)
 
     def left(self, connection: ClientConnection) -> None:
+        """Removes a connection that has ended."""
         self.connections.discard(connection)
         if self._all_left is not None and not self.connections and not self._all_left.done():
             self._all_left.set_result(None)
 
     async def shut_down(self) -> None:
+        """Ends all connections; cancels the handlers that still run after `SHUTDOWN_S`."""
         self.stopping = True
         for connection in tuple(self.connections):
             connection.stop()
@@ -69,11 +73,9 @@ async def listening(
     keep_alive_s: float = KEEP_ALIVE_S,
     cross_origin: CrossOrigin = OFF,
 ) -> AsyncIterator[asyncio.Server]:
-    """Serve until the end of the block, which closes all connections and cancels running handlers.
-
-    Closing the yielded server earlier only stops new connections. Request bodies above `max_body` bytes are rejected.
-    `cross_origin` adds its lines to every response, whoever makes it.
-    """
+    """Serves on `sock` until the end of the block, which closes all connections and cancels running handlers. If the
+    caller closes the yielded server earlier, that only stops new connections. Request bodies above `max_body` bytes are
+    rejected. `cross_origin` adds its header lines to every response."""
     server = Server(handler, max_body=max_body, keep_alive_s=keep_alive_s, cross_origin=cross_origin)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited by its connections
     listener = await server.loop.create_server(server.connection, sock=sock, backlog=BACKLOG)
@@ -86,7 +88,8 @@ async def listening(
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit of open files to the hard one: a stream takes two, and 1,024 is a common soft limit."""
+    """Raises the soft limit of open files to the hard limit, because a stream takes two files and 1,024 is a common
+    soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

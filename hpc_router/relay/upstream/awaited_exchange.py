@@ -1,7 +1,7 @@
-"""The state of a connection to an upstream server, and the exchange on it as a task sees it.
+"""The state of a connection to an upstream server, and an exchange (request and response) on it as a task sees it.
 
-The task sends the request, waits for the head, and takes the body or has it written to a sink. The methods that the
-event loop calls, and exchanges without a task, are in `connection`.
+The task sends the request, waits for the head, and then reads the body or has it written to a sink. The methods that
+the event loop calls, and exchanges without a task, are in `connection`.
 """
 
 import asyncio
@@ -17,21 +17,23 @@ if TYPE_CHECKING:
     from hpc_router.relay.upstream.connection import Connection
 
 MAX_SINGLE_WRITE_BYTES: Final = 2**18
-"""A longer request body is written in parts, which avoids a copy and does not block the event loop."""
+"""Maximum length in bytes of a request body that is sent in one write. A longer body is written in parts, which avoids
+a copy and does not block the event loop."""
 
 
 class Connections(Protocol):
-    """The owner of a connection."""
+    """The owner of connections to upstream servers, such as a pool."""
 
     def put(self, connection: "Connection") -> None:
-        """The connection may be used for another exchange."""
+        """Takes back a connection that may be used for another exchange."""
 
     def discard(self, connection: "Connection") -> None:
-        """The connection is closed. Called once."""
+        """Forgets a connection that is closed. Called once per connection."""
 
 
 class AwaitedExchange(asyncio.Protocol):
-    """`begin`, `send`, `wait_for_head`, then `chunk` until it is empty or `stream_to`."""
+    """A connection whose exchanges are awaited by a task. For each exchange, the task calls `begin`, `send` and
+    `wait_for_head`, then either `chunk` until the result is empty, or `stream_to`, and at the end `Connection.end`."""
 
     __slots__ = (
         "_buffered_bytes", "_callback", "_chunk_ends", "_failure", "_loop", "_mark", "_owner", "_parser", "_reading",
@@ -47,8 +49,8 @@ class AwaitedExchange(asyncio.Protocol):
         self._parser: ResponseParser | None = None
         self.idle_timer = IdleTimer(self.on_timeout)
         self.idle_s = 0.0
-        self._sink: Sink | None = None  # gets the body data
-        self._write_chunk: Callable[[bytes], bool] | None = None  # of the sink's chunk writer, at a chunk boundary
+        self._sink: Sink | None = None  # receives the body data
+        self._write_chunk: Callable[[bytes], bool] | None = None  # set at a chunk boundary: the sink's chunk writer
         self._chunk_ends: tuple[bytes, ...] = ()
         self._mark: bytes | None = None
         self._sink_full = False  # the sink has to be drained
@@ -58,16 +60,16 @@ class AwaitedExchange(asyncio.Protocol):
         self._sent = False
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._callback: ResponseCallback | None = None  # notified instead of a task
-        self.nothing_received = False  # in the last exchange
-        self.usable_until = 0.0  # time.monotonic(), while it is in the pool; else 0
+        self._callback: ResponseCallback | None = None  # is notified of the response instead of a task
+        self.nothing_received = False  # whether the last exchange ended without a byte of the response
+        self.usable_until = 0.0  # in time.monotonic(), while the connection is in the pool; else 0
 
     def on_timeout(self) -> None:
-        """The idle timer has expired."""
+        """Fails the exchange; called when the idle timer has expired."""
         raise NotImplementedError
 
     def begin(self, limits: UpstreamTimeouts, *, head_only: bool) -> None:
-        """Start an exchange and the timer for the first byte of the response."""
+        """Starts an exchange, and the timer for the first byte of the response."""
         assert self._parser is None
         self._parser = ResponseParser(head_only=head_only)
         self.idle_s = limits.idle_s
@@ -75,8 +77,8 @@ class AwaitedExchange(asyncio.Protocol):
         self._failure, self._sent = None, False
 
     async def send(self, head: bytes, body: bytes | None) -> None:
-        """Send the request. A response that starts before the end of it stops the sending and later closes the
-        connection."""
+        """Sends the request. A response that starts before the request is sent stops the sending, and the connection is
+        later closed."""
         if self._transport is None:
             self._failure = UpstreamError("the replica had closed the connection")
         elif not body or len(body) <= MAX_SINGLE_WRITE_BYTES:
@@ -103,20 +105,20 @@ class AwaitedExchange(asyncio.Protocol):
         return self._parser
 
     async def wait_for_head(self) -> None:
-        """Wait until status and headers are known."""
+        """Waits until status and headers of the response are known. Raises UpstreamError."""
         while not self.parser.status:
             self._raise_failure()
             await self._wait_for_event()
 
     def complete_body(self) -> bytes | None:
-        """The body, if it is complete and in one chunk."""
+        """Returns the body if it is complete and in one chunk; else None."""
         parser = self._parser
         if parser is None or not parser.complete or len(parser.chunks) != 1 or self._failure is not None:
             return None
         return parser.chunks[0]
 
     async def chunk(self) -> bytes:
-        """The next part of the body; empty at the end."""
+        """Waits for the next part of the body and returns it; empty at the end. Raises UpstreamError."""
         assert self._parser is not None
         while not self._parser.chunks:
             self._raise_failure()
@@ -126,9 +128,9 @@ class AwaitedExchange(asyncio.Protocol):
         return self._take_buffered()
 
     async def stream_to(self, sink: Sink) -> None:
-        """Write the rest of the body to `sink`."""
+        """Writes the rest of the body to `sink`. Raises UpstreamError and the errors of the sink."""
         assert self._parser is not None
-        if self._sink_full:  # since before the task ran
+        if self._sink_full:  # the sink became full before the task ran
             await self._drain(sink)
         while chunk := await self.chunk():
             self._sink_full = not sink.write(chunk)
@@ -155,12 +157,12 @@ class AwaitedExchange(asyncio.Protocol):
             raise self._failure
 
     def _wait_for_event(self) -> asyncio.Future[None]:
-        """A future that the next event of the connection completes. Awaited by the exchange's task."""
+        """Returns a future that the next event of the connection completes. The exchange's task awaits it."""
         self._waiter = waiter = self._loop.create_future()
         return waiter
 
     def _take_buffered(self) -> bytes:
-        """Remove and return the buffered body data. Restarts the idle timer, because data was received."""
+        """Removes and returns the buffered body data. Restarts the idle timer, because data was received."""
         assert self._parser is not None
         self.idle_timer.restart(self.idle_s)
         chunks = self._parser.chunks

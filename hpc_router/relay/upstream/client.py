@@ -2,7 +2,7 @@
 
 aiohttp's client is not used because it costs more CPU than all other work of a relayed request. Here the events of a
 stream go from the upstream socket to the sink in one step, without waking a task. Every failure is raised as an
-`UpstreamError`, before, at or within the response. The module knows nothing of replicas.
+`UpstreamError`, whether it occurs before the response, at its start or within it. This module does not know replicas.
 """
 
 import asyncio
@@ -27,19 +27,21 @@ from hpc_router.relay.upstream.interface import (
 from hpc_router.relay.upstream.timeouts import IdleTimer
 
 KEEP_ALIVE_S: Final = 4.0
-"""Shorter than the 5 s after which uvicorn, the server of both real engines, closes an idle connection."""
+"""Maximum time in seconds that an idle connection stays in the pool. It is shorter than the 5 s after which uvicorn,
+the server of both real engines, closes an idle connection."""
 STALE_S: Final = 1.0
-"""A pooled connection that the server has closed fails within this time; later the server may have started the
-request."""
+"""Time in seconds within which an exchange fails if the server had closed the pooled connection. After a later failure,
+the server may have started the request."""
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
 class UpstreamClient:
-    """Connections to upstream servers, pooled between requests. With a `socket_path`, all use that Unix socket.
+    """An HTTP client that pools its connections between requests.
 
-    `tls`: the context for https; None: the system's certificates, loaded at first use. `resend`: a request on a pooled
-    connection that the server had closed is sent again; otherwise the caller decides. `socket_options`: of each TCP
-    connection, as arguments of `setsockopt`.
+    `socket_path`: path of a Unix socket that all connections use instead of the address. `tls`: the context for https;
+    None: the system's certificates, loaded at first use. `resend`: whether a request is sent again if the server had
+    closed its pooled connection; otherwise the caller decides. `socket_options`: options of each TCP connection, as
+    arguments of `setsockopt`.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class UpstreamClient:
         self._socket_options = tuple(socket_options)
         self._socket_path = socket_path
         self._tls = tls
-        self._pool: dict[Address | str, list[Connection]] = {}  # idle connections, the one used last at the end
+        self._pool: dict[Address | str, list[Connection]] = {}  # idle connections in order of last use
         self._sweep: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
@@ -87,7 +89,7 @@ class UpstreamClient:
         started: PendingRequest | None = None,
         limits: UpstreamTimeouts | None = None,
     ) -> "Exchange":
-        """See `interface.Upstream`."""
+        """Returns the context manager of a request. See `interface.Upstream`."""
         assert started is None or isinstance(started, Connection)
         request = request_head(method, address, target, head, body)
         return Exchange(self, address, request, body, method == "HEAD", watch, started, limits or self.limits)
@@ -95,17 +97,16 @@ class UpstreamClient:
     def start(
         self, address: Address, message: bytes, callback: ResponseCallback, limits: UpstreamTimeouts | None = None
     ) -> Connection | None:
-        """See `interface.Upstream`."""
+        """Sends a request over a pooled connection without a task. See `interface.Upstream`."""
         if len(message) > MAX_SINGLE_WRITE_BYTES or (connection := self._pooled(self._socket_path or address)) is None:
             return None
         connection.start(message, callback, limits or self.limits)
         return connection
 
     async def response_started(self, call: "Exchange") -> Connection:
-        """Send the request and wait for the head of the response. Returns the connection.
-
-        The server may close a pooled connection while it is being used again. If it closes at once without sending a
-        byte, the request is sent again over a new connection."""
+        """Sends the request, waits for the head of the response, and returns the connection. The server may close a
+        pooled connection while it is being used again. If the server closes it at once without sending a byte, the
+        request is sent again over a new connection, unless `resend` is off."""
         pooled = call.started or self._pooled(self._socket_path or call.address)
         if pooled is not None:
             try:
@@ -135,7 +136,8 @@ class UpstreamClient:
         return connection
 
     async def connect(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
-        """A new connection. Raises UpstreamConnectError, and UpstreamTimeoutError if the idle timer was tightened."""
+        """Returns a new connection. `watch` is called with its idle timer. Raises UpstreamConnectError, and
+        UpstreamTimeoutError if the idle timer was tightened."""
         loop = asyncio.get_running_loop()
         made = Connection(self, self._socket_path or address)
         idle_timer = made.idle_timer
@@ -165,12 +167,12 @@ class UpstreamClient:
 
     @property
     def pooled(self) -> int:
-        """Number of idle connections."""
+        """Number of idle connections in the pool."""
         return sum(map(len, self._pool.values()))
 
     def _pooled(self, address: Address | str) -> Connection | None:
-        """The connection with the shortest idle time: the server is least likely to have closed it, and connections
-        that the load does not need expire."""
+        """Returns the idle connection that was used last; None if there is none. The server is least likely to have
+        closed that connection, and connections that the load does not need expire."""
         idle = self._pool.get(address)
         while idle:
             connection = idle.pop()
@@ -181,7 +183,7 @@ class UpstreamClient:
         return None
 
     def put(self, connection: Connection) -> None:
-        """The connection may be used for another exchange."""
+        """Returns a connection to the pool for another exchange."""
         connection.usable_until = time.monotonic() + KEEP_ALIVE_S
         try:
             self._pool[connection.address].append(connection)
@@ -191,7 +193,7 @@ class UpstreamClient:
             self._sweep = asyncio.get_running_loop().call_later(KEEP_ALIVE_S, self._close_expired)
 
     def discard(self, connection: Connection) -> None:
-        """The connection is closed."""
+        """Removes a closed connection from the pool."""
         if connection.usable_until and self._pool:
             self._pool[connection.address].remove(connection)
 
@@ -199,7 +201,7 @@ class UpstreamClient:
         now = time.monotonic()
         for idle in self._pool.values():
             expired = [connection for connection in idle if connection.usable_until <= now]
-            del idle[: len(expired)]  # they are the first
+            del idle[: len(expired)]  # the expired connections come first
             for connection in expired:
                 connection.usable_until = 0.0
                 connection.abort()
@@ -211,12 +213,12 @@ class UpstreamClient:
 
     async def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
-            self._tls = await asyncio.to_thread(ssl.create_default_context)  # reads files
+            self._tls = await asyncio.to_thread(ssl.create_default_context)  # in a thread, because it reads files
         return self._tls
 
 
 def request_head(method: str, address: Address, target: str, head: bytes, body: bytes | None) -> bytes:
-    """Request line and headers. Raises ValueError for a target that would end the request line."""
+    """Returns the request line and all header lines. Raises ValueError for a target that would end the request line."""
     line = request_line(method, address, target)
     if body is None and method not in _WITH_BODY:
         return b"%b%b\r\n" % (line, head)

@@ -1,9 +1,11 @@
-"""One connection to an upstream server: one exchange (request and response) after another.
+"""One connection to an upstream server, with one exchange (request and response) after another.
 
 Received bytes are parsed at once. Body data goes to the exchange's sink in the same step, or is buffered until the task
 reads it; the connection stops reading when the buffer is full. A failure is stored and raised in the task, after the
-data received before it. An exchange may also be started without a task: then a callback gets the complete response, or
-its head and later its end, or is asked to continue in a task.
+data received before it.
+
+An exchange may also be started without a task. In that case a callback gets either the complete response, or its head
+and later its end, or a request to continue in a task.
 """
 
 import asyncio
@@ -15,24 +17,27 @@ from hpc_router.relay.upstream.interface import PendingRequest, ResponseCallback
 from hpc_router.relay.upstream.response_parser import ResponseParser, cached_response, chunk_prefix
 
 MAX_BUFFERED_BYTES: Final = 2**16
-"""Buffered body bytes above which the connection stops reading; one more read may be under way."""
+"""Number of buffered body bytes above which the connection stops reading. One more read may already be under way."""
 
 
 class Connection(AwaitedExchange, PendingRequest):
-    """With a task: see `AwaitedExchange`, and always `end`.
+    """A connection to one upstream server, for exchanges with and without a task.
 
-    Without a task: `start`; an accepted response ends the exchange, otherwise a task continues at `wait_for_head`.
+    With a task, the exchange runs as `AwaitedExchange` describes; the task always calls `end` or `finish`. Without a
+    task, it begins with `start`. If the callback accepts the response, the exchange has ended; otherwise a task
+    continues it with `wait_for_head`.
     """
 
     __slots__ = ()
 
     @property
     def usable(self) -> bool:
+        """Whether the connection is open."""
         transport = self._transport
         return transport is not None and not transport.is_closing()
 
     def exchange_age_s(self) -> float:
-        """Seconds since the start of the current or last exchange."""
+        """Returns the seconds since the start of the current or last exchange."""
         return self._loop.time() - self.idle_timer.started_at
 
     def abort(self) -> None:
@@ -42,7 +47,7 @@ class Connection(AwaitedExchange, PendingRequest):
     # Called by the exchange.
 
     def start(self, request: bytes, callback: ResponseCallback, limits: UpstreamTimeouts) -> None:
-        """Start an exchange without a task, over a pooled connection. `request` is short."""
+        """Starts an exchange without a task, over a pooled connection. `request`: the complete, short request."""
         assert self._transport is not None
         self._callback = callback
         self.idle_s = limits.idle_s
@@ -59,7 +64,7 @@ class Connection(AwaitedExchange, PendingRequest):
         self.abort()
 
     def end(self) -> bool:
-        """End the exchange. Returns whether the connection can be used again; if not, it is closed."""
+        """Ends the exchange. Returns whether the connection can be used again; if not, the connection is closed."""
         assert self._parser is not None
         parser, self._parser = self._parser, None
         self.idle_timer.pause()
@@ -74,7 +79,7 @@ class Connection(AwaitedExchange, PendingRequest):
         return reusable
 
     def finish(self) -> None:
-        """`end`, and return a usable connection to the pool."""
+        """Ends the exchange as `end` does, and returns a usable connection to the pool."""
         if self.end():
             self._owner.put(self)
 
@@ -104,7 +109,7 @@ class Connection(AwaitedExchange, PendingRequest):
         parser, callback = self._parser, self._callback
         if parser is None:
             if callback is None:
-                self.abort()  # data without a request
+                self.abort()  # the server sent data without a request
                 return
             cached = cached_response(data)
             if cached is not None and callback.on_response(cached[0].status, cached[0].headers, cached[1]):
@@ -148,7 +153,7 @@ class Connection(AwaitedExchange, PendingRequest):
         self._wake()
 
     def _accepted(self, callback: ResponseCallback, parser: ResponseParser) -> bool:
-        """Whether the response is complete and the callback has taken it."""
+        """Returns whether the response is complete and the callback has accepted it. If so, the exchange has ended."""
         if not parser.complete or len(parser.chunks) != 1:
             return False
         if not callback.on_response(parser.status, parser.headers, parser.chunks[0]):
@@ -158,7 +163,7 @@ class Connection(AwaitedExchange, PendingRequest):
         return True
 
     def _ensure_parser(self) -> None:
-        """The exchange was started without a task and needs a parser now."""
+        """Creates the parser of an exchange that was started without a task and now needs a parser."""
         if self._callback is not None and self._parser is None:
             self._parser = ResponseParser()
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Exchange(AbstractAsyncContextManager[UpstreamResponse]):
-    """Context manager of one request and its response."""
+    """The context manager of one request and its response."""
 
     __slots__ = ("_client", "_connection", "address", "body", "head", "head_only", "limits", "started", "watch")
 
@@ -31,7 +31,7 @@ class Exchange(AbstractAsyncContextManager[UpstreamResponse]):
     ) -> None:
         self._client = client
         self._connection: Connection | None = None
-        self.started = started  # the connection over which the request was sent already
+        self.started = started  # the connection over which the request has already been sent
         self.address = address
         self.head = head
         self.body = body

@@ -1,8 +1,8 @@
 """Interface of the HTTP client that router and agent use for their upstream servers.
 
-Two implementations pass the same tests: `client`, and the aiohttp reference in the tests. A response body is either
-iterated (`chunks`) or written to a sink (`stream_to`). With a sink, an implementation can forward data when it is
-received, without waking a task.
+There are two implementations, which pass the same tests: `client`, and the aiohttp reference in the tests. A response
+body is either iterated (`chunks`) or written to a sink (`stream_to`). With a sink, an implementation can forward data
+when it is received, without waking a task.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,8 @@ from hpc_router.relay.upstream.timeouts import IdleTimer
 
 @dataclass(frozen=True, slots=True)
 class UpstreamTimeouts:
-    """Seconds to wait for a connection, for the first byte of the response, and between two chunks."""
+    """The timeouts in seconds: for a connection, for the first byte of the response, and between two chunks of its
+    body."""
 
     connect_s: float
     first_byte_s: float
@@ -31,10 +32,8 @@ class UpstreamTimeouts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Address:
-    """Address of an upstream server, made by `address_of`. Connections are pooled per object.
-
-    `header`: the `Host` header. `base_path`: path of the URL; see `protocol.path_at`.
-    """
+    """The address of an upstream server, made by `address_of`. Connections are pooled per `Address` object. `header`:
+    value of the `Host` header. `base_path`: path of the server's URL; see `protocol.path_at`."""
 
     host: str
     port: int
@@ -45,14 +44,15 @@ class Address:
 
 @lru_cache(maxsize=1024)
 def address_of(url: str) -> Address:
-    """The address of an http or https URL."""
+    """Returns the address of an http or https URL."""
     parts = URL(url)
     header = (parts.host_port_subcomponent or "").encode()
     return Address(parts.raw_host or "", parts.port or 0, parts.scheme == "https", header, parts.raw_path.rstrip("/"))
 
 
 def request_line(method: str, address: Address, target: str) -> bytes:
-    """Request line and `Host` header. Raises ValueError for a target that would end the request line."""
+    """Returns the request line and the `Host` header. Raises ValueError for a target that would end the request
+    line."""
     return (_cached_request_line if len(target) <= _SHORT_TARGET else _cached_request_line.__wrapped__)(
         method, address, target
     )
@@ -67,14 +67,18 @@ def _cached_request_line(method: str, address: Address, target: str) -> bytes:
 
 
 _SHORT_TARGET: Final = 256
-"""Characters; the request lines of longer targets are not cached."""
+"""Maximum length in characters of a target whose request line is cached."""
 CHUNK_END: Final = b"\r\n"
+"""The line break that ends a chunk of HTTP/1.1."""
 CHUNK_ENDS: Final = (CHUNK_END,)
 
 
 class ChunkWriter(NamedTuple):
-    """Forwards one complete HTTP/1.1 chunk including its framing, if the chunk ends with one of `ends` (each with the
-    final line break) and does not contain `mark`. `write` behaves like `Sink.write`."""
+    """A function that forwards one complete HTTP/1.1 chunk including its framing.
+
+    It may be called only for a chunk that ends with one of `ends` (each includes the chunk's final line break) and does
+    not contain `mark`. `write` behaves like `Sink.write`.
+    """
 
     write: Callable[[bytes], bool]
     ends: tuple[bytes, ...]
@@ -82,21 +86,23 @@ class ChunkWriter(NamedTuple):
 
 
 class Sink(Protocol):
-    """Receives a body. An exception of its methods ends the exchange and is raised by `stream_to`."""
+    """A receiver of a response body. If one of its methods raises an exception, the exchange ends and `stream_to`
+    raises that exception."""
 
     def write(self, data: bytes) -> bool:
-        """Never blocks. False: call `drain` before the next `write`."""
+        """Accepts a part of the body without blocking. Returns False if `drain` must be called before the next
+        `write`."""
 
     def chunk_writer(self) -> ChunkWriter | None:
-        """Writer for the chunks until the next `write` or `drain`. Called after a `write`."""
+        """Returns the writer for the chunks until the next `write` or `drain`, or None. Called after a `write`."""
 
     async def drain(self) -> None:
-        """Wait until the sink accepts more. The upstream's idle timer is paused meanwhile."""
+        """Waits until the sink accepts more data. The upstream's idle timer is paused meanwhile."""
 
 
 class UpstreamResponse:
-    """Status and headers, then the body in chunks. `length`: of the body, None if unknown; `headers` may lack
-    `Content-Length`."""
+    """The response of an upstream server: status and headers, then the body in chunks. `length`: length of the body in
+    bytes; None if it is unknown. `headers` may lack `Content-Length`."""
 
     def __init__(self, status: int, headers: Headers, length: int | None) -> None:
         self.status = status
@@ -105,26 +111,26 @@ class UpstreamResponse:
 
     @property
     def content_type(self) -> bytes:
-        """Without parameters, in lower case."""
+        """The media type of the response, without parameters and in lower case."""
         return self.headers.content_type
 
     @property
     def complete_body(self) -> bytes | None:
-        """The body, if it is short and was received together with the head."""
+        """The body, if it is short and was received together with the head; else None."""
         return None
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """Raises UpstreamError or UpstreamTimeoutError if the response ends early."""
+        """Yields the parts of the body. Raises UpstreamError or UpstreamTimeoutError if the response ends early."""
         raise NotImplementedError
 
     async def stream_to(self, sink: Sink) -> None:
-        """Write the body to `sink`. Raises what `chunks` and the sink raise."""
+        """Writes the body to `sink`. Raises the errors of `chunks` and of the sink."""
         async for chunk in self.chunks():
             if not sink.write(chunk):
                 await sink.drain()
 
     async def read(self, limit: int) -> bytes:
-        """The complete body. Raises UpstreamError if it is longer than `limit` bytes."""
+        """Returns the complete body. Raises UpstreamError if the body is longer than `limit` bytes."""
         body = bytearray()
         async for chunk in self.chunks():
             body += chunk
@@ -134,47 +140,50 @@ class UpstreamResponse:
 
 
 class ResponseCallback(ABC):
-    """Notified of the response to `Upstream.start`, which no task awaits."""
+    """An object that is notified of the response to a request that `Upstream.start` sent and no task awaits."""
 
     __slots__ = ()
 
     @abstractmethod
     def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
-        """The complete response was received in one read. False: not accepted; `on_head` is called next."""
+        """Handles a complete response that was received in one read. Returns whether the callback has accepted it; if
+        not, `on_head` is called next."""
 
     def on_head(self, status: int, headers: Headers) -> "Sink | None":
-        """The head was received. Returns what gets the body; None: `on_incomplete` is called next."""
+        """Handles the head of a response. Returns the sink for its body; None if the response needs a task, and
+        `on_incomplete` is called next."""
         return None
 
     def on_end(self) -> None:
-        """The sink got the complete body. `on_incomplete` is called next if this raises an error."""
+        """Handles the end of a response whose complete body the sink has received. If this raises an error,
+        `on_incomplete` is called next."""
         raise NotImplementedError
 
     @abstractmethod
     def on_incomplete(self) -> None:
-        """The response has to be awaited from here on: the callback takes no more of it, the sink is full, or the
-        exchange has failed. Call `request` with `started` to continue in a task."""
+        """Continues the request in a task, because the callback does not accept the response, the sink is full, or the
+        exchange has failed. The task calls `Upstream.request` with the request as `started`."""
 
 
 class PendingRequest(Protocol):
-    """A request that was sent and that no task awaits yet."""
+    """A request that has been sent and that no task awaits yet."""
 
     idle_timer: IdleTimer
 
     def cancel(self) -> None:
-        """Abort the request."""
+        """Aborts the request."""
 
 
 class Upstream(Protocol):
-    """Connections to upstream servers, pooled between requests. A change of `limits` applies to later requests."""
+    """An HTTP client that pools its connections between requests. A change of `limits` applies to later requests."""
 
     limits: UpstreamTimeouts
 
     def start(
         self, address: Address, message: bytes, callback: ResponseCallback, limits: UpstreamTimeouts | None = None
     ) -> PendingRequest | None:
-        """Send a complete request, from its `request_line` to its body, at once over a pooled connection. Returns None,
-        and sends nothing, if no connection is pooled or the message is long. `limits` replace those of the client."""
+        """Sends a complete request, from its `request_line` to its body, at once over a pooled connection. Returns None
+        and sends nothing if no connection is pooled or the message is long. `limits` replace those of the client."""
 
     def request(
         self,
@@ -188,10 +197,13 @@ class Upstream(Protocol):
         started: PendingRequest | None = None,
         limits: UpstreamTimeouts | None = None,
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        """Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
+        """Returns the context manager that sends a request and yields its response.
 
-        `target`: path and query. `head`: header lines without those of framing (see `headers.lines`). Leaving the block
-        early closes the connection, which tells the engine that the client has disconnected. `watch` gets the idle
-        timer of each attempt, so that it can be tightened when the replica is lost. `started`: the request as returned
-        by `start`, to continue it. `limits` replace the client's own, except for `connect_s`.
+        Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
+
+        `target`: path and query. `head`: header lines without those of framing (see `headers.lines`). `watch` is called
+        with the idle timer of each attempt, so that the timeout can be shortened when the replica is lost. `started`: a
+        request that `start` returned, to continue it. `limits` replace the client's own, except for `connect_s`.
+
+        If the block is left early, the connection is closed, which tells the engine that the client has disconnected.
         """

@@ -1,8 +1,8 @@
 """Parses one response: bytes to head, body chunks and end. No I/O.
 
-llhttp (through httptools) parses and is strict by default: bare LF, two lengths, a length with chunks, folded or
-malformed headers and bad chunk sizes are errors. This module also rejects other protocol versions and transfer codings
-and protocol switches, and limits the size of heads, trailers and chunk extensions.
+llhttp (through httptools) does the parsing. It is strict by default: bare LF, two lengths, a length with chunks, folded
+or malformed headers and bad chunk sizes are errors. This module also rejects other protocol versions, other transfer
+codings and protocol switches, and limits the size of heads, trailers and chunk extensions.
 """
 
 from functools import lru_cache
@@ -15,19 +15,19 @@ from hpc_router.relay.head_cache import HeadCache
 from hpc_router.relay.headers import Headers
 
 MAX_HEAD_BYTES: Final = 2**16
-"""The limit also applies to the bytes between two body chunks."""
+"""Maximum length of a head in bytes. The limit also applies to the bytes between two body chunks."""
 _WITHOUT_BODY: Final = frozenset({204, 304})
 _NO_HEADERS: Final = Headers([])
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
 class ResponseParser:
-    """Call `feed` until `complete`. `status` is 0 until the head of the final response is parsed; interim ones are
-    skipped.
+    """The parser of one response. The owner calls `feed` until `complete`.
 
-    Body data is appended to `chunks`, which the owner clears (always the same list: the HTTP parser appends to it
-    directly). `at_chunk_boundary`: the received data ends with a complete HTTP chunk. `keep_alive`: whether the
-    connection may be used again after this response.
+    `status` is 0 until the head of the final response is parsed; interim responses are skipped. Body data is appended
+    to `chunks`, which the owner clears (always the same list: the HTTP parser appends to it directly).
+    `at_chunk_boundary`: whether the received data ends with a complete HTTP chunk. `keep_alive`: whether the connection
+    may be used again after this response.
     """
 
     __slots__ = (
@@ -38,7 +38,7 @@ class ResponseParser:
     def __init__(self, *, head_only: bool = False) -> None:
         self.status = 0
         self.headers = _NO_HEADERS
-        self.length: int | None = None  # of the body, from the head
+        self.length: int | None = None  # length of the body, from the head
         self.chunks: list[bytes] = []
         self.on_body = self.chunks.append
         self.complete = False
@@ -49,16 +49,16 @@ class ResponseParser:
         self._interim = False
         self._until_close = False
         self._chunk_ended = False
-        self._bytes_since_progress = 0  # since the start or the last body chunk
+        self._bytes_since_progress = 0  # bytes received since the start or the last body chunk
         self._parser: httptools.HttpResponseParser | None = None  # created when needed
 
     @property
     def nothing_received(self) -> bool:
-        """No byte has been received."""
+        """Whether no byte of the response has been received."""
         return not self.status and not self._bytes_since_progress
 
     def feed(self, data: bytes) -> None:
-        """Raises UpstreamError; the data before the error remains in `chunks`."""
+        """Parses the next received bytes. Raises UpstreamError; data before the error remains in `chunks`."""
         if self._parser is None:
             if self.complete:
                 self.keep_alive = False  # the data after the response does not belong to it
@@ -73,7 +73,7 @@ class ResponseParser:
         self.parse(data)
 
     def take(self, head: "CachedHead", body: bytes, _id: bytes = b"") -> None:
-        """Take a complete response with a cached head."""
+        """Stores a complete response whose head was found in the cache."""
         self.status, self.headers, self.keep_alive = head
         self.length = len(body)
         if body:
@@ -81,7 +81,7 @@ class ResponseParser:
         self.complete = True
 
     def take_cached_start(self, data: bytes) -> bytes:
-        """Take the head of a chunked response, if it is cached. Returns the data after it."""
+        """Stores the head of a chunked response if it is cached. Returns the data after the head."""
         start = _CHUNKED_HEADS.lookup_start(data)
         if start is None:
             return data
@@ -90,8 +90,8 @@ class ResponseParser:
         return data[size:]
 
     def _take_chunk(self, data: bytes) -> bool:
-        """After a cached head: take the data without an HTTP parser, if it is a complete chunk, the last chunk, or
-        both."""
+        """Stores the data after a cached head without an HTTP parser, if it is a complete chunk, the last chunk, or
+        both. Returns whether it was."""
         size = len(data)
         if data.endswith(_LAST_CHUNK) and (size == len(_LAST_CHUNK) or data[size - 7 : size - 5] == b"\r\n"):
             size -= len(_LAST_CHUNK)
@@ -104,7 +104,7 @@ class ResponseParser:
         return True
 
     def parse(self, data: bytes) -> None:
-        """Feed `data` to the HTTP parser without the head cache."""
+        """Passes `data` to the HTTP parser, without the head cache. Raises UpstreamError."""
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
             if self.status:  # the head was cached; the HTTP parser needs only the framing from it
@@ -129,7 +129,7 @@ class ResponseParser:
                 raise UpstreamError(f"the replica sent more than {MAX_HEAD_BYTES} bytes of headers")
 
     def feed_eof(self) -> None:
-        """The peer has closed the connection. Raises UpstreamError if the response is incomplete."""
+        """Handles the end of the connection. Raises UpstreamError if the response is incomplete."""
         if self.complete:
             return
         if not self.status:
@@ -139,7 +139,7 @@ class ResponseParser:
         self.complete = True
 
     def release(self) -> None:
-        """Break the reference cycle with the HTTP parser, so that both are freed without the garbage collector."""
+        """Breaks the reference cycle with the HTTP parser, so that both are freed without the garbage collector."""
         self._parser = None
 
     # Callbacks of the HTTP parser.
@@ -155,7 +155,7 @@ class ResponseParser:
     def on_headers_complete(self) -> None:
         assert self._parser is not None
         if self.status:
-            return  # from the cache
+            return  # the head came from the cache
         status = self._parser.get_status_code()
         version = self._parser.get_http_version()
         if version not in _VERSIONS:
@@ -194,13 +194,15 @@ class ResponseParser:
 
 
 class CachedHead(NamedTuple):
+    """A parsed head, without its `Content-Length`."""
+
     status: int
     headers: Headers
     keep_alive: bool
 
 
 def _cacheable_head(data: bytes) -> CachedHead | None:
-    """The head of `data`, if that is one complete response and may be cached."""
+    """Returns the head of `data` if the data is one complete response and may be cached; else None."""
     parser = ResponseParser()
     try:
         parser.parse(data)
@@ -210,13 +212,13 @@ def _cacheable_head(data: bytes) -> CachedHead | None:
         parser.release()
     if not parser.complete or parser.status in _WITHOUT_BODY or parser.length is None:
         return None
-    # Content-Length differs at_chunk_boundary messages with the same head.
+    # Content-Length differs between messages with the same head.
     fields = [field for field in parser.headers.fields if field[0] != b"content-length"]
     return CachedHead(parser.status, Headers(fields), parser.keep_alive)
 
 
 def _cacheable_chunked_head(head: bytes) -> CachedHead | None:
-    """The parsed `head`, if it is that of a chunked response and may be cached."""
+    """Returns the parsed `head` if it is the head of a chunked response and may be cached; else None."""
     parser = ResponseParser()
     try:
         parser.parse(head)
@@ -237,13 +239,13 @@ _HEADS: Final = HeadCache(_cacheable_head)
 _CHUNKED_HEADS: Final = HeadCache(_cacheable_chunked_head)
 
 cached_response: Final = _HEADS.lookup
-"""Head, body and an unused id, if the data is one complete response with a cached head; else None."""
+"""Returns head, body and an unused id if the data is one complete response with a cached head; else None."""
 
 
 @lru_cache(maxsize=2**14)
 def chunk_prefix(length: int) -> bytes:
-    """The size line of a chunk of `length` bytes including framing, in the form that servers write; never the last
-    chunk's."""
+    """Returns the size line of a chunk whose length including framing is `length` bytes, in the form that servers
+    write. The size is never 0, so the last chunk of a body has no such prefix."""
     for digits in range(1, 8):
         size = length - digits - 4
         prefix = b"%x\r\n" % max(0, size)

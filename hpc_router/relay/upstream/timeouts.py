@@ -1,8 +1,9 @@
 """Idle timer of an exchange with an upstream server.
 
 The timer runs only while data from the upstream is awaited, so that a slow client does not cause a timeout. Every event
-of a stream restarts it, which must be cheap: a restart only stores the new deadline, and a timer that fires too early
-is scheduled again. Setting `activity` is cheaper still; the timeout then comes after one to two times the limit.
+of a stream restarts the timer, which must be cheap: a restart only stores the new deadline, and a timer that fires too
+early is scheduled again. It is even cheaper to set `activity`; the timeout then occurs after one to two times the
+limit.
 """
 
 import asyncio
@@ -11,9 +12,10 @@ from collections.abc import Callable
 
 
 class IdleTimer:
-    """Calls `on_timeout` when the upstream has sent nothing for too long.
+    """A timer that calls `on_timeout` when the upstream has sent nothing for longer than the limit.
 
-    One object serves all exchanges of a connection (`begin`), and most of them reuse the scheduled timer.
+    One object serves all exchanges of a connection (`begin`), and most of them reuse the scheduled timer. `expired`:
+    whether the timeout has occurred in this exchange.
     """
 
     __slots__ = (
@@ -25,16 +27,16 @@ class IdleTimer:
         self.on_timeout = on_timeout
         self.expired = False
         self.activity = False  # data was received since the timer was scheduled
-        self.started_at = 0.0  # on the loop's clock
+        self.started_at = 0.0  # start of the exchange on the event loop's clock
         self._limit_s = math.inf
         self._loop = asyncio.get_running_loop()
         self._max_s = math.inf
-        self._deadline: float | None = None  # None: paused
+        self._deadline: float | None = None  # None while the timer is paused
         self._timer: asyncio.TimerHandle | None = None
         self._fires_at = math.inf
 
     def begin(self, limit_s: float) -> None:
-        """Start the timer for another exchange."""
+        """Starts the timer for another exchange. `limit_s`: seconds until the first deadline."""
         self.expired = self.activity = False
         self._max_s = math.inf
         self._limit_s = limit_s
@@ -44,24 +46,25 @@ class IdleTimer:
             self._schedule(deadline)
 
     def restart(self, limit_s: float) -> None:
-        """Set the deadline to `limit_s` seconds from now."""
+        """Sets the deadline to `limit_s` seconds from now."""
         self._limit_s = limit_s
         self._deadline = deadline = self._loop.time() + (limit_s if limit_s < self._max_s else self._max_s)
         if deadline < self._fires_at:
             self._schedule(deadline)
 
     def pause(self) -> None:
+        """Stops the timer until `restart` or `begin`."""
         self._deadline = None
 
     def end(self) -> None:
-        """Cancel the timer; there will be no other exchange."""
+        """Cancels the timer. There will be no other exchange."""
         self._deadline = None
         self.on_timeout = _ignore
         if self._timer is not None:
             self._timer.cancel()
 
     def tighten(self, limit_s: float) -> None:
-        """Limit this and all later deadlines of the exchange to `limit_s` seconds."""
+        """Limits the current and all later deadlines of the exchange to `limit_s` seconds after their start."""
         self._max_s = limit_s
         self.activity = False
         if self._deadline is not None and not self.expired:
@@ -88,4 +91,4 @@ class IdleTimer:
 
 
 def _ignore() -> None:
-    """No-op callback; drops the reference to the old one."""
+    """Does nothing. It replaces the old callback, to drop the reference to it."""

@@ -1,4 +1,4 @@
-"""Watches what may change while a router serves: `desired.json`, the classifier's artefact, its shadow.
+"""Watches the files that may change while a router serves: `desired.json`, the classifier's artefact and its shadow.
 
 It compares the stamps of these files every second, and at once after `check_now`. Invalid settings or artefacts are
 logged and shown in `/status`, and change nothing.
@@ -26,11 +26,13 @@ from hpc_router.state.stamped_file import Stamp, stamp_at
 logger = logging.getLogger(__name__)
 
 CHECK_S: Final = 1.0
+"""Interval in seconds between two checks."""
 
 
 @dataclass(slots=True)
 class ConfigWatcher:
-    """`base`: the deployment that the router was started with. `on_change` gets the new one and its policy."""
+    """A watcher of the files that calls `on_change` with the new deployment and its policy. `base`: the deployment that
+    the router was started with. `trouble`: why the last change was not applied; None if it was."""
 
     run: RunDir
     base: Deployment
@@ -43,11 +45,13 @@ class ConfigWatcher:
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def check_now(self) -> None:
+        """Loads the files again now, whether or not they have changed."""
         self._stamp_loaded = None
         self._wake.set()
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
+        """Checks the files within the block."""
         async with background("config watcher", self._check_forever, self.on_failure):
             yield
 
@@ -75,7 +79,8 @@ class ConfigWatcher:
         self.on_change(deployment, policy)
 
     def _load(self) -> tuple[Deployment, Policy]:
-        """Each file's stamp is taken before the file is read, so that no change is missed."""
+        """Loads the deployment and its policy. The stamps are taken before the files are read, so that no change is
+        missed."""
         desired = stamp_at(self.run.desired)
         deployment = with_desired(self.base, self.run.read_desired())
         self._folders = artefact_folders(self.run, deployment)

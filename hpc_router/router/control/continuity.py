@@ -1,7 +1,8 @@
-"""Measures how long experts have no ready replica, and counts how their replicas hand over near the walltime's end.
+"""Measures how long experts have no ready replica, and counts whether a successor was ready when a replica reached the
+end of its walltime.
 
-`update` is called after each change of the replica table, with the time of this process's clock. An expert counts from
-the first time that it was ready here. No I/O.
+`update` is called after each change of the replica table. An expert is measured from the first time that it was ready
+in this router. No I/O.
 """
 
 import time
@@ -18,19 +19,22 @@ from hpc_router.router.replicas.table import ReplicaTable
 
 @dataclass(slots=True)
 class Continuity:
-    """`near_end_s`: a replica that leaves with less than this left of its walltime has reached its end."""
+    """The measurements by expert. `near_end_s`: a replica that leaves with at most this many seconds of its walltime
+    left has reached its end."""
 
     near_end_s: float
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     handovers: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By expert and outcome: `overlap` if the successor was ready, else `gap`."""
+    """Number of replicas that reached their end, by expert and outcome: `overlap` if the successor was ready, else
+    `gap`."""
     _unready_s: dict[str, float] = field(default_factory=dict)
     _unready_since: dict[str, float] = field(default_factory=dict)
     _ready: dict[str, Replica] = field(default_factory=dict)
 
     def update(self, table: ReplicaTable, *, unwanted: Collection[str] = ()) -> None:
-        """`unwanted`: experts that should have no replica."""
+        """Updates the measurements to the present states in `table`. `unwanted`: experts that should have no
+        replica."""
         now = self.clock()
         ready = {r.name: r for r in table.all() if r.state is RoutingState.READY}
         experts = {expert for replica in ready.values() for expert in replica.record.serves}
@@ -46,19 +50,19 @@ class Continuity:
         self._ready = ready
 
     def unready_s(self, expert: str) -> float:
-        """Seconds without a ready replica, up to now."""
+        """Returns the seconds that the expert was without a ready replica, up to now."""
         since = self._unready_since.get(expert)
         return self._unready_s.get(expert, 0.0) + (0.0 if since is None else self.clock() - since)
 
     def dump(self) -> dict[str, Any]:
-        """The counts as JSON values, for a successor."""
+        """Returns the counts as JSON values, for a successor."""
         return {
             "unready_s": {expert: self.unready_s(expert) for expert in self._unready_s},
             "handovers": [[*labels, count] for labels, count in self.handovers.items()],
         }
 
     def absorb(self, dumped: Mapping[str, Any]) -> None:
-        """Add the counts of a predecessor."""
+        """Adds the counts of a predecessor."""
         for expert, seconds in dumped.get("unready_s", {}).items():
             self._unready_s[expert] = self._unready_s.get(expert, 0.0) + seconds
         for expert, outcome, count in dumped.get("handovers", ()):
@@ -84,6 +88,7 @@ class Continuity:
         yield from (unready, handovers, expires)
 
     def _count_handover(self, replica: Replica, ready: dict[str, Replica], *, left: bool) -> None:
+        """Counts the handover of a replica that is not ready any more, if it has a successor or is near its end."""
         expires_at = replica.record.expires_at
         if expires_at is None or not (left or replica.state is RoutingState.DRAINING):
             return

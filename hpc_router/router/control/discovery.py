@@ -1,9 +1,10 @@
 """Keeps the replica table current: reads the registry and probes every endpoint.
 
-The registry says which replicas exist; a probe says whether one answers, and as itself: an agent proves its key
-(`prober`). An external endpoint counts as alive with any HTTP response, to a probe or to a request.
-Beats that stop while probes pass mean a stalled file system, so they eject no replica. A replica leaves the table when
-its owner withdraws its record. Nothing here knows the workers.
+The registry says which replicas exist. A probe says whether the process there answers and is the expected one: an agent
+proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request.
+
+If a replica's beats stop while its probes pass, its file system has stalled, so silence ejects no replica. A replica
+leaves the table when its owner withdraws its record. Nothing here knows the workers.
 """
 
 import asyncio
@@ -32,26 +33,29 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 SILENT_BEATS: Final = 4
-"""A replica is silent when its beat is this many intervals late."""
+"""Number of intervals by which the beat of a silent replica is late."""
 _EJECTED_PROBE_MAX_S: Final = 15.0
+"""Maximum interval in seconds between two probes of an ejected replica."""
 
 
 @dataclass(slots=True)
 class Beats:
-    """A record's beat counter, and when it last changed on this process's clock."""
+    """The beat counter of a record, and the time of its last change on this process's clock."""
 
     beat: int | None
     changed_at: float
 
     def silent_s(self, now: float) -> float:
+        """Returns the seconds since the last beat."""
         return now - self.changed_at
 
 
 @dataclass(slots=True)
 class _ReplicaWatch:
-    """The probe task of one endpoint. `recheck`: probe now; `served_at`: when it last answered a request.
+    """The probe task of one endpoint, and the data that it uses.
 
-    `task_failures`: how often each of its agent's background tasks had failed at the last probe.
+    `recheck` is set to request a probe now. `served_at`: time at which the replica last answered a request.
+    `task_failures`: for each background task of its agent, the number of failures at the last probe.
     """
 
     task: asyncio.Task[None]
@@ -63,7 +67,8 @@ class _ReplicaWatch:
 
 @dataclass(slots=True)
 class Discovery:
-    """Owns one background task for the registry and one per endpoint, within `async with`."""
+    """The discovery and the probes of the replicas, within `async with`. It owns one background task for the registry
+    and one per endpoint. `on_snapshot` is called with all records after each read of the registry."""
 
     run: RunDir
     config: RouterConfig
@@ -79,19 +84,20 @@ class Discovery:
     _rules: EjectionRules = field(init=False)
 
     seeds: dict[str, Replica] = field(default_factory=dict)
-    """Replicas known from before this process started."""
+    """Replicas that were known before this process started."""
     on_ready: Callable[[Replica], None] | None = None
     """Called after each probe that finds a replica ready."""
     on_failure: OnFailure = lambda task, error: None
     on_agent_failure: Callable[[Replica, str, int, str], None] = lambda replica, task, count, error: None
-    """Called with a replica, a background task of its agent, how often it failed since the last probe, the error."""
+    """Called with a replica, a background task of its agent, the number of its failures since the last probe, and the
+    last error."""
 
     def __post_init__(self) -> None:
         self.last_read_at = self.clock()
         self.configure(self.config)
 
     def configure(self, config: RouterConfig) -> None:
-        """Use this config from now on."""
+        """Applies this config to later probes and ejections."""
         self.config = config
         if self._prober is not None:
             self._prober.timeout_s = config.probe_timeout_s
@@ -122,45 +128,47 @@ class Discovery:
         await self._prober.session.close()
 
     def connect_failed(self, replica: Replica, trouble: str) -> None:
-        """A request could not connect to it: eject it by the rules, and probe it soon."""
+        """Records that a request could not connect to the replica, and probes it soon. The rules decide whether it is
+        ejected."""
         replica.trouble = trouble
         self._record(replica, Incident.NO_CONNECTION)
         self.recheck(replica)
 
     def request_failed(self, replica: Replica, trouble: str) -> None:
-        """A request got an error from it, or no response."""
+        """Records that a request got an error or no response from the replica, and probes it soon."""
         replica.recent_error, replica.trouble = True, trouble
         self._record(replica, Incident.ERROR)
         self.recheck(replica)
 
     def request_succeeded(self, replica: Replica) -> None:
-        """A request succeeded after others had failed."""
+        """Records that the replica served a request after it had failed others."""
         replica.recent_error = False
         self._record(replica, Incident.ANSWERED)
 
     def state_reported(self, replica: Replica, event: Event) -> None:
-        """It reported its state in the response to a request."""
+        """Applies the state that the replica reported in the response to a request, and probes it soon."""
         self._apply(replica, event)
         self.recheck(replica)
 
     def served(self, name: str) -> None:
-        """The replica has answered requests since the last call."""
+        """Records that the replica has answered requests since the last call. `name`: the replica's name."""
         if watch := self._watches.get(name):
             watch.served_at = self.clock()
 
     def recheck(self, replica: Replica) -> None:
+        """Requests a probe of the replica now."""
         if watch := self._watches.get(replica.name):
             watch.recheck.set()
 
     def is_silent(self, replica: Replica) -> bool:
-        """Whether its beats have stopped; an endpoint without beats is never silent."""
+        """Returns whether the replica's beats have stopped. An endpoint without beats is never silent."""
         watch = self._watches.get(replica.name)
         if watch is None or replica.record.beat_s is None:
             return False
         return watch.beats.silent_s(self.clock()) > SILENT_BEATS * replica.record.beat_s
 
     def registry_age_s(self) -> float:
-        """Seconds since the registry was last read, or since the start."""
+        """Returns the seconds since the registry was last read, or since the start."""
         return self.clock() - self.last_read_at
 
     async def _scan_forever(self) -> None:
@@ -216,7 +224,7 @@ class Discovery:
         self.table.remove(name)
         watch = self._watches.pop(name)
         watch.task.cancel()
-        await asyncio.gather(watch.task, return_exceptions=True)  # collects the cancellation
+        await asyncio.gather(watch.task, return_exceptions=True)  # waits for the end of the cancelled task
 
     async def _probe_forever(self, replica: Replica, recheck: asyncio.Event) -> None:
         while True:
@@ -236,7 +244,8 @@ class Discovery:
         return base * random.uniform(0.8, 1.2)  # spreads the probes of many replicas
 
     async def _judge(self, replica: Replica) -> None:
-        """Probe it and act on the result. A late probe is ignored if the replica answered requests meanwhile."""
+        """Probes the replica and acts on the result. A late probe is ignored if an external endpoint answered requests
+        meanwhile."""
         started_at = self.clock()
         assert self._prober is not None
         result = await self._prober.probe(replica)
@@ -258,6 +267,7 @@ class Discovery:
                 self.on_ready(replica)
 
     def _has_served(self, replica: Replica, *, since: float) -> bool:
+        """Returns whether the replica is an external endpoint that has answered requests since the time `since`."""
         watch = self._watches.get(replica.name)
         return replica.record.kind is RecordKind.EXTERNAL and watch is not None and watch.served_at >= since
 
@@ -272,7 +282,7 @@ class Discovery:
                 self.on_agent_failure(replica, task, more, error)
 
     def _record(self, replica: Replica, incident: Incident) -> None:
-        """Count what a request or a probe met, and act on the verdict."""
+        """Records the incident and acts on the verdict."""
         now = self.clock()
         spare = incident is Incident.ERROR and all(self._can_spare(replica, e, now) for e in replica.record.serves)
         match replica.health.record(incident, now=now, rules=self._rules, spare=spare):

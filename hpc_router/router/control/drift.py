@@ -1,7 +1,7 @@
-"""Drift: how far the present prompts are from those that the classifier was trained on. Pure.
+"""Drift: how much the present prompts differ from those that the classifier was trained on. No I/O.
 
-The shares of the clusters are compared by total variation distance, from 0 (the same) to 1 (no cluster in common).
-Decisions of an earlier artefact do not count.
+The shares of the clusters are compared by total variation distance, from 0 (equal shares) to 1 (no cluster in common).
+Only decisions of the current artefact count.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,12 +13,12 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from hpc_router.routing.policy import RouteReason
 
 Counted = Iterable[tuple[tuple[str, ...], int]]
-"""(artefact, cluster, reason) -> decisions."""
+"""The number of decisions by (artefact, cluster, reason)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """None: the training did not record it."""
+    """The measured drift. A value is None if the training did not record what it is compared with."""
 
     decisions: int
     cluster_distance: float | None
@@ -45,7 +45,8 @@ class Drift:
 
 
 def drift(counted: Counted, *, artefact: str, training: Mapping[str, Any]) -> Drift | None:
-    """None before the first decision."""
+    """Returns the drift of the counted decisions of `artefact` from its `training` record; None before the first
+    decision."""
     clusters: dict[str, int] = {}
     low = total = 0
     for (version, cluster, reason), count in counted:
@@ -67,5 +68,7 @@ def drift(counted: Counted, *, artefact: str, training: Mapping[str, Any]) -> Dr
 
 
 def _distance(counts: Mapping[str, int], total: int, trained: Mapping[str, float]) -> float:
+    """Returns the total variation distance between the counts, of which `total` is the sum, and the shares in
+    `trained`."""
     names = counts.keys() | trained.keys()
     return 0.5 * sum(abs(counts.get(name, 0) / total - trained.get(name, 0.0)) for name in names)

@@ -1,8 +1,8 @@
 """Takes over what an older router of the run knows, while both run: its session turns and its counts of continuity.
 
 An older router still serves when this one becomes the leader, and clients move over one by one. So its turns are
-fetched before this router is ready, again every second, and when a session is not known here. The older router proves
-its identity first; the calls carry its replica key, which is of no use elsewhere.
+fetched before this router is ready, then every second, and when this router does not know a session. The older router
+proves its identity first. The calls carry its replica key, which is valid at no other server.
 """
 
 import asyncio
@@ -23,12 +23,14 @@ from hpc_router.state.registry import Record, RecordKind, split_replica
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 1.0
+"""Interval in seconds at which new turns are fetched."""
 PAGE: Final = 2000
-"""Turns per response, which is then well below `http_client.MAX_RESPONSE_BYTES`."""
+"""Maximum number of turns per response, which is then well below `http_client.MAX_RESPONSE_BYTES`."""
 
 
 def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> dict[str, Any]:
-    """The response to a successor: a page of turns, the newest first, and the counts."""
+    """Returns the response to a successor: a page of turns, the newest first, after `skip` turns, and the counts of
+    continuity."""
     now = time.monotonic()
     newest_first = list(sessions)[::-1]
     turns = [[name, {**asdict(turn), "at": now - turn.at}] for name, turn in newest_first[skip : skip + PAGE]]
@@ -37,7 +39,8 @@ def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> d
 
 @dataclass(slots=True)
 class Predecessor:
-    """`replica`: this router. `secret`: of the run."""
+    """The older router from which this one fetches turns and counts: the newest router with a lower generation.
+    `replica`: name of this router. `secret`: the run's secret, from which the replica keys are derived."""
 
     replica: str
     secret: str
@@ -49,7 +52,7 @@ class Predecessor:
     _fetching: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def found(self, records: Mapping[str, Record]) -> None:
-        """The registry was read."""
+        """Chooses the predecessor from the records of the registry: the newest router that is older than this one."""
         generation = split_replica(self.replica)[2]
         older = [r for r in records.values() if r.kind is RecordKind.ROUTER and r.generation < generation]
         self._record = max(older, key=lambda r: r.generation, default=None)
@@ -60,7 +63,7 @@ class Predecessor:
             await asyncio.sleep(POLL_S)
 
     async def fetch(self) -> None:
-        """Fetch the turns that are new since the last call. An older router that does not answer is only logged."""
+        """Fetches the turns that are new since the last call. An older router that does not answer is only logged."""
         record = self._record
         if record is None:
             return
@@ -87,7 +90,7 @@ class Predecessor:
                 logger.info("%s does not answer: %s", record.replica, error)
 
     def _learn(self, page: Mapping[str, Any]) -> bool:
-        """Store a page; returns whether the next one may have turns that are new here."""
+        """Stores a page of turns; returns whether the next page may have turns that are new here."""
         if not self._inherited:
             self._inherited = True
             self.continuity.absorb(page.get("continuity") or {})

@@ -1,8 +1,8 @@
-"""Probes one endpoint: whether it answers, as itself, and which state it reports.
+"""Probes one endpoint: whether it answers, whether it is the expected process, and which state it reports.
 
-An agent proves its key with the answer to a challenge (`auth`) and reports its state and models. An external endpoint
-gets a GET of its record's `probe` path, or only a connection; any HTTP response means that it is alive. A probe sets
-what it learns on the `Replica` (models, key, text of the failure); it changes no state and decides nothing.
+An agent proves its key by the response to a challenge (`auth`), and reports its state and models. An external endpoint
+gets a GET of its record's `probe` path, or only a connection; any HTTP response means that it is alive. A probe stores
+what it learns on the `Replica` (models, key, text of the failure), but changes no state and decides nothing.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from hpc_router.state.registry import RecordKind, State
 from hpc_router.state.run_directory import RunDir
 
 EXTERNAL_PROBE_S: Final = 15.0
-"""Timeout of an external endpoint's response to a probe; connecting has `router.probe_timeout_s`."""
+"""Timeout in seconds of an external endpoint's response to a probe. Connecting has `router.probe_timeout_s`."""
 _EVENTS: Final = {state.value: Event(f"says_{state}") for state in State}
 
 
@@ -40,7 +40,8 @@ def _new_session() -> aiohttp.ClientSession:
 
 @dataclass(slots=True)
 class Prober:
-    """`timeout_s`: `router.probe_timeout_s`. `on_task_failures` gets how often each task of an agent has failed."""
+    """The client that sends the probes. `timeout_s`: `router.probe_timeout_s`. `on_task_failures` is called with a
+    replica and, for each background task of its agent, the number of failures and the last error."""
 
     run: RunDir
     files: FileThread
@@ -49,7 +50,7 @@ class Prober:
     session: aiohttp.ClientSession = field(default_factory=_new_session)
 
     async def probe(self, replica: Replica) -> Event | Incident:
-        """The state that the endpoint reports, or how the probe failed."""
+        """Returns the state that the endpoint reports, or how the probe failed."""
         external, url = replica.record.kind is RecordKind.EXTERNAL, replica.record.url
         path = replica.record.probe if external else protocol.HEALTH
         probed = f"connection to {url}" if path is None else f"GET {protocol.url_at(url, path)}"
@@ -81,7 +82,8 @@ class Prober:
         return _EVENTS.get(health.state, Incident.PROBE_FAILED)
 
     async def _probe_external(self, replica: Replica) -> Event:
-        """Any HTTP response means that it is alive."""
+        """Probes an external endpoint with its current token. Any HTTP response means that it is ready, unless its
+        headers say otherwise."""
         with contextlib.suppress(ConfigError, TimeoutError):  # the token may be replaced at any time
             async with asyncio.timeout(self.timeout_s):
                 replica.key = await self.files.run(partial(self.run.external_token, replica.name))
@@ -100,7 +102,7 @@ class Prober:
         return Event.SAYS_READY
 
     async def _probe_port(self, replica: Replica) -> Event:
-        """Only open a connection. Raises OSError or TimeoutError."""
+        """Opens a connection and sends nothing. Raises OSError or TimeoutError."""
         address = replica.address
         async with asyncio.timeout(self.timeout_s):
             _, writer = await asyncio.open_connection(address.host, address.port)
@@ -108,6 +110,7 @@ class Prober:
         return Event.SAYS_READY
 
     async def _get_json(self, url: str, **options: Any) -> dict[str, Any]:
+        """Returns the JSON object at `url`. Raises ValueError for any other content."""
         timeout = aiohttp.ClientTimeout(total=self.timeout_s)
         request = self.session.get(url, raise_for_status=True, allow_redirects=False, timeout=timeout, **options)
         async with request as response:
@@ -118,7 +121,8 @@ class Prober:
 
 
 def _take_models(replica: Replica, value: Any) -> None:
-    """Set the models of a list of them, plain or in OpenAI's format. A response that lists none changes nothing."""
+    """Stores the models in `value` on the replica: a list of them, plain or in OpenAI's format. Any other value changes
+    nothing."""
     listed = value.get("data") if isinstance(value, dict) else value
     cards = [m if isinstance(m, dict) else {"id": m} for m in listed] if isinstance(listed, list) else []
     lengths = {card["id"]: card.get("max_model_len") for card in cards if isinstance(card.get("id"), str)}

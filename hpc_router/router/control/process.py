@@ -1,4 +1,4 @@
-"""The control process: what a router does once, however many workers it has.
+"""The control process: the part of a router that runs once, however many workers the router has.
 
 It discovers and probes the replicas, judges what workers observe of them, watches the settings, and answers `/status`
 and `/metrics` for all workers, so that each of them gives the same answer. It has no state that it could not get from
@@ -50,14 +50,15 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 TAKE_OVER_S: Final = 5.0
-"""How long a new router waits for what an older one knows."""
+"""Maximum time in seconds that a new router waits for the data of an older one."""
 
 
 @dataclass(slots=True)
 class ControlProcess:
-    """`base`: the deployment that the router was started with; `deployment`: with the settings made since then.
+    """The parts of the control process and the connections between them.
 
-    `started_at`: of the router, Unix seconds; `processes`: the supervisor's status of each process, by name.
+    `base`: the deployment that the router was started with; `deployment`: the same with the settings made since then.
+    `started_at`: start of the router in Unix seconds. `processes`: the supervisor's status of each process, by name.
     """
 
     run: RunDir
@@ -80,7 +81,7 @@ class ControlProcess:
     predecessor: Predecessor = field(init=False)
     lease: Lease | None = None
     own_metrics: Metrics = field(default_factory=Metrics)
-    """What this process counts itself."""
+    """The counts of this process itself."""
     _last_errors: dict[str, str] = field(default_factory=dict)
     _departure_rates: dict[str, DepartureRate] = field(default_factory=dict)
     _stats: dict[str, ReplicaStats] = field(default_factory=dict)
@@ -105,7 +106,8 @@ class ControlProcess:
 
     @asynccontextmanager
     async def watching(self, present: Mapping[int, socket.socket]) -> AsyncIterator[None]:
-        """Discover and probe within the block. `present`: channels to the workers that are running already."""
+        """Discovers and probes replicas within the block. `present`: sockets to the workers that are running
+        already."""
         for worker, sock in present.items():
             await self.workers.attach(worker, sock)
         await self.workers.greeted(present)
@@ -119,17 +121,18 @@ class ControlProcess:
                 self.workers.close()
 
     def leave(self) -> None:
-        """The router's record is withdrawn: no new clients come."""
+        """Tells the registry file and the workers that the router's record is withdrawn, so that no new clients
+        come."""
         self.registry_file.leave()
         self.workers.release()
 
     def task_failed(self, task: str, error: str) -> None:
-        """A background task of this process failed and starts again."""
+        """Counts and records a background task of this process that failed and is started again."""
         self.own_metrics.task_failures.add(task)
         self._record_failure(task, error)
 
     def worker_task_failed(self, task: str, error: str) -> None:
-        """The worker counts it; here it gets its event."""
+        """Records the failure of a worker's background task as an event. The worker counts it."""
         self._record_failure(task, error)
 
     def _agent_task_failed(self, replica: Replica, task: str, times: int, error: str) -> None:
@@ -145,6 +148,7 @@ class ControlProcess:
         )
 
     def answer(self, call: messages.Message) -> Awaitable[Any]:
+        """Returns the awaitable reply to a worker's call."""
         match call:
             case messages.GetStatus():
                 return self.status()
@@ -155,19 +159,19 @@ class ControlProcess:
         raise ValueError(f"the control process does not handle {type(call).__name__}")
 
     async def handover(self, skip: int) -> dict[str, Any]:
-        """The body of `GET /handover`."""
+        """Returns the body of `GET /handover`."""
         await self.workers.informed.wait()
         return handover_page(self.workers.sessions, self.continuity, skip=skip)
 
     async def take_over(self) -> None:
-        """Before this router is ready: what an older one of the run knows, within TAKE_OVER_S."""
+        """Fetches what an older router of the run knows, before this router is ready, within `TAKE_OVER_S`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TAKE_OVER_S):
                 self.predecessor.found(await self.files.run(RegistryReader(self.run.registry).snapshot))
                 await self.predecessor.fetch()
 
     async def status(self) -> dict[str, Any]:
-        """The body of `GET /status`."""
+        """Returns the body of `GET /status`."""
         await self.workers.informed.wait()
         policy = self.deployment.policy
         counted = await self._counted()
@@ -214,7 +218,7 @@ class ControlProcess:
         return {} if known is None else asdict(known)
 
     async def exposition(self) -> str:
-        """The body of `GET /metrics`: of all workers, those included that have ended."""
+        """Returns the body of `GET /metrics`, with the counts of all workers, including those that have ended."""
         await self.workers.informed.wait()
         counted = await self._counted()
         measured = await self._drift(counted)
@@ -229,25 +233,27 @@ class ControlProcess:
         return counted.exposition((*read, *self.continuity.metrics(), *drifted)).decode()
 
     async def _counted(self) -> Metrics:
+        """Returns the sum of the counts of this process and all workers."""
         counted = Metrics()
         for dump in (self.own_metrics.dump(), *await self.workers.metrics()):
             counted.absorb(dump)
         return counted
 
     async def _drift(self, counted: Metrics) -> Drift | None:
+        """Returns the drift of the current artefact; None without one, or if its training record cannot be read."""
         if self.artefact is None:
             return None
         if self._training[0] != self.artefact:
             folder = artefact_folder(self.run, self.deployment)
             try:
                 self._training = await self.files.run(partial(read_training, folder))
-            except HpcRouterError:  # being replaced or unreadable; the workers have loaded theirs
+            except HpcRouterError:  # the file is being replaced or is unreadable; the workers have loaded theirs
                 return None
         version, training = self._training
         return drift(counted.decided.items(), artefact=version, training=training)
 
     def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """A worker's new counts: the departure rates of the queues and the statistics of the replicas follow."""
+        """Updates the departure rates of the queues and the statistics of the replicas from a worker's new counts."""
         earlier, at = departures(before), asyncio.get_running_loop().time()
         for expert, count in departures(now).items():
             rate, more = self._departure_rates.setdefault(expert, DepartureRate()), count - earlier.get(expert, 0)
@@ -263,6 +269,7 @@ class ControlProcess:
             del self._stats[name]
 
     def observed(self, observation: messages.ReplicaObservation) -> None:
+        """Records what a worker's request observed of a replica."""
         replica, trouble = self.table.get(observation.replica), observation.trouble or ""
         if replica is None or replica.record.nonce != observation.nonce:
             return

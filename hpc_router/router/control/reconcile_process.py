@@ -1,7 +1,7 @@
-"""Runs the reconcile loop (`hpc-router reconcile --loop`) beside the router, as a process of its own.
+"""Runs the reconcile loop (`hpc-router reconcile --loop`) beside the router, in a process of its own.
 
-A separate process, so that requests never wait for a file system or Slurm, and a crash of one does not end the other.
-The loop ends with its router, which holds the other end of its standard input.
+Because it is a separate process, requests never wait for a file system or Slurm, and a crash of one does not end the
+other. The loop ends with its router, which holds the other end of its standard input.
 """
 
 import asyncio
@@ -21,17 +21,20 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 STOP_S: Final = 10.0
+"""Maximum time in seconds for the loop to end after SIGTERM, before it is killed."""
 OUTPUT_S: Final = 2.0
-"""Time to copy the remaining output of a loop that has ended."""
+"""Maximum time in seconds to copy the remaining output of a loop that has ended."""
 
 
 def control_argv(run: RunDir, replica: str) -> list[str]:
+    """Returns the command line of the loop. `replica`: name of the router that it belongs to."""
     verb = ["reconcile", "--loop", "--tied", "--while-leading", replica, "--run", str(run.path)]
     return [sys.executable, "-m", "hpc_router.cli", *verb]
 
 
 class ReconcileProcess:
-    """Keeps the loop running within `async with`; restarts it as the supervisor restarts its children (`pause_s`)."""
+    """A context manager that keeps the loop running. It restarts the loop after the same pauses as the supervisor
+    restarts its children (`pause_s`)."""
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class ReconcileProcess:
             await self._sleep(pause_s(in_a_row))
 
     async def _run_once(self) -> int:
+        """Runs the loop until it ends and returns its exit status. Stops the loop if cancelled."""
         process = await asyncio.create_subprocess_exec(
             *self._argv,
             stdin=asyncio.subprocess.PIPE,

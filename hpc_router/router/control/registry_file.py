@@ -1,4 +1,4 @@
-"""`registry.json`: the whole registry in one file, for people and scripts, written by the leading router."""
+"""Writes `registry.json`: the whole registry in one file, for people and scripts, written by the leading router."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -11,7 +11,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 class RegistryFile:
-    """Writes `registry.json` while this router leads."""
+    """The writer of `registry.json`, which is active while this router leads. `replica`: name of this router."""
 
     def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
         self._run, self._replica, self._files = run, replica, files
@@ -19,7 +19,7 @@ class RegistryFile:
         self._left = False
 
     def keep(self, snapshot: Mapping[str, Record]) -> None:
-        """Write the file in the background if a record has changed."""
+        """Writes the file in the background if a record has changed and this router leads."""
         leader = leading_router(snapshot)
         if leader is None or leader.replica != self._replica or self._left:
             return
@@ -29,7 +29,7 @@ class RegistryFile:
             self._files.post(partial(replace_json, self._run.registry_json, content))
 
     def leave(self) -> None:
-        """Write it once more without this router, whose record was withdrawn."""
+        """Writes the file once more without this router, whose record was withdrawn, unless its successor writes it."""
         self._left = True
         if self._content is not None:
             self._files.post(self._write_last)
@@ -42,5 +42,5 @@ class RegistryFile:
 
 
 def registry_file(records: Mapping[str, Record]) -> dict[str, Any]:
-    """The content of `registry.json`."""
+    """Returns the content of `registry.json`."""
     return {"schema": SCHEMA, "records": [records[name].to_json() for name in sorted(records)]}

@@ -1,7 +1,8 @@
 """Recent statistics of each replica, and which ready replicas are degraded. No I/O, no clock.
 
-Counts decay with `HALF_LIFE_S`. A replica is degraded if its share of errors is higher than that of the expert's other
-replicas, or its first bytes come much later. With too few answers, or no replica to compare it with, it is not.
+Counts decay with the half-life `HALF_LIFE_S`. A replica is degraded if its share of errors is higher than that of the
+expert's other replicas, or if its first bytes arrive much later. It is not degraded if it has too few responses, or no
+replica to compare it with.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,29 +11,37 @@ from statistics import median
 from typing import Any, Final
 
 HALF_LIFE_S: Final = 30.0
+"""Half-life of the counts in seconds."""
 MIN_ANSWERS: Final = 10.0
+"""Minimum number of (decayed) responses for a statistic."""
 ERROR_SHARE: Final = 0.05
+"""Share of errors from which a replica can be degraded."""
 WORSE_TIMES: Final = 2.0
-"""Degraded from this multiple of the other replicas' error share; errors that all give are the requests' fault."""
+"""Multiple of the other replicas' share of errors from which a replica is degraded. Errors that all replicas give are
+the fault of the requests."""
 SLOW_TIMES: Final = 3.0
 SLOW_S: Final = 0.1
-"""Slow: this many times the others' seconds to the first byte, and at least this many seconds more."""
+"""A replica is slow if its first byte takes more than `SLOW_TIMES` times as long as on the others, and more than
+`SLOW_S` seconds longer."""
 
 _NO_ERRORS: Final = frozenset({429, "busy", "starting", "draining"})
-"""Causes of failovers that are no errors of the replica."""
+"""Causes of failovers that are not errors of the replica."""
 
 Totals = Mapping[str, tuple[int, float, int]]
-"""By replica: answers, the sum of their seconds to the first byte, errors."""
+"""By replica: number of responses, sum of their seconds to the first byte, number of errors."""
 
 
 @dataclass(slots=True)
 class ReplicaStats:
+    """The decayed counts of one replica. `seconds`: sum of the times to the first byte."""
+
     answered: float = 0.0
     seconds: float = 0.0
     errors: float = 0.0
     _at: float = 0.0
 
     def add(self, answered: int, seconds: float, errors: int, *, now: float) -> None:
+        """Adds new counts at the time `now`, after the decay of the older ones."""
         decay = 0.5 ** ((now - self._at) / HALF_LIFE_S)
         self._at = now
         self.answered = self.answered * decay + answered
@@ -41,16 +50,19 @@ class ReplicaStats:
 
     @property
     def first_byte_s(self) -> float | None:
+        """Mean time in seconds to the first byte; None with too few responses."""
         return self.seconds / self.answered if self.answered >= MIN_ANSWERS else None
 
     @property
     def error_share(self) -> float | None:
+        """Share of errors among the responses; None with too few."""
         total = self.answered + self.errors
         return self.errors / total if total >= MIN_ANSWERS else None
 
 
 def degradation(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None:
-    """What is wrong with it, as text; None if nothing. `others`: the other replicas of the same expert."""
+    """Returns a text that says why the replica `one` is degraded; None if it is not. `others`: the other replicas of
+    the same expert."""
     share, first_byte_s = one.error_share, one.first_byte_s
     their_shares = [other.error_share for other in others if other.error_share is not None]
     alone = not their_shares or (share or 0.0) >= WORSE_TIMES * median(their_shares)
@@ -65,8 +77,8 @@ def degradation(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None
 
 
 def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, int]]:
-    """From a worker's dumped metrics. The time before a request was sent to the replica is left out: it waited for a
-    place, or another replica failed it."""
+    """Returns the totals in a worker's dumped metrics. The time before a request was sent to the replica is subtracted:
+    the request then waited for a place, or another replica failed it."""
     by_replica: dict[str, tuple[int, float, int]] = {}
     for (_, replica), counts, seconds in dumped.get("first_byte", ()):
         answered, before_s, errors = by_replica.get(replica, (0, 0.0, 0))
@@ -82,7 +94,7 @@ def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, 
 
 
 def increase(now: Totals, before: Totals) -> dict[str, tuple[int, float, int]]:
-    """What was counted since `before`; nothing for a replica whose counts restarted at zero."""
+    """Returns the counts added since `before`, by replica. Leaves out a replica whose counts restarted at zero."""
     increases = {}
     for replica, (answered, seconds, errors) in now.items():
         then = before.get(replica, (0, 0.0, 0))

@@ -1,9 +1,9 @@
 """The control process's connections to its workers.
 
-Each worker gets the settings and, whenever it changes, the snapshot of all replicas; it reports its observations,
-session turns and counts. What a worker had counted and served is kept here for its successor, and what the workers know
-of the replicas seeds a control process that has just started. What follows from an observation or a count is the
-owner's business (`WorkerEvents`).
+Each worker gets the settings and, after each change, the snapshot of all replicas. It reports its observations, session
+turns and counts. The counts and turns of a worker are kept here for its successor, and what the workers know of the
+replicas seeds a control process that has just started. What follows from an observation or a count is decided by the
+owner (`WorkerEvents`).
 """
 
 import asyncio
@@ -22,14 +22,15 @@ from hpc_router.router.replicas.snapshot import ReplicaSnapshot, apply_snapshot,
 from hpc_router.router.replicas.table import ReplicaTable
 
 HELLO_S: Final = 1.0
-"""How long a control process that has just started waits for the workers' `Hello`."""
+"""Maximum time in seconds that a control process that has just started waits for the workers' `Hello`."""
 CALL_TIMEOUT_S: Final = 1.0
+"""Timeout in seconds of a call to a worker."""
 
 R = TypeVar("R")
 
 
 class WorkerEvents(Protocol):
-    """What the owner does with a worker's messages."""
+    """The owner's handlers of what the workers report."""
 
     def observed(self, observation: messages.ReplicaObservation) -> None: ...
     def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None: ...
@@ -39,9 +40,11 @@ class WorkerEvents(Protocol):
 
 @dataclass(slots=True)
 class WorkerConnection:
-    """`applied`: whether the worker has applied the snapshot it was sent last; `stale`: it needs another one.
+    """The connection to one worker.
 
-    `observed`: the number of its last observation. `metrics`: what it, and its predecessors, had counted last.
+    `greeted` is set by the worker's `Hello`. `applied`: whether the worker has applied the snapshot that was last sent
+    to it; `stale`: whether it needs another one. `observed`: number of its last observation. `metrics`: its last known
+    counts, including those of its predecessors.
     """
 
     worker: int
@@ -59,7 +62,7 @@ class WorkerConnection:
             self.channel.notify(message)
 
     async def call(self, call: messages.Call[R]) -> R | None:
-        """None when it does not answer in time."""
+        """Returns the worker's reply; None if it does not answer in time."""
         if self.channel is None:
             return None
         try:
@@ -70,9 +73,12 @@ class WorkerConnection:
 
 @dataclass(slots=True)
 class Workers:
-    """`experts`: the configured ones, which have a queue column even without a replica. `seeds`: the replicas that the
+    """The connections to all workers, and what the workers know together.
+
+    `experts`: the configured experts, which have a queue column even without a replica. `seeds`: the replicas that the
     workers knew when this process started. `informed` is set with the first snapshot. `on_unknown_session` is awaited
-    when a session is looked up that no worker has served."""
+    when a session is looked up that no worker has served.
+    """
 
     table: ReplicaTable
     counters: Counters
@@ -93,7 +99,7 @@ class Workers:
         self.all = [WorkerConnection(worker) for worker in range(self.counters.workers)]
 
     async def attach(self, worker: int, sock: socket.socket) -> None:
-        """Connect to a worker that has just started, or that has lost its control process."""
+        """Connects to a worker that has just started, or that has lost its control process."""
         connection = self.all[worker]
         if connection.channel is not None:
             connection.channel.close()
@@ -103,11 +109,11 @@ class Workers:
         await channel.open(sock)
 
     async def greeted(self, workers: Iterable[int]) -> None:
-        """Until these have said what they know, for `HELLO_S` at most."""
+        """Waits until these workers have sent their `Hello`, for at most `HELLO_S`."""
         await _wait_all((self.all[worker].greeted for worker in workers), timeout_s=HELLO_S)
 
     async def served(self, *, timeout_s: float) -> None:
-        """Until all workers serve."""
+        """Waits until all workers serve, for at most `timeout_s` seconds."""
         await _wait_all((connection.serving for connection in self.all), timeout_s=timeout_s)
 
     def close(self) -> None:
@@ -116,25 +122,27 @@ class Workers:
                 connection.channel.close()
 
     def notify(self, message: messages.Message) -> None:
+        """Sends the message to all workers."""
         for connection in self.all:
             connection.notify(message)
 
     def release(self) -> None:
-        """The router's record is withdrawn: no new clients come."""
+        """Tells the workers that the router's record is withdrawn, so that no new clients come."""
         self.notify(messages.Release())
 
     def configure(self, settings: messages.Settings) -> None:
+        """Sends the settings to all workers, now and when a worker is attached."""
         self.settings = settings
         self.notify(settings)
 
     async def metrics(self) -> list[messages.MetricsDump]:
-        """What each worker has counted, with its predecessors."""
+        """Returns the counts of each worker, including those of its predecessors."""
         await asyncio.gather(*map(self._collect, self.all))
         return [connection.metrics for connection in self.all]
 
     async def find_turn(self, session: str) -> Turn | None:
-        """Where the session's last turn was answered. A worker reports a turn before it answers its client, so after a
-        `Sync` with each of them every turn that a client knows of is here."""
+        """Returns the session's last turn, whichever worker served it; None if it is unknown. A worker reports a turn
+        before it answers its client. So after a `Sync` with each worker, every turn that a client knows of is here."""
         await self.informed.wait()
         await asyncio.gather(*(connection.call(messages.Sync()) for connection in self.all))
         if self.sessions.find(session) is None and self.on_unknown_session is not None:
@@ -142,12 +150,12 @@ class Workers:
         return self.sessions.find(session)
 
     def publish_soon(self) -> None:
-        """Publish at the end of the present step, once for all changes in it."""
+        """Sends the snapshot at the end of the present step of the event loop, once for all changes in the step."""
         if self._publishing is None:
             self._publishing = asyncio.get_running_loop().call_soon(self._publish)
 
     def publish_changes(self) -> None:
-        """Publish now if a replica or the forecast differs from what was sent last."""
+        """Sends the snapshot now if a replica or the forecast differs from what was sent last."""
         if self._snapshot != self._take_snapshot() or self._expected_ready_at != self.table.expected_ready_at:
             self._publish()
 
@@ -166,8 +174,8 @@ class Workers:
         return snapshot_of(self.table)
 
     def _send_snapshot(self, connection: WorkerConnection) -> None:
-        """Send the current snapshot, unless the worker has not yet applied the previous one. Then it gets the newest
-        snapshot after that, and skips those in between."""
+        """Sends the current snapshot, unless the worker has not yet applied the previous one. In that case the worker
+        gets the newest snapshot after that, and skips those in between."""
         if self._snapshot is None or not connection.greeted.is_set():
             return
         connection.stale = not connection.applied
@@ -202,7 +210,8 @@ class Workers:
         return None
 
     def _greet(self, connection: WorkerConnection, hello: messages.Hello) -> None:
-        """A worker that replaces another continues with what that one had counted and served."""
+        """Handles a worker's `Hello`: sends it the settings and snapshot. A worker that replaces another continues with
+        the counts and turns of its predecessor."""
         replaced = connection.pid not in (None, hello.pid)
         connection.pid = hello.pid
         if replaced:
@@ -222,7 +231,8 @@ class Workers:
         self._send_snapshot(connection)
 
     def _seed(self, snapshot: Iterable[ReplicaSnapshot]) -> None:
-        """Merge one worker's replicas: one that any worker found ejected is ejected."""
+        """Merges the replicas that one worker knows into `seeds`. A replica that any worker found ejected is
+        ejected."""
         known = ReplicaTable()
         apply_snapshot(known, snapshot)
         for replica in known.all():
@@ -255,7 +265,7 @@ class Workers:
 
 
 def assign_columns(table: ReplicaTable, counters: Counters, *, experts: Iterable[str] = ()) -> None:
-    """A column of its own for each replica and each expert's queue; those that have one keep it."""
+    """Assigns a column of the counters to each replica and each expert's queue that has none yet."""
     used = {replica.column for replica in table.all()} | set(table.queue_columns.values())
     for replica in table.all():
         if replica.column == NO_COLUMN:

@@ -1,1 +1,2 @@
-"""Communication between supervisor, control process and workers: typed messages, and counters in shared memory."""
+"""Communication between the supervisor, the control process and the workers: typed messages, and counters in shared
+memory."""

@@ -1,9 +1,9 @@
 """The messages between the router's processes, one frozen dataclass each, and their encoding.
 
-The supervisor sends commands to its children; control process and workers send each other notifications and calls. A
-`Call[R]` is answered with a `Reply` whose value has type `R`, or with a `Failure`. On the wire a message is a JSON list
-of its class name, the call's number (null for a notification) and its fields; `decode` restores the field types from
-their annotations. All processes are forked from one program, so the encoding has no versions.
+The supervisor sends commands to its children; the control process and the workers send notifications and calls to each
+other. The peer answers a `Call[R]` with a `Reply` whose value has type `R`, or with a `Failure`. On the wire, a message
+is a JSON list of its class name, the call's number (null for a notification) and its fields; `decode` restores the
+field types from their annotations. All processes are forked from one program, so the encoding has no versions.
 """
 
 import json
@@ -21,15 +21,15 @@ from hpc_router.router.replicas.sessions import Turn
 from hpc_router.router.replicas.snapshot import ReplicaSnapshot
 
 REPORT_S: Final = 1.0
-"""Interval at which a worker reports its metrics."""
+"""Interval in seconds at which a worker reports its metrics."""
 
 R = TypeVar("R")
 MetricsDump = dict[str, Any]
-"""Of `Metrics.dump`."""
+"""The counts of a process as JSON values, made by `Metrics.dump`."""
 
 
 class Message:
-    """Base class; each subclass is known to `decode` by its name."""
+    """The base class of all messages. `decode` finds a subclass by its name."""
 
     __slots__ = ()
     types: ClassVar[dict[str, "type[Message]"]] = {}
@@ -40,7 +40,7 @@ class Message:
 
 
 class Call(Message, Generic[R]):
-    """A message that is answered with an `R`."""
+    """A message that the peer answers with a value of type `R`."""
 
     __slots__ = ()
 
@@ -50,29 +50,30 @@ class Call(Message, Generic[R]):
 
 @dataclass(frozen=True, slots=True)
 class DrainCommand(Message):
-    """Accept no new connections, finish the requests in flight."""
+    """The command to accept no new connections and to finish the requests in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class EndCommand(Message):
-    """All workers have ended: the control process ends as well."""
+    """The command that ends the control process after all workers have ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadCommand(Message):
-    """Check the settings and artefacts for changes now."""
+    """The command to check the settings and artefacts for changes now."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttachCommand(Message):
-    """Comes with the socket of a channel: to this worker, or (None) to the control process."""
+    """The command that brings the socket of a channel to this worker, or to the control process if `worker` is None."""
 
     worker: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """`pid` None: it is not running. `last_end`: how it ended last."""
+    """The status of one child process. `pid`: None if the process is not running. `last_end`: text on how it ended the
+    last time."""
 
     restarts: int
     last_end: str | None
@@ -81,7 +82,7 @@ class ProcessStatus:
 
 @dataclass(frozen=True, slots=True)
 class ProcessesChanged(Message):
-    """The status of all child processes by name. `notice`: what happened, for the log."""
+    """The report of the status of all child processes by name. `notice`: text for the log on what has happened."""
 
     processes: dict[str, ProcessStatus]
     notice: str | None
@@ -92,10 +93,8 @@ class ProcessesChanged(Message):
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """The first message on a channel: what a control process that has just started does not know.
-
-    `replicas` None: the worker has not received any yet.
-    """
+    """The first message of a worker on a channel: the facts that a control process that has just started does not know.
+    `replicas`: None if the worker has not received any yet."""
 
     pid: int
     serving: bool
@@ -107,14 +106,15 @@ class Hello(Message):
 
 @dataclass(frozen=True, slots=True)
 class Serving(Message):
-    """The worker accepts connections."""
+    """The report that the worker accepts connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaObservation(Message):
-    """What a request saw of a replica: a failure or success, or the state that the replica reported; neither: probe it.
+    """The report of what a request observed of a replica.
 
-    `number` counts the observations of this worker, from 1 on each channel.
+    `incident`: a failure or success; `event`: the state that the replica reported. If both are None, the control
+    process probes the replica. `number` counts the observations of this worker, from 1 on each channel.
     """
 
     number: int
@@ -127,23 +127,27 @@ class ReplicaObservation(Message):
 
 @dataclass(frozen=True, slots=True)
 class SnapshotApplied(Message):
-    """The worker is ready for the next `Snapshot`."""
+    """The report that the worker is ready for the next `Snapshot`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TurnAnswered(Message):
+    """The report that a replica answered a turn of the session."""
+
     session: str
     turn: Turn
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsReport(Message):
+    """The report of the worker's counts."""
+
     metrics: MetricsDump
 
 
 @dataclass(frozen=True, slots=True)
 class TaskFailed(Message):
-    """A background task failed and starts again."""
+    """The report that a background task failed and is started again."""
 
     task: str
     error: str
@@ -151,26 +155,27 @@ class TaskFailed(Message):
 
 @dataclass(frozen=True, slots=True)
 class FindTurn(Call[Turn | None]):
-    """Where the session's last turn was answered, whichever worker served it."""
+    """The call for the session's last turn, whichever worker served it."""
 
     session: str
 
 
 @dataclass(frozen=True, slots=True)
 class GetStatus(Call[dict[str, Any]]):
-    """The body of `GET /status`."""
+    """The call for the body of `GET /status`."""
 
 
 @dataclass(frozen=True, slots=True)
 class GetHandover(Call[dict[str, Any]]):
-    """What a successor takes over, from this turn on."""
+    """The call for the turns and counts that a successor takes over. `skip`: number of turns, newest first, to leave
+    out."""
 
     skip: int
 
 
 @dataclass(frozen=True, slots=True)
 class GetExposition(Call[str]):
-    """The body of `GET /metrics`."""
+    """The call for the body of `GET /metrics`."""
 
 
 # From the control process to a worker
@@ -178,8 +183,8 @@ class GetExposition(Call[str]):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Message):
-    """All replicas. `observed`: the number of the last `ReplicaObservation` that it includes. `expected_ready_at`: of
-    `ReplicaTable`."""
+    """The state of all replicas. `observed`: number of the worker's last `ReplicaObservation` that the snapshot
+    includes. `expected_ready_at`: as in `ReplicaTable`."""
 
     observed: int
     replicas: tuple[ReplicaSnapshot, ...]
@@ -189,7 +194,7 @@ class Snapshot(Message):
 
 @dataclass(frozen=True, slots=True)
 class Settings(Message):
-    """The settings in force, and the versions of the artefacts to load. `scaled_to_zero`: see `ReplicaTable`."""
+    """The settings in force and the versions of the artefacts to load. `scaled_to_zero`: as in `ReplicaTable`."""
 
     policy: PolicyConfig
     router: RouterConfig
@@ -200,7 +205,7 @@ class Settings(Message):
 
 @dataclass(frozen=True, slots=True)
 class Inherit(Message):
-    """What the worker's predecessor had counted, and the session turns it had served."""
+    """The counts and the session turns of the worker's predecessor, which the worker continues."""
 
     metrics: MetricsDump
     turns: tuple[tuple[str, Turn], ...]
@@ -208,24 +213,25 @@ class Inherit(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWell(Message):
-    """A probe found the replica ready: requests that avoided it may have it."""
+    """The report that a probe found the replica ready, so that the worker offers it also to requests that avoided
+    it."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Release(Message):
-    """The router's record is withdrawn: no new clients come."""
+    """The report that the router's record is withdrawn, so that no new clients come."""
 
 
 @dataclass(frozen=True, slots=True)
 class GetMetrics(Call[MetricsDump]):
-    """What the worker has counted."""
+    """The call for the worker's counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sync(Call[None]):
-    """The reply comes after everything that the worker sent before."""
+    """The call whose reply arrives after all messages that the worker sent before."""
 
 
 # Answers to calls
@@ -233,28 +239,34 @@ class Sync(Call[None]):
 
 @dataclass(frozen=True, slots=True)
 class Reply(Message):
+    """The value that answers a call."""
+
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Failure(Message):
+    """The error that answers a call that failed."""
+
     error: str
 
 
 def encode(message: Message, number: int | None = None) -> bytes:
+    """Returns the message as JSON. `number`: the number of the call that it makes or answers; None for a
+    notification."""
     content = [type(message).__name__, number, message]
     return json.dumps(content, separators=(",", ":"), default=_fields).encode()
 
 
 def decode(data: bytes | bytearray) -> tuple[Message, int | None]:
-    """The message and the number of its call."""
+    """Returns the message, and the number of its call."""
     name, number, value = json.loads(data)
     message: Message = _restore(Message.types[name], value)
     return message, number
 
 
 def reply_value(call: Call[R], reply: Reply) -> R:
-    """The value of a decoded reply to this call."""
+    """Returns the value of a decoded reply to this call, with the type that the call declares."""
     value: R = _restore(get_args(type(call).__orig_bases__[0])[0], reply.value)  # type: ignore[attr-defined]
     return value
 
@@ -264,7 +276,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _restore(kind: Any, value: Any) -> Any:
-    """A value of the annotated type, from JSON."""
+    """Returns a decoded JSON value as an object of the annotated type `kind`."""
     origin, of = get_origin(kind), get_args(kind)
     if value is None:
         return None

@@ -1,7 +1,7 @@
 """Notifications and calls between the control process and one worker, over a pair of connected sockets.
 
 A frame is a length and a message of `messages`. A peer that does not read loses notifications once `MAX_UNREAD_BYTES`
-are buffered; it gets the current state when it attaches again. Nothing here knows what the messages mean.
+are buffered; it gets the current state when it is attached again. Nothing here knows the meaning of the messages.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from hpc_router.router.ipc.messages import Call, Failure, Message, Reply, decode
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD_BYTES: Final = 2**25
-"""Outgoing bytes that are buffered for a peer."""
+"""Maximum number of outgoing bytes that are buffered for a peer."""
 _LENGTH_BYTES: Final = 4
 
 R = TypeVar("R")
@@ -29,11 +29,13 @@ class ChannelClosedError(UnavailableError):
 
 
 Handler = Callable[[Message], Awaitable[Any] | Any]
-"""Handles a message; the result is the reply to a call. A notification is handled without awaiting."""
+"""Handles a message. For a call, the result (or the awaited result) is the reply. For a notification it must not be
+awaitable."""
 
 
 class RpcPeer(asyncio.Protocol):
-    """One end of a channel. Its owner has it before the first message comes, because only `open` connects it."""
+    """One end of a channel. `on_end` is called when the connection is lost. Messages arrive only after `open`, so the
+    owner can store the object first."""
 
     def __init__(self, handler: Handler, on_end: Callable[[], None]) -> None:
         self._handler, self._on_end = handler, on_end
@@ -44,7 +46,7 @@ class RpcPeer(asyncio.Protocol):
         self._answering: set[asyncio.Task[None]] = set()
 
     async def open(self, sock: socket.socket) -> None:
-        """Connect it to one of a pair of connected unix sockets."""
+        """Connects this end to `sock`, one of a pair of connected unix sockets."""
         sock.setblocking(False)
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
 
@@ -52,7 +54,8 @@ class RpcPeer(asyncio.Protocol):
         self._send(message, None)
 
     async def call(self, call: Call[R], *, timeout_s: float) -> R:
-        """The peer's reply. Raises ChannelClosedError."""
+        """Sends a call and returns the peer's reply. Raises ChannelClosedError if the peer has ended, fails, or does
+        not answer within `timeout_s` seconds."""
         number = next(self._numbers)
         self._calls[number] = reply = asyncio.get_running_loop().create_future()
         try:
@@ -69,7 +72,7 @@ class RpcPeer(asyncio.Protocol):
             self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not derived from it
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transport is not derived from this class
 
     def data_received(self, data: bytes) -> None:
         self._received += data

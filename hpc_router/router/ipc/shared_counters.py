@@ -1,9 +1,9 @@
 """Counters that the router's processes share: one table in shared memory, without a lock.
 
-Rules: each worker writes only its own row, and only aligned cells of 8 bytes, which a processor stores and loads whole.
+Each worker writes only its own row, and only aligned cells of 8 bytes, which a processor stores and loads as a whole.
 No decision combines two cells, so the order in which stores become visible (aarch64) does not matter. The supervisor
-clears the row of a worker that has ended. The control process assigns columns; it reuses one only after all others,
-and only when every worker's cell in it is zero.
+clears the row of a worker that has ended. The control process assigns the columns; it reuses a column only after it has
+used all others, and only when every worker's cell in that column is zero.
 """
 
 import mmap
@@ -15,20 +15,21 @@ from hpc_router.router.replicas.replica import NO_COLUMN
 
 COLUMNS: Final = 2**13
 IN_FLIGHT: Final = 1
-"""Column of the requests that a worker serves."""
+"""Column with the number of requests that a worker serves."""
 CUT_OFF: Final = 2
-"""Column of the requests that a worker cut off after `router.drain_s`."""
+"""Column with the number of requests that a worker cut off after `router.drain_s`."""
 _FIRST: Final = 3
 _CELL: Final = 8
 
 
 class Counters:
-    """Created before the processes are forked, so that all of them map it. Pages never written take no memory."""
+    """The table of counters: a row per worker, and a row of the control process. It is created before the processes are
+    forked, so that all of them map it. Pages that are never written take no memory."""
 
     def __init__(self, *, workers: int) -> None:
         self.workers = workers
         self._cells = memoryview(mmap.mmap(-1, (workers + 1) * COLUMNS * _CELL)).cast("q")
-        self._own = self._row(workers)  # of the control process: its first cell is the next column to assign
+        self._own = self._row(workers)  # row of the control process; its first cell is the next column to assign
         if not self._own[NO_COLUMN]:
             self._own[NO_COLUMN] = _FIRST
 
@@ -36,7 +37,7 @@ class Counters:
         return self._row(worker)
 
     def others(self, worker: int) -> Sequence[Cells]:
-        """The rows of all other workers."""
+        """Returns the rows of all workers except this one."""
         return tuple(self._row(other) for other in range(self.workers) if other != worker)
 
     def all(self) -> Sequence[Cells]:
@@ -46,11 +47,12 @@ class Counters:
         return sum(row[column] for row in self.all())
 
     def clear(self, worker: int) -> None:
-        """Zero the row of a worker that has ended."""
+        """Sets the row of a worker that has ended to zero."""
         self._row(worker)[:] = memoryview(bytes(COLUMNS * _CELL)).cast("q")
 
     def allocate(self, used: Collection[int]) -> int:
-        """A column that is not in use. Only the control process calls this; its successor continues from there."""
+        """Returns a column that is not in `used` and has only zeros. Only the control process calls this; its successor
+        continues at the next column."""
         for _ in range(COLUMNS):
             column = self._own[NO_COLUMN]
             self._own[NO_COLUMN] = column + 1 if column + 1 < COLUMNS else _FIRST
@@ -59,11 +61,11 @@ class Counters:
         raise AssertionError("unreachable: there are more columns than replicas and experts")
 
     def counts(self, worker: int) -> list[int]:
-        """All cells of its row but the unassigned one."""
+        """Returns all cells of the worker's row except the unassigned one."""
         return self._row(worker).tolist()[NO_COLUMN + 1 :]
 
     def nonzero(self) -> int:
-        """How many cells of all workers are not zero."""
+        """Returns the number of cells in all workers' rows that are not zero."""
         return sum(1 for worker in range(self.workers) for count in self.counts(worker) if count)
 
     def _row(self, worker: int) -> memoryview:

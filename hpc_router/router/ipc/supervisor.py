@@ -1,9 +1,9 @@
 """The supervisor: the router's first process, which keeps one control process and N workers running.
 
 It holds the address, forks its children, restarts those that died, and ends with all of them. It has one thread and no
-event loop, reads and writes no files, and knows no requests, so that no request can make it fail. Children are forked
-from it to share the memory of everything that is loaded; none outlives it (PDEATHSIG). It makes the socket pairs over
-which control process and workers talk, and passes their ends on.
+event loop, reads and writes no files, and handles no requests, so that no request can make it fail. The children are
+forked from it to share the memory of everything that is loaded; none outlives it (PDEATHSIG). It creates the socket
+pairs that connect the control process and the workers, and passes their ends on.
 """
 
 import contextlib
@@ -28,13 +28,20 @@ from hpc_router.router.ipc.supervisor_commands import send_command
 
 CONTROL: Final = "control"
 STABLE_S: Final = 10.0
-"""A child that lived this long counts as healthy: its next end is the first in a row."""
+"""Minimum lifetime in seconds of a child that counts as healthy: its next end is the first in a row."""
 FIRST_PAUSE_S: Final = 0.1
+"""First pause in seconds before a restart; each further pause is twice as long."""
 MAX_PAUSE_S: Final = 10.0
+"""Maximum pause in seconds before a restart."""
 MAX_LISTEN_S: Final = 1.0
-"""The socket of a dead worker stays open if its successor starts within this time; new clients wait for it. Else the
-socket is closed, which resets them, and the kernel gives the other workers all new connections."""
+"""Maximum pause in seconds before the restart of a worker for which its socket stays open, so that new clients wait for
+its successor.
+
+Before a longer pause the socket is closed, which resets those clients, and the kernel gives all new connections to the
+other workers.
+"""
 MAX_FAILURES_IN_A_ROW: Final = 8
+"""Number of ends in a row, of every process of a kind, after which the router gives up."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -45,10 +52,11 @@ def worker_name(worker: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """What a child starts with. `worker` None: the control process.
+    """The arguments of a child process. `worker`: its number; None for the control process.
 
-    `commands`: from the supervisor. `channels`: by worker, to the processes that are running; a worker has one, to the
-    control process. `processes`, `notices`: the status of all children and what was not delivered to a predecessor.
+    `commands`: the socket for commands from the supervisor. `channels`: by worker, the sockets to the processes that
+    are running; a worker has one, to the control process. `processes`: the status of all children. `notices`: texts for
+    the log that no control process has received yet.
     """
 
     worker: int | None
@@ -61,7 +69,8 @@ class ChildSpec:
 
 @dataclass(slots=True)
 class Child:
-    """`worker` None: the control process. `pid` 0: it is not running, and is started at `due_at`."""
+    """The supervisor's state of one child. `worker`: its number; None for the control process. `pid`: 0 if the child is
+    not running; it is then started at `due_at`. `in_a_row`: number of early ends in a row."""
 
     name: str
     worker: int | None
@@ -75,7 +84,8 @@ class Child:
     last_end: str | None = None
 
     def died(self, why: str, now: float) -> None:
-        """The first end in a row restarts it at once, the next ones after pauses that double."""
+        """Records the end of the process and sets the time of its restart: at once after the first end in a row, then
+        after pauses that double."""
         self.in_a_row = 1 if now - self.started_at >= STABLE_S else self.in_a_row + 1
         self.due_at = now + pause_s(self.in_a_row)
         self.pid, self.last_end = 0, why
@@ -84,20 +94,23 @@ class Child:
             self.listener = None
 
     def status(self) -> messages.ProcessStatus:
+        """Returns the status that is reported to the control process."""
         return messages.ProcessStatus(self.restarts, self.last_end, self.pid or None)
 
 
 def pause_s(in_a_row: int) -> float:
-    """Pause before a child is restarted that has ended this many times in a row."""
+    """Returns the pause in seconds before the restart of a child that has ended `in_a_row` times in a row."""
     return 0.0 if in_a_row <= 1 else backoff.pause_s(in_a_row - 1, first_s=FIRST_PAUSE_S, max_s=MAX_PAUSE_S)
 
 
 @dataclass(slots=True)
 class RouterSupervisor:
-    """Starts the router's child processes, restarts those that end, and stops all of them after a stop signal.
+    """The supervisor that starts the router's child processes, restarts those that end, and stops all of them after a
+    stop signal.
 
-    `run` returns when all children have ended. `stop_s`: seconds after the signal until the remaining ones are killed.
-    `control`, `worker`: what the children run. `cut`: requests that the workers had not finished at their end.
+    `control`, `worker`: the functions that the children run. `listen`: makes a worker's socket. `stop_s`: seconds after
+    the signal until the remaining children are killed. `cut`: number of requests that the workers had not finished at
+    their end.
     """
 
     control: Callable[[ChildSpec], None]
@@ -113,7 +126,8 @@ class RouterSupervisor:
     _undelivered: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        """Raises LaunchError when its children end again and again."""
+        """Runs until all children have ended after a stop signal. Raises LaunchError when its children end again and
+        again."""
         self._wakeups = reading, writing = os.pipe()
         os.set_blocking(writing, False)
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -150,7 +164,7 @@ class RouterSupervisor:
             self._reap()
 
     def _wait(self) -> None:
-        """Until a signal comes or a child is due to start."""
+        """Waits until a signal arrives or a child is due to start, and handles stop signals and SIGHUP."""
         now = self.clock()
         due = [child.due_at for child in self.children if not child.pid and self._stopping_until is None]
         if self._stopping_until is not None:
@@ -180,7 +194,7 @@ class RouterSupervisor:
                 if child.worker is not None:
                     if self._stopping_until is not None:
                         cells = self.counters.row(child.worker)
-                        self.cut += max(cells[CUT_OFF], cells[IN_FLIGHT])  # the latter if it was killed
+                        self.cut += max(cells[CUT_OFF], cells[IN_FLIGHT])  # IN_FLIGHT if the worker was killed
                     self.counters.clear(child.worker)
                 if self._stopping_until is None:
                     self._check_failures(child)
@@ -189,7 +203,8 @@ class RouterSupervisor:
             self._send(self.children[0], messages.EndCommand())
 
     def _check_failures(self, child: Child) -> None:
-        """Raises LaunchError when neither this child nor any other of its kind stays alive."""
+        """Raises LaunchError if this child and all others of its kind have ended `MAX_FAILURES_IN_A_ROW` times in a
+        row."""
         kind = [c for c in self.children if (c.worker is None) == (child.worker is None)]
         if all(c.in_a_row >= MAX_FAILURES_IN_A_ROW for c in kind):
             raise LaunchError(
@@ -233,7 +248,8 @@ class RouterSupervisor:
         self._report_processes(None)
 
     def _descriptors(self, ours: socket.socket, more: Iterable[socket.socket]) -> set[int]:
-        """Descriptors that a child must close, so that the end of another process closes its connections."""
+        """Returns the descriptors that a child must close, so that the end of another process closes its
+        connections."""
         descriptors = {*self._wakeups, ours.fileno(), *(sock.fileno() for sock in more)}
         for child in self.children:
             descriptors |= {s.fileno() for s in (child.listener, child.commands) if s is not None and s.fileno() >= 0}
@@ -243,13 +259,15 @@ class RouterSupervisor:
         return {child.name: child.status() for child in self.children}
 
     def _report_processes(self, notice: str | None) -> None:
-        """To the control process, or its successor."""
+        """Sends the status of all processes to the control process, and `notice` for its log. A notice is kept for the
+        next control process if none is running."""
         if notice is not None and not self.children[0].pid:
             self._undelivered.append(notice)
         self._send(self.children[0], messages.ProcessesChanged(self._statuses(), notice))
 
     def _send(self, child: Child, command: messages.Message, channel: socket.socket | None = None) -> None:
-        """Nothing is sent to a child that has just died or does not read; its successor gets the current state."""
+        """Sends a command to a child. Drops it if the child has ended or does not read; its successor gets the current
+        state."""
         if child.pid and child.commands is not None:
             with contextlib.suppress(OSError):
                 send_command(child.commands, command, channel)
@@ -259,7 +277,8 @@ class RouterSupervisor:
 
 
 def _enter_child(supervisor: int, *, close: set[int]) -> None:
-    """First steps after the fork: the child dies with its supervisor and ignores signals, because it gets commands."""
+    """Takes the first steps of a child after the fork: it dies with its supervisor, ignores signals because it gets
+    commands instead, and closes the descriptors in `close`."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != supervisor:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Commands from the supervisor to its children, over a SOCK_SEQPACKET pair, as `messages` encodes them.
+"""Commands from the supervisor to its children, sent over a SOCK_SEQPACKET pair in the encoding of `messages`.
 
 An `AttachCommand` carries the socket of a channel to another process. Sending never blocks the supervisor.
 """
@@ -19,14 +19,16 @@ MAX_COMMAND_BYTES: Final = 2**16
 
 
 def send_command(sock: socket.socket, command: messages.Message, channel: socket.socket | None = None) -> None:
-    """Never blocks. Raises OSError where the child has ended or its buffer is full."""
+    """Sends a command, and the socket `channel` with it. Never blocks. Raises OSError if the child has ended or its
+    buffer is full."""
     descriptors = [] if channel is None else [channel.fileno()]
     flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
     socket.send_fds(sock, [messages.encode(command)], descriptors, flags)
 
 
 def receive_command(sock: socket.socket) -> tuple[messages.Message, socket.socket | None] | None:
-    """None: the supervisor has ended. Raises BlockingIOError when no command is there."""
+    """Returns the next command and the socket that came with it; None if the supervisor has ended. Raises
+    BlockingIOError if there is no command."""
     data, descriptors, _, _ = socket.recv_fds(sock, MAX_COMMAND_BYTES, 1)
     if not data:
         return None
@@ -35,7 +37,8 @@ def receive_command(sock: socket.socket) -> tuple[messages.Message, socket.socke
 
 @dataclass(slots=True)
 class CommandReader:
-    """A child's end, used as `async with`. `drain` and `end` are set once; the other commands call back."""
+    """A child's end of the command socket, used as `async with`. `drain` and `end` are set by their commands; each
+    other command calls its callback."""
 
     sock: socket.socket
     on_attach: Callable[[int | None, socket.socket], Awaitable[None]]

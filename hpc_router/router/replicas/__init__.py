@@ -1,4 +1,4 @@
-"""The replicas of each expert as one process sees them: states, load, queues, and the choice of one.
+"""The replicas of each expert as one process sees them: their states, load and queues, and the choice of a replica.
 
-Decisions here do no I/O and never await.
+The choice does no I/O and never awaits; a request that finds no free replica waits in a queue.
 """

@@ -1,9 +1,11 @@
-"""When a replica is ejected for failed probes or requests, and when it may return. No I/O; clocks are arguments.
+"""Decides when a replica is ejected for failed probes or requests, and when it may return. No I/O; the caller passes
+the time.
 
-Rules: failed connections in a row eject, and so do failed probes. Errors in responses exclude a replica only after
-several in a row, for a time that doubles, and only while the expert can spare it: at most a share of its replicas, and
-never the last ready one, because an error that all replicas give is hardly their own fault. What counts as an error of
-the replica and not of the request is decided in `worker/dispatcher.py`. Requests and probes both report `Incident`s.
+Several failed connections in a row eject a replica, and so do failed probes. Error responses exclude a replica only
+after several in a row, for a time that doubles, and only while the expert can spare the replica: at most a share of the
+expert's replicas, and never the last ready one, because an error that all replicas give has another cause.
+`worker/attempt_review.py` decides whether an error is the fault of the replica or of the request. Requests and probes
+both report `Incident`s.
 """
 
 import math
@@ -15,28 +17,36 @@ from typing import Final
 from hpc_router import backoff
 
 MAX_LATE_PROBES: Final = 3
-"""Unanswered probes in a row that eject. Fewer may be the network's fault."""
+"""Number of unanswered probes in a row that eject a replica. The network may be the cause of fewer."""
 
 
 class Incident(StrEnum):
+    """A result of a request or a probe that counts for or against a replica's health."""
+
     NO_CONNECTION = "no_connection"
     ERROR = "error"  # a request got a 5xx, or the connection broke before its first byte
-    ANSWERED = "answered"  # a request succeeded
-    PROBE_OK = "probe_ok"  # it passed the challenge, whatever state it reported
-    PROBE_LATE = "probe_late"
-    PROBE_FAILED = "probe_failed"
+    ANSWERED = "answered"  # a request succeeded after earlier ones had failed
+    PROBE_OK = "probe_ok"  # the replica passed the challenge, whatever state it reported
+    PROBE_LATE = "probe_late"  # no response within the timeout
+    PROBE_FAILED = "probe_failed"  # connection refused, wrong identity, or an invalid response
 
 
 class Verdict(StrEnum):
+    """The reaction of the router to an `Incident`."""
+
     KEEP = "keep"
-    EJECT = "eject"  # it does not answer
-    EXCLUDE = "exclude"  # it answers with errors, and the expert can spare it
+    EJECT = "eject"  # the replica does not answer
+    EXCLUDE = "exclude"  # the replica answers with errors, and the expert can spare it
 
 
 @dataclass(frozen=True, slots=True)
 class EjectionRules:
-    """`connect_errors`, `request_errors`: how many in a row eject. `exclusion_s`: first exclusion, in seconds; it
-    doubles up to `max_exclusion_s`. `max_share`: of an expert's replicas that may be excluded at once."""
+    """The configured limits for ejecting replicas.
+
+    `connect_errors`, `request_errors`: number of failures in a row that ejects a replica. `exclusion_s`: duration of
+    the first exclusion in seconds; each further one is twice as long, up to `max_exclusion_s`. `max_share`: largest
+    share of an expert's replicas that may be excluded at the same time.
+    """
 
     connect_errors: int
     request_errors: int
@@ -47,7 +57,8 @@ class EjectionRules:
 
 @dataclass(slots=True)
 class ReplicaHealth:
-    """Failures in a row at one replica. Until `excluded_until` its own report that it is ready is ignored."""
+    """The counters of the failures in a row at one replica. Until the time `excluded_until`, the router ignores the
+    replica's own report that it is ready."""
 
     connect_errors: int = 0
     request_errors: int = 0
@@ -57,7 +68,8 @@ class ReplicaHealth:
     excluded_until: float = -math.inf
 
     def record(self, incident: Incident, *, now: float, rules: EjectionRules, spare: bool = False) -> Verdict:
-        """Count one incident. `spare`: whether the expert can do without this replica (see `can_eject`)."""
+        """Counts one incident and returns what to do with the replica. `spare`: whether the expert can do without this
+        replica (see `can_eject`)."""
         match incident:
             case Incident.ANSWERED:
                 self.connect_errors = self.request_errors = 0
@@ -94,6 +106,7 @@ class ReplicaHealth:
 
 
 def can_eject(*, others: Collection[tuple[bool, bool]], share: float) -> bool:
-    """Whether an expert can spare one of its replicas. `others`: per other replica, (is ready, is excluded)."""
+    """Returns whether an expert can spare one of its replicas. `others`: for each other replica, (is ready, is
+    excluded)."""
     excluded = sum(is_excluded for _, is_excluded in others)
     return any(ready for ready, _ in others) and excluded + 1 <= share * (len(others) + 1)

@@ -1,8 +1,8 @@
-"""Whether a request fits into the rest of a replica's walltime. No I/O.
+"""Decides whether a request fits into the rest of a replica's walltime. No I/O.
 
-The expected duration of a request is its `max_tokens` times the expert's measured time per allowed token, or without
-`max_tokens` the expert's measured duration; both are the 95th percentile of its last responses. Time is measured only
-for experts whose replicas have a walltime.
+The expected duration of a request is its `max_tokens` times the expert's measured time per allowed token; for a request
+without `max_tokens` it is the expert's measured duration. Both are 95th percentiles over the expert's last responses.
+Only experts whose replicas have a walltime are measured.
 """
 
 import time
@@ -14,15 +14,16 @@ from typing import Final
 from hpc_router.router.replicas.replica import Replica
 
 SAMPLES: Final = 256
+"""Number of responses per expert that the percentiles are computed from."""
 PERCENTILE: Final = 0.95
 HORIZON_S: Final = 1800.0
-"""Replicas with more than this left are long-lived for every request."""
+"""Remaining walltime in seconds above which a replica can take every request."""
 _KEYS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 @dataclass(slots=True)
 class _Samples:
-    """Durations in seconds, and durations divided by `max_tokens`, of an expert's last responses."""
+    """The durations in seconds, and the durations divided by `max_tokens`, of an expert's last responses."""
 
     duration_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     per_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
@@ -30,24 +31,25 @@ class _Samples:
 
 @dataclass(slots=True)
 class Lifetimes:
-    """`expiring`: experts with a ready replica that ends within HORIZON_S, among several."""
+    """The measured durations of responses by expert. `expiring`: the experts with a ready replica whose walltime ends
+    within `HORIZON_S`."""
 
     expiring: frozenset[str] = frozenset()
     _samples: dict[str, _Samples] = field(default_factory=dict)
 
     def refresh(self, replicas: Collection[Replica], *, now: float) -> None:
-        """Find the experts that have replicas near their end. `now`: Unix seconds. Called about once per second."""
+        """Recomputes `expiring`. `now`: Unix seconds. Called about once per second."""
         self.expiring = frozenset(expert for r in replicas if left_s(r, now) < HORIZON_S for expert in r.record.serves)
 
     def ended(self, expert: str, elapsed_s: float, fields: dict[str, object]) -> None:
-        """A response of the expert is complete."""
+        """Records the duration of a complete response of the expert. `fields`: the request body."""
         samples = self._samples.setdefault(expert, _Samples())
         samples.duration_s.append(elapsed_s)
         if tokens := _max_tokens(fields):
             samples.per_token_s.append(elapsed_s / tokens)
 
     def expected_s(self, expert: str, fields: dict[str, object]) -> float:
-        """The expected duration of a request; 0 without measurements."""
+        """Returns the expected duration in seconds of a request with the body `fields`; 0 without measurements."""
         samples = self._samples.get(expert)
         if samples is None:
             return 0.0
@@ -58,13 +60,14 @@ class Lifetimes:
 
 
 def left_s(replica: Replica, now: float) -> float:
-    """What is left of its walltime at `now` (Unix seconds)."""
+    """Returns the rest of the replica's walltime in seconds at `now` (Unix seconds); infinite without a walltime."""
     expires_at = replica.record.expires_at
     return float("inf") if expires_at is None else expires_at - now
 
 
 def outliving(replicas: Sequence[Replica], needed_s: float) -> Sequence[Replica]:
-    """Of the replicas with room those that live `needed_s` longer; if none does, the longest-lived one with room."""
+    """Returns the replicas that have room and at least `needed_s` seconds of walltime left. If no replica has, returns
+    only the one with room whose walltime ends last."""
     now = time.time()
     open_ = [replica for replica in replicas if replica.has_room]
     fitting = [replica for replica in open_ if left_s(replica, now) >= needed_s]

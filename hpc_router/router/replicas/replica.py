@@ -1,7 +1,7 @@
 """One replica as the router sees it: its routing state, and the requests that hold a reservation on it. No I/O.
 
-The state changes only by `TRANSITIONS`; an event that is not in that table is an error. Releasing a `Reservation` twice
-has no effect, so the counters return to zero whatever happens to a request. Nothing here chooses a replica.
+The state changes only by `TRANSITIONS`, which has an entry for every state and event. Releasing a `Reservation` twice
+has no effect, so the counters return to zero however a request ends. The choice of a replica is made in `balancing`.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from hpc_router.router.replicas.health import ReplicaHealth
 from hpc_router.state.registry import Record
 
 LOST_S: Final = 5.0
-"""Idle timeout of requests on a lost replica: one that was ejected, or whose record was withdrawn."""
+"""Idle timeout in seconds of requests on a lost replica: one that was ejected, or whose record was withdrawn."""
 DEFAULT_CAPACITY: Final = 1024
 """Capacity of an endpoint whose record does not state one."""
 NO_COLUMN: Final = 0
@@ -27,16 +27,18 @@ NO_COLUMN: Final = 0
 
 
 class RoutingState(StrEnum):
-    """Whether the router sends requests to a replica: the state it reported last, or `ejected` (docs/states.md)."""
+    """The state that the replica reported last, or `ejected`. It decides whether the router sends requests
+    (docs/states.md)."""
 
-    STARTING = "starting"  # it reports that it is not ready yet, or was not probed yet
+    STARTING = "starting"  # the replica reports that it is not ready yet, or was not probed yet
     READY = "ready"  # gets requests
     DRAINING = "draining"  # finishes its requests, gets no new ones
     EJECTED = "ejected"  # does not answer, fails the challenge, or answers with errors: gets no requests
 
 
 class Event(StrEnum):
-    """What changes a routing state: the state that the replica itself reports, or a failure that the router saw."""
+    """A cause of a change of the routing state: a state that the replica reports, or a failure that the router
+    observed."""
 
     SAYS_STARTING = "says_starting"
     SAYS_READY = "says_ready"
@@ -56,7 +58,7 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
     (_S.READY, _E.SAYS_READY): _S.READY,
     (_S.READY, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.READY, _E.FAILED): _S.EJECTED,
-    (_S.DRAINING, _E.SAYS_STARTING): _S.DRAINING,  # a drain is not taken back
+    (_S.DRAINING, _E.SAYS_STARTING): _S.DRAINING,  # a drain cannot be undone
     (_S.DRAINING, _E.SAYS_READY): _S.DRAINING,
     (_S.DRAINING, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.DRAINING, _E.FAILED): _S.EJECTED,
@@ -64,7 +66,7 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
     (_S.EJECTED, _E.SAYS_READY): _S.READY,
     (_S.EJECTED, _E.SAYS_DRAINING): _S.DRAINING,
     (_S.EJECTED, _E.FAILED): _S.EJECTED,
-    (_S.STARTING, _E.EXCLUDED): _S.STARTING,  # already out of use: the replica reported it first
+    (_S.STARTING, _E.EXCLUDED): _S.STARTING,  # gets no requests already, because the replica reported this state first
     (_S.READY, _E.EXCLUDED): _S.EJECTED,
     (_S.DRAINING, _E.EXCLUDED): _S.DRAINING,
     (_S.EJECTED, _E.EXCLUDED): _S.EJECTED,
@@ -73,10 +75,11 @@ TRANSITIONS: Final[Mapping[tuple[RoutingState, Event], RoutingState]] = {
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One endpoint. `key`: the bearer token of requests to it; `models`: the model names its engine reported;
-    `listed_max_model_len`: of its models, as an external endpoint lists it.
+    """One endpoint, and what the router knows of its state and load.
 
-    `peer_in_flight`: requests in flight on it from the router's other workers. Balancing and limits use `load`, the sum
+    `key`: the bearer token that requests to the replica carry; `models`: the model names that its engine reported;
+    `listed_max_model_len`: the context length that an external endpoint lists for its model. `peer_in_flight`: number
+    of requests that the router's other workers have in flight on the replica. Balancing and limits use `load`, the sum
     over all workers.
     """
 
@@ -91,7 +94,7 @@ class Replica:
     trouble: str | None = None  # text of the last failure
     reservations: "set[Reservation]" = field(default_factory=set)
     peer_in_flight: int = 0
-    column: int = NO_COLUMN  # of the shared counters: its requests in flight
+    column: int = NO_COLUMN  # column of the shared counters with this replica's requests in flight
     request_starts: dict[str, bytes] = field(default_factory=dict)  # API path -> request line, host, authorization
     routing_lines: dict[tuple[str, str], bytes] = field(default_factory=dict)  # expert, reason -> response headers
     address: Address = field(init=False)
@@ -102,11 +105,12 @@ class Replica:
         self.address = address_of(self.record.url)
 
     def renew(self, record: Record) -> None:
+        """Replaces the record with a newer one of the same server process, and sets the capacity from it."""
         self.record = record
         self.capacity = record.capacity or DEFAULT_CAPACITY
 
     def is_at(self, record: Record) -> bool:
-        """Whether the record describes the same server process."""
+        """Returns whether `record` describes the same server process as this replica's record."""
         own = self.record
         return (own.url, own.nonce, own.generation, own.kind) == (
             record.url, record.nonce, record.generation, record.kind,
@@ -114,17 +118,17 @@ class Replica:
 
     @property
     def authorization(self) -> bytes:
-        """The `authorization` header line of requests to it; empty without a key."""
+        """The `authorization` header line of requests to this replica; empty without a key."""
         return _authorization(self.key)
 
     @property
     def in_flight(self) -> int:
-        """Requests of this worker."""
+        """Number of requests that this worker has in flight on the replica."""
         return len(self.reservations)
 
     @property
     def load(self) -> int:
-        """Requests of all workers."""
+        """Number of requests that all workers have in flight on the replica."""
         return len(self.reservations) + self.peer_in_flight
 
     @property
@@ -137,16 +141,17 @@ class Replica:
 
     @property
     def max_model_len(self) -> int | None:
-        """Tokens of prompt and response together; None: not known."""
+        """Maximum number of tokens of prompt and response together; None if it is unknown."""
         return self.record.engine.max_model_len or self.listed_max_model_len
 
     @property
     def slot_name(self) -> str:
-        """The name without the generation, so that a replica's successor inherits its conversations."""
+        """The replica's name without the generation, so that a successor inherits the affinity of its conversations."""
         return self.record.replica.rpartition(".")[0]
 
     def model_for(self, expert: str) -> str | None:
-        """The engine's model name of this expert; an endpoint with a single model needs no name in its record."""
+        """Returns the engine's model name for this expert, None if unknown. An endpoint with a single model needs no
+        name in its record."""
         name = self.record.serves.get(expert)
         return name if name is not None or len(self.models) != 1 else self.models[0]
 
@@ -154,7 +159,7 @@ class Replica:
         self.state = TRANSITIONS[self.state, event]
 
     def mark_lost(self) -> None:
-        """Shorten the idle timeout of every request on it to `LOST_S`."""
+        """Shortens the idle timeout of every request on this replica to `LOST_S`."""
         for reservation in tuple(self.reservations):
             reservation.mark_lost()
 
@@ -163,7 +168,7 @@ class Replica:
 
 
 class ReservationOwner(Protocol):
-    """What a released reservation is returned to."""
+    """The table that a released reservation is returned to."""
 
     cells: Cells
 
@@ -172,7 +177,8 @@ class ReservationOwner(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """One request's place on a replica, acquired for `expert`. On a lost replica its idle timeout is `LOST_S`."""
+    """The place of one request on a replica, acquired for `expert`. On a lost replica, the request's idle timeout is
+    `LOST_S`."""
 
     replica: Replica
     expert: str
@@ -181,7 +187,8 @@ class Reservation:
     lost: bool = False
 
     def watch(self, idle_timer: IdleTimer) -> None:
-        """Control this timer: shorten it now or as soon as the replica is lost."""
+        """Stores the request's idle timer, to shorten its timeout when the replica is lost, or at once if it is lost
+        already."""
         self.idle_timer = idle_timer
         if self.lost:
             idle_timer.tighten(LOST_S)
@@ -192,6 +199,7 @@ class Reservation:
             self.idle_timer.tighten(LOST_S)
 
     def release(self) -> None:
+        """Returns the place to the table, which offers it to a waiting request. A second call has no effect."""
         replica, owner = self.replica, self._owner
         reservations = replica.reservations
         if self in reservations:

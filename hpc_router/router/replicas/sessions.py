@@ -1,9 +1,11 @@
-"""Which replica keeps the responses of a session, so that `previous_response_id` finds them.
+"""Stores which replica keeps the responses of a session, so that `previous_response_id` finds them.
 
 Only the engine that gave a response has it. So a `/v1/responses` request that names an earlier response goes to exactly
-the replica that answered before; if that is gone, the client gets an error and must send the whole conversation, which
-any replica takes. `x-session-id` identifies the session. Kept in memory and bounded: the least recently used session is
-dropped first, and a restarted router knows none. A worker keeps the turns it served, the control process those of all.
+the replica that gave that response. If this replica is gone, the client gets an error and must send the whole
+conversation, which any replica accepts. The header `x-session-id` identifies the session.
+
+The sessions are kept in memory, up to a limit: the least recently used one is dropped first, and a restarted router
+knows none. A worker keeps the turns that it served; the control process keeps the turns of all workers.
 """
 
 import re
@@ -24,16 +26,14 @@ MAX_SESSIONS: Final = 100_000
 PARAM: Final = "previous_response_id"
 _SESSION: Final = re.compile(r"[\w.:@/+=~-]{1,128}", re.ASCII)
 STATELESS_ENGINES: Final = frozenset({"transformers"})
-"""Engines that keep no responses. They accept `previous_response_id` and ignore it: their answer would lack the earlier
-turns."""
+"""Engines that keep no responses. They accept `previous_response_id` and ignore it, so their response would lack the
+earlier turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Where a session's last turn was answered. `reason`: why its first turn went there.
-
-    `url` and `nonce` identify the server process, because a replica's name may be used again.
-    """
+    """The place where a session's last turn was answered. `url` and `nonce` identify the server process, because a
+    later replica may have the same name. `reason`: why the session's first turn was routed to this expert."""
 
     expert: str
     replica: str
@@ -43,13 +43,15 @@ class Turn:
     at: float = field(default=0.0, compare=False)  # seconds of the monotonic clock, which all processes of a host share
 
     def is_at(self, replica: Replica) -> bool:
+        """Returns whether `replica` is the server process that answered the turn, and still serves its expert."""
         record = replica.record
         return (self.url, self.nonce) == (record.url, record.nonce) and self.expert in record.serves
 
 
 @dataclass(slots=True)
 class Sessions:
-    """Session id -> its last turn, for the `most` sessions used last. `on_turn` is called with each new turn."""
+    """A mapping from session id to the session's last turn, for the `most` sessions used last. `on_turn(session, turn)`
+    is called with each turn that this process serves."""
 
     most: int = MAX_SESSIONS
     on_turn: Callable[[str, Turn], None] | None = None
@@ -59,29 +61,31 @@ class Sessions:
         return len(self._turns)
 
     def __iter__(self) -> Iterator[tuple[str, Turn]]:
-        """In order of last use, the latest last."""
+        """Returns pairs of session id and turn in order of last use, the most recent one last."""
         return iter(self._turns.items())
 
     def learn(self, session: str, turn: Turn) -> None:
-        """Store a turn of another process, unless a later one is known."""
+        """Stores a turn that another process served, unless a later turn of the session is known."""
         known = self._turns.get(session)
         if known is None or known.at <= turn.at:
             self.note(session, turn)
 
     def note(self, session: str, turn: Turn) -> None:
+        """Stores the session's last turn, and drops the least recently used session above the limit."""
         self._turns[session] = turn
         self._turns.move_to_end(session)
         if len(self._turns) > self.most:
             self._turns.popitem(last=False)
 
     def find(self, session: str) -> Turn | None:
+        """Returns the session's last turn, None if it is unknown. Counts as a use of the session."""
         turn = self._turns.get(session)
         if turn is not None:
             self._turns.move_to_end(session)
         return turn
 
     def answered(self, session: str, replica: Replica, expert: str, reason: RouteReason) -> None:
-        """Store that this replica answered the session's turn."""
+        """Records that this replica answered the session's turn, and calls `on_turn`."""
         record = replica.record
         turn = Turn(expert, replica.name, record.url, record.nonce, reason, at=time.monotonic())
         self.note(session, turn)
@@ -91,10 +95,9 @@ class Sessions:
     def continued(
         self, session: str | None, fields: Mapping[str, Any], table: ReplicaTable, *, model: str
     ) -> tuple[Turn, Replica] | None:
-        """The turn that a body continues, and the replica that has it; None without `previous_response_id`.
-
-        Raises BadRequestError, and PreviousResponseNotFoundError if the client must send the whole conversation.
-        """
+        """Returns the turn that a request body continues and the replica that answered it; None if the body has no
+        `previous_response_id`. Raises BadRequestError for an invalid request, and PreviousResponseNotFoundError if the
+        client must send the whole conversation."""
         previous = fields.get(PARAM)
         if previous is None:
             return None
@@ -124,7 +127,8 @@ class Sessions:
 
 
 def session_id(headers: Headers) -> str | None:
-    """The session of a request, if it has one. Raises BadRequestError for an invalid id."""
+    """Returns the session id in a request's headers; None if there is none. Raises BadRequestError for an invalid
+    id."""
     if protocol.SESSION_HEADER.encode() not in headers:
         return None
     header = headers.text(protocol.SESSION_HEADER)
@@ -137,5 +141,7 @@ def session_id(headers: Headers) -> str | None:
 
 
 def not_found(why: str) -> PreviousResponseNotFoundError:
+    """Returns the error for a request whose `previous_response_id` cannot be served. `why` becomes part of its
+    message."""
     message = f"the response that '{PARAM}' names cannot be reached: {why}; send the whole conversation as 'input'"
     return PreviousResponseNotFoundError(message, param=PARAM)

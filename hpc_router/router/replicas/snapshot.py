@@ -1,7 +1,9 @@
-"""The replicas as the control process knows them, as frozen values that its workers apply to their tables. No I/O.
+"""Snapshots of the replica table: the control process takes them, and its workers apply them to their own tables. No
+I/O.
 
-A worker's table follows the snapshot. Where the worker has observed a replica itself and the snapshot does not include
-that observation yet, the worker's own state of that replica stands.
+A snapshot is a tuple of frozen values. A worker's table follows the snapshot, with one exception: where the worker has
+observed a replica itself and the snapshot does not include that observation yet, the worker keeps its own state of that
+replica.
 """
 
 import time
@@ -16,7 +18,8 @@ from hpc_router.state.registry import Record
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSnapshot:
-    """A `Replica` without its requests; the record without its beat. `lost`: see `Replica.mark_lost`."""
+    """The state of one `Replica` without its requests. The record has no beat. `lost`: whether `Replica.mark_lost`
+    applies."""
 
     record: Record
     key: str | None
@@ -31,13 +34,15 @@ class ReplicaSnapshot:
 
 
 def snapshot_of(table: ReplicaTable) -> tuple[ReplicaSnapshot, ...]:
+    """Returns the snapshot of all replicas in `table`."""
     return tuple(map(_snapshot, table.all()))
 
 
 def apply_snapshot(
     table: ReplicaTable, snapshot: Iterable[ReplicaSnapshot], *, keep_state: Collection[str] = ()
 ) -> None:
-    """`keep_state`: names of the replicas whose state the snapshot cannot know yet."""
+    """Updates `table` to the snapshot: adds, updates and removes replicas. `keep_state`: names of replicas that keep
+    their state in `table`, because the snapshot is older than this worker's last observation of them."""
     missing = {replica.name for replica in table.all()}
     for item in snapshot:
         record = item.record
@@ -74,7 +79,7 @@ def _snapshot(replica: Replica) -> ReplicaSnapshot:
 
 def _update(table: ReplicaTable, replica: Replica, item: ReplicaSnapshot) -> None:
     if item.key != replica.key:
-        replica.request_starts.clear()  # they contain the key
+        replica.request_starts.clear()  # the cached bytes contain the key
     replica.key, replica.models, replica.trouble = item.key, item.models, item.trouble
     replica.listed_max_model_len = item.listed_max_model_len
     replica.recent_error, replica.health = item.recent_error, replace(item.health)

@@ -1,9 +1,12 @@
-"""The replica table: which replicas may be used, how many requests each has in flight, and who gets a free place.
+"""The replica table: which replicas can serve requests, how many requests each has in flight, and which request gets a
+free place.
 
 A request gets a `Reservation` on a replica that `balancing` chooses, or waits in the `WaitingLine`. A released place
 goes to the longest waiting request in the same step, so later requests cannot overtake and no wake-up is lost. A
-request for several experts waits for the first that has a ready replica, and for the next ones once that has none.
-No I/O; the table knows neither HTTP nor where its replicas come from.
+request for several experts waits for the first one that has a ready replica; when that expert has none any more, the
+request also waits for the next ones.
+
+No I/O. The table knows neither HTTP nor the source of its replicas.
 """
 
 import asyncio
@@ -26,16 +29,17 @@ from hpc_router.router.replicas.waiting_line import Waiter, WaitingLine
 from hpc_router.state.registry import Record, RecordKind
 
 PEER_REFRESH_S: Final = 0.005
-"""Interval at which waiting requests look for places that other workers have released."""
+"""Interval in seconds at which waiting requests check for places that other workers have released."""
 DEFAULT_WAITING: Final = 1024
+"""Maximum number of waiting requests per expert of a table that is made without limits."""
 
 
 class ReplicaLostError(HpcRouterError):
-    """The only replica that the request may go to is not ready."""
+    """The only replica that may serve the request is not ready."""
 
 
 class QueueFullError(HpcRouterError):
-    """The expert's queue is at `router.max_waiting`. `serves`: it has a ready replica."""
+    """The expert's queue has reached `router.max_waiting`. `serves`: whether the expert has a ready replica."""
 
     def __init__(self, expert: str, *, serves: bool) -> None:
         super().__init__(f"as many requests wait for {expert} as router.max_waiting admits")
@@ -43,19 +47,23 @@ class QueueFullError(HpcRouterError):
 
 
 AffinitySlot = Callable[[], int | None]
+"""Computes the affinity slot of a request; None if the request has no conversation."""
 ExpectedDuration = Callable[[str], float]
-"""The expected duration of a request in seconds, by expert."""
+"""Returns the expected duration in seconds of a request on the given expert."""
 _has_room: Final[Callable[[Replica], bool]] = attrgetter("has_room")
 
 
 @dataclass(slots=True, repr=False)
 class ReplicaTable:
-    """All replicas by name, and the requests of this worker that wait for one.
+    """The table of all replicas by name, and the requests of this worker that wait for a replica.
 
-    `pin_bound`: affinity yields on a replica with more than this many times the average load; None: no affinity.
-    `bounds`: see `admission`. This worker counts its requests in `cells` and reads those of the others from `peers`;
-    `queue_columns`: the columns of the waiting requests, by expert. `on_change` is called when a replica has changed.
-    `expected_ready_at`: Unix seconds, for experts without a ready replica whose next one is forecast.
+    `pin_bound`: a replica whose load is above this multiple of the average load loses affinity; None turns affinity
+    off. `bounds`: limits of the requests per expert. `on_change` is called when a replica has changed.
+    `expected_ready_at`: for experts without a ready replica, the forecast time at which the next one is ready, in Unix
+    seconds.
+
+    This worker writes its request counts to `cells` and reads those of the other workers from `peers`. `queue_columns`:
+    by expert, the column that counts its waiting requests.
     """
 
     pin_bound: float | None = None
@@ -71,7 +79,7 @@ class ReplicaTable:
     _scaled_to_zero: Mapping[str, str] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
-    _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # of `rendezvous`, by affinity slot
+    _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # rendezvous order by affinity slot
     _line: WaitingLine = field(init=False)
     _acquired_total: int = 0
     _peer_refresh: asyncio.TimerHandle | None = None
@@ -80,8 +88,8 @@ class ReplicaTable:
         self._line = WaitingLine(lambda: self.clock(), self._count_waiting)
 
     def __repr__(self) -> str:
-        """`math: math-0.g1 ready 2/8, math-1.g1 ejected 0/8, 3 waiting`: per expert its replicas with load and
-        capacity, and its queue, over all workers."""
+        """Shows the replicas of each expert with their load and capacity, and the length of its queue, over all
+        workers. Example: `math: math-0.g1 ready 2/8, math-1.g1 ejected 0/8, 3 waiting`."""
         self.refresh_peer_counts(self.all())
         parts = []
         for expert in sorted(self.experts() | self._line.queues.keys()):
@@ -96,7 +104,7 @@ class ReplicaTable:
         return self._replicas.get(name)
 
     def put(self, replica: Replica) -> None:
-        """Add it; it replaces a replica of the same name."""
+        """Adds a replica, in place of one with the same name, and offers its places to waiting requests."""
         self.remove(replica.name)
         self._replicas[replica.name] = replica
         self._index()
@@ -104,7 +112,7 @@ class ReplicaTable:
         self.offer(replica)
 
     def renew(self, replica: Replica, record: Record) -> None:
-        """Take over a newer record of the same server."""
+        """Replaces the replica's record with a newer one of the same server process."""
         before = replica.record
         replica.renew(record)
         if record.serves != before.serves:
@@ -114,7 +122,7 @@ class ReplicaTable:
             self._changed()
 
     def refresh_peer_counts(self, replicas: Iterable[Replica]) -> None:
-        """Read how many requests the other workers have in flight on them."""
+        """Reads how many requests the other workers have in flight on these replicas."""
         for replica in replicas:
             column, in_flight = replica.column, 0
             for row in self.peers:
@@ -122,14 +130,15 @@ class ReplicaTable:
             replica.peer_in_flight = in_flight
 
     def reassign_column(self, replica: Replica, column: int) -> None:
-        """Count its requests in this column from now on."""
+        """Moves the count of the replica's requests to another column of the shared counters."""
         if column != replica.column:
             self.cells[replica.column] = 0
             self.cells[column] = len(replica.reservations)
             replica.column = column
 
     def remove(self, name: str) -> None:
-        """Drop it. Requests that it still serves are marked as lost; their later releases change nothing here."""
+        """Removes the replica. Requests that it still serves are marked as lost; their later releases change nothing
+        here."""
         if replica := self._replicas.pop(name, None):
             self._index()
             replica.mark_lost()
@@ -138,17 +147,19 @@ class ReplicaTable:
 
     @property
     def acquired_total(self) -> int:
-        """Reservations made since the start."""
+        """Number of reservations made since the start."""
         return self._acquired_total
 
     def of(self, expert: str) -> Sequence[Replica]:
+        """Returns the replicas of the expert, in any state."""
         return self._by_expert.get(expert, ())
 
     def experts(self) -> set[str]:
         return {expert for replica in self._replicas.values() for expert in replica.record.serves}
 
     def ready(self) -> dict[str, int]:
-        """Experts with a ready replica -> requests in flight on all their replicas."""
+        """Returns the experts that have a ready replica, each with the number of requests in flight on all its
+        replicas."""
         if self.peers:
             self.refresh_peer_counts(self.all())
         load: dict[str, int] = {}
@@ -159,13 +170,15 @@ class ReplicaTable:
         return load
 
     def apply(self, replica: Replica, event: Event) -> bool:
-        """True when its state changed. A replica that becomes ready is offered to those that avoided it as well."""
+        """Applies the event to the replica's state; returns whether the state changed. A replica that becomes ready is
+        also offered to waiting requests that avoided it."""
         before = replica.state
         replica.apply(event)
         return self._state_changed(replica, before, lost=event is Event.FAILED)
 
     def set_state(self, replica: Replica, state: RoutingState, *, lost: bool) -> bool:
-        """The same as `apply`, for a state that the control process has decided."""
+        """Sets the state that the control process has decided; returns whether the state changed. Requests are handled
+        as in `apply`."""
         before, replica.state = replica.state, state
         return self._state_changed(replica, before, lost=lost)
 
@@ -190,7 +203,7 @@ class ReplicaTable:
         affinity_slot: AffinitySlot | None = None,
         needed_s: ExpectedDuration | None = None,
     ) -> Reservation | None:
-        """A reservation on the replica that `pick` chooses."""
+        """Reserves a place on the replica that `pick` chooses; returns None if `pick` finds no replica."""
         picked = self.pick(experts, avoid=avoid, only=only, affinity_slot=affinity_slot, needed_s=needed_s)
         return None if picked is None else self.reserve(*picked)
 
@@ -203,11 +216,13 @@ class ReplicaTable:
         affinity_slot: AffinitySlot | None = None,
         needed_s: ExpectedDuration | None = None,
     ) -> tuple[Replica, str] | None:
-        """A replica with room, of the first of these experts that has a ready one, and the expert.
+        """Returns a replica with room, of the first of these experts that has a ready replica, and that expert; None if
+        there is none.
 
-        `avoid`: never these; `only`: this one or none. `affinity_slot` is called only where affinity may decide,
-        `needed_s` only where a replica nears the end of its walltime: the request goes where it fits into the rest,
-        else to the longest-lived replica."""
+        `avoid`: replicas that are not chosen; `only`: the only replica that may be chosen. `affinity_slot` is called
+        only if affinity may decide. `needed_s` is called only if a replica nears the end of its walltime; the request
+        then goes to a replica with enough walltime left, or else to the one whose walltime ends last.
+        """
         for expert in experts:
             replicas = self._by_expert.get(expert, ())
             if self.peers:
@@ -242,7 +257,8 @@ class ReplicaTable:
     def _by_affinity(
         self, expert: str, replicas: Sequence[Replica], slot: int | None, fits: Callable[[Replica], bool]
     ) -> Replica | None:
-        """The conversation's own replica, or the next in rendezvous order where that has more than its share."""
+        """Returns the conversation's preferred replica, or the next one in rendezvous order if that has more than its
+        share of the load."""
         if slot is None:
             return None
         orders = self._orders.setdefault(expert, {})
@@ -254,19 +270,20 @@ class ReplicaTable:
         return affinity(order, fits=fits, bound=bound)
 
     def _at_bound(self, expert: str) -> bool:
+        """Returns whether the expert has as many requests in flight as its limit allows."""
         bound = self.bounds.in_flight.get(expert)
         return bound is not None and self.load(expert) >= bound
 
     def load(self, expert: str) -> int:
-        """Requests in flight on its replicas."""
+        """Returns the number of requests in flight on all replicas of the expert."""
         return sum(replica.load for replica in self._by_expert.get(expert, ()))
 
     def has_ready(self, expert: str, avoid: Collection[Replica]) -> bool:
-        """Whether it has a ready replica that is not one of `avoid`."""
+        """Returns whether the expert has a ready replica that is not one of `avoid`."""
         return any(r.state is READY and r not in avoid for r in self._by_expert.get(expert, ()))
 
     def reserve(self, replica: Replica, expert: str) -> Reservation:
-        """A reservation on a replica that has room."""
+        """Makes a reservation on a replica that has room."""
         self._acquired_total += 1
         replica.last_used = self._acquired_total
         reservation = Reservation(replica, expert, self)
@@ -277,10 +294,12 @@ class ReplicaTable:
     async def wait(
         self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
     ) -> Reservation:
-        """A reservation as soon as it is this request's turn at the first of these experts with a ready replica.
+        """Waits until it is this request's turn, and returns a reservation on the first of these experts with a ready
+        replica.
 
-        With `only`, on that replica; raises ReplicaLostError as soon as it is not ready. Raises QueueFullError, and
-        ScaledToZeroError if none of the experts can have a replica."""
+        With `only`, the reservation is on that replica; raises ReplicaLostError as soon as that replica is not ready.
+        Raises QueueFullError if a queue is full, and ScaledToZeroError if none of the experts can have a replica.
+        """
         if only is not None and (only.state is not RoutingState.READY or self._replicas.get(only.name) is not only):
             raise ReplicaLostError(f"{only.name} is not ready")
         if self._scaled_to_zero and only is None:
@@ -301,27 +320,27 @@ class ReplicaTable:
         except asyncio.CancelledError:
             granted = waiter.granted
             if granted.done() and not granted.cancelled() and granted.exception() is None:
-                granted.result().release()  # granted in the same step as the cancellation: to the next waiter
+                granted.result().release()  # granted in the same step as the cancellation: the next waiter gets it
             raise
         finally:
             self._line.leave(waiter)
 
     def set_scaled_to_zero(self, experts: Mapping[str, str]) -> None:
-        """The experts that shall have no replicas, each with the expert to scale for that. Requests that wait for them
-        alone fail."""
+        """Sets the experts that shall have no replicas. The value is the expert to scale up instead: for an adapter,
+        its host. Requests that wait only for such experts fail."""
         self._scaled_to_zero = experts
         for expert in experts:
             self._fail_absent(expert)
 
     def _is_absent(self, expert: str) -> bool:
-        """Whether no request can get a replica of it: it is scaled to 0, no replica is left that serves, and it has no
-        external endpoint."""
+        """Returns whether no request can get a replica of this expert: it is scaled to 0, has no ready replica left,
+        and has no external endpoint."""
         return expert in self._scaled_to_zero and not any(
             replica.state is READY or replica.record.kind is RecordKind.EXTERNAL for replica in self.of(expert)
         )
 
     def _fail_absent(self, expert: str) -> None:
-        """Fail the requests that wait for this expert and can get no replica any more."""
+        """Fails the requests that wait for this expert and cannot get a replica of any of their experts."""
         for waiter in tuple(self._line.queues.get(expert, ())):
             wanted = (*waiter.experts, *waiter.later)
             if not waiter.granted.done() and waiter.only is None and all(map(self._is_absent, wanted)):
@@ -335,26 +354,27 @@ class ReplicaTable:
         )
 
     def waiting(self, expert: str) -> int:
-        """Requests of all workers that wait for it."""
+        """Returns the number of requests of all workers that wait for the expert."""
         column = self.queue_columns.get(expert, NO_COLUMN)
         others = sum(row[column] for row in self.peers) if column != NO_COLUMN else 0
         return self._line.length(expert) + others
 
     def waiting_here(self, expert: str) -> int:
-        """Requests of this worker that wait for it."""
+        """Returns the number of requests of this worker that wait for the expert."""
         return self._line.length(expert)
 
     def wait_s(self, expert: str) -> float:
-        """Expected wait in seconds in this worker's queue: its length divided by its recent departure rate, or the time
-        until the expert is expected to be ready."""
+        """Returns the expected wait in seconds for the expert: the length of this worker's queue divided by its recent
+        departure rate, or the time until the expert is expected to be ready, whichever is longer."""
         ready_in_s = self.expected_ready_at.get(expert, 0.0) - time.time()
         return max(self._line.wait_s(expert), ready_in_s)
 
     def longest_wait_s(self) -> float:
+        """Returns the longest expected wait in seconds over this worker's queues."""
         return self._line.longest_wait_s()
 
     def reassign_queue_columns(self, columns: Mapping[str, int]) -> None:
-        """Count the waiting requests of each expert in these columns from now on."""
+        """Sets the columns that count the waiting requests of each expert, and moves the present counts there."""
         for expert, column in self.queue_columns.items():
             if columns.get(expert) != column:
                 self.cells[column] = 0
@@ -363,7 +383,8 @@ class ReplicaTable:
             self._count_waiting(expert, self._line.length(expert))
 
     def offer(self, replica: Replica, *, ignore_avoid: bool = False) -> None:
-        """Grant its free places to waiting requests. `ignore_avoid`: also to those that it has failed before."""
+        """Gives the replica's free places to waiting requests. `ignore_avoid`: also to requests that avoid this
+        replica."""
         if not self._line.queues or self._replicas.get(replica.name) is not replica:
             return
         if self.peers:
@@ -380,7 +401,8 @@ class ReplicaTable:
             self._line.grant(waiter, expert, partial(self.reserve, replica, expert))
 
     def _fail_waiters(self, replica: Replica) -> None:
-        """It is not ready any more: fail the waiters that accept no other, extend the others to their next expert."""
+        """Handles a replica that is not ready any more: fails the requests that accept only this replica, and lets the
+        others join the queue of their next expert."""
         for expert in replica.record.serves:
             for waiter in tuple(self._line.queues.get(expert, ())):
                 if waiter.granted.done():
@@ -392,7 +414,7 @@ class ReplicaTable:
             self._fail_absent(expert)
 
     def _extend_to_next_expert(self, waiter: Waiter) -> None:
-        """Join further queues until one of its experts has a ready replica."""
+        """Adds the request to the queues of its later experts until one of its experts has a ready replica."""
         before = len(waiter.experts)
         while waiter.later and not any(self.has_ready(expert, waiter.avoid) for expert in waiter.experts):
             self._line.join_next(waiter)
@@ -402,6 +424,7 @@ class ReplicaTable:
                     self.offer(replica)
 
     def _index(self) -> None:
+        """Rebuilds the lists of replicas by expert."""
         self._orders.clear()
         self._by_expert = {}
         for replica in self._replicas.values():
@@ -413,12 +436,13 @@ class ReplicaTable:
         self.cells[self.queue_columns.get(expert, NO_COLUMN)] = length
 
     def _offer_released_by_peers(self) -> None:
-        """Other workers do not announce released places: look for them while a request waits."""
+        """Offers all replicas to waiting requests, because other workers do not announce released places. Repeats every
+        `PEER_REFRESH_S` while a request waits."""
         self._peer_refresh = None
         try:
             for replica in {replica for expert in self._line.queues for replica in self.of(expert)}:
                 self.offer(replica)
-        finally:  # a fault in one round does not end the rounds
+        finally:  # an error in one round does not end the rounds
             if self._line.queues:
                 later = asyncio.get_running_loop().call_later
                 self._peer_refresh = later(PEER_REFRESH_S, self._offer_released_by_peers)

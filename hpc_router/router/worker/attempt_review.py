@@ -1,7 +1,7 @@
-"""What a failed attempt or an error status means: try another replica, report the replica, or answer the client.
+"""Decides after a failed attempt or an error status: try another replica, report the replica, or answer the client.
 
-Backpressure (429, or 503 with `Retry-After`) is no evidence of bad health, and an error is evidence only if another
-replica of the same expert serves the same request.
+Backpressure (429, or 503 with `Retry-After`) is no evidence of bad health. An error is evidence against a replica only
+if another replica of the same expert serves the same request.
 """
 
 import errno
@@ -26,39 +26,42 @@ _BUSY: Final = 429
 _AWAY: Final = 503
 _FAILED: Final = 500
 _LOST: Final = 502
-"""With the "starting" header: the engine had received the request and went away."""
+"""Status that an agent sends with the "starting" header if the engine had received the request and ended before its
+response."""
 _LOCAL_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
-"""Local causes of failed connections, which say nothing about the replica."""
+"""Errors of failed connections whose cause is this machine, so that they say nothing about the replica."""
 _MAX_ENGINES_LOST: Final = 2
-"""Engines that a request may lose: it may be the cause, and must not crash all engines of its expert."""
+"""Maximum number of engines that may end while they have the same request. The request may be the cause, and must not
+crash all engines of its expert."""
 _MAX_ERROR_BYTES: Final = 2**20
 _BARE_PHRASES: Final = ("Not Found", "Method Not Allowed")
 _MAX_QUOTED_BYTES: Final = 200
-"""Of an engine's error, in a message of the router."""
+"""Maximum number of bytes of an engine's error that a message of the router quotes."""
 
 
 class HealthReporter(Protocol):
-    """Gets what requests observe of replicas."""
+    """A receiver of what requests observe of the replicas' health."""
 
     def connect_failed(self, replica: Replica, trouble: str) -> None:
-        """No connection could be made."""
+        """Records that no connection to the replica could be made. `trouble`: text of the failure."""
 
     def request_failed(self, replica: Replica, trouble: str) -> None:
-        """It failed a request that another replica served."""
+        """Records that the replica failed a request that another replica of the expert served. `trouble`: text of the
+        failure."""
 
     def request_succeeded(self, replica: Replica) -> None:
-        """It served a request after it had failed one."""
+        """Records that the replica served a request after it had failed an earlier one."""
 
     def state_reported(self, replica: Replica, event: Event) -> None:
-        """It reported its own state in a response."""
+        """Records the state that the replica reported in the header of a response."""
 
     def recheck(self, replica: Replica) -> None:
-        """A request failed, possibly because of the replica: probe it."""
+        """Requests a probe of the replica, because a request failed and the replica may be the cause."""
 
 
 class RetryError(Exception):
-    """This attempt failed before anything was sent to the client; the failure is recorded. `begun`: the engine may have
-    begun the request."""
+    """An attempt failed before anything was sent to the client, and the failure is recorded. `begun`: whether the
+    engine may have begun the request."""
 
     def __init__(self, *, begun: bool) -> None:
         super().__init__()
@@ -67,17 +70,19 @@ class RetryError(Exception):
 
 @dataclass(slots=True)
 class AttemptReview:
+    """The review of failed attempts and error statuses in one worker, with reports to `health` and `metrics`."""
+
     health: HealthReporter
     metrics: Metrics
 
     async def review_status(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult | None:
-        """Check an error status, before anything is sent to the client. Raises RetryError if another replica should be
-        tried; otherwise returns the result, or None to relay the response."""
+        """Decides what to do with an error status, before anything is sent to the client. Returns the result that the
+        client gets, or None to relay the response. Raises RetryError if another replica should be tried."""
         replica, status, headers = reservation.replica, upstream.status, upstream.headers
         external = replica.record.kind is RecordKind.EXTERNAL
-        if status == 401 and external:  # the client's own token is valid
+        if status == 401 and external:  # the router's token for the endpoint is wrong; the client's own token is valid
             routed.avoid |= {replica}
             self.metrics.failovers.add(replica.name, status)
             message = f"{replica.record.url} answered 401: `hpc-router register` it again with --token-file"
@@ -118,8 +123,9 @@ class AttemptReview:
     async def _review_missing(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult:
-        """The engine's error, if it is one of the API. Otherwise the engine does not serve the path; another replica of
-        the expert may have another engine."""
+        """Returns the result for a 404 or 405 of an engine. An error in the format of the API is returned unchanged.
+        Any other means that the engine does not serve the path: raises RetryError if another replica of the expert,
+        which may have another engine, can be tried."""
         replica, expert = reservation.replica, reservation.expert
         if replica.recent_error:
             self.health.request_succeeded(replica)
@@ -139,7 +145,8 @@ class AttemptReview:
         return result
 
     def report_failures(self, routed: RoutedRequest, expert: str) -> None:
-        """A replica of this expert has served the request: report the replicas of the expert that failed it."""
+        """Reports the replicas of this expert that failed the request, after another replica of the expert has served
+        it."""
         for replica, of, seen in routed.failed_attempts:
             if of == expert:
                 what = f" answered {seen}" if isinstance(seen, int) else f": {seen}"
@@ -154,6 +161,8 @@ class AttemptReview:
         return RequestResult(upstream.status, reservation.expert, routed.reason_at(reservation.expert), response)
 
     def record_failure(self, routed: RoutedRequest, reservation: Reservation, error: UpstreamError) -> None:
+        """Records an attempt that failed before the first byte of its response. The request avoids the replica from
+        then on."""
         replica, expert = reservation.replica, reservation.expert
         logger.warning("%s: %s failed before its first byte: %s", routed.request_id, replica.name, error)
         self.metrics.failovers.add(replica.name, type(error).__name__)
@@ -169,7 +178,7 @@ class AttemptReview:
 
 
 def error_result(routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
-    """An error of the router about this replica."""
+    """Returns the result with an error of the router that concerns the reserved replica."""
     response = json_response(routed.endpoint.api_format.error_body(fault), status=fault.status)
     response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
     response.head += routed.routing_headers(reservation)
@@ -177,8 +186,8 @@ def error_result(routed: RoutedRequest, reservation: Reservation, fault: ErrorRe
 
 
 def _is_api_error(body: bytes) -> bool:
-    """Whether the API itself answers 404 or 405, such as for an unknown model. A server without this path answers with
-    the status alone, or not in the format of an API."""
+    """Returns whether the body is an error of the API itself, such as for an unknown model. A server without the
+    requested path responds with only the status text, or in another format."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
 """A worker's connection to the control process.
 
-Replica states, settings and the predecessor's counts come from there; what the worker's requests observe of a replica
-goes there, and the worker acts on it at once. Without a control process the last snapshot stands, and its successor
-gets what this worker knows, so that nothing is lost.
+The worker receives the replica states, the settings and its predecessor's counts. It sends what its requests observe of
+a replica, and also acts on that at once. While no control process runs, the worker keeps its last snapshot; a new
+control process gets what the worker knows, so that nothing is lost.
 """
 
 import asyncio
@@ -24,15 +24,18 @@ from hpc_router.router.replicas.snapshot import apply_snapshot, snapshot_of
 from hpc_router.router.replicas.table import ReplicaTable
 
 CALL_TIMEOUT_S: Final = 5.0
-"""How long a client waits for an answer that only the control process has."""
+"""Maximum time in seconds that a client waits for data that only the control process has."""
 
 R = TypeVar("R")
 
 
 @dataclass(slots=True)
 class ControlClient:
-    """`ejects_at_once`: the first failed connection ejects a replica. `informed` is set with the first snapshot,
-    `released` once no new clients come."""
+    """The worker's end of the connection, and the state that the control process sends to the worker.
+
+    `ejects_at_once`: whether the first failed connection ejects a replica. `informed` is set after the first snapshot,
+    `released` once no new clients come. `on_settings` is called after `settings` has changed.
+    """
 
     table: ReplicaTable
     sessions: Sessions
@@ -54,7 +57,7 @@ class ControlClient:
         self.sessions.on_turn = lambda session, turn: self._notify(messages.TurnAnswered(session, turn))
 
     async def attach(self, sock: socket.socket) -> None:
-        """Connect to the control process, or to its successor."""
+        """Connects to the control process, or to its successor, over `sock`."""
         if self._channel is not None:
             self._channel.close()
         self._observations = 0
@@ -81,6 +84,7 @@ class ControlClient:
             self._reporting = asyncio.create_task(reporting, name="metrics report")
 
     def close(self) -> None:
+        """Sends the last counts and closes the connection."""
         if self._reporting is not None:
             self._reporting.cancel()
         if self._channel is not None:
@@ -88,16 +92,18 @@ class ControlClient:
             self._channel.close()
 
     def task_failed(self, task: str, error: str) -> None:
-        """A background task of this worker failed and starts again."""
+        """Counts and reports a background task of this worker that failed and is started again."""
         self.metrics.task_failures.add(task)
         self._notify(messages.TaskFailed(task, error))
 
     def start_serving(self) -> None:
+        """Reports that this worker accepts connections."""
         self.serving = True
         self._notify(messages.Serving())
 
     async def call(self, call: messages.Call[R]) -> R:
-        """The reply of the control process; waits for its successor if it ends. Raises ChannelClosedError."""
+        """Returns the reply of the control process. If that ends meanwhile, asks its successor. Raises
+        ChannelClosedError after `CALL_TIMEOUT_S`."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 while True:
@@ -107,7 +113,7 @@ class ControlClient:
                     try:
                         return await channel.call(call, timeout_s=CALL_TIMEOUT_S)
                     except ChannelClosedError:
-                        if self._channel is channel:  # else it has ended, and its successor may answer
+                        if self._channel is channel:  # otherwise it has ended, and its successor may answer
                             raise
         except (TimeoutError, ChannelClosedError) as error:
             raise ChannelClosedError(
@@ -115,7 +121,7 @@ class ControlClient:
             ) from error
 
     async def recall(self, session: str) -> None:
-        """Learn where the session's last turn was answered, whichever worker served it."""
+        """Fetches the session's last turn, whichever worker served it, and stores it in `sessions`."""
         turn = await self.call(messages.FindTurn(session))
         if turn is not None:
             self.sessions.learn(session, turn)

@@ -1,9 +1,10 @@
 """Dispatches one API request, from its decoded body to the last byte of its response.
 
-Select an expert -> acquire a replica -> relay. Until the first body byte, a failed attempt is retried on another
-replica: `auto` on replicas of its expert, of the runner-up and of the fallback; a named expert only on its own
-replicas, for which it waits up to `router.queue_timeout_s`. Retries have a budget. A request that callbacks have
-begun continues here from its state: with its reservation, its connection, and its stream if that has begun.
+The dispatcher acquires a replica of the request's experts and relays the response. Until the first body byte is
+received, a failed attempt is retried on another replica. A request for `auto` is retried on replicas of its expert, of
+the runner-up and of the fallback; a request for a named expert only on replicas of that expert, for which it waits up
+to `router.queue_timeout_s`. A budget limits the retries. A request that was begun by callbacks continues here from its
+state: with its reservation, its connection, and its stream if that has begun.
 """
 
 import asyncio
@@ -47,16 +48,20 @@ from hpc_router.router.worker.routed_request import REVIEWED_STATUSES, RequestRe
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 6
+"""Maximum number of attempts for one request."""
 _NOTEWORTHY_S: Final = 0.001
-"""A shorter time before an attempt is not subtracted in the statistics of the replica."""
+"""Time in seconds before an attempt below which it is not subtracted in the statistics of the replica."""
 
 
 def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
+    """Returns the configured timeouts for streamed responses."""
     return UpstreamTimeouts(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s)
 
 
 @dataclass(slots=True)
 class Dispatcher:
+    """The service that serves the routed requests of one worker."""
+
     table: ReplicaTable
     health: HealthReporter
     client: Upstream
@@ -76,7 +81,7 @@ class Dispatcher:
         self.configure(self.config)
 
     def configure(self, config: RouterConfig) -> None:
-        """Apply to later requests; running ones keep their limits."""
+        """Applies the config to later requests; running requests keep their limits."""
         self.config = config
         self.client.limits = self.stream_timeouts = stream_timeouts_of(config)
         self.response_timeouts = replace(self.stream_timeouts, first_byte_s=config.answer_timeout_s)
@@ -86,7 +91,8 @@ class Dispatcher:
         )
 
     async def respond(self, routed: RoutedRequest) -> Response | None:
-        """Serve `routed` in a task. Raises only DownstreamGoneError."""
+        """Serves `routed` in a task and returns the response; None if it was streamed. Raises only
+        DownstreamGoneError."""
         if self.in_flight.closing:
             routed.request.keep_alive = False
         try:
@@ -102,6 +108,7 @@ class Dispatcher:
         return result.response
 
     async def _attempts(self, routed: RoutedRequest) -> RequestResult:
+        """Tries replicas until one serves the request, and returns the result. Raises RoutingErrors if none does."""
         deadline = routed.started + self.config.queue_timeout_s
         attempts = 0
         while attempts < MAX_ATTEMPTS:
@@ -140,8 +147,8 @@ class Dispatcher:
         raise UnavailableError(f"{times} failed, on {where}", retry_after_s=RETRY_AFTER_S)
 
     def _may_retry(self, replica: Replica) -> bool:
-        """Whether the retry budget allows a retry. After the loss of the replica it is free, because that replica is
-        not used again."""
+        """Returns whether another attempt is allowed, and counts it in the retry budget. A retry after the loss of its
+        replica is not counted, because a lost replica causes no further retries."""
         if replica.state is not RoutingState.READY:
             return True
         if self.retries.try_retry(time.monotonic(), requests=self.table.acquired_total):
@@ -150,6 +157,8 @@ class Dispatcher:
         return False
 
     async def _wait(self, routed: RoutedRequest, deadline: float) -> Reservation:
+        """Waits for a reservation until the deadline (of `time.perf_counter`). Raises UnavailableError, or another
+        error for the client."""
         started = time.perf_counter()
         try:
             async with asyncio.timeout(deadline - started):
@@ -179,6 +188,8 @@ class Dispatcher:
         )  # fmt: skip
 
     async def _attempt(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
+        """Sends the request to the reserved replica and relays its response. Raises RetryError if the attempt failed
+        before anything was sent to the client. A later failure is sent to the client as the end of the response."""
         replica, expert = reservation.replica, reservation.expert
         reason = routed.reason_at(expert)
         begun, routed.relay = routed.relay, None
@@ -221,7 +232,8 @@ class Dispatcher:
         return RequestResult(relay.status, expert, reason, relay.response)
 
     def _timeout_error(self, routed: RoutedRequest, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
-        """The error for a timeout. It is no evidence against the replica, whose probes succeed."""
+        """Returns the error for an idle or first-byte timeout. It is no evidence against the replica, whose probes
+        succeed."""
         if answered:
             key, limit_s, what = "idle_timeout_s", self.config.idle_timeout_s, "paused for longer than"
         elif routed.call.fields.get("stream"):

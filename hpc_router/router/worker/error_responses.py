@@ -1,4 +1,4 @@
-"""Errors as HTTP responses, in the format of the request's API. It has the only table of status codes."""
+"""Turns errors into HTTP responses in the format of the request's API. `STATUS` is the only table of status codes."""
 
 import logging
 import math
@@ -49,19 +49,24 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
     UnavailableError: (503, "service_unavailable"),
     AnswerTimeoutError: (504, "timeout_error"),
 }
+"""HTTP status and error type by class of the error. The first class that matches applies."""
 RETRY_AFTER_S: Final = 2.0
+"""Retry-After in seconds of errors whose end cannot be estimated."""
 
 
 class DrainingError(UnavailableError):
-    """This router accepts no new requests; its successor does."""
+    """The error of a request to a router that accepts no new requests. Its successor does."""
 
 
 @dataclass(slots=True)
 class ErrorResponses:
+    """The maker of error responses, which also counts and logs them."""
+
     metrics: Metrics
 
     def response_to(self, error: Exception, request: Request, request_id: str) -> Response:
-        """The response to an error, which is counted and logged; with a traceback if it is unexpected."""
+        """Returns the response to `error`, which is logged, with a traceback if it is unexpected. An expected error is
+        counted."""
         if not isinstance(error, HpcRouterError):
             logger.error("%s: %s %r failed", request_id, request.method, request.path[:200], exc_info=error)
             failure = RoutingError("the router failed; its log says why")
@@ -89,5 +94,5 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
 
 
 def _code(error: HpcRouterError) -> str:
-    """`UnknownModelError` -> `unknown_model`."""
+    """Returns the error code of an error class: `unknown_model` for `UnknownModelError`."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()

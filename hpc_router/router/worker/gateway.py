@@ -1,8 +1,8 @@
 """The router's HTTP API: paths, authentication, and errors in the format of each API.
 
-There is one handler, one table of routes and one table of status codes. `/health` signs a challenge, so that a client
-does not send its token to another process on this port. `Gateway` chooses the experts of a request; `dispatcher` serves
-it.
+There is one handler and one table of routes. `/health` signs a challenge, so that a client does not send its token to
+another process on this port. `Gateway` authenticates a request and finds its handler; `route_request` chooses the
+experts of an API request, and `dispatcher` serves it.
 """
 
 import asyncio
@@ -52,11 +52,13 @@ from hpc_router.routing.prompt_text import PROMPT_FIELDS
 logger = logging.getLogger(__name__)
 
 LONG_BODY_BYTES: Final = 2**18
-"""Bytes; a longer body is decoded and read in a thread."""
+"""Length in bytes above which a body is decoded, and its prompt extracted, in a thread."""
 _OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready", protocol.HANDOVER})
-"""Paths that need no owner's token; the handover checks a key of its own."""
+"""Paths that need no owner's token. The handover path checks the replica key instead."""
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
+"""Paths that are served while the router drains."""
 _FAST_PATHS: Final = frozenset(protocol.POST_PATHS) - {protocol.RESPONSES}
+"""Paths whose requests can be served without a task."""
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
@@ -66,7 +68,8 @@ Handler = Callable[[Request, str], Awaitable[Response | None]]
 
 @dataclass(slots=True, eq=False)
 class Gateway:
-    """Handles every request of the router. `token` None: no authentication. `key` signs the challenges of `/health`."""
+    """The handler of all requests of a worker. `token`: the owner's token; None turns authentication off. `key`: signs
+    the challenges of `/health`. `link`: the connection to the control process."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -108,7 +111,7 @@ class Gateway:
         }
 
     def reconfigure(self, deployment: Deployment, policy: Policy) -> None:
-        """Apply to later requests."""
+        """Applies the deployment's settings and the policy to later requests."""
         config = deployment.router
         self.deployment = self.routing.deployment = deployment
         self.routing.policy = policy
@@ -118,7 +121,8 @@ class Gateway:
         self.cross_origin.allow(config.allowed_origins)
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
-        """Serve a request. One that only has to be routed and sent needs no task; all others get a coroutine."""
+        """Starts to serve a request. Returns a `RoutedRequest` if the request only has to be routed and sent, which
+        needs no task; for any other request, returns a coroutine."""
         if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
             request_id = request.request_id.decode()
         else:
@@ -141,7 +145,8 @@ class Gateway:
         return routed
 
     async def _respond(self, request: Request, request_id: str) -> Response | None:
-        """Serve a request in a task. Raises only DownstreamGoneError: the client has disconnected."""
+        """Serves a request in a task and returns the response; None if it was streamed. Raises only
+        DownstreamGoneError, after the client has disconnected."""
         try:
             return await self._find_route(request)(request, request_id)
         except DownstreamGoneError:
@@ -150,13 +155,15 @@ class Gateway:
             return self.dispatcher.errors.response_to(error, request, request_id)
 
     def _simple_endpoint(self, request: Request) -> ApiEndpoint | None:
-        """The endpoint, if requests with this head are authorized and can be routed without waiting. Cached with the
-        head."""
+        """Returns the endpoint if requests with this head are authorized and can be routed without waiting, else None.
+        The result is cached with the head."""
         simple = request.method == "POST" and request.path in _FAST_PATHS and self._is_authorized(request.headers)
         endpoint = request.headers.cached[self] = endpoint_of(request) if simple else None
         return endpoint
 
     def _find_route(self, request: Request) -> Handler:
+        """Returns the handler of the request. Raises an error for the client if the request is not authorized or not
+        served."""
         path = request.path.rstrip("/") or "/"
         if self.cross_origin.is_preflight(request.method, request.headers):
             return self._preflight
@@ -178,7 +185,7 @@ class Gateway:
         return handler
 
     def _handlers_at(self, path: str) -> dict[str, Handler]:
-        """The handlers of a path by method."""
+        """Returns the handlers of a path by method."""
         if path.startswith(protocol.MODELS + "/"):
             return {"GET": self._model}
         if stored := protocol.STORED_RESPONSE.fullmatch(path):
@@ -186,6 +193,7 @@ class Gateway:
         return {method: handler for (method, at), handler in self.routes.items() if at == path}
 
     def _is_authorized(self, headers: Headers) -> bool:
+        """Returns whether the headers carry the owner's token. Success is cached with the headers."""
         token = self.token
         if token is None or token in headers.cached:
             return True
@@ -195,7 +203,7 @@ class Gateway:
         return True
 
     async def _preflight(self, request: Request, request_id: str) -> Response:
-        """Say whether the page may send a request. The browser asks without a token."""
+        """Responds to a CORS preflight: whether the page may send a request. Browsers send it without a token."""
         lines = self.cross_origin.preflight_lines(request.headers)
         if lines is None:
             origin = request.headers.text("origin")[:200]
@@ -214,7 +222,8 @@ class Gateway:
         return json_response({"ready": ready}, status=200 if ready else 503)
 
     async def _handover(self, request: Request, request_id: str) -> Response:
-        """What a successor takes over. It has the replica key, not the owner's token."""
+        """Responds with what a successor takes over. The successor sends the replica key instead of the owner's
+        token."""
         if not equal_secrets(bearer_token(request.headers.text("authorization")) or "", self.key):
             raise UnauthorizedError(f"{protocol.HANDOVER} is for routers of this run")
         skip = protocol.skip_in(request.query)
@@ -238,7 +247,7 @@ class Gateway:
         return json_response(self._model_card(name))
 
     async def _route(self, request: Request, request_id: str) -> Response:
-        """Explain the routing of this prompt for model `auto`."""
+        """Responds with an explanation of how this prompt would be routed for model `auto`."""
         call = await self._read_call(request)
         if not any(name in call.fields for name in PROMPT_FIELDS):
             raise BadRequestError(f"the body has no prompt (valid fields: {', '.join(PROMPT_FIELDS)})", param="prompt")
@@ -266,6 +275,7 @@ class Gateway:
             return await self.dispatcher.respond(await self.routing.route_stored(request, request_id, session))
 
     def _admit(self) -> None:
+        """Raises OverloadedError if the router serves as many requests as `router.max_in_flight` allows."""
         if self.in_flight.total >= self.deployment.router.max_in_flight:
             raise OverloadedError(
                 f"{self.deployment.router.max_in_flight} requests are in flight, as many as are admitted",
@@ -273,14 +283,16 @@ class Gateway:
             )
 
     async def _read_call(self, request: Request) -> ApiCall:
+        """Waits for the complete body and returns it decoded."""
         body = await request.read(limit_s=self.deployment.router.idle_timeout_s)
         if len(body) <= LONG_BODY_BYTES:
             return decode(body)
         return await asyncio.to_thread(self.routing.read_long, body, request.path.rstrip("/"))
 
     def _model_card(self, name: str) -> dict[str, Any]:
-        """`root`, `parent` and `max_model_len` as in vLLM: the model's path, the base of an adapter, and the context of
-        the ready replica with the smallest. Null: unknown."""
+        """Returns the entry of a model in `/v1/models`. `root`, `parent` and `max_model_len` are as in vLLM: the
+        model's path, the base of an adapter, and the context length, here the smallest of all ready replicas. Null
+        means unknown."""
         replicas = self.table.all() if name == "auto" else self.table.of(name)
         ready = [replica for replica in replicas if replica.state == "ready"]
         engines = [replica.record.engine for replica in replicas]

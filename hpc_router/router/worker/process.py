@@ -1,7 +1,7 @@
-"""A worker process of the router: serves clients on its own socket.
+"""A worker process of the router, which serves clients on its own socket.
 
-It starts to serve once it has received the replicas from the control process. On a drain it rejects new requests, and
-closes its socket as soon as clients are no longer sent to it.
+The worker starts to serve once it has received the replicas from the control process. While it drains, it rejects new
+requests; it closes its socket as soon as clients are no longer sent to it.
 """
 
 import asyncio
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """Identity of a router, the same in all of its workers. `token` None: no authentication. `key`: for `/health`
-    proofs."""
+    """The identity of a router, the same in all of its workers. `token`: the owner's token; None turns authentication
+    off. `key`: signs the challenges of `/health`."""
 
     replica: str
     key: str
@@ -48,7 +48,7 @@ class Identity:
 
 @asynccontextmanager
 async def control_client(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlClient]:
-    """The replica table of a worker and its connection to the control process, which is attached later."""
+    """Yields a worker's connection to the control process, which is attached later, with an empty replica table."""
     config = deployment.router
     table = ReplicaTable(
         config.pin_bound, queue_limits(deployment), cells=counters.row(worker), peers=counters.others(worker)
@@ -72,7 +72,8 @@ async def serving(
     make_client: Callable[[UpstreamTimeouts], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
     listen: Callable[..., AbstractAsyncContextManager[asyncio.Server]] = listening,
 ) -> AsyncIterator[Gateway]:
-    """Serve on `sock` within the block; at its end, running requests get `router.drain_s` seconds to finish."""
+    """Serves requests on `sock` within the block. At its end, running requests get `router.drain_s` seconds to
+    finish."""
     config = deployment.router
     await link.informed.wait()
     async with make_client(stream_timeouts_of(config)) as client:
@@ -104,7 +105,8 @@ async def serving(
 
 @asynccontextmanager
 async def following_settings(gateway: Gateway, link: ControlClient, run: RunDir) -> AsyncIterator[None]:
-    """Apply new settings from the control process, one after the other. Running requests keep their settings."""
+    """Applies new settings from the control process within the block, one after the other. Running requests keep their
+    settings."""
     changed = asyncio.Event()
 
     async def follow() -> None:

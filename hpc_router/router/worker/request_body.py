@@ -1,8 +1,8 @@
 """Decodes request bodies for routing and finds the position of the `model` value.
 
-The client's bytes go upstream unchanged; if a replica uses another name for the model, only the bytes of that value are
-replaced. Most bodies are decoded by orjson. A body that orjson rejects, or that contains the bytes `"model"` more than
-once, is parsed member by model_at, which also gives exact error messages.
+The client's bytes are sent upstream unchanged; if a replica uses another name for the model, only the bytes of that
+value are replaced. Most bodies are decoded by orjson. A body that orjson rejects, or that does not contain the bytes
+`"model"` exactly once, is parsed member by member, which also gives exact error messages.
 """
 
 import json
@@ -17,23 +17,23 @@ from hpc_router.errors import BadRequestError
 
 _MODEL: Final = b'"model"'
 _MAX_PREFIX_BYTES: Final = 16
-"""Limit of bytes before the first member of a body."""
+"""Maximum number of bytes before the first member of a body."""
 MAX_CONTAINERS: Final = 1_000_000
 MAX_COLONS: Final = 500_000
 MAX_COMMAS: Final = 8_000_000
-"""Limits of a long body, within texts as well. The decoder holds the interpreter's lock for up to 0.3 us per object or
-list, 1 us per key (counted by its colon) and 0.05 us per number."""
+"""Limits of a long body; text inside strings counts as well. The decoder holds the interpreter's lock for up to 0.3 us
+per object or list, 1 us per key (counted by its colon) and 0.05 us per number."""
 MAX_DIGITS: Final = 400
-"""Of a whole number: the time to decode one grows with the square of its length."""
+"""Maximum number of digits of an integer: the time to decode one grows with the square of its length."""
 _space = re.compile(r"[ \t\n\r]*").match
 
 
 class ApiCall:
-    """One API body: the client's bytes and the decoded fields. `model_at`: offset of the only `"model"` in it, or
-    -1."""
+    """One API body: the client's bytes and the decoded fields. `model_at`: offset of the only `"model"` in the bytes,
+    or -1."""
 
     text: str | None = None
-    """The text that a routing decision reads, if it was extracted in a thread."""
+    """The text that a routing decision reads, if it was extracted in a thread; else None."""
     _span: tuple[int, int] | None = None
 
     def __init__(self, raw: bytes, fields: dict[str, Any], model_at: int = -1) -> None:
@@ -43,7 +43,7 @@ class ApiCall:
 
     @property
     def model_span(self) -> tuple[int, int]:
-        """Start and end offset of the model's name in bytes. Raises BadRequestError for a duplicate key."""
+        """Start and end offset of the model's name in the bytes. Raises BadRequestError for a duplicate key."""
         if self._span is None:
             self._span = self._find_model()
         return self._span
@@ -61,8 +61,8 @@ class ApiCall:
         return before, before + len(text[start:end].encode())
 
     def _is_top_level(self) -> bool:
-        """Whether `model_at` is a member of the top-level object: only its brace comes before, or the rest of the body
-        is a valid object by itself."""
+        """Returns whether `model_at` is a member of the top-level object: only the opening brace comes before it, or
+        the rest of the body is a valid object by itself."""
         raw, at = self.raw, self.model_at
         if at <= _MAX_PREFIX_BYTES and raw[:at].strip() == b"{":
             return True
@@ -76,7 +76,7 @@ class ApiCall:
 
     @property
     def model(self) -> str:
-        """Raises BadRequestError if it is missing or not a string."""
+        """The name of the requested model. Raises BadRequestError if it is missing or not a string."""
         value = self.fields.get("model")
         if not isinstance(value, str) or not value:
             wrong = "is missing" if "model" not in self.fields else "must be a non-empty string"
@@ -84,7 +84,7 @@ class ApiCall:
         return value
 
     def body(self, model: str) -> bytes:
-        """The body with `model` as its model name."""
+        """Returns the body with its model name replaced by `model`."""
         if self.model_at == 1 and self.raw.startswith(b'{"model":%b' % (asked := _quoted(self.fields["model"]))):
             return b'{"model":%b%b' % (_quoted(model), self.raw[9 + len(asked) :])  # the usual case
         start, end = self.model_span
@@ -117,7 +117,7 @@ def check_values(body: bytes) -> None:
 
 
 def decode(body: bytes) -> ApiCall:
-    """Decode a JSON object. Raises BadRequestError for anything else."""
+    """Returns the decoded body. Raises BadRequestError if it is not a JSON object."""
     model_at = body.find(_MODEL)
     if model_at >= 0 and body.rfind(_MODEL) == model_at:  # rfind is twice as fast as a second `find`
         try:
@@ -135,7 +135,7 @@ def decode(body: bytes) -> ApiCall:
 
 
 def _parse_text(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """Raises BadRequestError."""
+    """Returns the result of `_parse_members`. Raises BadRequestError if the text is not a JSON object."""
     try:
         return _parse_members(text)
     except IndexError as error:
@@ -147,7 +147,8 @@ def _parse_text(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
 
 
 def _parse_members(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """The members of an object, and the text span of each value."""
+    """Returns the members of an object, and the text span of each value. Raises ValueError, IndexError or
+    RecursionError."""
     at = _skip_space(text, 0)
     if text[at : at + 1] != "{":
         raise ValueError("it does not start with '{'")

@@ -1,28 +1,30 @@
 """Retry budget: limits retries to a share of requests, so that an outage does not become a retry storm.
 
-The budget is a share of the requests within a sliding window, plus a minimum rate for times with few requests. A retry
-after the loss of a replica need not be counted, because each replica is lost only once. No I/O, no clock.
+The budget is a share of the requests within a sliding window, plus a minimum rate for times with few requests. The
+caller need not count a retry after the loss of a replica, because each replica is lost only once. No I/O, no clock.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 WINDOW_S: Final = 10.0
+"""Length in seconds of each of the two intervals that make up the sliding window."""
 
 
 @dataclass(slots=True)
 class RetryBudget:
-    """`share`: allowed retries per request. `least_per_s`: retries per second that are always allowed. The sliding
-    window is the current and the previous interval of WINDOW_S seconds."""
+    """The retries that were made and are allowed in the current and the previous interval of `WINDOW_S`. `share`:
+    allowed retries per request. `least_per_s`: retries per second that are always allowed."""
 
     share: float
     least_per_s: float
     _started_at: float = 0.0
     _requests: tuple[int, int] = (0, 0)  # total at the start of each of the two intervals
-    _retries: tuple[int, int] = (0, 0)  # in each of the two intervals
+    _retries: tuple[int, int] = (0, 0)  # retries in each of the two intervals
 
     def try_retry(self, now: float, *, requests: int) -> bool:
-        """Count one retry if the budget allows it, and return whether it does. `requests`: total number of requests."""
+        """Returns whether the budget allows a retry, and counts the retry if so. `requests`: total number of requests
+        since the start."""
         self._advance(now, requests)
         allowed = self.share * (requests - self._requests[0]) + self.least_per_s * WINDOW_S
         if sum(self._retries) >= allowed:

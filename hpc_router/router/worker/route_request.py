@@ -28,16 +28,19 @@ _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
 
 
 UNKNOWN_ENDPOINT: Final = ApiEndpoint("", "", api_format_of(""))
+"""Marks a head whose endpoint is not cached yet."""
 
 
 def endpoint_of(request: Request) -> ApiEndpoint:
+    """Returns the API endpoint of the request."""
     path = request.path.rstrip("/")
     return ApiEndpoint(path, f"{path}?{request.query}" if request.query else path, api_format_of(path))
 
 
 @dataclass(slots=True)
 class RequestRouting:
-    """`policy` and `deployment` change with the settings, for later requests."""
+    """The routing of one worker's requests. `policy` and `deployment` are replaced when the settings change, for later
+    requests."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -47,6 +50,8 @@ class RequestRouting:
     sessions: Sessions
 
     def route(self, request: Request, request_id: str, call: ApiCall, endpoint: ApiEndpoint) -> RoutedRequest:
+        """Returns the request with its experts. Raises BadRequestError, UnknownModelError or
+        PreviousResponseNotFoundError."""
         started = time.perf_counter()
         model = call.fields.get("model")
         if type(model) is not str or not model:
@@ -78,7 +83,8 @@ class RequestRouting:
         return routed
 
     async def route_stored(self, request: Request, request_id: str, session: str | None) -> RoutedRequest:
-        """Route a request for a stored response to the replica that has it."""
+        """Returns a request for a stored response with the replica that has the response. Raises as
+        `StoredResponses.find`."""
         started = time.perf_counter()
         endpoint = endpoint_of(request)
         stored = protocol.STORED_RESPONSE.fullmatch(endpoint.path)
@@ -86,7 +92,7 @@ class RequestRouting:
         response_id = stored[1]
         turn = None if session is None else self.sessions.find(session)
         replica = await StoredResponses(self.table, self.dispatcher.client).find(response_id, turn=turn)
-        own = split_replica(replica.name)[0]  # of the experts that share an engine, the one that has the jobs
+        own = split_replica(replica.name)[0]  # the expert that owns the job, if several share an engine
         expert = turn.expert if turn is not None and turn.is_at(replica) else own
         fields = {
             "model": replica.record.serves.get(expert),
@@ -100,7 +106,7 @@ class RequestRouting:
         return routed
 
     def _choose_experts(self, call: ApiCall, endpoint: ApiEndpoint) -> tuple[tuple[str, ...], RouteReason]:
-        """The experts to try in order, by the policy, and the reason for the first one."""
+        """Returns the experts to try in order, as the policy decides, and the reason for the first one."""
         if endpoint.path in protocol.INCOMPARABLE_PATHS:
             raise BadRequestError(
                 f"'auto' cannot be the model at {endpoint.path}: the vectors, scores and tokens of experts differ, so "
@@ -120,7 +126,7 @@ class RequestRouting:
         return experts, decision.reason
 
     def _spills(self, decision: Decision) -> bool:
-        """Whether the expert is busy, the runner-up is free, and the wait weighs more than the lower score."""
+        """Returns whether the expert is busy, the runner-up is free, and the wait weighs more than the lower score."""
         expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
         if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
             return False
@@ -129,7 +135,7 @@ class RequestRouting:
         return should_spill(margin=decision.margin or 0.0, wait_s=self.table.wait_s(expert), per_s=per_s)
 
     def read_long(self, body: bytes, path: str) -> ApiCall:
-        """Decode a long body and do all other work whose time grows with its length; for a thread."""
+        """Decodes a long body and does all other work whose time grows with its length. It runs in a thread."""
         check_values(body)
         call = decode(body)
         model = call.fields.get("model")
@@ -141,11 +147,13 @@ class RequestRouting:
         return call
 
     def prompt(self, call: ApiCall, *, first: str = "messages") -> str:
+        """Returns the text that the policy reads. `first`: the field that is read first."""
         if call.text is not None:
             return call.text
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
 
     def _decide(self, text: str) -> Decision:
+        """Returns the policy's decision and counts it, and whether the shadow agrees."""
         policy, metrics = self.policy, self.metrics
         started = time.perf_counter()
         decision = policy.select(text, ready=self.table.ready() if policy.weighs_load else {})
@@ -166,4 +174,5 @@ class RequestRouting:
         return ["auto", *sorted(self.experts())]
 
     def unknown(self, name: str) -> UnknownModelError:
+        """Returns the error for a model name that does not exist."""
         return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self.model_names())}", param="model")

@@ -1,7 +1,7 @@
-"""A request with its route: sent and answered by callbacks where that is possible.
+"""A request with its route, which is sent and answered by callbacks where that is possible.
 
-It holds the state of one request from routing to the end of its response. What has to be awaited (the queue, a new
-connection, a retry, a stream, a long body) is left to `dispatcher`, which continues from this state in a task.
+`RoutedRequest` holds the state of one request from routing to the end of its response. If something has to be awaited
+(the queue, a new connection, a retry, a stream, a long body), `dispatcher` continues from this state in a task.
 """
 
 import time
@@ -38,16 +38,18 @@ if TYPE_CHECKING:
     from hpc_router.router.worker.dispatcher import Dispatcher
 
 RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
+"""Statuses after which another replica is tried."""
 MISSING_STATUSES: Final = frozenset({404, 405})
 """Statuses of an engine that may not serve the path at all."""
 REVIEWED_STATUSES: Final = RETRY_STATUSES | MISSING_STATUSES | {401}
-"""Statuses that the dispatcher checks before the client gets the response."""
+"""Statuses that `AttemptReview` checks before the client gets the response."""
 _SESSION: Final = protocol.SESSION_HEADER.encode()
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
 
 class ApiEndpoint(NamedTuple):
-    """`path` without a final slash; `target`: path and query of the upstream request."""
+    """The API path of a request. `path`: the path without a final slash; `target`: path and query of the upstream
+    request."""
 
     path: str
     target: str
@@ -55,38 +57,41 @@ class ApiEndpoint(NamedTuple):
 
 
 class RoutedRequest(PendingResponse, ResponseCallback):
-    """A request with its route, and the state of its dispatch. `experts`: tried in this order. `reason`: why the first
-    of them was chosen. `only`: the only replica that may serve it. `on_success` is called with the replica of a 2xx
-    response, before the client receives any of it.
+    """A request with its route, and the state of its dispatch.
 
-    It counts as in flight from `start` until its end. It is served by callbacks if only the replica has to be awaited:
-    an expert has a free replica, a connection is pooled, and the response is short and received in one read, or a
-    stream of events. Otherwise it continues in a task, from the current state. Rarely used fields are class attributes
-    until they are set, which saves time per request.
+    `experts`: the experts in the order in which they are tried. `reason`: why the first of them was chosen. `only`: the
+    only replica that may serve the request. `on_success` is called with the replica of a 2xx response, before the
+    client receives any of it.
+
+    The request counts as in flight from `start` until its end. It is served by callbacks if only the replica has to be
+    awaited: an expert has a free replica, a connection is pooled, and the response is either short and received in one
+    read, or a stream of events. Otherwise it continues in a task, from the current state. Rarely used fields are class
+    attributes until they are set, which saves time per request.
     """
 
     method = "POST"
     repeatable = True
-    """Whether it may be sent again if an engine may have begun it. What generates text may, because that changes
-    nothing; what deletes or cancels may not."""
+    """Whether the request may be sent again if an engine may have begun it. A request that generates text may, because
+    it changes nothing; one that deletes or cancels may not."""
     only: Replica | None = None
     on_success: Callable[[Replica, str, RouteReason], None] | None = None
     phase = "queued"
     reservation: Reservation | None = None
     sent: PendingRequest | None = None
-    """The request to the reserved replica, once it is sent without a task."""
+    """The request to the reserved replica, if it was sent without a task."""
     relay: ResponseRelay | None = None
-    """The relay of a stream that is served without a task, or was until the task took over."""
+    """The relay of a stream that is served without a task, or that was begun without the task that now serves it."""
     avoid: frozenset[Replica] = frozenset()
     error_result: "RequestResult | None" = None
     """The last error response of a replica, which the client gets if no other replica serves the request."""
     failed_attempts: tuple[tuple[Replica, str, int | str], ...] = ()
-    """Failed attempts: replica, expert, and status or connection error. Reported as evidence of bad health only if
-    another replica of the same expert serves the request."""
+    """Failed attempts: replica, expert, and status or connection error. They are reported as evidence of bad health
+    only if another replica of the same expert serves the request."""
     lost_error: Callable[[str], RoutingError] | None = None
-    """Makes the error for a request whose `only` replica is not ready any more; None: as for a session."""
+    """Makes the error for a request whose `only` replica is not ready any more. If it is None, the client gets the
+    error for a lost session."""
     engines_lost = 0
-    """Number of engines that went away while they had this request."""
+    """Number of engines that ended while they had this request."""
 
     def __init__(
         self,
@@ -109,7 +114,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.started = started
 
     def start(self) -> None:
-        """Send the request if that is possible without waiting; otherwise continue in a task."""
+        """Sends the request if that is possible without waiting; otherwise continues it in a task."""
         dispatcher = self.dispatcher
         dispatcher.in_flight.enter()
         self.reservation = reservation = dispatcher.table.acquire(
@@ -173,7 +178,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return True
 
     def on_head(self, status: int, headers: Headers) -> EventStream | None:
-        """Events of a stream go from the replica's connection to the client's without a task."""
+        """Returns the sink that forwards a stream of events from the replica's connection to the client's without a
+        task; None for any other response."""
         if status in REVIEWED_STATUSES or headers.content_type != CONTENT_TYPE or b"content-encoding" in headers:
             return None
         assert self.reservation is not None
@@ -200,7 +206,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return ResponseRelay(self.request, self.dispatcher.relay_limits, detector, stream=stream)
 
     def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:
-        """The response goes to the client. Returns its header lines."""
+        """Records that the response goes to the client, and returns the header lines for it."""
         dispatcher, replica, expert = self.dispatcher, reservation.replica, reservation.expert
         if status not in REVIEWED_STATUSES and replica.recent_error:
             dispatcher.health.request_succeeded(replica)
@@ -216,15 +222,15 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return self.response_head(reservation, headers)
 
     def _request_start(self, replica: Replica) -> bytes:
-        """Request line and the header lines that are the same for all requests to this replica."""
+        """Returns the request line and the header lines that are the same for all requests to this replica."""
         path, target, _ = self.endpoint
         start = request_line("POST", replica.address, target) + replica.authorization
-        if target == path:  # there are only a few paths
+        if target == path:  # cached, because there are only a few paths
             replica.request_starts[path] = start
         return start
 
     def request_for(self, reservation: Reservation) -> tuple[bytes, bytes]:
-        """Header lines and body of the request to this replica."""
+        """Returns the header lines and the body of the request to the reserved replica."""
         replica = reservation.replica
         head = b"%b%bx-request-id: %b\r\n" % (
             crossing(self.request.headers, drop=NOT_UPSTREAM),
@@ -234,13 +240,13 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return head, _body(self.call, reservation.expert, replica)
 
     def timeouts(self) -> UpstreamTimeouts:
-        """A response that is not streamed has its own limit for the first byte, because the engine sends it when
-        complete."""
+        """Returns the timeouts of the request. A response that is not streamed has its own limit for the first byte,
+        because the engine sends it only when it is complete."""
         dispatcher = self.dispatcher
         return dispatcher.stream_timeouts if self.call.fields.get("stream") else dispatcher.response_timeouts
 
     def response_head(self, reservation: Reservation, headers: Headers) -> bytes:
-        """The header lines of the response to the client: the engine's and the router's."""
+        """Returns the header lines of the response to the client: those of the engine and those of the router."""
         return b"%bx-request-id: %b\r\n%b" % (
             headers.cached.get(_OWN_DOWNSTREAM) or crossing(headers, drop=_OWN_DOWNSTREAM),
             self.request_id.encode(),
@@ -260,17 +266,18 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
 
     def measure(self, reservation: Reservation) -> None:
-        """The response is complete: note its duration, where replicas have a walltime."""
+        """Records the duration of the complete response, if the replica has a walltime."""
         if reservation.replica.record.expires_at is not None:
             elapsed_s = time.perf_counter() - self.started
             self.dispatcher.table.lifetimes.ended(reservation.expert, elapsed_s, self.call.fields)
 
     def needed_s(self, expert: str) -> float:
-        """How long it is expected to take there."""
+        """Returns the expected duration in seconds of this request on the expert."""
         return self.dispatcher.table.lifetimes.expected_s(expert, self.call.fields)
 
     def slot(self) -> int | None:
-        """The affinity slot of its conversation (see `balancing`): of the session, else of the first user message."""
+        """Returns the affinity slot of the request's conversation (see `balancing`), from the session id or else from
+        the first user message; None without both."""
         session = self.request.headers.get(_SESSION)
         if session is not None:
             return affinity_slot(session)
@@ -280,7 +287,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
 @dataclass(slots=True)
 class RequestResult:
-    """Result of a request. `response` None: it was streamed to the client."""
+    """The result of a request. `response`: the response to send; None if it was streamed to the client."""
 
     status: int
     expert: str
@@ -289,10 +296,9 @@ class RequestResult:
 
 
 def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
-    """The client's bytes, if the replica knows this expert by the requested name; otherwise with the name replaced.
-
-    A replica with one expert means it by each of its model names; for others the record has the name.
-    """
+    """Returns the client's bytes if the replica knows this expert by the requested name; otherwise the body with that
+    name replaced. A replica with a single expert accepts each of its model names for it. For any other replica, the
+    record states the name."""
     record, asked = replica.record, call.fields["model"]
     wanted = record.serves.get(expert) or replica.model_for(expert)
     if wanted is None or asked == wanted:

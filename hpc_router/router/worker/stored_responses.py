@@ -1,8 +1,8 @@
 """Finds the replica that keeps a response, for requests with the response's id in their path.
 
-Only the engine that made a response has it, and the id does not say which engine that is. So the ready replicas are
-asked, at the same time, with a GET of the response. This needs no memory: it holds in every worker, and after a restart
-of the router. With `x-session-id`, the replica that answered the session's last turn is asked first.
+Only the engine that made a response has it, and the id does not name the engine. So the router asks the ready replicas
+at the same time, with a GET of the response. This needs no memory in the router, so it works in every worker and after
+a restart. With `x-session-id`, the replica that answered the session's last turn is asked first.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S
 
 ASK_S: Final = 10.0
-"""How long a replica may take to say whether it has a response."""
+"""Maximum time in seconds for a replica to say whether it has a response."""
 MAX_CONCURRENT: Final = 32
-"""Replicas that are asked at the same time for one request."""
+"""Maximum number of replicas that are asked at the same time for one request."""
 _MAX_ERROR_BYTES: Final = 2**16
 _NOT_IMPLEMENTED: Final = 501
 _TRANSIENT: Final = frozenset({408, 429})
@@ -29,15 +29,15 @@ _TRANSIENT: Final = frozenset({408, 429})
 
 @dataclass(slots=True)
 class StoredResponses:
+    """The search for stored responses on the replicas of `table`."""
+
     table: ReplicaTable
     client: Upstream
 
     async def find(self, response_id: str, *, turn: Turn | None) -> Replica:
-        """The replica that has the response; it is not asked if it is the only one that keeps responses. `turn`: the
-        last turn of the request's session.
-
-        Raises ResponseNotFoundError, and UnavailableError if a replica that may have it could not be asked.
-        """
+        """Returns the replica that has the response. `turn`: the last turn of the request's session. If only one ready
+        replica keeps responses, it is returned without being asked. Raises ResponseNotFoundError if no replica has the
+        response, and UnavailableError if a replica that may have it did not answer."""
         keeping = [
             replica
             for replica in self.table.all()
@@ -59,7 +59,8 @@ class StoredResponses:
         raise not_found(response_id, "no ready replica has it")
 
     async def _ask(self, replicas: Collection[Replica], target: str, unknown: list[str]) -> Replica | None:
-        """The first of them that has it. The names of those that do not say are added to `unknown`."""
+        """Returns the first of these replicas that has the response at `target`; None if none has. Adds the names of
+        replicas that do not answer the question to `unknown`."""
         limit = asyncio.Semaphore(MAX_CONCURRENT)
         tasks = [asyncio.create_task(self._has(replica, target, limit)) for replica in replicas]
         try:
@@ -76,7 +77,7 @@ class StoredResponses:
         return None
 
     async def _has(self, replica: Replica, target: str, limit: asyncio.Semaphore) -> tuple[Replica, bool | None]:
-        """Whether it has the response; None: it does not say."""
+        """Returns the replica and whether it has the response; None if it does not answer the question."""
         try:
             async with (
                 limit,
@@ -86,7 +87,7 @@ class StoredResponses:
                 status = answer.status
                 if 200 <= status < 300:
                     return replica, True
-                await answer.read(_MAX_ERROR_BYTES)  # keeps the connection
+                await answer.read(_MAX_ERROR_BYTES)  # so that the connection can be used again
         except (UpstreamError, TimeoutError):
             return replica, None
         refused = (400 <= status < 500 and status not in _TRANSIENT) or status == _NOT_IMPLEMENTED
@@ -94,6 +95,7 @@ class StoredResponses:
 
 
 def not_found(response_id: str, why: str) -> ResponseNotFoundError:
+    """Returns the error for a response that no replica has. `why` becomes part of its message."""
     return ResponseNotFoundError(
         f"the response {response_id!r} is not found: {why}; engines keep responses in memory, until they end",
         param="response_id",
