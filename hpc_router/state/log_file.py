@@ -61,7 +61,7 @@ class LogFile:
 
     def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(self._descriptor, 0o600)  # regardless of the umask
+        os.fchmod(self._descriptor, 0o600)  # sets the mode regardless of the umask
         self._size = os.fstat(self._descriptor).st_size
 
     def _append(self, data: bytes) -> None:

@@ -26,6 +26,8 @@ _REPLICA = re.compile(r"(?P<expert>[a-z0-9][a-z0-9_-]*)-(?P<slot>[a-z]*[0-9]+)\.
 
 
 class RecordKind(StrEnum):
+    """The kind of an endpoint."""
+
     EXPERT = "expert"
     ROUTER = "router"
     EXTERNAL = "external"
@@ -53,7 +55,7 @@ class EngineInfo:
     max_model_len: int | None = None
     """Maximum number of tokens of prompt and response together."""
     priority: bool | None = None
-    """Whether it serves requests by their `priority`."""
+    """Whether the engine serves requests by their `priority`."""
     prefix_caching: bool | None = None
 
 
@@ -62,9 +64,9 @@ class Record:
     """The published record of one endpoint: a replica or a router.
 
     `serves` maps each expert to the model name that its requests to the engine need; None: the router asks the engine.
-    `probe`: path of the health probe of an external endpoint; None: the router only opens a connection. `load_s`: from
-    the start of the engine until it was ready, in seconds. `accepts`: what it takes, of text, image, audio, tools and
-    embeddings.
+    `probe`: path of the health probe of an external endpoint; None: the router only opens a connection. `load_s`:
+    seconds from the start of the engine until it was ready. `accepts`: the kinds of input that the engine accepts, out
+    of text, image, audio, tools and embeddings.
     """
 
     kind: RecordKind
