@@ -6,8 +6,8 @@ from hpc_router.sim.api_error import ApiError
 
 
 class RequestFields:
-    """The fields of one request body. Each method returns a field's value, or None if it is absent, and raises ApiError
-    for a wrong type."""
+    """The fields of one request body. Each method returns the value of a field, and raises ApiError if its type is
+    wrong."""
 
     def __init__(self, raw: bytes) -> None:
         try:

@@ -56,7 +56,7 @@ def parse_rerank(raw: bytes) -> Scoring:
 
 
 def scores_body(envelope: Envelope, scoring: Scoring, *, seed: int) -> bytes:
-    """Returns the body of a response to `/score`."""
+    """Returns the body of a response to `/score` or `/rerank`."""
     scores = [_score(query, document, model=envelope.model, seed=seed) for query, document in scoring.pairs]
     tokens = scoring.prompt_tokens
     if scoring.top_n is None:

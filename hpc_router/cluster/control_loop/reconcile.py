@@ -329,9 +329,8 @@ def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iter
         if attempt.live:
             yield _stop(attempt, desired, now)
         elif not attempt.submitted and attempt.exit is None and attempt.stop.cancel_at is None:
-            yield Cancel(
-                attempt.replica
-            )  # if its job is being submitted now, the job reads this request before it starts
+            # If its job is being submitted now, the job reads this request before it starts.
+            yield Cancel(attempt.replica)
 
 
 def _stop(attempt: Attempt, desired: Desired, now: float, *, handover: bool = False) -> Action:

@@ -36,6 +36,8 @@ class Teacher(Protocol):
 
 
 class Encoder:
+    """A sentence encoder that transformers loads."""
+
     def __init__(self, source: str) -> None:
         """Loads an encoder from a folder or a hub id. Raises ConfigError if it cannot be loaded."""
         try:
