@@ -2,8 +2,8 @@
 
 One context manager holds a request from arrival to end and counts how it ended. The gauges therefore return to zero for
 any end (a disconnected client, a fault, an error). When the engine stops, a request that waits for its next token gets
-`EngineStopped`. A request that waits for admission is admitted and therefore ends at once. This module does not know
-HTTP.
+`EngineStopped`. A request that waits for admission proceeds without it, and therefore ends at once. This module does
+not know HTTP.
 """
 
 import asyncio
