@@ -72,7 +72,7 @@ class Provenance:
 
 
 def _gpus(expert: Mapping[str, Any]) -> int:
-    """Returns the number of GPUs of all replicas of one expert."""
+    """Returns the number of GPUs of one replica of an expert."""
     roofline = expert["engine"]["options"].get("roofline")
     if roofline:
         return int(roofline.get("tensor_parallel_size", 1)) * int(roofline.get("pipeline_parallel_size", 1))

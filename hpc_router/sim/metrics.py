@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 
 class RequestPhase(StrEnum):
-    """The phase in which a request was aborted."""
+    """The phase in which a request was when it was aborted."""
 
     QUEUED = "queued"
     BEFORE_FIRST_TOKEN = "before_first_token"

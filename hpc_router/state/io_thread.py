@@ -31,7 +31,7 @@ LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class FileThread:
-    """Runs functions one after another in a thread of its own."""
+    """A thread that runs functions one after another."""
 
     def __init__(self, name: str) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -82,7 +82,8 @@ class FileThread:
 
 
 class FileThreadHandler(QueueHandler):
-    """Passes log records to another handler in the file thread, so that a hanging file system blocks no caller."""
+    """A log handler that passes records to another handler in the file thread, so that a hanging file system blocks no
+    caller."""
 
     def __init__(self, files: FileThread, target: logging.Handler) -> None:
         super().__init__(queue.SimpleQueue())
@@ -98,7 +99,7 @@ class FileThreadHandler(QueueHandler):
 
 
 class OutputLog:
-    """Copies the output of a process from its pipe to a log file, through the file thread.
+    """A copier that writes the output of a process from its pipe to a log file, through the file thread.
 
     The process never waits for the file system, and the size of its log is bounded. `tail` holds the last `tail_bytes`
     bytes of the output.

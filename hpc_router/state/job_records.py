@@ -19,7 +19,7 @@ from hpc_router.state.run_directory import RunDir, private_umask
 
 
 class JobPhase(StrEnum):
-    """How far a job has come. The registry's `State` says only whether the job takes requests (docs/states.md)."""
+    """The phase of a job. The registry's `State` says only whether the job takes requests (docs/states.md)."""
 
     STARTING = "starting"  # the agent runs, the engine process does not yet
     LOADING = "loading"  # the engine process runs and does not answer yet
@@ -29,7 +29,7 @@ class JobPhase(StrEnum):
 
 
 class FailureReason(StrEnum):
-    """Why an engine or a job failed."""
+    """The reason why an engine or a job failed."""
 
     OUT_OF_MEMORY = "out_of_memory"
     WEIGHTS = "weights"
@@ -82,7 +82,7 @@ def _now() -> float:
 
 
 class Runner(StrEnum):
-    """What runs a job, and can therefore report its state."""
+    """The system that runs a job, and can therefore report its state."""
 
     PROCESS = "process"  # a process of one host; its job id is its process id
     SLURM = "slurm"  # a Slurm job, which other replicas may share
@@ -194,7 +194,7 @@ _T = TypeVar("_T", JobInfo, Submitter, Process, JobProgress, Exit, Ended, Stop)
 
 @dataclass(frozen=True, slots=True)
 class JobDir:
-    """Paths and records of one job. A record that is missing or not valid is read as None."""
+    """The paths and records of one job. A record that is missing or not valid is read as None."""
 
     run: RunDir
     replica: str

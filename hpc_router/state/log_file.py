@@ -74,7 +74,7 @@ class LogFile:
 
 
 class LogFileHandler(logging.Handler):
-    """Writes log records as lines of a `LogFile`."""
+    """A log handler that writes records as lines of a `LogFile`."""
 
     def __init__(self, log: LogFile) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ class LogFileHandler(logging.Handler):
 
 
 class RateLimit(logging.Filter):
-    """Limits the lines of each log statement: `BURST` at once, then `REFILL_PER_S` per second. The next line that
-    passes says how many were left out."""
+    """A log filter that limits the lines of each log statement: `BURST` at once, then `REFILL_PER_S` per second. The
+    next line that passes states how many lines were left out."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

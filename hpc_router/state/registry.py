@@ -34,7 +34,7 @@ class RecordKind(StrEnum):
 
 
 class State(StrEnum):
-    """Published state of an endpoint: whether requests may be sent to it (docs/states.md)."""
+    """The published state of an endpoint, which says whether requests may be sent to it (docs/states.md)."""
 
     STARTING = "starting"  # takes no requests yet, or none while its engine restarts
     READY = "ready"  # takes requests
@@ -164,7 +164,8 @@ def withdraw(folder: Path, replica: str) -> None:
 
 
 class RegistryReader:
-    """Reads the registry folder repeatedly and parses only files that changed since the last snapshot."""
+    """A reader of the registry folder. It can be used repeatedly, and parses only files that changed after the last
+    snapshot."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

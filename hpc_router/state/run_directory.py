@@ -28,7 +28,7 @@ MIN_FREE_BYTES: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Paths in a run directory. `make_run` creates a run directory, `open_run` checks an existing one."""
+    """The paths in a run directory. `make_run` creates a run directory, and `open_run` checks an existing one."""
 
     path: Path
 

@@ -87,7 +87,7 @@ def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
 
 
 def _overlapping(deployment: Deployment) -> Iterator[str]:
-    """Yields the experts, and the router, for which a second job can run beside the first one when the config
+    """Yields the experts, and the router, for which an old and a new job can run at the same time when the config
     changes."""
     cluster, router = deployment.cluster, deployment.router
     if cluster.kind == "slurm":

@@ -118,7 +118,7 @@ def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
 
 
 class ForecastFiles:
-    """Writes `estimates.json` and `forecast.json`."""
+    """The writer of `estimates.json` and `forecast.json`."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run

@@ -1,6 +1,6 @@
 """The control loop, whose passes each observe, decide and act.
 
-Passes run in commands, beside a router and from cron. Several passes at once are safe: a claim decides which one
+Passes run in commands, in a router's job and from cron. Several passes at once are safe: a claim decides which one
 submits a job, and every other action may be repeated. A pass that fails is logged and repeated. An error of a job or of
 the file system never ends the loop.
 """
@@ -126,8 +126,8 @@ class ControlLoop:
         return replace(seen, submitted=submitted, refused=refused)
 
     def publish(self, seen: LoopPass) -> None:
-        """Writes what the pass found about times, nodes and completed handovers, and removes old generations. Only the
-        leading loop calls this."""
+        """Writes the expected times, node exclusions and completed handovers of the pass, and removes old generations.
+        Only the leading loop calls this."""
         partitions = {
             expert: effective_options(self.deployment.cluster, resources_of(self.deployment, expert)[1]).partition or ""
             for expert in {slot.expert for slot in seen.desired.slots()}

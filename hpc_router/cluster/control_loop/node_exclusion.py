@@ -82,8 +82,8 @@ def _told(failed: Iterable[Attempt]) -> str:
 
 
 class NodeExclusion:
-    """Writes `excluded_nodes` of `desired.json`. If a command overwrites an exclusion at the same time, the next pass
-    repeats it."""
+    """The writer of `excluded_nodes` in `desired.json`. If a command overwrites an exclusion at the same time, the next
+    pass repeats it."""
 
     def __init__(
         self,

@@ -234,9 +234,9 @@ def _hand_over(
 def _submit_successor(
     slot: Slot, generation: int, tried: Sequence[Attempt], desired: Desired, now: float, *, after: str | None
 ) -> Iterator[Action]:
-    """Yields the submission of a successor for a job that serves. The slot is not given up meanwhile. Refusals only add
-    a pause, because a limit may refuse a second job now and allow it later, and a router without a successor ends the
-    service."""
+    """Yields the submission of a successor for a job that serves. The slot is not given up while the job serves.
+    Refusals only add a pause, because a limit may refuse a second job now and allow it later, and a router without a
+    successor ends the service."""
     submitting = _submit_next(slot, generation, tried, desired, now, after=after, tolerated={FailureReason.REFUSED})
     yield from (action for action in submitting if not isinstance(action, GiveUp))
 

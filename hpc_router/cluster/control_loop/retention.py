@@ -63,7 +63,7 @@ def _is_over(attempt: Attempt) -> bool:
 
 
 class Retention:
-    """Removes the files of expired generations, at most MAX_REMOVED of them per INTERVAL_S."""
+    """The remover of expired generations, which removes the files of at most MAX_REMOVED generations per INTERVAL_S."""
 
     def __init__(self, run: RunDir, cluster: ClusterConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._cluster = run, cluster

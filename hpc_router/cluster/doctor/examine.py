@@ -161,7 +161,8 @@ def _facts(node: Mapping[str, Any], deployment: Deployment, host: str, runs: str
 
 
 def _asked(deployment: Deployment) -> dict[str, str | None]:
-    """Returns what the job asks for, by the names in the output of `scontrol show job`."""
+    """Returns the partition, account and QOS that the job requests, by their names in the output of `scontrol show
+    job`."""
     options = effective_options(deployment.cluster, doctor_resources(deployment)[1])
     return {"Partition": options.partition, "Account": options.account, "QOS": options.qos}
 

@@ -59,7 +59,7 @@ class ExchangeFolder:
 
     @property
     def created(self) -> Path:
-        """Path of a file that the job creates, to test whether it can create files."""
+        """Returns the path of a file that the job creates, to test whether it can create files."""
         return self.folder / "created"
 
     @property

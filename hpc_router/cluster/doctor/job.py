@@ -139,7 +139,7 @@ class DoctorJob:
             time.sleep(POLL_S)
 
     def _unstarted(self, job: QueuedJob | None, ended: Ended | None) -> JobStart:
-        """Returns what the logs say of a job that ran but wrote no first file."""
+        """Returns the outcome of a job that ran but wrote no first file, from its logs."""
         logs = [*sorted(self._dir.path.glob("*_log.err")), *sorted(self._dir.path.glob("*_batch.log"))]
         lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
         own = [line for line in lines if line.strip() and not _OF_STEP.match(line)]

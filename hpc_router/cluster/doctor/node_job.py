@@ -43,7 +43,8 @@ sys.stdin.read()
 
 
 class SignalWatch:
-    """Records whether SIGUSR2 reaches this process, and a child in a session of its own, such as an engine."""
+    """A recorder that shows whether SIGUSR2 reaches this process, and a child in a session of its own, such as an
+    engine."""
 
     def __init__(self, exchange: ExchangeFolder) -> None:
         self._exchange = exchange

@@ -83,7 +83,7 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that `up` would run. `jobs`: the batch scripts for sbatch; in an allocation, the scripts that start
+    """The jobs that `up` would submit. `jobs`: the batch scripts for sbatch; in an allocation, the scripts that start
     steps. `warnings`: values that may be unintended, and checks that could not be made."""
 
     deployment: Deployment

@@ -193,7 +193,7 @@ def interpreter(config: EngineConfig) -> str:
 
 
 def version_command(engine: Engine) -> list[str]:
-    """Returns a command that prints the engine's version, or nothing if the engine is not installed."""
+    """Returns a command that prints the engine's version, and prints nothing if the engine is not installed."""
     return [engine.python, str(INSIDE / "ask_version.py"), *engine.packages]
 
 

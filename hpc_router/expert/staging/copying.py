@@ -1,6 +1,6 @@
 """Copies one file and checks the copy by its SHA-256.
 
-The expected hash is the one that is recorded beside the file, or else the hash of the bytes that were read. The copy is
+The expected hash is the hash that is recorded for the file, or else the hash of the bytes that were read. The copy is
 read back from the disk, which also leaves it in the page cache for the engine. The pages of the source are dropped
 during the copy, so that the page cache does not hold the model twice.
 """

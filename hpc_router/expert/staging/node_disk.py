@@ -177,7 +177,7 @@ class NodeDisk:
 
     def _move_away(self, folder: Path) -> None:
         """Renames a locked folder and then removes it, so that its name is free at once, even if this process is killed
-        meanwhile."""
+        in between."""
         gone = folder.rename(self.folder / f"{_GONE}{secrets.token_hex(8)}")
         shutil.rmtree(gone, ignore_errors=True)
 
