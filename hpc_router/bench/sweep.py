@@ -24,8 +24,8 @@ from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import RunDir
 
 PointContext = Callable[[Point, int], AbstractContextManager[None]]
-"""Returns a context manager for the measurement of a point, such as a progress bar. The number is that of the finished
-points."""
+"""Returns a context manager for the measurement of a point, such as a progress bar. The number says how many points are
+finished."""
 
 
 @dataclass(frozen=True, slots=True)

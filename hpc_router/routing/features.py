@@ -36,7 +36,7 @@ SYMBOLS: Final = bytes(c for c in range(33, 127) if c not in _WORD_BYTES)
 _NON_SYMBOLS: Final = bytes(c for c in range(256) if c not in SYMBOLS)
 # Typographic variants of ASCII characters. Most non-ASCII texts contain no other characters beyond ASCII.
 _TYPOGRAPHIC: Final = tuple(zip("’‘“”–—…\u00a0", ("'", "'", '"', '"', "-", "-", "...", " "), strict=True))
-# These are replaced by hand, because bytes.split splits only at ASCII spaces and NFKC does not replace them.
+# Spaces that `_normalised` replaces itself: bytes.split splits only at ASCII spaces, and NFKC leaves these.
 _UNICODE_SPACES: Final = ("\x85", "\u1680", "\u2028", "\u2029")
 
 

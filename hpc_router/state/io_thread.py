@@ -23,9 +23,11 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 WRITE_TIMEOUT_S: Final = 5.0
-"""Maximum time that a caller waits for a write. The write itself completes when the file system responds again."""
+"""Maximum time in seconds that a caller waits for a write. The write itself completes when the file system responds
+again."""
 MAX_UNWRITTEN_BYTES: Final = 4 * 2**20
-"""Maximum output of a process that is queued while the file system hangs. Further output is dropped and counted."""
+"""Maximum output of a process, in bytes, that is queued while the file system hangs. Further output is dropped and
+counted."""
 _READ_BYTES: Final = 2**16
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

@@ -61,6 +61,8 @@ class JobRecords:
 
 @dataclass(slots=True)
 class _Cached:
+    """The records of a job, and the state of the folder at the last read."""
+
     records: JobRecords
     stamp: Stamp
     seen_at: float
@@ -126,7 +128,7 @@ def _read(folder: int, path: Path) -> dict[str, Any]:
     names = frozenset(os.listdir(folder))
     for field, kind in _FIELDS.items():
         if FILES[kind] in names:
-            with suppress(FileNotFoundError, ValueError):  # the record was removed meanwhile, or is only partly copied
+            with suppress(FileNotFoundError, ValueError):  # the record was removed just now, or is only partly copied
                 found[field] = None
                 found[field] = parse_record(kind, load_json(path / FILES[kind]))
     return found

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Final
 
 LOG_BYTES: Final = 16 * 2**20
-"""Maximum size of a log file, which is then rotated. One older file is kept, so a log occupies at most twice that."""
+"""Maximum size in bytes at which a log file is rotated. One older file is kept, so a log occupies at most twice this
+size."""
 BURST: Final = 100
 REFILL_PER_S: Final = 1.0
-"""Lines per second that each log statement may write, after the first `BURST` lines."""
+"""Number of lines per second that each log statement may write after its first `BURST` lines."""
 
 
 def rotated_path(path: Path) -> Path:

@@ -156,10 +156,12 @@ def split_replica(name: str) -> tuple[str, str, int]:
 
 
 def publish(folder: Path, record: Record) -> None:
+    """Writes a record to its file in the registry folder."""
     replace_json(folder / f"{record.replica}.json", record.to_json())
 
 
 def withdraw(folder: Path, replica: str) -> None:
+    """Removes the record of a replica; no error if there is none."""
     (folder / f"{replica}.json").unlink(missing_ok=True)
 
 

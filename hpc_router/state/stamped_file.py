@@ -21,6 +21,7 @@ Stamp = tuple[int, int, int]
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
+    """Returns the stamp of a file with this status: modification time, inode and size."""
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 

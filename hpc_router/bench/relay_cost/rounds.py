@@ -18,7 +18,7 @@ from hpc_router.bench.relay_cost.processes import Cores, pinned_to
 from hpc_router.errors import LaunchError
 
 ShowStep = Callable[[str], None]
-"""Displays the current step."""
+"""A function that displays the current step."""
 
 
 @dataclass(slots=True)

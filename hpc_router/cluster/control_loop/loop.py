@@ -217,7 +217,7 @@ class ControlLoop:
         for replica in replicas:
             job = JobDir(self.run, replica)
             stop = job.stop() or Stop()
-            if stop.kill_at is None:  # log the first kill only; it is repeated until the job has ended
+            if stop.kill_at is None:  # only the first kill is logged; the kill is repeated until the job has ended
                 logger.warning("%s did not end in its drain time: killing it", replica)
                 self.run.event("kill", replica=replica)
             job.write(replace(stop, kill_at=time.time()))
@@ -287,7 +287,7 @@ def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
     with ignored(signal.SIGUSR2), interrupt_event(once=False) as event:
 
         def watch() -> None:
-            while os.read(descriptor, 4096):  # no buffered reader: its lock, held at the interpreter's end, aborts it
+            while os.read(descriptor, 4096):  # a buffered reader would hold a lock, which aborts the exit
                 pass
             event.set()
 

@@ -112,4 +112,5 @@ Observed = Mapping[Slot, tuple[Attempt, ...]]
 
 
 def all_attempts(observed: Observed) -> list[Attempt]:
+    """Returns the attempts of all slots."""
     return [attempt for attempts in observed.values() for attempt in attempts]

@@ -69,6 +69,7 @@ def _expert_faults(name: str, expert: ExpertConfig, adapters: Mapping[str, str],
 
 
 def executable(python: str) -> bool:
+    """Returns whether this interpreter can be executed here. `python`: a path, or a name to look up on PATH."""
     path = python if "/" in python else shutil.which(python)
     return path is not None and os.access(path, os.X_OK) and Path(path).is_file()
 

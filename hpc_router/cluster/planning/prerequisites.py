@@ -146,6 +146,8 @@ def file_system(path: Path) -> str | None:
 
 
 def software(host: CheckedHost) -> CheckResult:
+    """Checks that modules and the container exist. A job has loaded its modules, so there only the container is
+    checked."""
     cluster = replace(host.cluster, kind="local") if host.on_node else host.cluster
     faults, warnings = software_faults(cluster)
     of_faults = [fault(text, key=text.partition("=")[0]) for text in faults]

@@ -19,7 +19,7 @@ MAX_TOKENS: Final = 128
 MAX_WORDS: Final = 40_000
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with the name of a stage, the number of steps done, and the total number of steps."""
+"""A function that is called with the name of a stage, the number of steps done, and the total number of steps."""
 
 
 class Teacher(Protocol):
