@@ -25,7 +25,7 @@ class RequestPhase(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a request ended; vLLM's `finished_reason`."""
+    """The outcome of a request, with the values of vLLM's `finished_reason`."""
 
     STOP = "stop"
     LENGTH = "length"

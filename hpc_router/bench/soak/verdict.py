@@ -153,7 +153,8 @@ def complaints(
 ) -> list[str]:
     """Returns the reasons why the soak failed; empty if it passed.
 
-    `missed`: scheduled faults that were not injected. `idle_fds`: descriptors before the load and after its end.
+    `missed`: scheduled faults that were not injected. `idle_fds`: number of open descriptors before the load and after
+    its end.
     """
     found = [
         f"unexplained failure: {one.cause} ({one.replica or 'no replica'}, at {one.at_s:.1f} s)" for one in unexplained

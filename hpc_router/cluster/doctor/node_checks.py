@@ -23,7 +23,7 @@ _NO_INTERPRETER: Final = re.compile(
 
 
 def shared_folder(delays_s: Sequence[float], *, sees_login: bool, beat_s: float, runs: str) -> Finding:
-    """Returns whether both hosts see each other's files soon enough. `delays_s`: one-way delays until a renamed file
+    """Checks whether both hosts see each other's files soon enough. `delays_s`: one-way delays until a renamed file
     was visible, in seconds; empty if no answer of the job was ever visible here. `sees_login`: whether the node saw
     this machine's files."""
     fix = "`runs=DIR` or `--run DIR` names a folder on the file system that all nodes share"
@@ -39,7 +39,7 @@ def shared_folder(delays_s: Sequence[float], *, sees_login: bool, beat_s: float,
 
 
 def file_operations(node: Mapping[str, Any], runs: str) -> Finding:
-    """Returns whether the node can create files in the folder `runs`. The package does not use flock there."""
+    """Checks whether the node can create files in the folder `runs`. The package does not use flock there."""
     kind = node["file_system"] or "an unknown file system"
     if node["creates_files"] is not None:
         what = f"{runs}, {kind}: files cannot be created there with hard links: {node['creates_files']}"
@@ -73,7 +73,7 @@ def no_report(error: str, *, key: str | None, python: str) -> Finding:
 
 
 def interpreter(started: Mapping[str, Any], version: str, python: str) -> Finding:
-    """Returns whether the job's interpreter has the same version of hpc_router as this process."""
+    """Checks whether the job's interpreter has the same version of hpc_router as this process."""
     theirs = started["hpc_router"]
     if theirs != version:
         what = f"{python} on {started['host']} has hpc_router {theirs}, but this is {version}"
@@ -83,7 +83,7 @@ def interpreter(started: Mapping[str, Any], version: str, python: str) -> Findin
 
 
 def clock(reading: ClockReading | None, host: str) -> Finding:
-    """Returns whether the node's clock agrees with this machine's. `reading`: the measured difference, None if there is
+    """Checks whether the node's clock agrees with this machine's. `reading`: the measured difference, None if there is
     none."""
     if reading is None:
         return note(f"the clock of {host} could not be compared", "see the findings about files and ports")
@@ -117,7 +117,7 @@ def ports(error: str | None, started: Mapping[str, Any], reaches_login: str | No
 
 
 def slurm_commands(node: Mapping[str, Any], deployment: Deployment, host: str) -> Finding:
-    """Returns whether sbatch and squeue work on the node. The router's job needs them if it runs the control loop."""
+    """Checks whether sbatch and squeue work on the node. The router's job needs them if it runs the control loop."""
     errors = [f"{name}: {node[name]}" for name in ("sbatch", "squeue") if node[name] is not None]
     if not errors:
         return ok(f"sbatch and squeue work on {host}")
@@ -143,7 +143,7 @@ class SignalRecord:
 
 
 def signals(record: SignalRecord | None, *, ends_at: float | None, waited_s: float, cluster: ClusterConfig) -> Finding:
-    """Returns whether Slurm sent the signal before the walltime ends, and to which processes. `ends_at`: end of the
+    """Checks whether Slurm sent the signal before the walltime ends, and to which processes. `ends_at`: end of the
     walltime in Unix seconds. `waited_s`: how long `doctor` has waited for the signal."""
     if record is None:
         return fault(
@@ -164,7 +164,7 @@ def signals(record: SignalRecord | None, *, ends_at: float | None, waited_s: flo
 
 
 def gpus(asked: int, visible: str | None, listed: Sequence[str] | None, host: str) -> Finding | None:
-    """Returns whether the job got usable GPUs; None if it asked for none. `visible`: the job's CUDA_VISIBLE_DEVICES.
+    """Checks whether the job got usable GPUs; None if it asked for none. `visible`: the job's CUDA_VISIBLE_DEVICES.
     `listed`: the lines of `nvidia-smi -L`."""
     if not asked:
         return None
@@ -187,7 +187,7 @@ def gpus(asked: int, visible: str | None, listed: Sequence[str] | None, host: st
 
 
 def changed_by_site(asked: Mapping[str, str | None], job: Mapping[str, str]) -> list[Finding]:
-    """Returns how the job differs from what was asked for. Both arguments use the names in the output of `scontrol show
+    """Returns findings about how the job differs from what was requested. Both arguments use the names in the output of `scontrol show
     job`."""
     findings = []
     if job.get("Requeue", "0") != "0":

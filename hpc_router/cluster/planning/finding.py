@@ -35,17 +35,17 @@ class Finding:
 
 
 def ok(what: str) -> Finding:
-    """Returns a fact, for information."""
+    """Returns a finding for a fact, which needs no action."""
     return Finding(Severity.OK, what)
 
 
 def note(what: str, fix: str | None = None, key: str | None = None) -> Finding:
-    """Returns a note: the deployment works, with this consequence."""
+    """Returns a finding for a consequence of the config, with which the deployment works."""
     return Finding(Severity.NOTE, what, fix, key)
 
 
 def fault(what: str, fix: str | None = None, key: str | None = None) -> Finding:
-    """Returns a fault: a part of the deployment will not work."""
+    """Returns a finding for a fault, with which a part of the deployment will not work."""
     return Finding(Severity.FAULT, what, fix, key)
 
 

@@ -24,7 +24,7 @@ _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def home(folder: Path | None = None) -> CheckResult:
-    """Returns whether files can be written to the home folder, where engines and libraries keep caches."""
+    """Checks whether files can be written to the home folder, where engines and libraries keep caches."""
     path = folder or Path(os.environ.get("HOME") or "/")
     host = socket.gethostname()
     elsewhere = "cluster.env={HF_HOME: DIR, XDG_CACHE_HOME: DIR}, with a DIR on another file system"
@@ -52,7 +52,7 @@ def home(folder: Path | None = None) -> CheckResult:
 def proxies(
     cluster: ClusterConfig, *, on_node: bool, environment: Mapping[str, str] = os.environ, own: str | None = None
 ) -> CheckResult:
-    """Returns whether requests to addresses of this host's network would go to a proxy. `own`: this host's address;
+    """Checks whether requests to addresses of this host's network would go to a proxy. `own`: this host's address;
     None: its address on `cluster.fabric`. This package's clients ignore proxies, but curl and most libraries use
     them."""
     values = {**environment, **(cluster.env if on_node else {})}
@@ -94,7 +94,7 @@ def _exempts(no_proxy: str, own: str) -> bool:
 
 
 def hub_cache(deployment: Deployment, environment: Mapping[str, str] = os.environ) -> CheckResult:
-    """Returns whether models that are hub ids are in the hub's cache. Offline engines need them there."""
+    """Checks whether models that are hub ids are in the hub's cache. Offline engines need them there."""
     experts = deployment.experts
     models = {name: expert.model for name, expert in experts.items() if expert.engine.kind != "sim"}
     local = set(local_models(models.values()))
