@@ -164,8 +164,8 @@ def signals(record: SignalRecord | None, *, ends_at: float | None, waited_s: flo
 
 
 def gpus(asked: int, visible: str | None, listed: Sequence[str] | None, host: str) -> Finding | None:
-    """Checks whether the job got usable GPUs; None if it asked for none. `visible`: the job's CUDA_VISIBLE_DEVICES.
-    `listed`: the lines of `nvidia-smi -L`."""
+    """Checks whether the job got usable GPUs; returns None if it asked for none. `visible`: the job's
+    CUDA_VISIBLE_DEVICES. `listed`: the lines of `nvidia-smi -L`."""
     if not asked:
         return None
     names = [name for name in (visible or "").split(",") if name]
@@ -187,8 +187,8 @@ def gpus(asked: int, visible: str | None, listed: Sequence[str] | None, host: st
 
 
 def changed_by_site(asked: Mapping[str, str | None], job: Mapping[str, str]) -> list[Finding]:
-    """Returns findings about how the job differs from what was requested. Both arguments use the names in the output of `scontrol show
-    job`."""
+    """Returns findings about differences between the job and its request. Both arguments use the names in the output of
+    `scontrol show job`. `asked`: the requested values. `job`: the values that the job has."""
     findings = []
     if job.get("Requeue", "0") != "0":
         what = (
