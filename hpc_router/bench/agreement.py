@@ -1,7 +1,8 @@
 """`hpc-router bench agreement`: compares this load generator with `vllm bench serve` on one deployment.
 
-Both tools send the same prompts with the same number of users, one after the other; the order alternates from round to
-round. docs/bench.md lists where their definitions differ. "Ours" is this load generator, "theirs" the other tool.
+Both tools send the same prompts with the same number of users, one tool after the other. Their order alternates from
+round to round. docs/bench.md lists the differences between their definitions. "Ours" is this load generator, and
+"theirs" is the other tool.
 """
 
 import itertools
@@ -45,8 +46,8 @@ serve` includes the start and the end of the load and this load generator does n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgreementOptions:
-    """Options of the comparison. `vllm`: Python interpreter with vLLM. `tokenizer`: any model folder, which the other
-    tool requires. `requests`: number of measured requests per tool and round."""
+    """The options of the comparison. `vllm`: Python interpreter with vLLM. `tokenizer`: any model folder, which the
+    other tool requires. `requests`: number of measured requests per tool and round."""
 
     vllm: str
     tokenizer: Path
@@ -60,13 +61,14 @@ class AgreementOptions:
 
 @dataclass(frozen=True, slots=True)
 class AgreementRounds:
-    """Values of each figure, one per round, from both tools."""
+    """The values of each figure from both tools, one per round."""
 
     ours: Mapping[str, Sequence[float]]
     theirs: Mapping[str, Sequence[float]]
 
     def table(self) -> list[tuple[str, RoundSpread, RoundSpread, RoundSpread | None]]:
-        """Returns for each figure: name, ours, theirs, and the ratio ours / theirs per round (None if theirs is 0)."""
+        """Returns for each figure its name, our values, their values, and the ratio ours / theirs per round (None if
+        theirs is 0)."""
         rows = []
         for name in FIGURES:
             ours, theirs = self.ours[name], self.theirs[name]
@@ -98,6 +100,7 @@ def comparable(found: Figures) -> dict[str, float]:
 def measure_ours(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path
 ) -> dict[str, float]:
+    """Runs this load generator and returns its figures."""
     load = run_load(target, config, workload(config, prompts, Point(users=config.users[0])), folder)
     return comparable(figures(load.observations, load.window))
 
@@ -133,6 +136,7 @@ def measure_theirs(
 def compare(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], options: AgreementOptions
 ) -> AgreementRounds:
+    """Runs all rounds of both tools and returns their figures."""
     rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="hpc-router-agreement-") as scratch:
         for number in range(options.rounds):
@@ -148,6 +152,7 @@ def compare(
 
 
 def markdown(rounds: AgreementRounds, *, config: BenchConfig, origin: Mapping[str, Any]) -> str:
+    """Formats the comparison as Markdown. `origin`: provenance as JSON."""
     lines = [
         f"# Load generator beside `vllm bench serve`, {origin['at']}",
         "",
@@ -176,7 +181,7 @@ def _version(vllm: str) -> str:
 
 
 def agreement(run: RunDir, options: AgreementOptions) -> str:
-    """Measures, writes JSON and Markdown to `options.out`, and returns the Markdown and the paths of the files.
+    """Measures, and writes JSON and Markdown to `options.out`. Returns the Markdown and the paths of the files.
 
     Raises ConfigError and LaunchError.
     """

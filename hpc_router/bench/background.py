@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def repeated(action: Callable[[], object], *, every_s: float) -> Iterator[None]:
-    """Calls `action` every `every_s` seconds in a background thread while the block runs."""
+    """Calls `action` every `every_s` seconds in a background thread during the block."""
     ended = threading.Event()
 
     def repeat() -> None:

@@ -1,7 +1,7 @@
-"""CPU time of one pass of the control loop, on a run directory of its own. No job is submitted.
+"""Measures the CPU time of one pass of the control loop, on a run directory of its own. Submits no job.
 
-The run looks like a busy deployment: every replica is ready and renews its record between the passes, old generations
-have ended, and Slurm's queue is a file that was written just now. One replica's records change before each pass.
+The run directory looks like a busy deployment: every replica is ready and renews its record between the passes, old
+generations have ended, and Slurm's queue is a recent file. One replica's records change before each pass.
 """
 
 import statistics
@@ -28,7 +28,7 @@ BEAT_S: Final = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """Milliseconds of CPU time per pass."""
+    """The measured cost: milliseconds of CPU time per pass."""
 
     replicas: int
     generations: int
@@ -42,7 +42,8 @@ class PassCost:
 
 
 def measure_passes(*, replicas: int, generations: int, passes: int, folder: Path | None = None) -> PassCost:
-    """`folder`: where the run directory is created for the time of the measurement (default: the system's)."""
+    """Creates a run directory, measures its passes, and removes it. `folder`: the parent folder of the run directory
+    (default: the system's folder for temporary files)."""
     if not (replicas and passes):
         raise ConfigError("bench passes: at least one replica and one pass are needed")
     with TemporaryDirectory(dir=folder) as path:

@@ -1,9 +1,9 @@
-"""Computes the figures of a point from its observed requests. Pure functions; docs/bench.md defines the figures in
-words.
+"""Computes the figures of one measurement point from its observed requests. Pure functions; docs/bench.md defines the
+figures in words.
 
-Latencies are those of measured requests that succeeded; failed requests are counted by kind of error. Throughput counts
-all tokens and responses inside the window, also those of unmeasured requests, unless the request failed. Times are
-seconds since the load of the point began.
+Latencies are those of measured requests that succeeded. Failed requests are counted by kind of error. Throughput counts
+all tokens and responses in the window, including those of unmeasured requests, unless the request failed. Times are
+seconds since the start of the point's load.
 """
 
 from collections import Counter
@@ -18,7 +18,8 @@ from hpc_router.bench.config import GoodputLimits
 
 UNKNOWN: Final = "unknown"
 CUT: Final = "cut"
-"""Error of an unmeasured request that was stopped at the end of the point. It does not count as a failure."""
+"""Error of an unmeasured request that was stopped at the end of the measurement point. It does not count as a
+failure."""
 
 
 class MeasurementPart(StrEnum):
@@ -26,15 +27,15 @@ class MeasurementPart(StrEnum):
 
     WARM_UP = "warm_up"
     MEASURED = "measured"
-    FILLING = "filling"  # after the window: keeps up the load until the last measured request has ended
+    FILLING = "filling"  # after the window, to keep up the load until the last measured request has ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """One observed request.
 
-    `content_s`: arrival times of the events with content. `tokens`, `prompt_tokens`: counts reported by the engine.
-    `question`: index of the request body in the workload. `error`: kind of error, None if the request succeeded.
+    `content_s`: arrival times of the events with content. `tokens`, `prompt_tokens`: numbers reported by the engine.
+    `question`: index of the request body in the workload. `error`: kind of error; None if the request succeeded.
     """
 
     part: MeasurementPart
@@ -54,7 +55,7 @@ class Observation:
 
     @property
     def token_count(self) -> int:
-        """Number of tokens as counted by the engine, or without that the number of events with content."""
+        """Returns the number of tokens as counted by the engine, or else the number of events with content."""
         return len(self.content_s) if self.tokens is None else self.tokens
 
     @property
@@ -67,21 +68,22 @@ class Observation:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token after the first, in seconds; None for a response of one token."""
+        """Returns the time per output token after the first, in seconds; None for a response of one token."""
         if self.token_count < 2:
             return None
         return (self.content_s[-1] - self.content_s[0]) / (self.token_count - 1)
 
     @property
     def itl_s(self) -> list[float]:
-        """Gaps between events with content, each divided by the response's mean number of tokens per event."""
+        """Returns the gaps between events with content in seconds, each divided by the mean number of tokens per
+        event."""
         per_event = max(1.0, self.token_count / len(self.content_s))
         return [(b - a) / per_event for a, b in zip(self.content_s, self.content_s[1:], strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The measured part of a point: after `start_s`, up to and including `end_s`."""
+    """The measured time of a point: after `start_s`, up to and including `end_s`."""
 
     start_s: float
     end_s: float
@@ -96,7 +98,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Percentiles of samples, interpolated linearly between the two nearest samples."""
+    """The percentiles of some samples, interpolated linearly between the two nearest samples."""
 
     count: int
     mean: float
@@ -107,7 +109,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, samples: Iterable[float]) -> Self | None:
-        """Computes the percentiles; None without samples."""
+        """Returns the percentiles; None without samples."""
         values = np.fromiter(samples, dtype=np.float64)
         if not values.size:
             return None
@@ -117,7 +119,8 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures of one point. `tokens` and rates refer to the window, everything else to the measured requests."""
+    """The figures of one measurement point. `tokens` and rates refer to the window, and all others to the measured
+    requests."""
 
     window_s: float
     requests: int
@@ -148,7 +151,8 @@ NO_LIMITS: Final = GoodputLimits(ttft_s=None, tpot_s=None, e2e_s=None)
 
 
 def meets(one: Observation, limits: GoodputLimits) -> bool:
-    """Returns whether the response is within every limit. A response of one token has no TPOT and meets that limit."""
+    """Returns whether the response is within every limit. A response of one token has no TPOT, so it meets that
+    limit."""
     tpot_s = one.tpot_s
     return (
         (limits.ttft_s is None or one.ttft_s <= limits.ttft_s)
@@ -158,6 +162,7 @@ def meets(one: Observation, limits: GoodputLimits) -> bool:
 
 
 def figures(observations: Sequence[Observation], window: Window, limits: GoodputLimits = NO_LIMITS) -> Figures:
+    """Returns the figures of the observed requests. `limits`: the latency limits for goodput."""
     measured = [o for o in observations if o.part is MeasurementPart.MEASURED]
     good = [o for o in measured if o.error is None]
     errors = Counter(o.error for o in measured if o.error is not None)
@@ -204,7 +209,8 @@ def _shares(counted: Counter[str]) -> dict[str, float]:
 
 
 def _balance(good: Sequence[Observation]) -> dict[str, float]:
-    """Returns for each expert: load of its busiest replica / mean. Ignores replicas without a succeeded request."""
+    """Returns for each expert the load of its busiest replica divided by the mean. Ignores replicas without a succeeded
+    request."""
     found: dict[str, Counter[str]] = {}
     for o in good:
         found.setdefault(o.expert or UNKNOWN, Counter())[o.replica or UNKNOWN] += 1
@@ -221,7 +227,7 @@ def _medians(good: Sequence[Observation]) -> dict[str, float]:
 
 
 def faster(observations: Sequence[Observation], factor: float) -> list[Observation]:
-    """Returns the observations with all times divided by `factor`, which undoes the slowdown of simulated engines."""
+    """Returns the observations with all times divided by `factor`, which removes the slowdown of simulated engines."""
     return [
         replace(
             o,

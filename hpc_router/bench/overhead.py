@@ -1,7 +1,8 @@
-"""Computes the latency that the router adds to a point: median with the router minus median without it. Pure functions.
+"""Computes the latency that the router adds at a measurement point: the median with the router minus the median without
+it. Pure.
 
-The difference is computed per expert, because experts can differ by more than the router adds. It is then averaged with
-the experts' shares of the requests through the router.
+The difference is computed per expert, because experts can differ by more than the router adds. It is then averaged,
+weighted by the experts' shares of the requests through the router.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ LATENCIES: Final = ("ttft_s", "tpot_s", "e2e_s")
 
 
 def overhead(routed: Figures, direct: Figures) -> dict[str, dict[str, float]]:
-    """Returns `added_s` for each latency with both medians, and its `share` of the latency with the router."""
+    """Returns for each latency: both medians, their difference `added_s`, and its `share` of the latency with the
+    router."""
     return {name: added for name in LATENCIES if (added := _added(name, routed, direct)) is not None}
 
 
@@ -34,7 +36,8 @@ def _added(name: str, routed: Figures, direct: Figures) -> dict[str, float] | No
 
 
 def split_users(users: int, shares: Mapping[K, float]) -> dict[K, int]:
-    """Splits users in proportion to `shares` into whole numbers that add up to `users` (largest remainder method)."""
+    """Returns `users` split in proportion to `shares`, as whole numbers with the sum `users` (largest remainder
+    method)."""
     total = sum(shares.values())
     exact = {name: users * share / total for name, share in shares.items()}
     counts = {name: int(value) for name, value in exact.items()}

@@ -1,8 +1,8 @@
-"""Measures one point on a running deployment: with the router, and on request also without it.
+"""Measures one point (one load) on a running deployment: with the router, and on request also without it.
 
 Without the router, each replica gets as many users as its share of the routed requests, and the prompts that the router
-sent to it. On odd repeats the measurement without the router comes first, so that warm caches do not always favour the
-same side.
+has sent to it. On odd repeats the measurement without the router comes first, so that warm caches do not always favour
+the same side.
 """
 
 import tempfile
@@ -34,12 +34,13 @@ LOST_SECONDS: Final = "hpc_router_sim_lost_seconds_total"
 
 
 ServedExpert = tuple[str, str]
-"""Names of a replica and of one of the experts that it serves."""
+"""The name of a replica, and the name of one of the experts that it serves."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedShares:
-    """Where the router sent the measured requests: share of the requests and their bodies, per replica and expert."""
+    """The measured requests as the router distributed them: per replica and expert, the share of the requests and their
+    bodies."""
 
     shares: Mapping[ServedExpert, float]
     bodies: Mapping[ServedExpert, Sequence[int]]
@@ -63,8 +64,8 @@ class RoutedShares:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPoint:
-    """The figures of one point. `invalid`: reasons why they are invalid. `direct`, `overhead`: None if the point was
-    not measured without the router, for the reasons in `notes`."""
+    """The figures of one measurement point. `invalid`: reasons why the figures are invalid. `direct`, `overhead`: None
+    if the point was not measured without the router; `notes` has the reasons."""
 
     point: Point
     load: LoadResult
@@ -77,7 +78,7 @@ class MeasuredPoint:
 
 @dataclass(slots=True)
 class PointMeasurement:
-    """Measures the points of one deployment. `slowdown`: wall-clock seconds per second of its simulated engines."""
+    """A measurement of points on one deployment. `slowdown`: wall-clock seconds per second of its simulated engines."""
 
     run: RunDir
     target: LoadTarget
@@ -89,7 +90,7 @@ class PointMeasurement:
     routed: dict[tuple[object, ...], RoutedShares] = field(default_factory=dict)
 
     def measure(self, point: Point) -> MeasuredPoint:
-        """Measures one point. Raises LaunchError."""
+        """Measures one point and returns its figures. Raises LaunchError."""
         key = (point.users, point.rate_per_s, point.trace)
         notes: list[str] = []
         direct = None
@@ -115,6 +116,7 @@ class PointMeasurement:
         return figures(observations, window, self.config.good)
 
     def _measures_direct(self, point: Point, notes: list[str]) -> bool:
+        """Returns whether to measure without the router. Adds a note if that is configured but not possible."""
         if not self.config.direct:
             return False
         if self.slowdown != 1.0:
@@ -128,7 +130,7 @@ class PointMeasurement:
         return True
 
     def _direct(self, point: Point, routed: RoutedShares, notes: list[str]) -> Figures | None:
-        """Returns the figures without the router. All replicas get their share of the load at the same time."""
+        """Returns the figures without the router. All replicas are loaded at the same time, each with its share."""
         assert point.users is not None
         replicas = {name: self._replica(name) for name, _ in routed.shares}
         targets = {
@@ -157,14 +159,16 @@ class PointMeasurement:
             return self._figures(merged(list(pool.map(load_one, users))))
 
     def _replica(self, name: str) -> tuple[Record, LoadTarget] | None:
-        """Returns record and address of a replica; None for an external endpoint, because its token is not known."""
+        """Returns the record and address of a replica. Returns None for an external endpoint, because its token is
+        unknown here."""
         record = RegistryReader(self.run.registry).snapshot().get(name)
         if record is None or record.kind is not RecordKind.EXPERT or record.nonce is None:
             return None
         return record, LoadTarget(record.url, replica_key(self.run.secret(), record.nonce))
 
     def _sim_seconds(self) -> dict[str, tuple[float, float]]:
-        """Returns for each simulated replica: seconds of its steps, and seconds by which it fell behind its model."""
+        """Returns for each simulated replica two totals in seconds: the duration of its steps, and the delay that it
+        did not make up."""
         seconds = {}
         for name, record in RegistryReader(self.run.registry).snapshot().items():
             if record.kind is RecordKind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:
@@ -184,9 +188,9 @@ def point_measurement(
     deployment: Mapping[str, Any] | None,
     shared: Path,
 ) -> Iterator[PointMeasurement]:
-    """Starts the load jobs, and yields an object that measures points of a running deployment.
+    """Starts the load jobs, and yields the object that measures points on a running deployment.
 
-    `deployment`: its resolved config; None if unknown. `shared`: folder of the load jobs.
+    `deployment`: its resolved config; None if unknown. `shared`: folder through which the load jobs communicate.
     """
     access, slowdown = router_access(run), _slowdown(deployment)
     with (
@@ -209,7 +213,7 @@ def _value(text: str, name: str) -> float:
 
 
 def _late_share(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> float | None:
-    """Returns the maximum share of time by which an engine fell behind between two readings of `_sim_seconds`."""
+    """Returns the maximum share of time by which an engine was late between two readings of `_sim_seconds`."""
     shares = []
     for name, (steps_s, lost_s) in after.items():
         earlier = before.get(name, (0.0, 0.0))
@@ -219,14 +223,15 @@ def _late_share(before: Mapping[str, tuple[float, float]], after: Mapping[str, t
 
 
 def _responses_per_half(load: LoadResult) -> tuple[int, int]:
+    """Returns the number of responses that ended in the first and in the second half of the window."""
     middle = (load.window.start_s + load.window.end_s) / 2
     ended = [o.ended_s for o in load.observations if o.error is None and load.window.contains(o.ended_s)]
     return sum(at <= middle for at in ended), sum(at > middle for at in ended)
 
 
 def _slowdown(deployment: Mapping[str, Any] | None) -> float:
-    """Returns `roofline.slowdown` of the simulated experts. Raises LaunchError if they differ, because times of
-    different experts could then not be compared."""
+    """Returns `roofline.slowdown` of the simulated experts. Raises LaunchError if the experts have different values,
+    because their times could then not be compared."""
     found: set[float] = set()
     for expert in (deployment or {"experts": {}})["experts"].values():
         if expert["engine"]["kind"] == "sim":

@@ -1,7 +1,7 @@
-"""Prompts of the load: the built-in ones, or those of a JSON Lines file.
+"""The prompts of the load: the built-in prompts, or those of a JSON Lines file.
 
-The built-in prompts were written for this project, a few per domain of `topology=sim`. They are enough to send requests
-to every expert, but too few to evaluate a classifier.
+The built-in prompts were written for this project, a few for each domain of `topology=sim`. They are enough to send
+requests to every expert, but too few to evaluate a classifier.
 """
 
 import json
@@ -15,6 +15,8 @@ from hpc_router.state.atomic_files import lines_of
 
 @dataclass(frozen=True, slots=True)
 class BenchPrompt:
+    """One prompt, and its domain if that is known."""
+
     text: str
     domain: str | None = None
 
@@ -64,6 +66,7 @@ _BUILT_IN: Final = {
 
 
 def built_in() -> list[BenchPrompt]:
+    """Returns the built-in prompts."""
     return [BenchPrompt(text, domain) for domain, texts in _BUILT_IN.items() for text in texts]
 
 

@@ -1,7 +1,7 @@
-"""Records the origin of a result: versions, hardware, git state, command line, and the deployment's endpoints.
+"""Records the origin of a result: versions, hardware, git state, command line, and the endpoints of the deployment.
 
-Every result file contains its origin, so that a reader can judge the figures and repeat the measurement. No prompt,
-response, header or token is recorded.
+Every result file contains its origin, so that a reader can judge the figures and repeat the measurement. Prompts,
+responses, headers and tokens are not recorded.
 """
 
 import os
@@ -31,9 +31,9 @@ GIT_TIMEOUT_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The circumstances of a whole call of `launch.bench`.
+    """The circumstances of one call of `launch.bench`.
 
-    `config`: the run's resolved config; None for a run without one. `endpoints`: the replicas in the registry.
+    `config`: the run's resolved config; None if the run has none. `endpoints`: the replicas in the registry.
     """
 
     run: str
@@ -49,12 +49,12 @@ class Provenance:
 
     @property
     def simulated(self) -> bool:
-        """Whether any endpoint is a simulated engine, whose latencies are predicted."""
+        """Returns whether any endpoint is a simulated engine, whose latencies are predictions."""
         return any(endpoint["engine"]["kind"] == "sim" for endpoint in self.endpoints)
 
     @property
     def evidence(self) -> str:
-        """What the figures were measured on: `simulated`, `gpu`, `cpu` or `unknown`."""
+        """Returns the kind of hardware behind the figures: `simulated`, `gpu`, `cpu` or `unknown`."""
         if self.simulated:
             return "simulated"
         if self.config is None:
@@ -64,13 +64,15 @@ class Provenance:
 
     @property
     def gpus(self) -> int | None:
-        """Number of GPUs of all experts; for a simulated expert, the GPUs of the simulated engine."""
+        """Returns the number of GPUs of all experts. A simulated expert counts with the GPUs that its engine
+        simulates."""
         if self.config is None:
             return None
         return sum(int(expert["replicas"]) * _gpus(expert) for expert in self.config["experts"].values())
 
 
 def _gpus(expert: Mapping[str, Any]) -> int:
+    """Returns the number of GPUs of one replica of an expert."""
     roofline = expert["engine"]["options"].get("roofline")
     if roofline:
         return int(roofline.get("tensor_parallel_size", 1)) * int(roofline.get("pipeline_parallel_size", 1))
@@ -85,7 +87,7 @@ def provenance(
     choices: Mapping[str, str] | None = None,
     overrides: Sequence[str] = (),
 ) -> Provenance:
-    """Collects the provenance of a call. `code`: a folder in the clone whose git state is recorded."""
+    """Returns the provenance of a call. `code`: a folder in the git clone whose state is recorded."""
     return Provenance(
         run=str(run.path),
         choices=dict(choices or {}),
@@ -136,7 +138,8 @@ def _endpoints(run: RunDir) -> Iterator[dict[str, Any]]:
 
 
 def _versions() -> dict[str, str]:
-    """Returns the package versions of this interpreter. Other engines publish their versions in the registry."""
+    """Returns the versions of packages in this interpreter. Engines in other interpreters publish theirs in the
+    registry."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -147,7 +150,7 @@ def _versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Returns the commit of a git clone and whether it was changed; None outside of a clone, or without git."""
+    """Returns the commit of a git clone, and whether files differ from it; None outside of a clone, or without git."""
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit.strip(), "changed": bool(changes)}
 

@@ -1,7 +1,7 @@
-"""The record of a measured point: one flat JSON line with its figures, its load and its provenance.
+"""The record of a measurement point: one flat JSON line with its figures, its load and its provenance.
 
-Each call writes its own files and replaces them atomically after every point. So an interrupted call keeps its finished
-points, and several calls can share a folder. No prompt, response, header or token is recorded.
+Each call writes its own files and replaces them atomically after every point. An interrupted call therefore keeps its
+finished points, and several calls can use the same folder. Prompts, responses, headers and tokens are not recorded.
 """
 
 import json
@@ -22,7 +22,8 @@ SCHEMA: Final = 2
 
 @dataclass(slots=True)
 class ResultFiles:
-    """The result files of one call: `bench-<time>-<random>.jsonl`, and with `raw` also `.requests.jsonl` beside it."""
+    """The result files of one call: `bench-<time>-<random>.jsonl`, and with `raw` also `.requests.jsonl` with the same
+    stem."""
 
     folder: Path
     raw: bool
@@ -35,7 +36,7 @@ class ResultFiles:
         return self.folder / f"{self.name}.jsonl"
 
     def add(self, measured: MeasuredPoint, *, config: BenchConfig, origin: Provenance) -> None:
-        """Writes a finished point to the files."""
+        """Writes a finished measurement point to the files."""
         point = f"{self.name}.{len(self.records)}"
         self.records.append(record(point, measured, config=config, origin=origin))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -46,10 +47,10 @@ class ResultFiles:
 
 
 def record(point: str, measured: MeasuredPoint, *, config: BenchConfig, origin: Provenance) -> dict[str, Any]:
-    """Returns the record of a measured point, one flat JSON object.
+    """Returns the record of a measurement point as one flat JSON object.
 
-    Its keys `direct` and `router` hold the figures without the router and the latency that the router adds. They are
-    None if that was not measured.
+    Its key `direct` has the figures without the router, and `router` has the latency that the router adds. Both are
+    None if the point was not measured without the router.
     """
     load, at = measured.load, measured.point
     return {
@@ -81,7 +82,7 @@ def record(point: str, measured: MeasuredPoint, *, config: BenchConfig, origin: 
 
 
 def raw_lines(point: str, measured: MeasuredPoint) -> list[dict[str, Any]]:
-    """Returns one JSON value per request of the point, for a `.requests.jsonl` file."""
+    """Returns one JSON value per request of the measurement point, for a `.requests.jsonl` file."""
     return [{"point": point, "users": measured.point.users, **asdict(o)} for o in measured.load.observations]
 
 

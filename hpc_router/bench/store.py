@@ -1,7 +1,7 @@
-"""Stores the results of a sweep: a folder with one file per finished point, named by a hash of what was measured.
+"""Stores the results of a sweep: a folder with one file per finished point, named by a hash of the point's config.
 
 An interrupted sweep keeps its finished points and continues with the missing ones. The hash covers the deployment, the
-load and the repeat, but not the time or the versions, which are provenance. There are no file locks, because shared
+load and the repeat. It does not cover time and versions, which are provenance. There are no file locks, because shared
 file systems do not support them reliably; a claim file with a heartbeat shows whether another call is measuring.
 """
 
@@ -31,7 +31,7 @@ from hpc_router.state.run_directory import RunDir, private_umask
 
 BEAT_S: Final = 5.0
 CLAIM_TIMEOUT_S: Final = 60.0
-"""Seconds without a heartbeat after which a claim from another host is void."""
+"""Time in seconds without a heartbeat after which a claim from another host is void."""
 _NOT_IN_KEY: Final = (
     "users",
     "rates",
@@ -45,15 +45,17 @@ _NOT_IN_KEY: Final = (
     "drain_s",
     "retry",
 )
-"""Keys of `bench` that do not change what one point measures."""
+"""Keys of `bench` that do not change the measurement of one point."""
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
+    """The results of one sweep."""
+
     folder: Path
 
     def key(self, deployment: Deployment, config: BenchConfig, point: Point) -> str:
-        """Returns the hash of a point, which is the same in every call that measures the same point."""
+        """Returns the hash of a measurement point. It is the same in every call that measures the same point."""
         bench = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_KEY}
         return _digest({"deployment": deployment_key(deployment), "bench": bench, "point": asdict(point)})
 
@@ -61,20 +63,21 @@ class Store:
         return self.folder / f"{key}.jsonl"
 
     def has(self, key: str, *, valid: bool = False) -> bool:
-        """Returns whether the point is finished; with `valid`, whether it has valid figures."""
+        """Returns whether the point is finished. With `valid`, returns whether it also has valid figures."""
         if not valid:
             return self.path(key).exists()
         return bool((read_json(self.path(key)) or {}).get("valid"))
 
     def add(self, key: str, record: Mapping[str, Any], raw: list[dict[str, Any]] | None) -> None:
-        """Stores a finished point: first the raw requests, because the record marks the point as finished."""
+        """Stores a finished point. Writes the raw requests first, because the record marks the point as finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if raw is not None:
             replace_text(self.folder / f"{key}.requests.jsonl", lines(raw))
         replace_text(self.path(key), lines([record]))
 
     def run_of(self, deployment: Deployment) -> RunDir:
-        """Returns the deployment's run directory: always the same, so that a call finds what a killed one left."""
+        """Returns the deployment's run directory. It is the same in every call, so that a call finds the processes of a
+        killed one."""
         return RunDir(self.runs / deployment_key(deployment))
 
     @property
@@ -83,7 +86,8 @@ class Store:
 
     @contextmanager
     def claim(self, deployment: Deployment) -> Iterator[None]:
-        """Makes sure that one call at a time measures a deployment. Raises LaunchError if another call does."""
+        """Holds the claim on a deployment during the block, so that only one call at a time measures it. Raises
+        LaunchError if another call holds the claim."""
         with private_umask():
             self.runs.mkdir(parents=True, exist_ok=True)
         path = self.runs / f"{deployment_key(deployment)}.claim"
@@ -103,6 +107,7 @@ class Store:
                     path.unlink()
 
     def clear(self, deployment: Deployment) -> None:
+        """Removes the deployment's run directory."""
         shutil.rmtree(self.run_of(deployment).path, ignore_errors=True)
 
 
@@ -120,7 +125,7 @@ def _touch(path: Path) -> None:
 
 
 def _holder(path: Path) -> str | None:
-    """Returns the live process that holds the claim, for an error message; None if the claim is free."""
+    """Returns the live process that holds the claim, as text for an error message; None if the claim is free."""
     try:
         age_s = time.time() - path.stat().st_mtime
     except OSError:

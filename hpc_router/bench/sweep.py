@@ -1,7 +1,7 @@
-"""One deployment of a sweep: starts it, measures the missing points, stops it.
+"""One deployment of a sweep: starts the deployment, measures the missing points, and stops it.
 
-Every point is stored when it is finished. A deployment that a killed call left behind is stopped first, so that each
-measurement starts fresh. A deployment without missing points is not started.
+Every point is stored when it is finished. If a killed call has left the deployment running, it is stopped first, so
+that each measurement starts fresh. A deployment without missing points is not started.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,13 @@ from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import RunDir
 
 PointContext = Callable[[Point, int], AbstractContextManager[None]]
-"""Returns a context for the measurement of a point, such as a progress bar. The number counts the finished points."""
+"""Returns a context manager for the measurement of a point, such as a progress bar. The number says how many points are
+finished."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeploymentSweep:
-    """The points to measure on one deployment, and the store of their results."""
+    """The points to measure on one deployment, and the store for their results."""
 
     store: Store
     deployment: Deployment
@@ -37,7 +38,7 @@ class DeploymentSweep:
     prompts: Sequence[BenchPrompt]
 
     def points(self) -> list[tuple[str, Point]]:
-        """Returns all points with their keys in the store."""
+        """Returns all points, each with its key in the store."""
         return [(self.store.key(self.deployment, self.config, p), p) for p in points_of(self.config)]
 
     def missing(self) -> list[tuple[str, Point]]:
@@ -47,7 +48,7 @@ class DeploymentSweep:
 def measure_missing(
     sweep: DeploymentSweep, *, reporter: Reporter, context: PointContext, origin: Callable[[RunDir], Provenance]
 ) -> list[MeasuredPoint]:
-    """Measures and returns the missing points. Raises ConfigError, LaunchError, KeyboardInterrupt."""
+    """Measures the missing points and returns their figures. Raises ConfigError, LaunchError and KeyboardInterrupt."""
     if not sweep.missing():
         return []
     with sweep.store.claim(sweep.deployment), sigterm_as_interrupt():

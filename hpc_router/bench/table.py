@@ -1,4 +1,4 @@
-"""Formats the figures as a table for a terminal: one row per point, then remarks on the points."""
+"""Formats the figures as a table for a terminal: one row per measurement point, then remarks on the points."""
 
 from collections.abc import Iterator, Sequence
 
@@ -65,5 +65,5 @@ def _median(spread: Percentiles | None, *, scale: float) -> str:
 
 
 def number(value: float) -> str:
-    """Formats a number with three significant digits, or from 100 on as a whole number."""
+    """Formats a number with three significant digits; from 100 on as a whole number."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

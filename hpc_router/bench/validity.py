@@ -1,4 +1,5 @@
-"""Decides whether the figures of a point are valid, and gives the reasons if not. Pure functions."""
+"""Decides whether the figures of a measurement point are valid, and gives the reasons if they are not. Pure
+functions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,17 +10,17 @@ from hpc_router.bench.figures import Figures
 
 STEADY_SIGMAS: Final = 4.0
 STEADY_SHARE: Final = 0.25
-"""Maximum relative difference of the window's two halves for a steady load. A larger difference counts only if it also
-exceeds STEADY_SIGMAS standard deviations of a Poisson process."""
+"""Maximum relative difference between the window's two halves for a steady load. A larger difference counts only if it
+also exceeds STEADY_SIGMAS standard deviations of a Poisson process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
     """The circumstances of a measurement.
 
-    `cpu_share`, `wait_share`: shares of one core that the busiest load generator used and waited for. `late_share`:
-    share of the time by which simulated engines lagged behind their model; None without such engines. `halves`: number
-    of responses that ended in the first and in the second half of the window.
+    `cpu_share`, `wait_share`: shares of one core that the busiest load generator used, and for which it waited.
+    `late_share`: share of the time by which simulated engines were late; None without such engines. `halves`: number of
+    responses that ended in the first and in the second half of the window.
     """
 
     users: int | None
@@ -30,7 +31,7 @@ class Conditions:
 
 
 def invalid_reasons(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> Iterator[str]:
-    """Yields the reasons why the figures are invalid; nothing if they are valid."""
+    """Yields the reasons why the figures are invalid; no reasons if they are valid."""
     failed = figures.failed / figures.requests if figures.requests else 0.0
     if failed > limits.error_share:
         yield f"{failed:.1%} of the measured requests failed (at most {limits.error_share:.1%})"
@@ -53,6 +54,7 @@ def invalid_reasons(figures: Figures, conditions: Conditions, limits: ValidityLi
 
 
 def _too_short(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> Iterator[str]:
+    """Yields a reason if the window has too few responses."""
     if figures.succeeded < limits.answers:
         yield f"the window is too short: {figures.succeeded} measured responses (at least {limits.answers})"
     elif conditions.users is not None:

@@ -1,4 +1,5 @@
-"""The requests of a point: bodies, order, arrival times and pauses. Pure functions, determined by the seed.
+"""The requests of a measurement point: bodies, order, arrival times and pauses. Pure functions; the seed determines the
+results.
 
 Every point starts from the seed and its repeat, so the same config sends the same measured requests in the same order.
 Measured and unmeasured requests have separate orders, so the number of warm-up requests does not matter. Addresses and
@@ -20,18 +21,19 @@ from hpc_router.errors import ConfigError
 from hpc_router.state.atomic_files import lines_of
 
 POOL_SIZE: Final = 2048
-"""Number of different requests if lengths are random."""
+"""Number of different requests if their lengths are random."""
 PERMUTATIONS: Final = 4
 """Number of random orders of all requests before the sequence repeats."""
 THINK_TIMES: Final = 4096
 """Number of random pauses before the sequence repeats."""
 EXTRA_ARRIVALS_S: Final = 120.0
-"""Open loop: seconds for which arrivals continue after the window, to keep up the load while measured requests end."""
+"""Open loop: time in seconds after the window in which requests still arrive, to keep up the load until measured
+requests end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One load to measure: a number of users, a request rate or a trace."""
+    """A measurement point, which is one load: a number of users, a request rate or a trace."""
 
     users: int | None = None
     rate_per_s: float | None = None
@@ -48,7 +50,8 @@ class Point:
 
 
 def points_of(config: BenchConfig) -> list[Point]:
-    """Returns all points of a call, repeat by repeat, so that slow changes of the machine affect all points alike."""
+    """Returns all measurement points of a call, repeat by repeat, so that slow changes of the machine affect all points
+    alike."""
     points = []
     for repeat in range(config.repeats):
         if config.rates is not None:
@@ -62,7 +65,7 @@ def points_of(config: BenchConfig) -> list[Point]:
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """The body of a request. `domain`: that of its prompt; None if it is not known."""
+    """The body of a request. `domain`: the domain of its prompt; None if it is not known."""
 
     body: bytes
     domain: str | None
@@ -101,12 +104,13 @@ def workload(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, 
 
 
 def jobs_for(point: Point, config: BenchConfig) -> int:
-    """Returns the number of load jobs that take part. Each needs at least one user and one measured request."""
+    """Returns the number of load jobs that take part in a point. Each needs at least one user and one measured
+    request."""
     return min(n for n in (config.load_jobs, point.users, config.requests) if n is not None)
 
 
 def share_of(total: int, job: int, jobs: int) -> int:
-    """Returns the part of `total` for job number `job`. Parts differ by at most one, and add up to `total`."""
+    """Returns the share of job number `job` in `total`. The shares differ by at most one, and their sum is `total`."""
     return total // jobs + (job < total % jobs)
 
 
@@ -132,6 +136,7 @@ def request_body(config: BenchConfig, text: str, *, max_tokens: int) -> dict[str
 
 
 def draw_length(source: random.Random, lengths: Lengths) -> int:
+    """Draws a random length, at least 1."""
     if lengths.kind == "fixed":
         return max(1, round(lengths.mean))
     if lengths.kind == "uniform":
@@ -161,7 +166,7 @@ def _bodies(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> Iterator[Req
 
 
 def request_order(count: int, stream: str) -> list[int]:
-    """Returns indices below `count`: several random permutations in a row, determined by the name `stream`."""
+    """Returns indices below `count`, as several random permutations in a row. The name `stream` determines them."""
     source = random.Random(stream)
     return [number for _ in range(PERMUTATIONS) for number in source.sample(range(count), count)]
 
@@ -185,7 +190,7 @@ def _think_times(config: BenchConfig, stream: str) -> list[float]:
 
 
 def read_trace(path: Path) -> list[float]:
-    """Reads arrival times in seconds, sorted. Raises ConfigError with file and line."""
+    """Returns the arrival times of a file in seconds, sorted. Raises ConfigError with file and line."""
     found: list[float] = []
     for number, line in lines_of(path):
         try:

@@ -46,12 +46,13 @@ _TENSORS: Final = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Artefact:
-    """Tables of a trained classifier. Raises ValueError if the values do not fit together.
+    """The tables of a trained classifier. Raises ValueError if the values do not fit together.
 
-    Row i of every table belongs to `terms[i]`; column j of `weights` belongs to `clusters[j]`, which `experts[j]`
-    serves. Shapes: `weights` terms x clusters, `idf` and `discriminative` terms, `offsets` clusters, `space` terms x
-    dimensions (0 with norm `terms`). `discriminative[i]` is 1 if the term distinguishes clusters; a prompt without such
-    a term counts as unknown. `training`: data fingerprint, settings, scores and package versions, as JSON values.
+    Row i of every table belongs to `terms[i]`. Column j of `weights` belongs to `clusters[j]`, whose expert is
+    `experts[j]`. Shapes: `weights` terms x clusters, `idf` and `discriminative` terms, `offsets` clusters, `space`
+    terms x dimensions (0 dimensions with norm `terms`). `discriminative[i]` is 1 if the term distinguishes clusters; a
+    prompt without such a term counts as unknown. `training`: data fingerprint, settings, scores and package versions,
+    as JSON values.
     """
 
     features: Features
@@ -84,7 +85,7 @@ class Artefact:
 
     @cached_property
     def version(self) -> str:
-        """Hash of the whole content, including the table of experts."""
+        """Returns a hash of the whole content, including the table of experts."""
         return _version(self._content())
 
     def _content(self) -> dict[str, object]:
@@ -101,7 +102,8 @@ class Artefact:
         }
 
     def write(self, folder: Path) -> None:
-        """Writes the artefact to `folder`, completely or not at all; replaces an older one. Raises ArtefactError."""
+        """Writes the artefact to `folder`, completely or not at all, and replaces an older one. Raises
+        ArtefactError."""
         folder = folder.absolute()
         manifest = json.dumps({"version": self.version, **self._content()}, indent=1, ensure_ascii=False) + "\n"
         try:
@@ -131,7 +133,7 @@ def read(folder: Path) -> Artefact:
         artefact = _parse(manifest, load(tables))
     except (ValueError, TypeError, SafetensorError) as error:
         raise ArtefactError(f"the artefact {folder} cannot be used: {error}; train it again") from error
-    # Fills the cached property with the version from the manifest, which was verified.
+    # Sets the cached property to the version in the manifest, which was verified above.
     artefact.__dict__["version"] = manifest["version"]
     return artefact
 
@@ -253,7 +255,7 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises ArtefactError unless `folder` is absent, empty or an artefact: a wrong path must not delete anything."""
+    """Raises ArtefactError unless `folder` is missing, empty or an artefact, so that a wrong path deletes nothing."""
     if folder.is_dir():
         other_files = sorted({entry.name for entry in folder.iterdir()} - {MANIFEST, TABLES})
         if other_files:

@@ -1,10 +1,11 @@
-"""Classifies a prompt with an artefact: splits it into terms, adds their table rows, divides by a length.
+"""Classifies a prompt with an artefact: splits the prompt into terms, adds their table rows, and divides by a length.
 
-The score of a cluster is the cosine between prompt and cluster. With `distilled` features it is the cosine that the
-sentence encoder is predicted to give, minus the mean for that kind of text. The margin is the score's distance to the
-best cluster of another expert, because clusters of one expert do not compete; an expert outside the deployment counts
-as no expert. The classifier only measures, and the policy decides what a small margin means. It has no state and does
-no I/O. After the sum (`term_sums`) it uses Python lists, because numpy calls cost more on the request path.
+The score of a cluster is the cosine between prompt and cluster. With `distilled` features, the score is the cosine that
+the sentence encoder is predicted to give, minus the mean for that kind of text. The margin is the score's distance to
+the best cluster of another expert. Clusters of the same expert do not compete, and an expert outside the deployment
+counts as no expert. The classifier only measures; the policy decides what a small margin means. The classifier has no
+state and does no I/O. After the sum (`term_sums`) it uses Python lists, because numpy calls cost more on the request
+path.
 """
 
 import math
@@ -17,11 +18,11 @@ from hpc_router.routing.artefact import NORM_SPACE, Artefact
 from hpc_router.routing.term_sums import TermSums
 
 _EXCLUDED: Final = -math.inf
-_new_tuple: Final = tuple.__new__  # a named tuple's own constructor is a call of Python code
+_new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
 
 
 class Classification(NamedTuple):
-    """The best cluster of a prompt, and how far it leads over the best cluster of another expert.
+    """The best cluster of a prompt, and its lead over the best cluster of another expert.
 
     `known_terms`: number of discriminative terms; if it is 0, the other fields say nothing about the prompt. `margin`
     and `runner_up` (an expert) are None if all clusters belong to one expert.
@@ -43,13 +44,15 @@ class Term(NamedTuple):
 
 
 class Classifier:
+    """A classifier for one deployment. `experts` has the expert of each cluster."""
+
     def __init__(
         self, artefact: Artefact, *, experts: Collection[str] | None = None, margin_threshold: float | None = None
     ) -> None:
         """Prepares the tables of an artefact.
 
-        `experts`: the experts of this deployment; None: all of the artefact. `margin_threshold`: None takes that of the
-        artefact. `self.experts` has one entry per cluster.
+        `experts`: the experts of this deployment; None: all experts of the artefact. `margin_threshold`: None: the
+        threshold of the artefact.
         """
         self.artefact = artefact
         self.margin_threshold = artefact.margin_threshold if margin_threshold is None else margin_threshold
@@ -66,7 +69,7 @@ class Classifier:
             wide_lanes=self._in_space,  # a length in the space can be close to zero
         )
         self._offsets: list[float] | None = artefact.offsets.tolist() if artefact.offsets.any() else None
-        # For each cluster, all clusters of the same expert.
+        # For each cluster: all clusters of the same expert.
         self._same_expert = [[d for d, b in enumerate(self.experts) if a == b] for a in self.experts]
 
     @property
@@ -74,6 +77,7 @@ class Classifier:
         return self.artefact.version
 
     def classify(self, text: str) -> Classification:
+        """Returns the best cluster of the text and its margin."""
         values, length, known = self._values(text)
         top = max(values)
         best = values.index(top)  # the first one wins a tie
@@ -82,7 +86,7 @@ class Classifier:
         second = max(values)
         if self._offsets is None:
             score, margin = top / length, (top - second) / length
-        else:  # values are divided by the length already, and centroids do not have length one
+        else:  # the values are already divided by the length, and centroids do not have length one
             offset = self._offsets[best]
             score = (top - offset) / (math.sqrt(-2 * offset) or 1.0)
             margin = top - second

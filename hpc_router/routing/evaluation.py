@@ -17,7 +17,7 @@ import numpy as np
 from hpc_router.routing.features import Doubles, Ids, Mask
 
 SHARES: Final = tuple(round(0.1 * n, 1) for n in range(1, 10))
-"""Points of the cost-accuracy curve: shares of prompts that the expensive expert answers."""
+"""Measurement points of the cost-accuracy curve: shares of the prompts that the expensive expert answers."""
 BOOTSTRAP_SAMPLES: Final = 1000
 LENGTHS: Final = (200, 500, 1000, 2000)
 """Prompt lengths of the latency measurement, in characters."""
@@ -32,7 +32,7 @@ def majority(clusters: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
 
 
 def nmi(clusters: Sequence[str], labels: Sequence[str]) -> float:
-    """Returns the normalised mutual information: divided by the mean of the two entropies; 0 if both are 0."""
+    """Returns the normalised mutual information, which is divided by the mean of the two entropies; 0 if both are 0."""
     n = len(clusters)
     joint, by_cluster, by_label = Counter(zip(clusters, labels, strict=True)), Counter(clusters), Counter(labels)
     mutual = sum(c / n * math.log(c * n / (by_cluster[a] * by_label[b])) for (a, b), c in joint.items())
@@ -50,14 +50,15 @@ def confusion(decided: Sequence[str], labels: Sequence[str]) -> dict[str, dict[s
 
 
 def balance(decided: Sequence[str], names: Sequence[str]) -> tuple[dict[str, float], float]:
-    """Returns the share of each name, and the balance 1 / (k x largest share), which is 1 if all k shares are equal."""
+    """Returns the share of each name, and the balance 1 / (k x largest share). The balance is 1 if all k shares are
+    equal."""
     counts = Counter(decided)
     shares = {name: counts[name] / len(decided) for name in names}
     return shares, 1 / (len(names) * max(shares.values()))
 
 
 def coverage(margins: Sequence[float | None], right: Sequence[bool], *, threshold: float) -> list[dict[str, float]]:
-    """Returns share and accuracy of the prompts with at least a certain margin, for several margins around `threshold`.
+    """Returns the share and the accuracy of the prompts whose margin is at least m, for several m around `threshold`.
 
     A margin of None counts as infinite.
     """
@@ -72,9 +73,10 @@ def coverage(margins: Sequence[float | None], right: Sequence[bool], *, threshol
 
 
 def latency(decide: Callable[[str], object], texts: Sequence[str]) -> dict[str, Any]:
-    """Measures `decide`: returns p50 and p99 in microseconds by prompt length, for prompts cut from `texts`.
+    """Measures the duration of `decide`. Returns p50 and p99 in microseconds by prompt length, for prompts cut from
+    `texts`.
 
-    As a reference for the speed of the machine, a fixed loop of Python code is measured as well.
+    A fixed loop of Python code is measured too, as a reference for the speed of the machine.
     """
     joined = " ".join(texts)
     while len(joined) < LENGTHS[-1] * 50:
@@ -88,6 +90,7 @@ def latency(decide: Callable[[str], object], texts: Sequence[str]) -> dict[str, 
 
 
 def _quantiles(calls: Sequence[Callable[[], object]]) -> dict[str, float]:
+    """Returns p50 and p99 of the durations of these calls, in microseconds."""
     durations_us = []
     for call in calls:
         started = time.perf_counter()
@@ -107,12 +110,13 @@ def bootstrap_interval(statistic: Callable[[Ids], float], *, rows: int, seed: in
 def cost_quality(
     *, experts: Sequence[str], cost: Doubles, gain: Doubles, right: Doubles, seed: int = 0
 ) -> dict[str, Any]:
-    """Compares a cheap and an expensive expert: accuracy as a function of the share of prompts for the expensive one.
+    """Compares a cheap and an expensive expert: returns the accuracy for each share of prompts sent to the expensive
+    one.
 
     `right[prompt, expert]`: correctness. `gain[prompt]`: predicted gain from the expensive expert. At each share, the
-    prompts with the largest predicted gain go to the expensive expert; ties are broken at random. `random` selects the
-    same number of prompts at random, `oracle` those with the largest real gain. `low` and `high`: interval of the
-    accuracy above `random`.
+    prompts with the largest predicted gain go to the expensive expert; ties are broken at random. For comparison,
+    `random` selects the same number of prompts at random, and `oracle` those with the largest real gain. `low` and
+    `high`: interval of the accuracy above `random`.
     """
     expensive, cheap = int(np.argmax(cost)), int(np.argmin(cost))
     rng = np.random.default_rng(seed)

@@ -24,13 +24,14 @@ from hpc_router.routing.artefact import Artefact
 from hpc_router.routing.features import Doubles, Features, Ids, Mask, TermCounts, counts_of, vocabulary_of
 
 FALSE_REJECTION_RATE: Final = 0.05
-"""Share of correctly classified held-out prompts whose margin may be below the threshold."""
+"""Maximum share of correctly classified held-out prompts whose margin is below the threshold."""
 MAX_FOLDS: Final = 200
-"""Number of folds of the cross-validation; with fewer exemplars, each exemplar is a fold."""
+"""Maximum number of folds of the cross-validation. With fewer exemplars, each exemplar is one fold."""
 
 
 def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None = None) -> Artefact:
-    """Trains one cluster per expert, named after it. Raises ConfigError as `usable_exemplars` does."""
+    """Trains an artefact with one cluster per expert, which has the expert's name. Raises ConfigError as
+    `usable_exemplars` does."""
     features = features or Features()
     usable = usable_exemplars(exemplars, features=features)
     names = tuple(usable)
@@ -67,12 +68,13 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
 
 
 def margin_threshold(margins: Doubles) -> float:
-    """Returns the threshold, given the margins of correctly classified held-out prompts; 0 if there are none."""
+    """Returns the threshold for these margins of correctly classified held-out prompts; 0 if there are none."""
     return float(np.quantile(margins, FALSE_REJECTION_RATE)) if margins.size else 0.0
 
 
 def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict[str, list[str]]:
-    """Returns the prompts to train on, by expert in sorted order. Prompts without a term and duplicates are left out.
+    """Returns the prompts for the training, by expert in sorted order. Leaves out duplicates and prompts without a
+    term.
 
     Raises ConfigError, with expert and position, for a value that is not text, a prompt of two experts, an expert
     without a usable prompt, or fewer than two experts.
@@ -115,7 +117,7 @@ def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Featur
 
 
 def _without_texts(counts: TermCounts, removed: Mask) -> TermCounts:
-    """Returns the counts with the rows of the removed texts emptied. The numbers of the rows do not change."""
+    """Returns the counts with empty rows for the removed texts. The numbers of the rows do not change."""
     kept = ~removed[counts.text]
     return replace(counts, text=counts.text[kept], term=counts.term[kept], count=counts.count[kept])
 
@@ -130,7 +132,7 @@ def _idf(counts: TermCounts, *, prompts: int) -> Doubles:
 def _unit_rows(counts: TermCounts, idf: Doubles) -> Doubles:
     """Returns the TF-IDF value of each entry, divided by the length of its row."""
     weighted = counts.count * idf[counts.term]
-    # A prefix that two words of a prompt share counts twice, as in the classifier.
+    # A prefix counts twice if two words of a prompt have it, as in the classifier.
     length = np.sqrt(np.bincount(counts.text, weights=weighted * idf[counts.term], minlength=counts.texts))
     unit: Doubles = weighted / np.where(length > 0, length, 1.0)[counts.text]
     return unit

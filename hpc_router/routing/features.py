@@ -28,7 +28,7 @@ Mask = NDArray[np.bool_]
 
 # Han and kana are written without spaces, so each character is a token.
 _UNSPACED: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# A single-character token: one of those, or any symbol beyond ASCII. The leading character class makes the search fast.
+# A single-character token: a Han or kana character, or a symbol beyond ASCII. The first character class speeds it up.
 _SINGLE_TOKEN: Final = re.compile(rf"([^\x00-\x7f])(?<![^\W{_UNSPACED}])")
 _CBTM_WORD: Final = re.compile(r"(?u)\b\w\w+\b")
 _WORD_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
@@ -36,12 +36,13 @@ SYMBOLS: Final = bytes(c for c in range(33, 127) if c not in _WORD_BYTES)
 _NON_SYMBOLS: Final = bytes(c for c in range(256) if c not in SYMBOLS)
 # Typographic variants of ASCII characters. Most non-ASCII texts contain no other characters beyond ASCII.
 _TYPOGRAPHIC: Final = tuple(zip("’‘“”–—…\u00a0", ("'", "'", '"', '"', "-", "-", "...", " "), strict=True))
-# bytes.split splits only at ASCII spaces, and NFKC does not replace these.
+# Spaces that `_normalised` replaces itself: bytes.split splits only at ASCII spaces, and NFKC leaves these.
 _UNICODE_SPACES: Final = ("\x85", "\u1680", "\u2028", "\u2029")
 
 
 def _word_table(*, fold_numbers: bool) -> bytes:
-    """Returns a bytes.translate table: letters to lower case, digits kept or folded to `0`, the rest to spaces."""
+    """Returns a table for bytes.translate: letters become lower case, digits stay or become `0`, and the rest becomes
+    spaces."""
     table = bytearray(b" " * 128) + bytes(range(128, 256))
     for byte in _WORD_BYTES:
         table[byte] = ord("0") if fold_numbers and chr(byte).isdigit() else ord(chr(byte).lower())
@@ -53,10 +54,11 @@ _WORD_TABLES: Final = {fold: _word_table(fold_numbers=fold) for fold in (False, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """Settings that turn a text into terms; an artefact has one set of them.
+    """The settings that turn a text into terms. An artefact has one set of them.
 
-    `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: the first `prefix` characters of a longer or equal
-    token are a further term (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm` ignores these three.
+    `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: number of characters of a further term, the start of
+    each token that is at least that long (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm` ignores
+    these three.
     """
 
     kind: str = "lexical"
@@ -92,7 +94,7 @@ class Features:
         return raw.translate(_WORD_TABLES[self.fold_numbers]).split(), raw.translate(None, _NON_SYMBOLS)
 
     def terms(self, text: str) -> list[str]:
-        """Returns every term of the text once (`cbtm`: as often as it occurs)."""
+        """Returns every term of the text once; for kind `cbtm`, as often as it occurs."""
         words, symbols = self.split(text)
         if self.kind == "cbtm":
             return [word.decode() for word in words]
@@ -117,7 +119,7 @@ class Vocabulary:
 
 
 def clip(text: str, *, window_bytes: int) -> str:
-    """Returns the longest start of the text that fits into `window_bytes` of UTF-8, without lone surrogates."""
+    """Returns the longest start of the text that fits into `window_bytes` of UTF-8. Removes lone surrogates."""
     text = text[:window_bytes]
     if text.isascii():
         return text
@@ -125,7 +127,8 @@ def clip(text: str, *, window_bytes: int) -> str:
 
 
 def _normalised(text: str) -> str:
-    """Returns the text in lower case and NFKC, with ASCII spaces, also around single-character tokens."""
+    """Returns the text in lower case and NFKC. All spaces are ASCII, and single-character tokens have spaces around
+    them."""
     for character, replacement in _TYPOGRAPHIC:
         text = text.replace(character, replacement)
     if text.isascii():

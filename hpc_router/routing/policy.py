@@ -2,11 +2,11 @@
 
 A policy decides at once, from the prompt and from the ready experts with their requests in flight. It must not know
 replicas, and it never waits. `select` may return an expert that is not ready; the router then tries the experts of
-`order`. `explain` makes the same decision without changing the state of the policy.
+`order`. `explain` makes the same decision without changing the policy's state.
 
-Reasons of a decision: `low_margin` and `no_known_terms` describe the prompt, whichever expert gets it (the fallback,
-else the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no expert is ready.
-`policy`: the prompt had no influence. Only the router sets `named` and `spilled`.
+Reasons of a decision: `low_margin` and `no_known_terms` describe the prompt, and do not depend on the expert that gets
+it (the fallback, else the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no
+expert is ready. `policy`: the prompt had no influence. Only the router sets `named` and `spilled`.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,9 @@ KINDS = ("classifier", "least_in_flight", "model_field", "round_robin")
 
 
 class RouteReason(StrEnum):
-    __hash__ = str.__hash__  # that of an enum is a call of Python code
+    """The reason of a routing decision."""
+
+    __hash__ = str.__hash__  # written in C, while the hash of an enum is Python code
 
     NAMED = "named"
     CLASSIFIED = "classified"
@@ -32,11 +34,12 @@ class RouteReason(StrEnum):
     UNAVAILABLE = "unavailable"
 
 
-_CLASSIFIED: Final = RouteReason.CLASSIFIED  # a look-up in the enum costs more than one here
+_CLASSIFIED: Final = RouteReason.CLASSIFIED  # a global name is faster than a look-up in the enum
 
 
 class Decision(NamedTuple):
-    """The expert chosen for a prompt; None if no expert can take it. `margin`: lead over the expert `runner_up`."""
+    """The decision for one prompt. `expert` is None if no expert can take the prompt. `margin`: lead over the expert
+    `runner_up`."""
 
     expert: str | None
     reason: RouteReason
@@ -46,7 +49,8 @@ class Decision(NamedTuple):
     runner_up: str | None = None
 
     def to_dict(self, *, id: str | int | None) -> dict[str, object]:
-        """Returns the JSON form for `POST /route`, `hpc-router route` and `classify predict` (*contract*)."""
+        """Returns the JSON form for `POST /route`, `hpc-router route` and `classify predict`. The keys are fixed,
+        because other programs read them."""
         return {
             "id": id,
             "cluster": self.cluster,
@@ -60,6 +64,8 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
+    """A decision, and the terms that contributed most to it."""
+
     decision: Decision
     terms: tuple[Term, ...] = ()
 
@@ -69,25 +75,29 @@ class Explanation:
 
 
 class Policy(Protocol):
+    """The interface of a policy."""
+
     weighs_load: bool
-    """Whether `select` uses `ready`, which costs the router time in proportion to the number of replicas."""
+    """Whether `select` uses `ready`. If so, the router needs time in proportion to the number of replicas for each
+    decision."""
 
     @property
     def shadow(self) -> "Policy | None":
-        """A second policy that also decides for each prompt. Its decisions are counted and have no other effect."""
+        """Returns a second policy, or None. It also decides for each prompt; its decisions are counted and have no
+        other effect."""
 
     @property
     def version(self) -> str | None:
-        """Version of the policy's artefact; None without an artefact."""
+        """Returns the version of the policy's artefact; None without an artefact."""
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
         """Chooses an expert for a prompt. `ready`: ready experts and their number of requests in flight."""
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
-        """Returns the decision of `select` and the terms behind it. Does not change the policy's state."""
+        """Returns the decision of `select` and the terms that caused it. Does not change the policy's state."""
 
     def order(self, decision: Decision) -> tuple[str, ...]:
-        """Returns the experts to try in turn: the chosen one, then its substitutes."""
+        """Returns the experts to try one after the other: the chosen expert, then its substitutes."""
 
 
 def versions(policy: Policy) -> tuple[str | None, str | None]:
@@ -96,7 +106,8 @@ def versions(policy: Policy) -> tuple[str | None, str | None]:
 
 
 class ClassifierPolicy:
-    """Chooses the expert of the prompt's cluster, or the fallback if the margin is low or the cluster has no expert."""
+    """A policy that chooses the expert of the prompt's cluster. It chooses the fallback if the margin is low or the
+    cluster has no expert."""
 
     weighs_load = False
 
@@ -112,7 +123,7 @@ class ClassifierPolicy:
         cluster, own, score, margin, runner_up, known_terms = self._classifier.classify(text)
         best = own or self._fallback or runner_up
         if known_terms == 0:
-            # no term was recognised, so the decision has no cluster, score or margin
+            # The classifier knows no term of the prompt, so the decision has no cluster, score or margin.
             return Decision(self._fallback or best, RouteReason.NO_KNOWN_TERMS)
         if margin is not None and margin < self._classifier.margin_threshold:
             expert, reason = self._fallback or best, RouteReason.LOW_MARGIN
@@ -138,7 +149,8 @@ class ClassifierPolicy:
 
 
 class RoundRobin:
-    """Chooses the ready experts in turn, sorted by name. The set of ready experts may change between calls."""
+    """A policy that chooses the ready experts in turn, sorted by name. The set of ready experts may change between
+    calls."""
 
     version = None
     weighs_load = True
@@ -165,7 +177,7 @@ class RoundRobin:
 
 
 class LeastInFlight(RoundRobin):
-    """Chooses the ready expert with the fewest requests in flight; in a tie, the experts take turns."""
+    """A policy that chooses the ready expert with the fewest requests in flight. In a tie, the experts take turns."""
 
     def _candidates(self, ready: Mapping[str, int]) -> list[str]:
         least = min(ready.values(), default=0)
@@ -173,7 +185,8 @@ class LeastInFlight(RoundRobin):
 
 
 class ModelField:
-    """Policy for clients that name the expert. `auto` gets the fallback; without one, the router sends 404."""
+    """The policy for clients that name the expert. A request for `auto` gets the fallback; without a fallback, the
+    router sends 404."""
 
     version = None
     weighs_load = False
@@ -195,7 +208,7 @@ class ModelField:
 def build_policy(
     *, kind: str, classifier: Classifier | None = None, fallback: str | None = None, shadow: Policy | None = None
 ) -> Policy:
-    """Builds the policy of a configured `kind`. Raises ConfigError for an unknown kind or a missing classifier."""
+    """Returns the policy of a configured `kind`. Raises ConfigError for an unknown kind or a missing classifier."""
     match kind:
         case "classifier":
             if classifier is None:
@@ -212,11 +225,13 @@ def build_policy(
 
 
 def _next(names: list[str], *, after: str) -> str | None:
-    """Returns the first of the sorted names that is greater than `after`, else the first of all, if any."""
+    """Returns the first of the sorted names that is greater than `after`, else the first name; None if there are no
+    names."""
     return next((name for name in names if name > after), names[0] if names else None)
 
 
 def _distinct(*experts: str | None) -> tuple[str, ...]:
+    """Returns the experts without None and without duplicates, in order."""
     return tuple(dict.fromkeys(name for name in experts if name is not None))
 
 

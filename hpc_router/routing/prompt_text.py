@@ -1,7 +1,7 @@
-"""Extracts the text that a routing decision is based on from an API request.
+"""Extracts from an API request the text on which a routing decision is based.
 
-The text is the user's messages, oldest first, up to a window. Later turns of a conversation append to it, so a
-conversation keeps its expert without stored state. System prompts and answers are ignored; images, audio and token ids
+The text consists of the user's messages, oldest first, up to a window. Later turns of a conversation append to it, so a
+conversation keeps its expert without stored state. System prompts and answers are ignored. Images, audio and token ids
 have no text. This module does not validate: a value of an unexpected form has no text, and the engine decides whether
 it is valid. This module must not know HTTP, experts or terms.
 """
@@ -11,17 +11,17 @@ from typing import Final
 
 from hpc_router.routing.features import WINDOW_BYTES
 
-_TEXT_PARTS: Final = ("text", "input_text")  # not a set: the type of a part may be unhashable
+_TEXT_PARTS: Final = ("text", "input_text")  # not a set, because the type of a part may be unhashable
 _MAX_FIRST_ITEMS: Final = 1000
-"""Maximum number of turns, and of parts of a turn, in which the first text of a conversation is searched."""
+"""Maximum number of turns, and of parts of a turn, that are searched for the first text of a conversation."""
 
 
 def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> str:
-    """Returns the first `window` characters of the user's text in a decoded body of any API; empty if there is none.
+    """Returns the first `window` characters of the user's text in a decoded body of any API; empty if there is no text.
 
-    Chat completions and Anthropic messages use `messages`; completions and `POST /route` use `prompt`; responses and
-    embeddings use `input`. `first` names the field of the body's API. This field is preferred, because another API's
-    field may have a different meaning (`prompt` in the responses API, for example).
+    Chat completions and Anthropic messages use the field `messages`. Completions and `POST /route` use `prompt`.
+    Responses and embeddings use `input`. `first`: the field that the body's API uses. It is preferred, because another
+    API's field may have a different meaning (`prompt` in the responses API, for example).
     """
     if not isinstance(body, dict):
         return ""
@@ -29,7 +29,7 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
     if name is None:
         return ""
     value = body[name]
-    if name == "messages" and type(value) is list and len(value) == 1:  # the usual first turn, without a generator
+    if name == "messages" and type(value) is list and len(value) == 1:  # fast path for the usual first turn
         only = value[0]
         if type(only) is dict and only.get("role") == "user" and "type" not in only:
             content = only.get("content")
@@ -46,7 +46,8 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
 
 
 def first_user_message(fields: Mapping[str, object]) -> str | None:
-    """Returns the first text of the user in a conversation, which identifies it: every later turn contains it as well.
+    """Returns the user's first text in a conversation. It identifies the conversation, because every later turn
+    contains it.
 
     Returns None if the body has no such text.
     """
@@ -65,7 +66,7 @@ def first_user_message(fields: Mapping[str, object]) -> str | None:
 
 
 def _conversation(value: object) -> Iterator[str]:
-    """Yields the texts of `messages` or `input`: a string, or a list of messages, strings, token ids and other
+    """Yields the texts of `messages` or `input`, which is a string or a list of messages, strings, token ids and other
     items."""
     if isinstance(value, str):
         yield value
@@ -99,7 +100,8 @@ def _prompts(value: object) -> Iterator[str]:
 
 
 def _items(value: object) -> Sequence[object]:
-    """Returns the items of a list; none if it starts with a token id, because such lists are long and have no text."""
+    """Returns the items of a list; none if the list starts with a token id, because such lists are long and have no
+    text."""
     return value if isinstance(value, list) and not (value and type(value[0]) is int) else ()
 
 

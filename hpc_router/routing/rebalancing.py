@@ -1,10 +1,10 @@
 """Moves clusters between experts until no expert has more load than its limit.
 
-The load of a cluster is its share of the traffic. The limit of an expert is its share of the total capacity times a
+The load of a cluster is its share of the traffic. The limit of an expert is its share of the total capacity, times a
 factor. Moving a cluster loses score: its load times the difference between the two experts' scores. Each step takes the
-most overloaded expert and makes the cheapest move that brings it under its limit, or else the move with the least loss
-per load. If the remaining moves would exceed the permitted total loss, more replicas are recommended. Pure functions,
-no I/O.
+most overloaded expert. It makes the cheapest move that brings this expert under its limit, or else the move with the
+least loss per load. If the remaining moves would exceed the permitted total loss, the result recommends more replicas
+instead. Pure functions.
 """
 
 import math
@@ -18,10 +18,10 @@ from hpc_router.routing.features import Doubles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalancedTable:
-    """Result of rebalancing. `table`: expert of each cluster. `shares`: load of each expert. `loss`: mean loss of
+    """The result of rebalancing. `table`: expert of each cluster. `shares`: load of each expert. `loss`: mean loss of
     score.
 
-    `replicas`: for experts that stay overloaded, the factor by which their number of replicas has to grow.
+    `replicas`: for each expert that stays overloaded, the factor by which its number of replicas has to grow.
     """
 
     table: tuple[str, ...]
@@ -41,7 +41,7 @@ def rebalance(
     limit: float,
     max_loss: float,
 ) -> RebalancedTable:
-    """Returns the table of experts with clusters moved from overloaded experts to others.
+    """Returns the table of experts after clusters were moved from overloaded experts to others.
 
     `table[c]`, `load[c]`: expert and load of cluster c. `score[c, e]`: score of cluster c at the e-th expert of
     `capacity`, whose values add up to 1. `limit`: factor on the capacity. `max_loss`: maximum total loss of score.
@@ -74,12 +74,13 @@ def rebalance(
 def _next_move(
     assignment: Sequence[int], loads: Doubles, max_load: Doubles, load: Doubles, score: Doubles, *, budget: float
 ) -> tuple[int, int, float] | None:
-    """Returns cluster, target expert and loss of the next move; None if none is needed or within `budget`."""
+    """Returns cluster, target expert and loss of the next move; None if no move is needed, or if none is within
+    `budget`."""
     source = int(np.argmax(loads / max_load))
     excess = loads[source] - max_load[source]
     if excess <= 1e-12:
         return None
-    # Sort key: moves that relieve the expert come first, by loss; then the others, by loss per load.
+    # Sort key: first the moves that bring the expert under its limit, by loss; then the others, by loss per load.
     moves: list[tuple[bool, float, int, int, float]] = []
     for cluster, expert in enumerate(assignment):
         if expert != source or load[cluster] <= 0:

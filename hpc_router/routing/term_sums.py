@@ -1,10 +1,10 @@
 """Adds the rows of a terms x columns table for the terms of a text.
 
-Every token maps to one Python integer that holds its whole row in fixed-point numbers, one lane of 32 or 64 bits per
-column. So one `sum` of integers, in C, adds all columns of all tokens. The result is exact and does not depend on the
-order of the terms or on the machine. On the request path, a decision's cost is dominated by the code and data that it
-loads into the CPU caches, and this representation needs the least. The row of a word includes the row of its prefix.
-This module must not know what the columns mean.
+Every token maps to one Python integer that holds its whole row in fixed-point numbers: one lane of 32 or 64 bits per
+column. One `sum` of integers, in C, therefore adds all columns of all tokens. The result is exact and does not depend
+on the order of the terms or on the machine. The code and data that a decision loads into the CPU caches dominate its
+cost on the request path, and this representation needs the least of both. The row of a word includes the row of its
+prefix. This module must not know what the columns mean.
 """
 
 import struct
@@ -18,17 +18,21 @@ import numpy as np
 from hpc_router.routing.features import SYMBOLS, Features, Floats
 
 MAX_TOKENS: Final = 50_000
-"""Maximum number of cached tokens that are not in the vocabulary; the full cache takes about 8 MB."""
+"""Maximum number of cached tokens outside the vocabulary. A full cache takes about 8 MB."""
 MAX_TOKEN_CHARS: Final = 40
-"""Longer tokens outside the vocabulary are not cached."""
+"""Maximum length of a token outside the vocabulary that is cached."""
 
 
 class TermSums:
+    """A packed table, and the function that sums its rows for a text."""
+
     def __init__(self, terms: Sequence[str], table: Floats, *, features: Features, wide_lanes: bool = False) -> None:
-        """Packs `table`, terms x columns. Terms sorted by falling frequency let common rows share cache lines.
+        """Packs `table`, which has the shape terms x columns. Terms sorted by falling frequency let common rows share
+        cache lines.
 
         With a window of 2 KiB, the rounding error of a value is at most about 2^-20 of the largest value in its column.
-        With `wide_lanes` (64 bits per column) it is 2^-52, for sums whose exact value matters even close to zero.
+        With `wide_lanes` (64 bits per column) the error is 2^-52, for sums whose exact value matters even close to
+        zero.
         """
         self._features = features
         self._counts_repeats = features.kind == "cbtm"
@@ -49,7 +53,7 @@ class TermSums:
                 words[term.encode()] = row
         table = _add_prefixes(table, words, prefixes, size=features.prefix)
         columns, lane_bytes = table.shape[1], 8 if wide_lanes else 4
-        # Added to each lane, so that no lane becomes negative and borrows from its neighbour.
+        # The bias is added to each lane, so that no lane becomes negative and borrows from its neighbour.
         bias = 2 ** (8 * lane_bytes - 1)
         # The scale of a column is the largest power of two with which the longest text, if each of its terms had the
         # column's largest value, still fits the lane.
@@ -81,10 +85,10 @@ class TermSums:
         return [*map(mul, self._unpack(lanes), self._step_sizes)]
 
     def by_term(self, text: str) -> dict[str, list[float]]:
-        """Returns, for each term of the text, what it contributes to each column of `sums`.
+        """Returns, for each term of the text, its contribution to each column of `sums`.
 
-        A word includes its prefix. An unknown word appears as its prefix (`diabe*`), or not at all if the prefix is
-        unknown too.
+        The contribution of a word includes its prefix. An unknown word appears as its prefix (`diabe*`), or not at all
+        if the prefix is unknown too.
         """
         words, symbols = self._features.split(text)
         words = words[: self._max_words]
@@ -105,7 +109,8 @@ class TermSums:
 
 
 class _TokenRows(dict[bytes | int, int]):
-    """Maps a token to its packed row: that of the word or symbol, else of its prefix, else 0. Caches every lookup."""
+    """A map from a token to its packed row: the row of the word or symbol, else the row of its prefix, else 0. Every
+    look-up is cached."""
 
     def __init__(self, known: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int) -> None:
         super().__init__(known)
@@ -115,7 +120,7 @@ class _TokenRows(dict[bytes | int, int]):
         self._max_size = len(known) + MAX_TOKENS
 
     def __missing__(self, token: bytes) -> int:
-        # A token shorter than the prefix length is its own slice and is not in `_prefix_rows`.
+        # The slice of a token shorter than the prefix length is the token itself, which is not in `_prefix_rows`.
         value = self._prefix_rows.get(token.decode()[: self._prefix], 0)
         if len(token) <= MAX_TOKEN_CHARS:
             if len(self) >= self._max_size:

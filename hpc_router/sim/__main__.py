@@ -146,6 +146,7 @@ def _adapter(text: str) -> str:
 
 
 def _roofline(text: str | None) -> Roofline | None:
+    """Returns the roofline options of the command line; None if it has none."""
     if text is None:
         return None
     try:
@@ -156,6 +157,7 @@ def _roofline(text: str | None) -> Roofline | None:
 
 
 def _rules(text: str | None) -> tuple[Rule, ...]:
+    """Returns the fault rules of the command line."""
     if text is None:
         return ()
     if not text.startswith("@"):
@@ -192,6 +194,7 @@ async def _serve(config: SimConfig, arguments: argparse.Namespace) -> int:
 
 
 async def _first(*events: asyncio.Event) -> asyncio.Event:
+    """Waits for these events and returns the one that is set first."""
     waiting = {asyncio.create_task(event.wait()): event for event in events}
     done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     for task in waiting:
@@ -222,6 +225,7 @@ async def _serve_http(config: SimConfig, arguments: argparse.Namespace, stop: as
 
 
 async def _stopped_within(stop: asyncio.Event, time_s: float) -> bool:
+    """Returns whether `stop` is set within `time_s` seconds."""
     if not time_s:
         return stop.is_set()
     try:
@@ -240,7 +244,7 @@ def _load_failure(config: SimConfig) -> str | None:
 
 
 def _die(exit_code: int | None) -> None:
-    """Ends the process at once without cleanup: like the OOM killer, or like a crash with an exit code."""
+    """Ends the process at once without cleanup, as the OOM killer or a crash with an exit code does."""
     if exit_code is not None:
         os._exit(exit_code)
     os.kill(os.getpid(), signal.SIGKILL)

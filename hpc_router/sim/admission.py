@@ -1,9 +1,9 @@
-"""Admits requests: at most `capacity` of them run at the same time, and the others wait in order of arrival.
+"""Admits requests: at most `capacity` requests run at the same time, and the others wait in order of arrival.
 
-One context manager holds a request from arrival to end and counts how it ended, so the gauges return to zero for any
-end (a client that disconnects, a fault, an error). When the engine stops, a request that waits for its next token gets
-`EngineStopped`; a request that waits for admission runs without it, and so ends at once. This module does not know
-HTTP.
+One context manager holds a request from arrival to end and counts how it ended. The gauges therefore return to zero for
+any end (a disconnected client, a fault, an error). When the engine stops, a request that waits for its next token gets
+`EngineStopped`. A request that waits for admission proceeds without it, and therefore ends at once. This module does
+not know HTTP.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from hpc_router.sim.metrics import Outcome, RequestCounts, RequestPhase
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """The admission of one request. The outcome is an error unless another one is set."""
+    """The admission of one request. `outcome` is an error unless another outcome is set."""
 
     phase: RequestPhase = RequestPhase.QUEUED
     outcome: Outcome = Outcome.ERROR
@@ -44,10 +44,12 @@ class Ticket:
 
 
 class EngineStopped(Exception):
-    """The engine is stopping. The answer ends after the tokens that were produced."""
+    """Raised when the engine stops. The response then ends after the tokens that were already produced."""
 
 
 class AdmissionQueue:
+    """The queue of one engine, which limits the running requests to `capacity` and counts all requests."""
+
     def __init__(self, *, capacity: int | None) -> None:
         self.counts = RequestCounts()
         self._places = asyncio.Semaphore(capacity) if capacity is not None else None
@@ -72,6 +74,7 @@ class AdmissionQueue:
 
     @asynccontextmanager
     async def admit(self, *, prompt_tokens: int) -> AsyncIterator[Ticket]:
+        """Waits until the request may run, yields its ticket, and counts its outcome at the end."""
         ticket = Ticket(stopped=self._stopping)
         self._tickets.add(ticket)
         self._idle.clear()
@@ -102,7 +105,8 @@ class AdmissionQueue:
 
     @asynccontextmanager
     async def _place(self, ticket: Ticket) -> AsyncIterator[None]:
-        """Waits for one of the places and holds it. A request that is stopped before it runs gets none."""
+        """Waits for a free place and holds it during the block. A request that is stopped before it runs gets no
+        place."""
         places = None if ticket.stopped else self._places
         if places is not None:
             try:

@@ -1,4 +1,4 @@
-"""Error responses in the formats of vLLM's server, so that clients raise their own exceptions."""
+"""Error responses in the formats of vLLM's server, so that clients raise their usual exceptions."""
 
 import json
 from http import HTTPStatus
@@ -7,7 +7,7 @@ from hpc_router.errors import HpcRouterError
 
 
 class ApiError(HpcRouterError):
-    """An error to send as response. The path of the request decides the format."""
+    """An error that is sent as a response. The request's path decides the format of the body."""
 
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, headers: dict[str, str] | None = None
@@ -22,6 +22,7 @@ class ApiError(HpcRouterError):
 
 
 def error_body(message: str, *, status: int, param: str | None = None) -> bytes:
+    """Returns an error body in OpenAI's format."""
     return json.dumps({"error": error_of(message, status=status, param=param), "simulated": True}).encode()
 
 
@@ -35,6 +36,7 @@ def messages_error_body(message: str, *, kind: str) -> bytes:
 
 
 def _kind(status: int) -> str:
+    """Returns vLLM's name for the type of an error with this status."""
     try:
         name = HTTPStatus(status).phrase.replace(" ", "")
     except ValueError:

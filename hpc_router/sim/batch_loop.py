@@ -1,8 +1,7 @@
-"""Runs a batch step by step. Each step takes the time that the roofline predicts, and then its requests get their
-tokens.
+"""Runs a batch step by step. Each step takes the predicted time, and then its requests get their tokens.
 
-Each step starts at the scheduled end of the previous one. A step that ends late shortens the next one. A delay that
-cannot be recovered is counted, so that a benchmark can tell whether the machine was the limit instead of the model.
+Each step starts at the scheduled end of the previous one. If a step ends late, the next one is shorter. Delay that
+cannot be made up is counted, so that a benchmark can tell whether the machine, instead of the model, was the limit.
 """
 
 import asyncio
@@ -17,7 +16,8 @@ from hpc_router.sim.roofline import RooflineEngine
 
 @dataclass(slots=True, eq=False)
 class BatchSlot:
-    """The token schedule of one request in the batch. `produced`, `awaited`: numbers of tokens until now."""
+    """The token schedule of one request in the batch. `produced`: number of tokens produced. `awaited`: number of
+    tokens for which the request has waited."""
 
     sequence: Sequence
     produced: int = 0
@@ -38,7 +38,8 @@ class BatchSlot:
 
 
 class BatchLoop:
-    """Runs the steps. `step_s`: predicted duration of all steps. `lost_s`: delay that was not recovered. In seconds."""
+    """The loop that runs the steps. `step_s`: predicted duration of all steps. `lost_s`: delay that was not made up.
+    Both in seconds."""
 
     def __init__(self, engine: RooflineEngine, clock: Clock) -> None:
         self._engine, self._clock = engine, clock

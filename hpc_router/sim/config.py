@@ -9,6 +9,8 @@ from hpc_router.sim.faults import Rule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimConfig:
+    """The settings of one simulated engine."""
+
     served_model_names: tuple[str, ...] = ("sim",)
     adapters: tuple[str, ...] = ()  # further model names, answered as other models at the same speed
     seed: int = 0
@@ -44,14 +46,15 @@ class SimConfig:
 
     @property
     def model(self) -> str:
-        """The model name in responses; as in vLLM, the same for every alias."""
+        """Returns the model name in responses. As in vLLM, every alias has the same one."""
         return self.served_model_names[0]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All model names that requests may use."""
+        """Returns all model names that requests may use."""
         return (*self.served_model_names, *self.adapters)
 
     def answering(self, asked: str | None) -> str:
-        """Returns the model name in the response to a request for `asked`: an adapter's own, else the engine's."""
+        """Returns the model name in the response to a request for `asked`: the adapter's own name, else the
+        engine's."""
         return asked if asked in self.adapters else self.model

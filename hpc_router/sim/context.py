@@ -1,4 +1,4 @@
-"""What the handlers of one engine share: its settings, its state, and replaceable parts such as the clock. No I/O."""
+"""The parts that all handlers of one engine share: its settings, its state, and replaceable parts such as the clock."""
 
 import random
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ from hpc_router.sim.tokenizer import Tokenizer
 
 @dataclass(slots=True, kw_only=True)
 class EngineContext:
+    """The shared state of one engine."""
+
     config: SimConfig
     clock: Clock
     latency: LatencyModel
@@ -26,5 +28,5 @@ class EngineContext:
     requests: RequestLog = field(default_factory=RequestLog)
     responses: ResponseStore = field(default_factory=ResponseStore)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
-    batch: BatchLoop | None = None  # set if a roofline predicts the latencies
+    batch: BatchLoop | None = None  # not None if a roofline predicts the latencies
     loaded: bool = False

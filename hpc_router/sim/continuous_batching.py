@@ -24,12 +24,14 @@ class Sequence:
 
     @property
     def needed(self) -> int:
-        """Number of tokens that must be in the cache before the next token of the answer."""
+        """Returns the number of tokens that must be in the cache before the next token of the answer."""
         return self.prompt + self.produced
 
 
 @dataclass(slots=True)
 class Batch:
+    """The sequences of one engine, and the blocks of its KV cache."""
+
     kv_tokens: int
     max_seqs: int
     max_tokens: int
@@ -48,13 +50,14 @@ class Batch:
         return not self.running and not self.waiting
 
     def add(self, prompt_tokens: int) -> Sequence:
-        """Adds a sequence with a prompt of this length, cut to the size of the whole cache so that it can run."""
+        """Adds a sequence with a prompt of this length. A prompt larger than the whole cache is cut, so that the
+        sequence can run."""
         one = Sequence(max(1, min(prompt_tokens, self.kv_tokens - BLOCK)))
         self.waiting.append(one)
         return one
 
     def remove(self, one: Sequence) -> None:
-        """Removes a sequence that is complete or whose client has disconnected."""
+        """Removes a sequence that is complete, or whose client has disconnected."""
         if one.running:
             self.running.remove(one)
             self._free(one)
@@ -89,7 +92,7 @@ class Batch:
         produced = []
         for one, new in self._step:
             if not one.running:
-                continue  # removed since the plan
+                continue  # the sequence was removed after the plan
             one.computed += new
             if one.computed == one.needed:
                 one.produced += 1
@@ -98,8 +101,8 @@ class Batch:
         return produced
 
     def _make_room(self, one: Sequence, new: int) -> bool:
-        """Takes blocks for a running sequence, preempting the newest ones if none is free; False if it was
-        preempted."""
+        """Takes blocks for a running sequence, and preempts the newest sequences if no block is free. Returns False if
+        that preempted the sequence itself."""
         while not self._fits(one, new):
             newest = self.running[-1]
             self._preempt(newest)

@@ -1,8 +1,8 @@
-"""Applies a fault to a connection, or to the whole engine.
+"""Applies a fault to a connection or to the whole engine.
 
-`inject` returns (after a hang that ended) or raises. `ConnectionBroken` means that the fault closed the connection and
-nothing more can be sent. It is raised in the same step of the event loop in which the transport is closed, so that the
-request counts as failed by the fault and not as aborted by its client.
+`inject` returns after a hang that has ended, and raises otherwise. `ConnectionBroken` means that the fault closed the
+connection, so nothing more can be sent. It is raised in the same step of the event loop in which the transport is
+closed. The request therefore counts as failed by the fault, and not as aborted by its client.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class ConnectionBroken(Exception):
 
 
 class StreamFault(Exception):
-    """A fault that only the handler of the stream can send."""
+    """A fault that only the handler of a stream can send."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.kind)
@@ -35,7 +35,8 @@ class StreamFault(Exception):
 
 
 async def inject(fault: Fault, request: web.BaseRequest, *, crash: Crash, clock: Clock) -> None:
-    # Yield once: uvloop sends what was written before at the end of the loop's iteration.
+    """Applies the fault to a request. `crash`: ends the engine."""
+    # Yields once, because uvloop sends earlier output at the end of the loop's iteration.
     await clock.sleep(0.0)
     match fault.kind:
         case FaultKind.STATUS:
@@ -62,7 +63,7 @@ async def inject(fault: Fault, request: web.BaseRequest, *, crash: Crash, clock:
 
 
 def break_connection(request: web.BaseRequest, *, last_bytes: bytes = b"") -> NoReturn:
-    """Sends what was written, then closes the connection without a regular end of the response."""
+    """Sends the pending output and `last_bytes`, then closes the connection without a regular end of the response."""
     if request.transport is not None:
         request.transport.write(last_bytes)
         request.transport.close()
@@ -70,7 +71,7 @@ def break_connection(request: web.BaseRequest, *, last_bytes: bytes = b"") -> No
 
 
 def reset_connection(transport: asyncio.BaseTransport) -> None:
-    """Resets the connection: over TCP with a RST; a unix socket can only close."""
+    """Resets the connection: with a RST over TCP; a unix socket can only be closed."""
     raw = transport.get_extra_info("socket")
     if raw is not None and raw.family != socket.AF_UNIX:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -78,7 +79,7 @@ def reset_connection(transport: asyncio.BaseTransport) -> None:
 
 
 class ResetOnAccept(asyncio.Protocol):
-    """A connection that is reset as soon as it is accepted."""
+    """A protocol that resets each connection as soon as it is accepted."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         reset_connection(transport)

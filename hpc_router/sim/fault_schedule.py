@@ -1,8 +1,8 @@
 """Decides which fault applies to which request, by rules and their counters. Random numbers are seeded. No I/O.
 
 Rules are tried in order. The factors of all matching `slow` rules are multiplied. The first other rule that matches
-decides the fault, and the rules after it are not tried for that request. A fault that is impossible for a request (a
-`cut` in a response that is not a stream) does not match it and is not used up.
+decides the fault, and later rules are not tried for that request. A rule whose fault is impossible for a request (such
+as `cut` for a response that is not a stream) does not match it and is not counted as used.
 """
 
 import random
@@ -15,6 +15,8 @@ from hpc_router.sim.faults import CONNECT, EXPRESSIBLE, Fault, FaultKind, Respon
 
 @dataclass(slots=True)
 class _ActiveRule:
+    """A rule, its random numbers, and how often it was tried and applied."""
+
     rule: Rule
     rng: random.Random
     seen: int = 0
@@ -32,7 +34,7 @@ class _ActiveRule:
 
 
 class FaultSchedule:
-    """The active rules, and how often each was tried and applied."""
+    """The active rules and their counters."""
 
     def __init__(self, rules: Sequence[Rule], *, seed: int) -> None:
         self._seed = seed
@@ -46,13 +48,15 @@ class FaultSchedule:
         ]
 
     def load(self, rules: object) -> None:
-        """Replaces the rules by a JSON list, as text or decoded. Used by tests and `POST /sim/faults`."""
+        """Replaces the rules by those in a JSON list, given as text or decoded. Used by tests and `POST
+        /sim/faults`."""
         parsed = parse_rules(rules)
         if any(rule.fault.kind is FaultKind.LOAD_FAIL for rule in parsed):
             raise ConfigError("load_fail is injected at the start only: give it to --faults")
         self.replace(parsed)
 
     def describe(self) -> list[dict[str, object]]:
+        """Returns the rules with their counters, as JSON values."""
         return [{**active.rule.source, "seen": active.seen, "hits": active.hits} for active in self._active]
 
     def at_connect(self) -> bool:
@@ -60,7 +64,8 @@ class FaultSchedule:
         return any(active.hits_next() for active in self._active if active.rule.fault.at == CONNECT)
 
     def select(self, path: str, *, model: str | None, answer: ResponseForm) -> tuple[float, Fault | None]:
-        """Returns the factor that slows down this request, and its fault, if any."""
+        """Returns the factor that slows this request down, and its fault or None. `answer`: the form of its
+        response."""
         factor = 1.0
         for active in self._active:
             if not _matches(active.rule, path=path, model=model, answer=answer) or not active.hits_next():

@@ -1,8 +1,8 @@
 """The kinds of fault, the rules that select requests, and the JSON form of both.
 
-`at` counts tokens: with k, the fault takes the place of the next token after k tokens. Parsing checks everything; the
+`at` counts tokens: at k, the fault replaces the token that would follow k tokens. Parsing checks all values, and the
 error for an unknown kind or key names the nearest valid one. `fault_schedule` decides which rule applies to a request,
-`fault_injection` what happens to the connection.
+and `fault_injection` decides what happens to the connection.
 """
 
 import json
@@ -18,6 +18,8 @@ HEADERS: Final = -1  # before a byte of the response is sent
 
 
 class FaultKind(StrEnum):
+    """The kind of a fault."""
+
     DIE = "die"
     HANG = "hang"
     STATUS = "status"
@@ -67,6 +69,8 @@ _EARLIEST_AT: Final = {FaultKind.RESET: CONNECT, FaultKind.ERROR_EVENT: 0, Fault
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
+    """A fault and its parameters."""
+
     kind: FaultKind
     at: int = 0
     for_s: float | None = None
@@ -81,9 +85,10 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A fault and the requests that it applies to.
+    """A fault, and the requests to which it applies.
 
-    These are every `every`-th request that matches `path` and `model`, with `probability`, at most `times` in total.
+    These are every `every`-th request that matches `path` and `model`, each with `probability`, and at most `times` in
+    total.
     """
 
     fault: Fault
@@ -105,10 +110,10 @@ def parse_rules(value: object) -> tuple[Rule, ...]:
 
 
 def parse_fault(value: object, *, where: str) -> Fault:
-    """Parses the fault that a request carries for itself, as JSON text or decoded. Raises ConfigError.
+    """Parses the fault that a request specifies for itself, given as JSON text or decoded. Raises ConfigError.
 
-    It has no selectors, because it applies to this request only. A fault at `connect` becomes one at `headers`, because
-    the connection was accepted before the request is read.
+    Such a fault has no selectors. At `connect` it becomes a fault at `headers`, because the connection is accepted
+    before the request is read.
     """
     source = _object(_decoded(value, where=where), where=where)
     fault = _fault(source, where=where, extra=())

@@ -1,10 +1,12 @@
-"""A parsed request, in the same form for every API: the result of parsing and the input of the simulation."""
+"""A parsed request in one form for every API. Parsing returns it, and the simulation takes it as input."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Api(StrEnum):
+    """The API of a request, which decides the format of its response."""
+
     CHAT = "chat.completion"
     TEXT = "text_completion"
     RESPONSE = "response"
@@ -13,8 +15,8 @@ class Api(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ParsedPrompt:
-    """A prompt. `echo`: text that the answer repeats. `token_text`: text whose words are the tokens, if that is not
-    `text` (a chat prompt contains roles, which are not counted)."""
+    """A prompt. `echo`: text that the answer repeats. `token_text`: text whose words are the tokens, if it differs from
+    `text` (a chat prompt contains role names, which are not counted)."""
 
     text: str
     tokens: int
@@ -24,18 +26,20 @@ class ParsedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
+    """A tool that the request offers, with the JSON schema of its arguments."""
+
     name: str
     parameters: object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """One request for text. It gets `n` choices for each prompt.
+    """One request for text, which gets `n` choices for each prompt.
 
-    `limit_name`: the field that set `max_tokens`. `literal`: the answer's text if the request determines it: JSON for a
-    schema, or the arguments of `tool`, the tool of a forced call. `top_logprobs`, `prompt_logprobs`: numbers of
-    alternatives, None if no log probabilities are requested. `previous_response_id`: the response that this one
-    continues. `store`: whether this one can be continued too.
+    `limit_name`: name of the field that set `max_tokens`. `literal`: the answer's text if the request determines it:
+    JSON for a schema, or the arguments of the forced `tool`. `top_logprobs`, `prompt_logprobs`: number of alternatives,
+    None if no log probabilities are requested. `previous_response_id`: id of the response that this one continues.
+    `store`: whether a later request can continue this response.
     """
 
     api: Api
@@ -66,6 +70,8 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
+    """One request for embeddings."""
+
     model: str | None
     inputs: tuple[ParsedPrompt, ...]
     base64: bool = False

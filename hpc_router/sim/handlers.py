@@ -1,4 +1,5 @@
-"""Handlers of the paths that generate: check a request, choose answer and fault, wait for admission, send the answer.
+"""Handlers of the paths that generate: each checks a request, chooses answer and fault, waits for admission, and
+responds.
 
 A `status` fault is injected before the queue, like the refusal of an overloaded engine. Every other fault applies to an
 admitted request. The answer is chosen before the first token is due, so `streaming` handles only time and faults.
@@ -57,6 +58,8 @@ _ID_PREFIXES: Final = {Api.CHAT: "chatcmpl-", Api.TEXT: "cmpl-", Api.RESPONSE: "
 
 
 class InferenceHandlers:
+    """The handlers of one engine, one method per path."""
+
     def __init__(self, context: EngineContext) -> None:
         self._context = context
         self._config = context.config
@@ -101,7 +104,7 @@ class InferenceHandlers:
     async def _pool(
         self, request: web.Request, asked: Embedding | Scoring, *, prefix: str, body: Callable[[Envelope], bytes]
     ) -> web.StreamResponse:
-        """Answer a request that generates no tokens."""
+        """Responds to a request that generates no tokens, such as one for embeddings."""
         factor, fault = await self._fault(request, asked, answer=ResponseForm.BODY)
         made = body(self._envelope(request, asked, prefix=prefix))
         async with (
@@ -134,7 +137,8 @@ class InferenceHandlers:
         return json_answer(body)
 
     async def cancel_response(self, request: web.Request) -> web.StreamResponse:
-        """Only a background response could be cancelled, and the simulated engine makes none."""
+        """Refuses to cancel a response. Only background responses can be cancelled, and the simulated engine creates
+        none."""
         self._stored_body(request)
         raise ApiError("Cannot cancel a synchronous response.", param="response_id")
 
@@ -181,7 +185,7 @@ class InferenceHandlers:
     async def _fault(
         self, request: web.Request, asked: Generation | Embedding | Scoring, *, answer: ResponseForm
     ) -> tuple[float, Fault | None]:
-        """Returns the factor that slows down this request, and its fault: the request's own, else the schedule's."""
+        """Returns the factor that slows this request down, and its fault: the request's own, else the schedule's."""
         context = self._context
         own = request.headers.get(FAULT_HEADER, asked.fault)
         if own is None:
@@ -197,7 +201,7 @@ class InferenceHandlers:
 
     def _choice(self, generation: Generation, prompt: ParsedPrompt, limit: int, index: int) -> Choice:
         completion = self._complete(generation, prompt, limit, index)
-        if generation.max_tokens == 0:  # with echo: one token is computed, and only the prompt is sent
+        if generation.max_tokens == 0:  # valid with echo: one token is computed, and only the prompt is sent
             completion = replace(completion, pieces=(), generated=())
         seed = f"{self._config.seed}/{self._config.answering(generation.model)}"
         tokens, top, top_prompt = completion.generated, generation.top_logprobs, generation.prompt_logprobs
@@ -235,15 +239,16 @@ class InferenceHandlers:
     def _envelope(
         self, request: web.Request, asked: Generation | Embedding | Scoring, *, prefix: str, own: bool = False
     ) -> Envelope:
-        """Returns the common fields of a response. The id is a prefix and the client's x-request-id, as in vLLM;
-        without one, or with `own`, it is random."""
+        """Returns the common fields of a response. As in vLLM, the id is a prefix and the client's x-request-id. The id
+        is random without that header, or with `own`."""
         given = None if own else request.headers.get("x-request-id")
         name = given or f"{self._context.ids.getrandbits(128):032x}"
         created = int(self._context.clock.unix_s())
         return Envelope(id=f"{prefix}{name}", created=created, model=self._config.answering(asked.model))
 
     def _schedule(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[TokenSchedule]:
-        """Returns when the tokens are due. `factor` has no effect in a batch, because all requests share its steps."""
+        """Returns the token schedule of one request. `factor` has no effect in a batch, because all requests share its
+        steps."""
         context = self._context
         if context.batch is not None:
             return context.batch.slot(prompt_tokens)

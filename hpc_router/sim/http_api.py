@@ -1,7 +1,7 @@
-"""The HTTP API: vLLM's paths, and `/sim/*` to set faults and to read the requests that arrived.
+"""The HTTP API: vLLM's paths, and `/sim/*` to set faults and to read recent requests.
 
-One middleware turns every error into the API's error body. It also records `/v1/*` requests and injects the faults of
-paths that generate nothing. The paths that generate are in `handlers`.
+One middleware turns every error into the API's error body. It also records `/v1/*` requests, and injects the faults of
+paths that generate nothing. `handlers` has the paths that generate.
 """
 
 from collections.abc import Awaitable, Callable
@@ -34,7 +34,7 @@ _INFERENCE_PATHS = frozenset(
 
 def make_app(context: EngineContext) -> web.Application:
     api, inference = EngineHttpApi(context), InferenceHandlers(context)
-    # client_max_size=0: no limit, as in vLLM.
+    # client_max_size=0 means no limit, as in vLLM.
     app = web.Application(middlewares=[api.boundary], client_max_size=0)
     app.on_response_prepare.append(_label)
     app.add_routes(
@@ -64,7 +64,7 @@ def make_app(context: EngineContext) -> web.Application:
 
 
 class EngineHttpApi:
-    """Turns errors into responses, and handles the paths that generate nothing."""
+    """The middleware that turns errors into responses, and the handlers of paths that generate nothing."""
 
     def __init__(self, context: EngineContext) -> None:
         self._context = context

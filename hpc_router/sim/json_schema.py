@@ -1,6 +1,6 @@
-"""Generates a value that a JSON schema accepts: deterministic, small, and complete.
+"""Generates a value that a JSON schema accepts. The value is deterministic, small and complete.
 
-Supports what pydantic, zod and hand-written schemas use: types, enums, bounds, formats, `$ref`, `anyOf`, `allOf`. An
+Supports what pydantic, zod and hand-written schemas use: types, enums, bounds, formats, `$ref`, `anyOf` and `allOf`. An
 unsupported keyword that restricts the value is an error, because vLLM would apply it. This module does not know
 requests or tokens.
 """
@@ -43,11 +43,11 @@ _KEYWORD_TYPES: Final = {
 
 
 class SchemaError(ValueError):
-    """The schema cannot be followed: it is invalid, or it uses an unsupported keyword."""
+    """Raised for a schema that is invalid or uses an unsupported keyword."""
 
 
 class _EndlessError(SchemaError):
-    """The schema refers to itself at a place where a value is required."""
+    """Raised for a schema that refers to itself at a place where a value is required."""
 
 
 def example(schema: object) -> object:
@@ -56,7 +56,7 @@ def example(schema: object) -> object:
 
 
 class _Examples:
-    """One traversal of a schema. `_open`: the references that are being followed."""
+    """One traversal of a schema. `_open`: the references that are being resolved."""
 
     def __init__(self, root: object) -> None:
         self._root = root
@@ -102,7 +102,8 @@ class _Examples:
         return found
 
     def _resolved(self, schema: object) -> dict[str, object]:
-        """The schema with its reference replaced by what that stands for; other keywords beside it stay."""
+        """Returns the schema with its reference replaced by the referenced schema. Other keywords in the schema are
+        kept."""
         resolved, followed = _mapping(schema), set[str]()
         while isinstance(reference := resolved.get("$ref"), str):
             if reference in followed:
@@ -128,7 +129,8 @@ class _Examples:
         return merged
 
     def _any_of(self, alternatives: object, keyword: str) -> object:
-        """Returns a value for the first alternative that is not null and not endless; null if it is the only one."""
+        """Returns a value for the first alternative that is neither null nor endless; null if that is the only
+        alternative."""
         if not isinstance(alternatives, list) or not alternatives:
             raise SchemaError(f"'{keyword}' of a JSON schema must be a list that is not empty")
         failure: SchemaError | None = None
@@ -181,7 +183,7 @@ class _Examples:
         return made
 
     def _another(self, items: object, made: Sequence[object]) -> object:
-        """A value that is not in `made`: the next of an enum, a larger number, or a longer string."""
+        """Returns a value that is not in `made`: the next value of an enum, a larger number, or a longer string."""
         schema, last = self._resolved(items), made[-1] if made else None
         candidates: list[object]
         if "enum" in schema:

@@ -1,7 +1,7 @@
-"""Latency models decide when tokens are due; this module has their interface and the clock.
+"""The clock and the latency models, which decide when tokens are due.
 
-A latency model has two functions and stores no requests. Tokens are due at deadlines instead of after sums of sleeps,
-so a busy event loop delays a token but not the rest of the stream. Time is a `Clock`, so tests need no real time.
+A latency model has two functions and stores no requests. A token is due at a deadline, not after a sum of sleeps, so a
+busy event loop delays one token but not the rest of the stream. Time comes from a `Clock`, so tests need no real time.
 """
 
 import asyncio
@@ -11,6 +11,8 @@ from typing import Protocol
 
 
 class LatencyModel(Protocol):
+    """The interface of a latency model."""
+
     def first_token_s(self, prompt_tokens: int, *, running: int) -> float:
         """Returns the seconds from admission to the first token. `running` includes this request."""
 
@@ -19,17 +21,21 @@ class LatencyModel(Protocol):
 
 
 class Clock(Protocol):
+    """The source of time, which tests can replace."""
+
     def now_s(self) -> float:
         """Returns monotonic seconds."""
 
     def unix_s(self) -> float:
-        """Returns the wall-clock time, for the `created` fields."""
+        """Returns the wall-clock time in Unix seconds, for the `created` fields."""
 
     async def sleep(self, delay_s: float) -> None:
         """Suspends the task; with 0, for one iteration of the event loop, so that a cancellation takes effect."""
 
 
 class RealClock:
+    """The clock of the machine."""
+
     def now_s(self) -> float:
         return time.monotonic()
 
@@ -41,7 +47,8 @@ class RealClock:
 
 
 class JitteredLatency:
-    """Log-normal latencies with two fixed means, independent of the load. `jitter` is sigma; 0 gives the means."""
+    """A latency model with log-normal latencies and two fixed means, independent of the load. `jitter`: sigma; 0 gives
+    the means."""
 
     def __init__(self, *, ttft_s: float, itl_s: float, jitter: float, rng: random.Random) -> None:
         self._ttft_s, self._itl_s = ttft_s, itl_s
@@ -62,7 +69,7 @@ class JitteredLatency:
 
 
 class TokenSchedule(Protocol):
-    """When the tokens of one request are due."""
+    """The times at which the tokens of one request are due."""
 
     async def first(self, prompt_tokens: int, *, running: int) -> None:
         """Waits until the first token is due."""

@@ -1,8 +1,8 @@
 """Log probabilities of the simulated tokens, in vLLM's formats.
 
-Every token ranks first: its probability is between 0.5 and 0.9, determined by its position and its text, and words of
-the vocabulary share the rest. Formats: CompletionLogProbs and `_create_completion_logprobs`
-(vllm/entrypoints/openai/completion), ChatCompletionLogProbs (.../chat_completion/protocol.py), Logprob
+Every token ranks first. Its position and text determine its probability, between 0.5 and 0.9; words of the vocabulary
+share the rest. The formats are those of CompletionLogProbs and `_create_completion_logprobs`
+(vllm/entrypoints/openai/completion), ChatCompletionLogProbs (.../chat_completion/protocol.py) and Logprob
 (vllm/logprobs.py). As in vLLM, the token is one of the alternatives, and the first prompt token has none.
 """
 
@@ -20,19 +20,20 @@ VOCABULARY_SIZE: Final = len(WORDS)
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A token, with the log probabilities of itself and its alternatives; empty for the first token of a prompt."""
+    """A token with the log probabilities of itself and its alternatives. The first token of a prompt has none."""
 
     token: str
     values: tuple[tuple[str, float], ...] = ()
 
 
 def token_logprobs(tokens: Sequence[str], *, seed: str, count: int, position: int = 0) -> list[TokenLogprobs]:
-    """Returns the log probabilities of each token. `position`: that of the first token in its context. `count`: number
+    """Returns the log probabilities of each token. `position`: place of the first token in its context. `count`: number
     of entries per token, at least 1."""
     return [_token_logprobs(token, f"{seed}/{position + k}", max(1, count)) for k, token in enumerate(tokens)]
 
 
 def prompt_logprobs(text: str, *, seed: str, count: int) -> list[TokenLogprobs]:
+    """Returns the log probabilities of the tokens of a prompt; none for its first token."""
     first, *rest = split_tokens(text)
     return [TokenLogprobs(first), *token_logprobs(rest, seed=seed, count=count, position=1)]
 
@@ -73,7 +74,7 @@ def completion_logprobs(entries: Sequence[TokenLogprobs], *, offset: int = 0) ->
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], *, top: int) -> list[dict[str, object]]:
-    """Formats the `content` of chat's log probabilities; /v1/responses has the same list."""
+    """Formats the `content` of chat's log probabilities. /v1/responses uses the same list."""
     return [
         {**_chat_entry(*entry.values[0]), "top_logprobs": [_chat_entry(*value) for value in entry.values[:top]]}
         for entry in entries

@@ -1,6 +1,6 @@
 """Response bodies and SSE events of /v1/messages (Anthropic), in vLLM's form (vllm/entrypoints/anthropic).
 
-A message has one block: a text or a forced tool call. A message that was aborted has no stop reason.
+A message has one block: a text or a forced tool call. An aborted message has no stop reason.
 """
 
 import json
@@ -13,7 +13,7 @@ from hpc_router.sim.tokens import Completion, json_bytes
 
 
 class MessagesFormat:
-    """The format of /v1/messages, and the events of its only block."""
+    """The format of /v1/messages, which also makes the events of its only block."""
 
     def __init__(self, envelope: Envelope, generation: Generation) -> None:
         self._envelope, self._generation = envelope, generation
@@ -61,7 +61,7 @@ class MessagesFormat:
         tool = self._generation.tool
         if tool is None:
             return {"type": "text", "text": "" if completion is None else completion.text}
-        # If max_tokens cut the arguments, they are not valid JSON.
+        # Arguments that max_tokens has cut are not valid JSON.
         whole = completion is not None and completion.finish_reason == "tool_calls"
         arguments = json.loads(completion.text) if completion is not None and whole else {}
         return {"type": "tool_use", "id": f"call-{self._envelope.id}", "name": tool.name, "input": arguments}

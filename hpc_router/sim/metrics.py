@@ -1,7 +1,8 @@
-"""The engine's counters and its `/metrics`, with vLLM's name of a metric if there is one, else `hpc_router_sim_*`.
+"""The engine's counters and its `/metrics`. Metrics have vLLM's names, or `hpc_router_sim_*` where vLLM has no such
+metric.
 
-The counters are plain numbers, so a token costs one addition. Prometheus reads them through a collector at scrape time.
-Each engine has its own registry, so several engines can run in one process.
+The counters are plain numbers, so a token costs one addition. Prometheus reads them through a collector when it
+scrapes. Each engine has its own registry, so several engines can run in one process.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ from prometheus_client.registry import Collector
 
 
 class RequestPhase(StrEnum):
-    """The progress of a request when it was aborted."""
+    """The phase in which a request was when it was aborted."""
 
     QUEUED = "queued"
     BEFORE_FIRST_TOKEN = "before_first_token"
@@ -24,7 +25,7 @@ class RequestPhase(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a request ended; vLLM's `finished_reason`."""
+    """The outcome of a request, with the values of vLLM's `finished_reason`."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -34,6 +35,8 @@ class Outcome(StrEnum):
 
 @dataclass(slots=True)
 class RequestCounts:
+    """The counters of one engine."""
+
     running: int = 0
     waiting: int = 0
     prompt_tokens: int = 0
@@ -44,6 +47,8 @@ class RequestCounts:
 
 
 class EngineMetrics(Collector):
+    """The collector that formats the counters of one engine."""
+
     def __init__(
         self,
         counts: RequestCounts,

@@ -1,6 +1,6 @@
-"""Parses the prompts of request bodies: messages, items and inputs become text and a number of tokens.
+"""Parses the prompts of request bodies: returns the text and the number of tokens of messages, items and inputs.
 
-Errors are those of vLLM: status 400, and the message names the key.
+Errors are those of vLLM, with status 400 and a message that names the key.
 """
 
 from hpc_router.sim.api_error import ApiError
@@ -8,7 +8,7 @@ from hpc_router.sim.generation import ParsedPrompt
 from hpc_router.sim.tokens import count_tokens
 
 Turn = tuple[str, str]
-"""Role and content of one message."""
+"""The role and the content of one message."""
 
 _ITEM_TYPES = frozenset({"reasoning", "function_call", "function_call_output", "custom_tool_call_output"})
 """Types of items without a role that vLLM's `construct_chat_messages_with_tool_call` accepts
@@ -16,7 +16,8 @@ _ITEM_TYPES = frozenset({"reasoning", "function_call", "function_call_output", "
 
 
 def chat_prompt(turns: list[Turn], *, echo: bool = False) -> ParsedPrompt:
-    """Returns a chat's prompt. With `echo`, the answer repeats a last message of the assistant, as in vLLM."""
+    """Returns the prompt of a chat. With `echo`, the answer repeats the last message if it is the assistant's, as in
+    vLLM."""
     tokens = sum(count_tokens(content) for _, content in turns)
     return ParsedPrompt(
         text="\n".join(f"{role}: {content}" for role, content in turns),
@@ -33,7 +34,8 @@ def messages(value: object) -> list[Turn]:
 
 
 def items(value: object) -> list[Turn]:
-    """Parses the input of a response. Items other than messages add no text; types unknown to vLLM are refused."""
+    """Parses the input of a response. Items other than messages add no text. Raises ApiError for types that vLLM does
+    not know."""
     if isinstance(value, str):
         return [("user", value)]
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):

@@ -1,7 +1,7 @@
-"""The simulated engine on several nodes: ranks connect at the master's port and end when they lose each other.
+"""The simulated engine on several nodes: ranks connect to the master's port, and end when they lose each other.
 
-Rank 0 listens there, waits for all others and then serves; the others only keep their connection open. A port that is
-in use, a missing rank and a lost rank therefore look as they do with a real engine.
+Rank 0 listens at that port, waits for all other ranks, and then serves. The others only keep their connection open. A
+port that is in use, a missing rank and a lost rank therefore look the same as with a real engine.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ PEER_LOST: Final = "RuntimeError: simulated: connection closed by peer"
 
 @dataclass
 class Rendezvous:
-    """Rank 0's side. `complete` is set once all others are connected, `lost` when one has disconnected."""
+    """The listener of rank 0. `complete`: set when all other ranks are connected. `lost`: set when one has
+    disconnected."""
 
     others: int
     address: str
@@ -69,6 +70,7 @@ async def follow_master(address: str, port: int, stop: asyncio.Event) -> bool:
 
 
 async def _stay_connected(address: str, port: int) -> None:
+    """Connects to the master, repeatedly if it does not listen yet, and returns when it has disconnected."""
     while True:
         try:
             reader, writer = await asyncio.open_connection(address, port)

@@ -1,4 +1,4 @@
-"""Reads typed fields of a JSON request body. Null counts as absent. Errors name the key."""
+"""Reads typed fields of a JSON request body. A null value counts as absent. Errors name the key."""
 
 import json
 
@@ -6,6 +6,9 @@ from hpc_router.sim.api_error import ApiError
 
 
 class RequestFields:
+    """The fields of one request body. Each method returns the value of a field, and raises ApiError if its type is
+    wrong."""
+
     def __init__(self, raw: bytes) -> None:
         try:
             body = json.loads(raw)
@@ -42,7 +45,7 @@ class RequestFields:
         return value
 
     def count(self, key: str) -> int | None:
-        """Returns a number of log probabilities; -1 means the whole vocabulary."""
+        """Returns a number of log probabilities. -1 means the whole vocabulary."""
         value = self._body.get(key)
         if value is None:
             return None

@@ -1,6 +1,6 @@
-"""The last requests exactly as they arrived, so that tests can show that a router relayed their bytes unchanged.
+"""The last requests, byte for byte, so that tests can show that a router relays them unchanged.
 
-Number and total size are limited. Of a body that does not fit, only the length and the hash are kept.
+The number and total size are limited. If a body does not fit, only its length and hash are kept.
 """
 
 import base64
@@ -15,7 +15,8 @@ MAX_BYTES = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """A request. `headers` keep order, case and repetitions; `body` is None if it was too large to keep."""
+    """One received request. `headers` keep their order, case and repetitions. `body` is None if it was too large to
+    keep."""
 
     method: str
     path: str
@@ -43,6 +44,8 @@ class Received:
 
 
 class RequestLog:
+    """The log of one engine."""
+
     def __init__(self, *, max_requests: int = MAX_REQUESTS, max_bytes: int = MAX_BYTES) -> None:
         self._max_requests, self._max_bytes = max_requests, max_bytes
         self._requests: deque[Received] = deque()
@@ -67,7 +70,7 @@ class RequestLog:
             self._bytes -= len(self._requests.popleft().body or b"")
 
     def last(self, count: int = 1) -> list[Received]:
-        """Returns the newest `count` requests, the oldest of them first."""
+        """Returns the newest `count` requests, oldest first."""
         return list(self._requests)[-count:] if count > 0 else []
 
     def clear(self) -> None:

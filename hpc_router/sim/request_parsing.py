@@ -1,4 +1,4 @@
-"""Checks OpenAI and Anthropic request bodies and reduces them to what the simulation needs.
+"""Checks OpenAI and Anthropic request bodies, and reduces them to the values that the simulation needs.
 
 Errors are those of vLLM: its status, `type` and `code`, and a message that names the key. Unknown fields are ignored,
 as in vLLM. This module knows neither the engine's state nor the answer.
@@ -133,7 +133,7 @@ def parse_message(raw: bytes) -> Generation:
 
 
 def parse_count_tokens(raw: bytes) -> tuple[str | None, int]:
-    """The model, and the number of tokens of a message request's prompt."""
+    """Returns the model, and the number of tokens in the prompt of a message request."""
     fields = RequestFields(raw)
     return fields.text("model"), _message_prompt(fields).tokens
 
@@ -153,7 +153,8 @@ def parse_embedding(raw: bytes) -> Embedding:
 
 
 def check_prompt(prompt: ParsedPrompt, *, max_model_len: int) -> None:
-    """Raises ApiError for a prompt that is too long, as `_token_len_check` in vllm/renderers/params.py."""
+    """Raises ApiError for a prompt that is too long, with the rules of `_token_len_check` in
+    vllm/renderers/params.py."""
     if prompt.tokens > max_model_len:
         raise ApiError(
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
@@ -164,10 +165,10 @@ def check_prompt(prompt: ParsedPrompt, *, max_model_len: int) -> None:
 
 
 def token_limit(generation: Generation, prompt: ParsedPrompt, *, max_model_len: int) -> int:
-    """Returns the maximum number of tokens of the answer: `max_tokens`, or less if the context leaves less.
+    """Returns the maximum number of tokens of the answer: `max_tokens`, or less if the context has less room.
 
-    As `get_max_tokens` in vllm/entrypoints/serve/utils/api_utils.py, with the checks of vllm/renderers/params.py and
-    vllm/sampling_params.py.
+    Follows `get_max_tokens` in vllm/entrypoints/serve/utils/api_utils.py, and the checks of vllm/renderers/params.py
+    and vllm/sampling_params.py.
     """
     asked, name = generation.max_tokens, generation.limit_name
     if asked is not None and asked > max_model_len:

@@ -1,9 +1,8 @@
 """Response bodies and SSE events of chat and text completions, embeddings and model lists, in vLLM's form.
 
-A streamed token must be cheap, so the JSON around it is serialised once per choice, and a token costs two
+A streamed token must be cheap: the JSON around its text is serialised once per choice, and each token costs two
 concatenations. Stream and body are built from the same completions, so their texts and usage agree. All are labelled as
-simulated. The protocols in this module have two more implementations, for the APIs with named events:
-`responses_format` and `messages_format`.
+simulated. `responses_format` and `messages_format` implement this module's protocols for the APIs with named events.
 """
 
 import base64
@@ -24,10 +23,12 @@ PLACEHOLDER: Final = "<piece>"
 
 
 def event(body: bytes) -> bytes:
+    """Returns an SSE event with this data."""
     return b"data: " + body + b"\n\n"
 
 
 def named_event(kind: str, /, **body: object) -> bytes:
+    """Returns an SSE event with a name, whose JSON data has the name as its `type`."""
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, "simulated": True, **body}))
 
 
@@ -43,15 +44,15 @@ def around_placeholder(event: bytes) -> tuple[bytes, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The fields that all chunks, or the body, of one response share."""
+    """The fields that all chunks, or the body, of one response have in common."""
 
     id: str
     created: int
     model: str
 
     def wrap(self, kind: str, choices: Sequence[object], **more: object) -> dict[str, object]:
-        """Returns a response or an event as JSON object. `choices` comes last: an event is split at its last
-        placeholder, which must be in `choices` and not in a client's text in another field."""
+        """Returns a response or an event as JSON object. `choices` comes last, because an event is split at its last
+        placeholder, which must not be text of a client in another field."""
         return {
             "id": self.id,
             "object": kind,
@@ -66,7 +67,7 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One choice of a response: its completion, and what the request asked for besides the text."""
+    """One choice of a response: its completion, and what the request asked for in addition to the text."""
 
     completion: Completion
     echo: str = ""
@@ -74,6 +75,7 @@ class Choice:
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
     def aborted(self, tokens: int) -> "Choice":
+        """Returns the choice as it ends when the engine stops after this number of tokens."""
         return replace(
             self,
             completion=self.completion.aborted(tokens),
@@ -95,7 +97,7 @@ class ChoiceEvents(Protocol):
 
 
 class ResponseFormat(Protocol):
-    """How one API writes a response."""
+    """The format in which one API writes a response."""
 
     def events(self, index: int, choice: Choice) -> ChoiceEvents: ...
 
@@ -148,7 +150,8 @@ class CompletionsFormat:
 
 
 class CompletionEvents:
-    """The events of one choice of a completion. `_sent`: tokens so far. `_offset`: characters so far."""
+    """The events of one choice of a completion. `_sent`: number of tokens so far. `_offset`: number of characters so
+    far."""
 
     def __init__(self, envelope: Envelope, generation: Generation, index: int, choice: Choice) -> None:
         self._envelope, self._generation, self._index, self._choice = envelope, generation, index, choice
@@ -220,7 +223,8 @@ def _logprobs(
     offset: int = 0,
     prompt: bool = False,
 ) -> dict[str, object] | None:
-    """Returns the log probabilities of a choice or of an event. With `prompt`, those of an echoed prompt come first."""
+    """Returns the log probabilities of a choice or of an event. With `prompt`, the list begins with those of the echoed
+    prompt."""
     if entries is None or generation.top_logprobs is None:
         return None
     if generation.api is Api.CHAT:

@@ -1,6 +1,7 @@
-"""The last responses of `/v1/responses`, for `previous_response_id` and to be read again by their ids.
+"""The last responses of `/v1/responses`, which later requests can continue (`previous_response_id`) or read by their
+ids.
 
-Bounded in number; the oldest is dropped first.
+Their number is limited; the oldest is dropped first.
 """
 
 from collections import OrderedDict
@@ -13,7 +14,8 @@ MAX_RESPONSES = 1024
 
 
 class ResponseStore:
-    """Maps a response id to the conversation up to the end of that response, and to what makes its body."""
+    """A map from a response id to the conversation up to the end of that response, and to the function that makes its
+    body."""
 
     def __init__(self, *, max_responses: int = MAX_RESPONSES) -> None:
         self._max_responses = max_responses
@@ -26,12 +28,12 @@ class ResponseStore:
             self._stored.popitem(last=False)
 
     def body(self, response_id: str) -> bytes | None:
-        """The response; None for one that is not stored."""
+        """Returns the body of a response; None if the response is not stored."""
         stored = self._stored.get(response_id)
         return None if stored is None else stored[1]()
 
     def continued(self, response_id: str, prompt: ParsedPrompt) -> ParsedPrompt | None:
-        """The conversation with `prompt` added to it; None for a response that is not stored."""
+        """Returns the stored conversation with `prompt` added to it; None if the response is not stored."""
         stored = self._stored.get(response_id)
         if stored is None:
             return None

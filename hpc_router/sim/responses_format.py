@@ -1,7 +1,8 @@
 """Response bodies and SSE events of /v1/responses (OpenAI), in vLLM's form (vllm/entrypoints/openai/responses).
 
 A response has one item: a message with one text, or a forced function call. As in vLLM, a response that was cut at its
-limit also ends with `response.completed`, with the status `incomplete`; an aborted one has the status `completed`.
+limit also ends with `response.completed`, but has the status `incomplete`. An aborted response has the status
+`completed`.
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class ResponsesFormat:
         return chat_logprobs(entries or (), top=self.generation.top_logprobs or 0)
 
     def completed(self, choice: Choice) -> dict[str, object]:
-        """Returns the response at its end."""
+        """Returns the complete response."""
         completion = choice.completion
         status = status_of(completion)
         prompt_tokens = self.generation.prompt_tokens
@@ -95,7 +96,7 @@ class ResponsesFormat:
 
 
 class ResponseEvents:
-    """The events of the only item. The last field of every event is its number."""
+    """The events of the only item of a response. The last field of every event is its sequence number."""
 
     def __init__(self, format_: ResponsesFormat, choice: Choice) -> None:
         self._format, self._choice = format_, choice
@@ -152,7 +153,7 @@ class ResponseEvents:
         )
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, object]:
-        """Returns an event's field with log probabilities; empty for a function call."""
+        """Returns the field of an event that has the log probabilities; empty for a function call."""
         return {"logprobs": self._format.logprobs(entries)} if self._format.generation.tool is None else {}
 
     def _event(self, kind: str, /, **body: object) -> bytes:

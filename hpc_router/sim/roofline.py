@@ -1,9 +1,9 @@
-"""Predicts how long one step of continuous batching takes on given GPUs, with a small roofline model.
+"""Predicts the duration of one step of continuous batching on given GPUs, with a small roofline model.
 
 A step computes some tokens of some sequences. It takes as long as the slower of arithmetic and memory traffic
 (Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009), plus the communication between tensor-parallel ranks,
-plus the host's work. Every constant names its source; those without one are marked ASSUMED. docs/simulation.md has the
-formulas. The result is a prediction and must never be reported as a measurement.
+plus the work of the host. Every constant names its source, or is marked ASSUMED. docs/simulation.md has the formulas.
+The result is a prediction and must never be reported as a measurement.
 """
 
 import json
@@ -21,11 +21,11 @@ TERA: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Peak values from a GPU's data sheet: dense arithmetic (half of the value "with sparsity"), one direction of the
-    link.
+    """Peak values from a GPU's data sheet. Arithmetic is dense (half of the value "with sparsity"), and `link` is one
+    direction.
 
-    `fp8_flops`: None if the tensor cores have no FP8. `seqs`, `tokens`: defaults of vLLM 0.32's API server on such a
-    GPU (vllm/engine/arg_utils.py).
+    `fp8_flops`: None if the tensor cores do not support FP8. `seqs`, `tokens`: defaults of vLLM 0.32's API server on
+    such a GPU (vllm/engine/arg_utils.py).
     """
 
     memory_gb: float
@@ -84,7 +84,7 @@ WEIGHT_BYTES: Final[Mapping[str, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class TransformerShape:
-    """A dense transformer like Llama, as its config.json describes it."""
+    """The shape of a dense transformer like Llama, as given by its config.json."""
 
     layers: int
     hidden: int
@@ -99,7 +99,8 @@ class TransformerShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Parameters per layer: query, key, value, output, and three matrices of the gated feed-forward network."""
+        """Returns the parameters per layer: query, key, value, output, and three matrices of the gated feed-forward
+        network."""
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * self.head
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
@@ -109,7 +110,7 @@ class TransformerShape:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV cache per token of context: keys and values of every layer, two bytes each."""
+        """Returns the bytes of the KV cache per token of context: keys and values of every layer, two bytes each."""
         return 2 * self.layers * self.kv_heads * self.head * 2
 
 
@@ -163,7 +164,8 @@ class SequenceStep:
 
 
 class RooflineEngine:
-    """One replica: a model in one precision on a number of GPUs. Raises ConfigError if the model does not fit."""
+    """The prediction for one replica: a model in one precision on a number of GPUs. Raises ConfigError if the model
+    does not fit."""
 
     def __init__(self, options: Roofline) -> None:
         if options.gpu not in GPUS:
@@ -184,7 +186,8 @@ class RooflineEngine:
         self.kv_tokens = self._kv_tokens()
 
     def _kv_tokens(self) -> int:
-        """Returns how many tokens of context fit on all GPUs beside the weights (embedding and output layer once)."""
+        """Returns the number of context tokens that fit on all GPUs in addition to the weights. Embedding and output
+        layer are stored once."""
         gpus = self.tp * self.pp
         weights = self.linear_bytes + 2 * self.output_bytes
         free = gpus * (self.gpu.memory_gb * GB * MEMORY_USED - ACTIVATIONS_GB * GB) - weights
@@ -197,8 +200,8 @@ class RooflineEngine:
         return tokens
 
     def step_s(self, steps: Sequence[SequenceStep]) -> float:
-        """Returns the seconds of one step. With pipeline stages, the batch is cut into as many parts, which follow each
-        other through the stages; each part reads all weights once and its share of the contexts."""
+        """Returns the duration of one step in seconds. With pipeline stages, the batch is cut into as many parts, which
+        pass through the stages one after the other. Each part reads all weights once, and its share of the contexts."""
         new = sum(step.new for step in steps) / self.pp
         reached = sum(step.context + step.new for step in steps) / self.pp
         return max(self._arithmetic_s(steps, new), self._memory_s(reached)) + self._communication_s(new) + HOST_S
@@ -206,8 +209,8 @@ class RooflineEngine:
     def _arithmetic_s(self, steps: Sequence[SequenceStep], new: float) -> float:
         """Returns the seconds of arithmetic. One token per sequence passes the output layer.
 
-        2 operations per parameter and token (Kaplan et al., arXiv 2001.08361); attention 4 per layer, hidden dimension,
-        token and token of its context.
+        There are 2 operations per parameter and token (Kaplan et al., arXiv 2001.08361). Attention needs 4 per layer,
+        hidden dimension, token, and token of its context.
         """
         shape = self.shape
         peak = self.gpu.bf16_flops

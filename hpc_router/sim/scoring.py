@@ -1,7 +1,7 @@
-"""`/score` and `/rerank`: how well documents fit queries, as vLLM's pooling models say it.
+"""`/score` and `/rerank`, which say how well documents fit queries, in the format of vLLM's pooling models.
 
-A score is fixed by the two texts. The forms of the bodies are those of vllm/entrypoints/pooling/scoring/protocol.py;
-only texts are served. This module knows neither HTTP nor time.
+The two texts determine a score. The bodies follow vllm/entrypoints/pooling/scoring/protocol.py; only texts are
+supported. This module knows neither HTTP nor time.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ _DIMENSIONS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """Pairs of a query and a document. `top_n`: how many of them a rerank returns; None: it is no rerank."""
+    """A request to score pairs of a query and a document. `top_n`: number of results of a rerank; None for a request
+    that is not a rerank."""
 
     model: str | None
     pairs: tuple[tuple[str, str], ...]
@@ -55,6 +56,7 @@ def parse_rerank(raw: bytes) -> Scoring:
 
 
 def scores_body(envelope: Envelope, scoring: Scoring, *, seed: int) -> bytes:
+    """Returns the body of a response to `/score` or `/rerank`."""
     scores = [_score(query, document, model=envelope.model, seed=seed) for query, document in scoring.pairs]
     tokens = scoring.prompt_tokens
     if scoring.top_n is None:
@@ -82,7 +84,7 @@ def scores_body(envelope: Envelope, scoring: Scoring, *, seed: int) -> bytes:
 
 
 def _score(query: str, document: str, *, model: str, seed: int) -> float:
-    """Between 0 and 1; 1 for equal texts."""
+    """Returns a number between 0 and 1; 1 for equal texts."""
     first, second = (unit_vector(text, model=model, seed=seed, dimensions=_DIMENSIONS) for text in (query, document))
     return round((1 + sum(a * b for a, b in zip(first, second, strict=True))) / 2, 6)
 

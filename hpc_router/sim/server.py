@@ -1,9 +1,9 @@
-"""The life cycle of the engine: load, listen, serve, stop. In-process it is an async context manager.
+"""The life cycle of the engine: load, listen, serve, stop. In-process, the engine is an async context manager.
 
-A protocol factory of our own accepts connections, so that a fault can reset one before a byte is read. Stopping closes
-the listener first and lets running requests finish for `drain_s`. With a `drain_s` of 0, vLLM's default, running
-answers end at once regularly, with the finish reason `abort`. Remaining connections are aborted. In-process, `die`
-closes the listener and aborts every connection, as clients of a killed process would see it.
+Connections are accepted by a protocol factory of this module, so that a fault can reset one before a byte is read.
+Stopping closes the listener first, and lets running requests finish for `drain_s`. With a `drain_s` of 0, vLLM's
+default, running responses end regularly and at once, with the finish reason `abort`. Remaining connections are aborted.
+In-process, `die` closes the listener and aborts every connection, which looks to clients as if the process was killed.
 """
 
 import asyncio
@@ -30,10 +30,12 @@ from hpc_router.sim.roofline import RooflineEngine
 # sun_path holds 108 bytes with the final zero.
 MAX_SOCKET_PATH_BYTES = 107
 _ABORT_S = 1.0
-"""Seconds for clients to receive the ends of aborted answers."""
+"""Time in seconds in which clients can receive the ends of aborted responses."""
 
 
 class SimServer:
+    """A simulated engine in this process."""
+
     def __init__(
         self,
         config: SimConfig | None = None,
@@ -59,7 +61,7 @@ class SimServer:
             crash=crash or self._crash,
             admission=AdmissionQueue(capacity=config.capacity),
             faults=FaultSchedule(config.faults, seed=config.seed),
-            ids=random.Random(),  # unseeded: replicas with the same seed must not share ids
+            ids=random.Random(),  # not seeded, because replicas with the same seed must not share ids
             batch=None if config.roofline is None else BatchLoop(RooflineEngine(config.roofline), clock),
         )
         self._runner: web.AppRunner | None = None
@@ -79,7 +81,7 @@ class SimServer:
 
     @property
     def url(self) -> str:
-        """The base URL for clients. Over a unix socket, its host has no meaning."""
+        """Returns the base URL for clients. For a unix socket, the host in the URL has no meaning."""
         return "http://localhost" if self.uds is not None else self.address
 
     @property
@@ -137,7 +139,7 @@ class SimServer:
         await self.stop()
 
     async def stop(self) -> None:
-        """Stops the server in the same way as SIGTERM. Further calls have no effect."""
+        """Stops the server as SIGTERM does. Further calls have no effect."""
         assert self._runner is not None
         if self._loading is not None:
             self._loading.cancel()

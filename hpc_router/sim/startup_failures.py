@@ -1,4 +1,5 @@
-"""The log lines of a vLLM that cannot start, by failure reason, with which tests check that reasons are recognised.
+"""The log lines of a vLLM that cannot start, by failure reason. Tests use them to check that the agent recognises
+reasons.
 
 The texts are shortened from those of vLLM, PyTorch and CUDA. The first line says that it is simulated.
 """
@@ -32,6 +33,7 @@ _LAST_LINES: Final = {
 
 
 def failure_log(reason: str, *, model: str) -> str:
+    """Returns the log of a start that fails for this reason."""
     where, what = _LAST_LINES[reason]
     core = (
         "EngineCore failed to start.",
@@ -55,7 +57,8 @@ def failure_log(reason: str, *, model: str) -> str:
 
 
 def fails_this_start(fault: Fault, *, times: int | None) -> bool:
-    """Returns whether this start fails. With `times`, the counter file's size is the number of failed starts."""
+    """Returns whether this start must fail. With `times`, the size of the counter file is the number of starts that
+    have failed."""
     if times is None or fault.counter is None:
         return True
     counter = Path(fault.counter)

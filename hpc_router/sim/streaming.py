@@ -1,8 +1,8 @@
-"""Serves an admitted request until its last byte: waits for each token, injects the fault, counts, sends.
+"""Serves an admitted request until its last byte: waits for each token, injects the fault, counts, and sends.
 
-Streams and bodies share `RunningRequest.step`: when it returns, token k has been produced, or a fault that is due at k
-has been injected instead. As in vLLM, a body is sent only after its last token. When the engine stops, an answer ends
-after the tokens that it has, regularly and with the finish reason `abort`, as in vLLM.
+Streams and bodies share `RunningRequest.step`. When it returns, either token k was produced, or the fault due at k was
+injected instead. As in vLLM, a body is sent only after its last token. When the engine stops, a response ends regularly
+after the tokens that it has, with the finish reason `abort`, as in vLLM.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _OUTCOMES = {"length": Outcome.LENGTH, "abort": Outcome.ABORT}
 
 @dataclass(slots=True, kw_only=True)
 class RunningRequest:
-    """One admitted request. `store` is called once the answer is complete, before its end is sent."""
+    """One admitted request. `store` is called when the answer is complete, before the end of the response is sent."""
 
     request: web.Request
     prompt_tokens: int
@@ -38,7 +38,7 @@ class RunningRequest:
         await self._inject_at(HEADERS)
 
     async def step(self, k: int, *, choices: int) -> None:
-        """Waits for token k of `choices` choices, or injects the fault that is due there."""
+        """Waits for token k of `choices` choices, or injects the fault due at k."""
         if self.ticket.stopped:
             raise EngineStopped
         running, schedule = self.counts.running, self.schedule
@@ -48,7 +48,7 @@ class RunningRequest:
         self.counts.generation_tokens += choices
 
     async def end(self, steps: int) -> None:
-        """Injects a fault that is due after the last token, before the regular end; then stores the answer."""
+        """Injects a fault that is due after the last token and before the regular end, then stores the answer."""
         await self._inject_at(steps)
         if self.store is not None:
             self.store()
@@ -80,7 +80,7 @@ async def answer_body(
 
 
 async def answer_embedding(running: RunningRequest, body: bytes) -> web.StreamResponse:
-    """Sends the response to a request for embeddings, after one step without a token."""
+    """Sends the response to a request for embeddings after one step, which produces no token."""
     await running.before_headers()
     await running.step(0, choices=0)
     return await _send_body(running, body, reason="stop")
@@ -123,6 +123,7 @@ def _steps(choices: Sequence[Choice]) -> int:
 
 
 def _unfinished(choices: Sequence[Choice], k: int) -> int:
+    """Returns the number of choices that have a token k."""
     return sum(k < choice.completion.tokens for choice in choices)
 
 
@@ -143,7 +144,7 @@ def _closing(events: Sequence[ChoiceEvents], choices: Sequence[Choice], format_:
 
 
 def json_answer(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """An answer of a path that computes nothing."""
+    """Returns the response of a path that computes nothing."""
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 

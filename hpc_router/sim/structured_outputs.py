@@ -1,5 +1,5 @@
-"""Answers whose text the request determines: JSON for a schema, one of some choices, the arguments of a forced tool
-call.
+"""Answers with a text that the request determines: JSON for a schema, one of several choices, or a tool call's
+arguments.
 
 vLLM 0.32 names these constraints `response_format`, `structured_outputs`, `text.format` and `output_config.format`
 (vllm/entrypoints/generate/base/protocol.py, vllm/sampling_params.py). Constraints that need a grammar are refused.
@@ -20,7 +20,8 @@ def constrained_text(
 ) -> str | None:
     """Returns the text that the answer must have; None if the request has no constraint.
 
-    `key` names the first field in errors. A `response_format` replaces the same kind in `structured_outputs`.
+    `key`: name of the first field in error messages. A `response_format` replaces the same kind in
+    `structured_outputs`.
     """
     constraints = _constraints(structured_outputs)
     constraints |= _of_format(response_format, key=key)
@@ -37,7 +38,7 @@ def constrained_text(
 
 
 def tool_arguments(tool: Tool) -> str:
-    """Returns the arguments of a forced tool call, as JSON."""
+    """Returns the arguments of a forced tool call as JSON."""
     return _json(tool.parameters if isinstance(tool.parameters, dict) else {"type": "object"}, param="tools")
 
 
@@ -50,7 +51,8 @@ def _constraints(value: object) -> dict[str, object]:
 
 
 def _of_format(value: object, *, key: str) -> dict[str, object]:
-    """Returns the schema of a requested format. Chat has it in the field `json_schema`, other APIs beside `type`."""
+    """Returns the schema of a requested format. In chat requests it is in the field `json_schema`; in other APIs it is
+    in the same object as `type`."""
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -1,7 +1,8 @@
-"""`/tokenize` and `/detokenize`, with the numbers that log probabilities show for tokens.
+"""`/tokenize` and `/detokenize`, with the same token ids as in log probabilities.
 
-A number is made from its token and cannot be turned back, so the tokenizer remembers the tokens that it has numbered,
-up to a limit. Another number stands for itself, as in prompts of token ids.
+An id is computed from its token, and the token cannot be computed from the id. The tokenizer therefore remembers the
+tokens of the ids that it has returned, up to a limit. An id that it does not know becomes a text with that number, as
+in prompts of token ids.
 """
 
 from collections import OrderedDict
@@ -20,6 +21,8 @@ MAX_TOKENS: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class TokenizeRequest:
+    """A parsed request for `/tokenize`."""
+
     model: str | None
     text: str
     with_texts: bool
@@ -36,7 +39,7 @@ def parse_tokenize(raw: bytes) -> TokenizeRequest:
 
 
 def parse_detokenize(raw: bytes) -> tuple[str | None, list[int]]:
-    """The model and the token ids."""
+    """Returns the model and the token ids."""
     fields = RequestFields(raw)
     tokens = fields.value("tokens")
     if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
@@ -46,6 +49,8 @@ def parse_detokenize(raw: bytes) -> tuple[str | None, list[int]]:
 
 @dataclass(slots=True)
 class Tokenizer:
+    """The tokenizer of one engine."""
+
     max_tokens: int = MAX_TOKENS
     _known: OrderedDict[int, str] = field(default_factory=OrderedDict)
 

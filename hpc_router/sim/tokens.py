@@ -1,8 +1,8 @@
-"""The text of the simulated answers, determined by (seed, model, prompt) before the first token is due.
+"""The text of the simulated answers. Seed, model and prompt determine it before the first token is due.
 
 A token is a word with the space before it, in prompts and in answers, so `str.split` gives the same counts as the
-usage. An answer ends by itself after a number of tokens that the prompt determines, or earlier at its limit. With
-`ignore_eos` it has exactly its maximum length, so load tests control lengths. This module knows neither HTTP nor time.
+usage. An answer ends after a number of tokens that the prompt determines, or earlier at its limit. With `ignore_eos` it
+has exactly its maximum length, so that load tests control lengths. This module knows neither HTTP nor time.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 
-# 61 words: a prime, so every stride visits them all before it repeats.
+# There are 61 words. 61 is a prime, so every stride visits all words before it repeats.
 _VOCABULARY = """
 the of and to in a is that for it as with on by be this are from at or an which not but have one can all more if when
 so no than each other into only time its two first then now some where most over such these may new way well number
@@ -28,14 +28,14 @@ def count_tokens(text: str) -> int:
 
 
 def split_tokens(text: str) -> list[str]:
-    """Splits a text into tokens, one per word. Joined, they are the text again."""
+    """Splits a text into tokens, one per word. The concatenation of the tokens is the text."""
     return re.findall(r"\s*\S+(?:\s+\Z)?", text) or [text]
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One choice. `pieces`: texts that are sent, one per token. `generated`: the tokens before a stop string cut them,
-    so `tokens` can be greater than `len(pieces)`."""
+    """One choice. `pieces`: the texts that are sent, one per token. `generated`: the tokens before a stop string
+    removed some, so `tokens` can be greater than `len(pieces)`."""
 
     pieces: tuple[str, ...]
     tokens: int
@@ -48,7 +48,7 @@ class Completion:
         return "".join(self.pieces)
 
     def aborted(self, tokens: int) -> "Completion":
-        """Returns the completion as an engine ends it that stops after this number of tokens."""
+        """Returns the completion as it ends when the engine stops after this number of tokens."""
         if tokens >= self.tokens:
             return self
         return replace(
@@ -72,7 +72,7 @@ def complete_text(
     ignore_eos: bool = False,
     stop: tuple[str, ...] = (),
 ) -> Completion:
-    """Returns an answer of at most `limit` tokens. Its own length is 0.5 to 1.5 times `mean_tokens`."""
+    """Returns an answer of at most `limit` tokens. Without that limit its length is 0.5 to 1.5 times `mean_tokens`."""
     number = seeded_number(seed, model, prompt)
     half = mean_tokens // 2
     natural = mean_tokens - half + (number >> 32) % (2 * half + 1)
@@ -86,14 +86,15 @@ def complete_text(
 
 
 def complete_literal(text: str, *, limit: int, finish_reason: str) -> Completion:
-    """Returns an answer with a given text, cut at its limit."""
+    """Returns an answer with the given text, cut at `limit` tokens."""
     pieces = tuple(split_tokens(text))[:limit]
     whole = len("".join(pieces)) == len(text)
     return Completion(pieces, len(pieces), finish_reason if whole else "length", generated=pieces)
 
 
 def unit_vector(text: str, *, model: str, seed: int, dimensions: int) -> tuple[float, ...]:
-    """Returns a unit vector determined by the text, rounded to float32 so that both encodings have the same numbers."""
+    """Returns a unit vector that the text determines. The values are rounded to float32, so that both encodings contain
+    the same numbers."""
     rng = random.Random(seeded_number(seed, model, text))
     raw = [rng.gauss(0.0, 1.0) for _ in range(dimensions)]
     length = sum(value * value for value in raw) ** 0.5
@@ -102,7 +103,7 @@ def unit_vector(text: str, *, model: str, seed: int, dimensions: int) -> tuple[f
 
 
 def json_bytes(piece: str) -> bytes:
-    """Encodes a piece as a JSON string, with a cache: the vocabulary is small."""
+    """Encodes a piece as a JSON string. Results are cached, because the vocabulary is small."""
     return _short_json_bytes(piece) if len(piece) <= 64 else json.dumps(piece).encode()
 
 
@@ -112,7 +113,7 @@ def _short_json_bytes(piece: str) -> bytes:
 
 
 def seeded_number(*parts: object) -> int:
-    # surrogatepass: JSON may escape lone surrogates, and they must not break the engine.
+    # surrogatepass, because JSON may contain escaped lone surrogates, which must not cause an error.
     joined = "\x00".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "big")
 
@@ -126,7 +127,8 @@ def _words(number: int, *, model: str, count: int) -> tuple[str, ...]:
 
 
 def _cut_at_stop(pieces: tuple[str, ...], *, stop: tuple[str, ...]) -> Completion | None:
-    """Cuts the pieces before the first stop string. Generation ends with the token that completes it."""
+    """Returns the completion cut before the first stop string; None if there is none. Generation ends with the token
+    that completes the stop string."""
     text = "".join(pieces)
     matches = [(text.find(string) + len(string), text.find(string), string) for string in stop if string in text]
     if not matches:

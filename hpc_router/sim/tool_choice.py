@@ -1,11 +1,12 @@
-"""Parses a request's tools and returns the one that it forces. Each API has its own form. Errors are as in vLLM."""
+"""Parses the tools of a request and returns the tool that the request forces. Each API has its own form. Errors are as
+in vLLM."""
 
 from hpc_router.sim.api_error import ApiError
 from hpc_router.sim.generation import Tool
 
 
 def chat_tool(tools: object, choice: object) -> Tool | None:
-    """Parses chat's tools: `{"type": "function", "function": {"name": ..., "parameters": ...}}`."""
+    """Parses the tools of chat: `{"type": "function", "function": {"name": ..., "parameters": ...}}`."""
     offered = [
         _tool(_inner(entry), "parameters", index=i, inner="'function' that has a ") for i, entry in _entries(tools)
     ]
@@ -54,7 +55,8 @@ def _tool(entry: object, schema: str, *, index: int, inner: str = "") -> Tool:
 
 
 def _chosen(offered: list[Tool], name: object, *, named: bool, required: str) -> Tool | None:
-    """Returns the forced tool. `named`: whether `name` is the name of a tool, not a word such as `required`."""
+    """Returns the forced tool; None if the request forces none. `named`: whether `name` is the name of a tool instead
+    of a word such as `required`."""
     if not named and name in (None, "none", "auto"):
         return None
     if not offered:

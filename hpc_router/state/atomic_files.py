@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Final
 from hpc_router.errors import ConfigError
 
 MAX_FILE_BYTES: Final = 2**20
-"""Maximum size of a JSON file in the run directory."""
+"""Maximum size of a JSON file in the run directory, in bytes."""
 
 
 @contextmanager

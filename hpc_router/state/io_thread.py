@@ -23,15 +23,17 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 WRITE_TIMEOUT_S: Final = 5.0
-"""Maximum time that a caller waits for a write. The write itself completes when the file system responds again."""
+"""Maximum time in seconds that a caller waits for a write. The write itself completes when the file system responds
+again."""
 MAX_UNWRITTEN_BYTES: Final = 4 * 2**20
-"""Maximum output of a process that is queued while the file system hangs. Further output is dropped and counted."""
+"""Maximum output of a process, in bytes, that is queued while the file system hangs. Further output is dropped and
+counted."""
 _READ_BYTES: Final = 2**16
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class FileThread:
-    """Runs functions one after another in a thread of its own."""
+    """A thread that runs functions one after another."""
 
     def __init__(self, name: str) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -82,7 +84,8 @@ class FileThread:
 
 
 class FileThreadHandler(QueueHandler):
-    """Passes log records to another handler in the file thread, so that a hanging file system blocks no caller."""
+    """A log handler that passes records to another handler in the file thread, so that a hanging file system blocks no
+    caller."""
 
     def __init__(self, files: FileThread, target: logging.Handler) -> None:
         super().__init__(queue.SimpleQueue())
@@ -98,7 +101,7 @@ class FileThreadHandler(QueueHandler):
 
 
 class OutputLog:
-    """Copies the output of a process from its pipe to a log file, through the file thread.
+    """A copier that writes the output of a process from its pipe to a log file, through the file thread.
 
     The process never waits for the file system, and the size of its log is bounded. `tail` holds the last `tail_bytes`
     bytes of the output.

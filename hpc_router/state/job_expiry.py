@@ -1,7 +1,7 @@
-"""When the Slurm job of this process ends, for the record of its service.
+"""Finds the time at which this process's Slurm job ends, for the record of its service.
 
-Slurm 24.11 and later set SLURM_JOB_END_TIME, which does not follow a later change of the time limit. The deployment's
-`squeue.json` does, and is the only source on older releases.
+Slurm 24.11 and later set SLURM_JOB_END_TIME, which does not change when the time limit is changed later. The
+deployment's `squeue.json` shows such changes, and is the only source on older releases.
 """
 
 import math
@@ -13,11 +13,11 @@ from hpc_router.state.run_directory import RunDir
 from hpc_router.state.stamped_file import StampedFile
 
 MIN_CHANGE_S: Final = 1.0
-"""A smaller change is not published: Slurm prints whole seconds."""
+"""Minimum change in seconds that is published. Slurm prints whole seconds."""
 
 
 class JobExpiry:
-    """Reads the end of the job, in Unix seconds; None outside of a Slurm job and while it is not known."""
+    """A reader of the job's end in Unix seconds. The end is None outside of a Slurm job, and while it is unknown."""
 
     def __init__(self, run: RunDir, environment: Mapping[str, str]) -> None:
         self._job_id = current_job_id(environment)
@@ -25,7 +25,8 @@ class JobExpiry:
         self._queue = StampedFile(run.squeue_json, _ends_by_job)
 
     def read(self) -> float | None:
-        """Reads `squeue.json` if it has changed. Keeps the last value while the file cannot be read."""
+        """Returns the end. Reads `squeue.json` if it has changed, and keeps the last value while the file cannot be
+        read."""
         if self._job_id is None:
             return None
         try:

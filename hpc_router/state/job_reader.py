@@ -1,8 +1,8 @@
-"""Reads all records of a job at once, and again only after its folder has changed.
+"""Reads all records of a job at once, and reads them again only after the job's folder has changed.
 
-Every record is replaced by a rename, which changes the modification time of the folder. A change within the resolution
-of that time could be missed, so a folder is read again until its time has stood still for SETTLED_S. Opening the folder
-makes an NFS client ask the server for the present time.
+Each record is replaced by a rename, which changes the folder's modification time. That time has a limited resolution,
+so a change could be missed; a folder is therefore read again until its time has not changed for SETTLED_S. Opening the
+folder makes an NFS client ask the server for the current time stamp.
 """
 
 import os
@@ -30,7 +30,7 @@ from hpc_router.state.stamped_file import Stamp, stamp_of
 
 SETTLED_S: Final = 2.0
 SAME_PASS_S: Final = 0.1
-"""Within this time a folder whose modification time is the same is not read again."""
+"""Time in seconds within which a folder with an unchanged modification time is not read again."""
 _FIELDS: Final[Mapping[str, type]] = {
     "info": JobInfo,
     "submitter": Submitter,
@@ -44,8 +44,9 @@ _FIELDS: Final[Mapping[str, type]] = {
 
 @dataclass(frozen=True, slots=True)
 class JobRecords:
-    """The records of one job. `claimed_at`: when its submission began (Unix seconds), or the folder's modification time
-    until then. Later writes do not count: a job that was not recorded writes into its folder too."""
+    """The records of one job. `claimed_at`: when its submission began (Unix seconds); until that is recorded, the
+    folder's modification time. Later writes do not change it, because a job whose submission was not recorded also
+    writes into its folder."""
 
     replica: str
     claimed_at: float
@@ -60,6 +61,8 @@ class JobRecords:
 
 @dataclass(slots=True)
 class _Cached:
+    """The records of a job, and the state of the folder at the last read."""
+
     records: JobRecords
     stamp: Stamp
     seen_at: float
@@ -68,7 +71,7 @@ class _Cached:
 
 
 class JobReader:
-    """Remembers the records of the jobs that it has read."""
+    """A reader that caches the records of jobs."""
 
     def __init__(self, run: RunDir, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = str(run.jobs)
@@ -76,8 +79,8 @@ class JobReader:
         self._cached: dict[str, _Cached] = {}
 
     def read(self, replica: str) -> JobRecords | None:
-        """None if there is no such folder. Raises OSError if a record exists but cannot be read: a job whose record
-        cannot be read is not one that was never submitted."""
+        """Returns the records of a job; None if it has no folder. Raises OSError if a record exists but cannot be read,
+        because None would mean that the job was never submitted."""
         path = f"{self._folder}/{replica}"
         try:
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -106,11 +109,12 @@ class JobReader:
         return records
 
     def keep_only(self, replicas: Iterable[str]) -> None:
-        """Forget all other jobs."""
+        """Drops the cached records of all other jobs."""
         self._cached = {name: self._cached[name] for name in replicas if name in self._cached}
 
 
 def _submitted_at(path: str) -> float | None:
+    """Returns when the submission began, in Unix seconds; None if that is not recorded."""
     try:
         return Path(path, FILES[Submitter]).stat().st_mtime
     except FileNotFoundError:
@@ -118,12 +122,13 @@ def _submitted_at(path: str) -> float | None:
 
 
 def _read(folder: int, path: Path) -> dict[str, Any]:
-    """None for a record that is not valid. Lists the folder first, so that no missing record is looked up."""
+    """Returns the records in the folder by field, with None for one that is not valid. Lists the folder first, so that
+    missing records are not looked up."""
     found: dict[str, Any] = {}
     names = frozenset(os.listdir(folder))
     for field, kind in _FIELDS.items():
         if FILES[kind] in names:
-            with suppress(FileNotFoundError, ValueError):  # removed meanwhile, or partly copied
+            with suppress(FileNotFoundError, ValueError):  # the record was removed just now, or is only partly copied
                 found[field] = None
                 found[field] = parse_record(kind, load_json(path / FILES[kind]))
     return found

@@ -19,7 +19,7 @@ from hpc_router.state.run_directory import RunDir, private_umask
 
 
 class JobPhase(StrEnum):
-    """How far a job has come. The registry's `State` says only whether the job takes requests (docs/states.md)."""
+    """The phase of a job. The registry's `State` says only whether the job takes requests (docs/states.md)."""
 
     STARTING = "starting"  # the agent runs, the engine process does not yet
     LOADING = "loading"  # the engine process runs and does not answer yet
@@ -29,7 +29,7 @@ class JobPhase(StrEnum):
 
 
 class FailureReason(StrEnum):
-    """Why an engine or a job failed."""
+    """The reason why an engine or a job failed."""
 
     OUT_OF_MEMORY = "out_of_memory"
     WEIGHTS = "weights"
@@ -77,12 +77,12 @@ BLAMELESS: Final = frozenset(
 
 
 def _now() -> float:
-    """Looked up at each call, so that a test may set the clock."""
+    """Returns the time in Unix seconds. Looks `time.time` up at each call, so that tests can replace the clock."""
     return time.time()
 
 
 class Runner(StrEnum):
-    """What runs a job, and can therefore report its state."""
+    """The system that runs a job, and can therefore report its state."""
 
     PROCESS = "process"  # a process of one host; its job id is its process id
     SLURM = "slurm"  # a Slurm job, which other replicas may share
@@ -91,11 +91,11 @@ class Runner(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """A submitted job; the submitter on `host` writes this record.
+    """A submitted job, as recorded by the submitter on `host`.
 
-    The id of a local job is a process id; `start_ticks` tells whether another process got that id. `shared`: the Slurm
-    job also runs other replicas, and this replica is a step of it. `after`: id of the job whose end it waited for when
-    it was submitted. `revision`: of the config that it was submitted with (`config.revision`).
+    The id of a local job is a process id; `start_ticks` shows whether another process has got that id since. `shared`:
+    the Slurm job also runs other replicas, and this replica is one of its steps. `after`: id of the job for whose end
+    this job had to wait. `revision`: revision of the config with which it was submitted (`config.revision`).
     """
 
     job_id: str
@@ -121,7 +121,7 @@ class Submitter:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """The process of a job, written before the process becomes the agent or the router. `step_id`: Slurm's step id.
+    """The process of a job, recorded before it becomes the agent or the router. `step_id`: Slurm's step id.
     `started_at`: Unix seconds."""
 
     pid: int
@@ -133,7 +133,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a batch script, written by the script. `status`: exit status of the service or the setup line."""
+    """The end of a batch script, recorded by the script. `status`: exit status of the service or of the setup line."""
 
     status: int
     at: float
@@ -142,9 +142,9 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """Progress of a job. `url`, `node`: a router's address, needed after its registry record was removed. `load_s`:
-    seconds from the last start of the engine until it was ready. `stage_s`, `stage_bytes`: seconds until the engine's
-    models were on the node's disk, and how many bytes this job copied for that; None without `cluster.stage_to`."""
+    """The progress of a job. `url`, `node`: a router's address, which is needed after its registry record was removed.
+    `load_s`: seconds from the last start of the engine until it was ready. `stage_s`: seconds until the models were on
+    the node's disk; `stage_bytes`: bytes that this job copied for that. Both are None without `cluster.stage_to`."""
 
     phase: JobPhase
     reason: FailureReason | None = None  # reason of the last engine failure
@@ -163,7 +163,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a job ended. `cut`: number of responses that were still in progress at the end of the drain time."""
+    """The end of a job. `cut`: number of responses that were still in progress at the end of the drain time."""
 
     ok: bool
     reason: FailureReason
@@ -180,8 +180,8 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """When a job was asked to stop: to drain (HTTP), to end (SIGTERM), and the last SIGKILL. `until_at`: how long the
-    drain may take, if that is longer than `cluster.drain_s`."""
+    """The times at which a job was asked to stop: to drain (HTTP), to end (SIGTERM), and the last SIGKILL. `until_at`:
+    limit of the drain in Unix seconds, if it is later than `cluster.drain_s` allows."""
 
     drain_at: float | None = None
     cancel_at: float | None = None
@@ -194,7 +194,7 @@ _T = TypeVar("_T", JobInfo, Submitter, Process, JobProgress, Exit, Ended, Stop)
 
 @dataclass(frozen=True, slots=True)
 class JobDir:
-    """Paths and records of one job. A record that is missing or not valid is read as None."""
+    """The paths and records of one job. A record that is missing or not valid is read as None."""
 
     run: RunDir
     replica: str
@@ -213,7 +213,7 @@ class JobDir:
 
     @property
     def reconcile_log(self) -> Path:
-        """Log of the control loop that runs in the router's job."""
+        """Returns the log file of the control loop that runs in the router's job."""
         return self.run.logs / f"{self.replica}.reconcile.log"
 
     @property
@@ -221,7 +221,7 @@ class JobDir:
         return self.run.logs / f"{self.replica}.engine.log"
 
     def claim(self) -> bool:
-        """Creates the folder. Returns True to the one caller that created it, False to all others."""
+        """Creates the folder. Returns True for the one caller that created it, and False for all others."""
         try:
             with private_umask():
                 self.path.mkdir()
@@ -236,7 +236,8 @@ class JobDir:
         replace_json(self.path / FILES[type(value)], asdict(value))
 
     def write_exit(self, end: Exit) -> None:
-        """Writes the exit record. Keeps one of another process, because the control loop has acted on it."""
+        """Writes the exit record. Does not overwrite an exit record that another process wrote, because the control
+        loop has already acted on it."""
         if self.exit() is None:
             self.write(end)
 
@@ -287,7 +288,7 @@ _TYPES: Final[Mapping[str, Callable[[Any], object]]] = {
 
 
 def parse_record(kind: type[_T], value: Mapping[str, Any]) -> _T | None:
-    """The record in a JSON object; None if that is not valid."""
+    """Returns the record in a JSON object; None if the object is not valid."""
     try:
         typed: dict[str, Any] = {k: _TYPES[k](v) if k in _TYPES and v is not None else v for k, v in value.items()}
         return kind(**typed)

@@ -26,10 +26,11 @@ GONE_BEATS: Final = 5
 
 
 class Lease:
-    """Owns one registry file: `async with` publishes it, renews it, and removes it at the end.
+    """A context manager that owns one registry file: it publishes the record, renews it, and removes it at the end.
 
-    `expires_at` is called in the file thread at each renewal: the end of the owner's job in Unix seconds, or None.
-    `on_gone` is called once, in the event loop, when the folder was removed; `on_failure` as in `background_tasks`.
+    `expires_at`: called in the file thread at each renewal; returns the end of the owner's job in Unix seconds, or
+    None. `on_gone`: called once, in the event loop, when the folder was removed. `on_failure`: as in
+    `background_tasks`.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Lease:
         self._ends_at: float | None = None
         self._missed = 0
         self.trouble: str | None = None
-        """Error of the last write; None if it succeeded."""
+        """Error of the last write; None if the write succeeded."""
         self._write: asyncio.Future[None] | None = None
         self._renewal: asyncio.Task[None] | None = None
 
@@ -79,7 +80,7 @@ class Lease:
             self._files.close(timeout_s=0)
 
     async def update(self, **changes: Any) -> None:
-        """Changes fields of the record and publishes it. Waits for the write, at most `WRITE_TIMEOUT_S`."""
+        """Changes fields of the record and publishes it. Waits for the write, for at most `WRITE_TIMEOUT_S`."""
         self._record = replace(self._record, **changes)
         await self._write_within_limit(partial(publish, self._folder, self._record), "published")
 
@@ -101,14 +102,14 @@ class Lease:
                     self._on_gone()
 
     def _renew(self, record: Record) -> None:
-        """Runs in the file thread. A changed end of the job is published by the next renewal."""
+        """Writes the record, in the file thread. The next renewal publishes a changed end of the job."""
         publish(self._folder, record)
         self._ends_at = self._expires_at()
 
     async def _write_within_limit(self, action: Callable[[], None], done: str) -> OSError | None:
         """Runs a write in the file thread and waits for it, with a time limit. Returns the error, if any."""
         self._write = write = asyncio.ensure_future(self._files.run(action))
-        write.add_done_callback(lambda late: late.cancelled() or late.exception())  # it may end after the time limit
+        write.add_done_callback(lambda late: late.cancelled() or late.exception())  # the write may end after the limit
         await asyncio.wait({write}, timeout=WRITE_TIMEOUT_S)
         failure: OSError | None = None
         if not write.done():

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Final
 
 LOG_BYTES: Final = 16 * 2**20
-"""Maximum size of a log file, which is then rotated. One older file is kept, so a log occupies at most twice that."""
+"""Maximum size in bytes at which a log file is rotated. One older file is kept, so a log occupies at most twice this
+size."""
 BURST: Final = 100
 REFILL_PER_S: Final = 1.0
-"""Lines per second that each log statement may write, after the first `BURST` lines."""
+"""Number of lines per second that each log statement may write after its first `BURST` lines."""
 
 
 def rotated_path(path: Path) -> Path:
@@ -61,7 +62,7 @@ class LogFile:
 
     def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(self._descriptor, 0o600)  # regardless of the umask
+        os.fchmod(self._descriptor, 0o600)  # sets the mode regardless of the umask
         self._size = os.fstat(self._descriptor).st_size
 
     def _append(self, data: bytes) -> None:
@@ -74,7 +75,7 @@ class LogFile:
 
 
 class LogFileHandler(logging.Handler):
-    """Writes log records as lines of a `LogFile`."""
+    """A log handler that writes records as lines of a `LogFile`."""
 
     def __init__(self, log: LogFile) -> None:
         super().__init__()
@@ -89,8 +90,8 @@ class LogFileHandler(logging.Handler):
 
 
 class RateLimit(logging.Filter):
-    """Limits the lines of each log statement: `BURST` at once, then `REFILL_PER_S` per second. The next line that
-    passes says how many were left out."""
+    """A log filter that limits the lines of each log statement: `BURST` at once, then `REFILL_PER_S` per second. The
+    next line that passes states how many lines were left out."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

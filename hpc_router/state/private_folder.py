@@ -1,6 +1,6 @@
-"""A user's folder on a node's local disk, such as `/tmp/hpc-router-1000`: mode 0700, and never that of another user.
+"""A user's folder on a node's local disk, such as `/tmp/hpc-router-1000`, with mode 0700 and owned by that user.
 
-All users share the folder around it, so another user may have taken the name, also with a link.
+All users share the parent folder, so another user may have created a folder or a link with this name.
 """
 
 import logging
@@ -12,12 +12,12 @@ logger = logging.getLogger(__name__)
 
 
 def user_folder(scratch: Path) -> Path:
-    """The path of this user's folder in `scratch`."""
+    """Returns the path of this user's folder in `scratch`."""
     return scratch / f"hpc-router-{os.getuid()}"
 
 
 def own_folder(path: Path) -> os.stat_result | None:
-    """The status of a real folder that we own; None for anything else."""
+    """Returns the status of a folder that this user owns; None for a link or anything else."""
     try:
         status = path.lstat()
     except OSError:
@@ -26,12 +26,13 @@ def own_folder(path: Path) -> os.stat_result | None:
 
 
 def is_private(path: Path) -> bool:
-    """Whether `path` is a real folder that we own and no other user can access."""
+    """Returns whether `path` is a folder, and not a link, that this user owns and no other user can access."""
     return (status := own_folder(path)) is not None and not status.st_mode & 0o077
 
 
 def make_private(folder: Path) -> bool:
-    """Make the folder, or close it to others; False if another user owns it, or it is no folder. Raises OSError."""
+    """Creates the folder, or removes other users' access to it. Returns False if another user owns it or it is not a
+    folder. Raises OSError."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except FileExistsError:
@@ -39,5 +40,5 @@ def make_private(folder: Path) -> bool:
     status = own_folder(folder)
     if status is not None and status.st_mode & 0o777 != 0o700:
         logger.warning("%s had mode %o: closed to others", folder, stat.S_IMODE(status.st_mode))
-        folder.chmod(0o700)  # we own it, so in a sticky folder like /tmp no other user can replace it by a link
+        folder.chmod(0o700)  # this user owns it, so in a sticky folder like /tmp no other user can replace it by a link
     return status is not None

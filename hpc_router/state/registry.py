@@ -26,13 +26,15 @@ _REPLICA = re.compile(r"(?P<expert>[a-z0-9][a-z0-9_-]*)-(?P<slot>[a-z]*[0-9]+)\.
 
 
 class RecordKind(StrEnum):
+    """The kind of an endpoint."""
+
     EXPERT = "expert"
     ROUTER = "router"
     EXTERNAL = "external"
 
 
 class State(StrEnum):
-    """Published state of an endpoint: whether requests may be sent to it (docs/states.md)."""
+    """The published state of an endpoint, which says whether requests may be sent to it (docs/states.md)."""
 
     STARTING = "starting"  # takes no requests yet, or none while its engine restarts
     READY = "ready"  # takes requests
@@ -53,7 +55,7 @@ class EngineInfo:
     max_model_len: int | None = None
     """Maximum number of tokens of prompt and response together."""
     priority: bool | None = None
-    """Whether it serves requests by their `priority`."""
+    """Whether the engine serves requests by their `priority`."""
     prefix_caching: bool | None = None
 
 
@@ -62,9 +64,9 @@ class Record:
     """The published record of one endpoint: a replica or a router.
 
     `serves` maps each expert to the model name that its requests to the engine need; None: the router asks the engine.
-    `probe`: path of the health probe of an external endpoint; None: the router only opens a connection. `load_s`: from
-    the start of the engine until it was ready, in seconds. `accepts`: what it takes, of text, image, audio, tools and
-    embeddings.
+    `probe`: path of the health probe of an external endpoint; None: the router only opens a connection. `load_s`:
+    seconds from the start of the engine until it was ready. `accepts`: the kinds of input that the engine accepts, out
+    of text, image, audio, tools and embeddings.
     """
 
     kind: RecordKind
@@ -154,15 +156,18 @@ def split_replica(name: str) -> tuple[str, str, int]:
 
 
 def publish(folder: Path, record: Record) -> None:
+    """Writes a record to its file in the registry folder."""
     replace_json(folder / f"{record.replica}.json", record.to_json())
 
 
 def withdraw(folder: Path, replica: str) -> None:
+    """Removes the record of a replica; no error if there is none."""
     (folder / f"{replica}.json").unlink(missing_ok=True)
 
 
 class RegistryReader:
-    """Reads the registry folder repeatedly and parses only files that changed since the last snapshot."""
+    """A reader of the registry folder. It can be used repeatedly, and parses only files that changed after the last
+    snapshot."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

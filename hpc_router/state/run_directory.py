@@ -28,7 +28,7 @@ MIN_FREE_BYTES: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Paths in a run directory. `make_run` creates a run directory, `open_run` checks an existing one."""
+    """The paths in a run directory. `make_run` creates a run directory, and `open_run` checks an existing one."""
 
     path: Path
 
@@ -62,27 +62,28 @@ class RunDir:
 
     @property
     def squeue_json(self) -> Path:
-        """The last answer of Slurm's queue, shared by all observers of the run."""
+        """Returns the path of the last answer of Slurm's queue, which all observers of the run share."""
         return self.path / "squeue.json"
 
     @property
     def previous_config(self) -> Path:
-        """The config before the last `apply`."""
+        """Returns the path of the config before the last `apply`."""
         return self.path / "config.previous.yaml"
 
     @property
     def estimates_json(self) -> Path:
-        """Measured queue, load and drain times of each expert."""
+        """Returns the path of the measured queue, load and drain times of each expert."""
         return self.path / "estimates.json"
 
     @property
     def forecast_json(self) -> Path:
-        """When experts without a ready replica will have one, and the present handovers."""
+        """Returns the path of the file that says when experts without a ready replica will have one, and which
+        handovers are due."""
         return self.path / "forecast.json"
 
     @property
     def classifier(self) -> Path:
-        """Folder of the classifier artefact that `up` trains from the experts' exemplars."""
+        """Returns the folder of the classifier artefact that `up` trains from the experts' exemplars."""
         return self.path / "classifier"
 
     def space_error(self) -> str | None:
@@ -124,7 +125,7 @@ class RunDir:
         _write_secret(self.path / "tokens" / replica, token)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Appends a line to `events.jsonl`. Called only by control loop, commands and the router's control process."""
+        """Appends a line to `events.jsonl`. Only control loops, commands and the router's control process call this."""
         line = json.dumps({"at": round(time.time(), 3), "event": kind, "kind": kind, **facts}, sort_keys=True) + "\n"
         with naming(self.events), private_umask():
             descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -137,7 +138,8 @@ class RunDir:
             self._rotate_events()
 
     def _rotate_events(self) -> None:
-        """Renames `events.jsonl` if it is too long. A folder is the claim: only the writer that creates it renames."""
+        """Renames `events.jsonl` if it is too long. Several writers may try this; only the one that creates a folder as
+        claim renames."""
         claim = self.path / ".events.rotating"
         try:
             claim.mkdir()
@@ -192,7 +194,7 @@ def open_run(path: Path) -> RunDir:
 
 
 def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
-    """Returns the run directory of a command: `--run` (`given`), else `$HPC_ROUTER_RUN`, else `runs/latest`."""
+    """Returns the run directory for a command: `--run` (`given`), else `$HPC_ROUTER_RUN`, else `runs/latest`."""
     if given is not None:
         return open_run(given)
     named = os.environ.get("HPC_ROUTER_RUN")
@@ -243,7 +245,8 @@ def _check_owner(path: Path) -> None:
 
 
 def _write_secret(path: Path, value: str) -> None:
-    """Creates a file of mode 0600 with a secret. An existing file wins, so concurrent writers agree on one value."""
+    """Creates a file of mode 0600 with a secret. Does not overwrite an existing file, so that concurrent writers agree
+    on one value."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with private_umask():
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,7 +1,7 @@
-"""JSON files that are read often and parsed only after they were replaced.
+"""JSON files that are read often, but parsed only after they were replaced.
 
-A file's stamp is its modification time, inode and size: a writer that replaces its file atomically changes the inode.
-Only regular files of this user are read, because other users could put files into a shared folder.
+A file's stamp consists of its modification time, inode and size. A writer that replaces a file atomically changes the
+inode. Only regular files of this user are read, because other users could put files into a shared folder.
 """
 
 import logging
@@ -21,6 +21,7 @@ Stamp = tuple[int, int, int]
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
+    """Returns the stamp of a file with this status: modification time, inode and size."""
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
@@ -45,8 +46,8 @@ class StampedFile(Generic[T]):
     _stamp: Stamp | None = None
 
     def read(self) -> T | None:
-        """Returns the current content, or the last one if the file cannot be read now. Raises OSError if the file
-        cannot even be examined."""
+        """Returns the current content, or the last one if the file cannot be read now. Raises OSError if even its
+        status cannot be read."""
         try:
             status = self.path.lstat()
         except FileNotFoundError:

@@ -36,14 +36,14 @@ _ERROR_KINDS: Final[Mapping[Error, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """The server under load: the router or a replica."""
+    """The server to load: the router or a replica."""
 
     url: str
     token: str = field(repr=False)
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host address and port. Raises LaunchError for a host without an IPv4 address."""
+        """Returns the host's IPv4 address and the port. Raises LaunchError for a host without an IPv4 address."""
         parts = urlsplit(self.url)
         if parts.scheme != "http" or not parts.hostname:
             raise LaunchError(f"{self.url}: the load generator supports plain HTTP only (valid: http://HOST:PORT)")
@@ -57,8 +57,8 @@ class LoadTarget:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """Observations of one load. `cpu_share`, `wait_share`: shares of one core used and waited for by the busiest
-    generator."""
+    """The observations of one load. `cpu_share`, `wait_share`: shares of one core that the busiest generator used, and
+    for which it waited."""
 
     started_at: float
     observations: Sequence[Observation]
@@ -68,7 +68,8 @@ class LoadResult:
 
 
 def run_load(target: LoadTarget, config: BenchConfig, work: Workload, folder: Path) -> LoadResult:
-    """Sends the load and blocks until all measured requests have ended. `folder`: private, for the program's files."""
+    """Sends the load, and blocks until all measured requests have ended. `folder`: a private folder for the program's
+    files."""
     host, port = target.address
     folder.mkdir(parents=True, exist_ok=True)
     requests = [http_request(one.body, host=f"{host}:{port}", path=CHAT, token=target.token) for one in work.bodies]
@@ -96,7 +97,7 @@ def run_load(target: LoadTarget, config: BenchConfig, work: Workload, folder: Pa
     try:
         recorded = native.run(spec, folder, timeout_s=timeout_s)
     finally:
-        (folder / "requests").unlink(missing_ok=True)  # contains the token
+        (folder / "requests").unlink(missing_ok=True)  # the file contains the token
     elapsed_s = recorded.elapsed_s or 1.0
     seen = list(observations(recorded, work))
     return LoadResult(
@@ -109,7 +110,7 @@ def run_load(target: LoadTarget, config: BenchConfig, work: Workload, folder: Pa
 
 
 def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
-    """Returns the configured window; without a duration, the window ends with the last measured request."""
+    """Returns the configured window. Without a duration, the window ends with the last measured request."""
     if config.duration_s is not None:
         return Window(config.warmup_s, config.warmup_s + config.duration_s)
     last = max((o.ended_s for o in seen if o.part is MeasurementPart.MEASURED), default=config.warmup_s)
@@ -117,8 +118,8 @@ def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
 
 
 def observations(recorded: native.Recorded, work: Workload) -> Iterable[Observation]:
-    """Returns the observed requests in the order in which they ended. In an open loop, a request starts at its arrival
-    time, even if it then waits for a free connection."""
+    """Returns the observed requests in the order in which they ended. In an open loop, the start of a request is its
+    arrival time, even if it then waits for a free connection."""
     zero, labels = int(recorded.summary["begun"]), [None, *recorded.summary["labels"]]
     events = recorded.events[np.argsort(recorded.events["sequence"], kind="stable")]
     starts = np.searchsorted(events["sequence"], recorded.requests["sequence"])
@@ -169,7 +170,7 @@ def _kind(row: Any, part: MeasurementPart, content: Sequence[float]) -> str | No
 
 
 def merged(loads: Sequence[LoadResult]) -> LoadResult:
-    """Merges the results of several load generators that began at the same time, each with its own clock."""
+    """Returns the combined result of several load generators that began at the same time, each with its own clock."""
     first = loads[0]
     return LoadResult(
         min(load.started_at for load in loads),

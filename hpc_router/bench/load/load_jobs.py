@@ -1,4 +1,4 @@
-"""Runs a load in this process, or in several load jobs that start at the same time, and merges their results."""
+"""Runs a load in this process, or in several load jobs that start at the same time and whose results are merged."""
 
 import json
 import os
@@ -28,14 +28,15 @@ from hpc_router.state.run_directory import private_umask
 POLL_S: Final = 0.1
 BEAT_S: Final = 5.0
 LEAD_S: Final = 2.0
-"""Seconds between writing a task file and the start of its load, in which every job reads the file."""
+"""Time in seconds between the writing of a task file and the start of its load, in which every job reads the file."""
 READY_TIMEOUT_S: Final = 600.0
 MAX_SKEW_S: Final = 1.0
-"""Maximum difference of the jobs' start times, in seconds. With more, they did not load the target at the same time."""
+"""Maximum difference between the jobs' start times, in seconds. With a larger one, the jobs did not load the target
+together."""
 
 
 class InProcessLoad:
-    """A single load generator, run by this process."""
+    """A single load generator that this process runs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -46,7 +47,7 @@ class InProcessLoad:
 
 
 class SubmittedLoadJobs:
-    """Load jobs that are started once and run the load of every point."""
+    """Several load jobs that are started once and run the load of every measurement point."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self._folder, self._jobs, self._number = folder, jobs, 0
@@ -60,7 +61,7 @@ class SubmittedLoadJobs:
         try:
             results = [self._result(self._folder / f"result-{number}.{job}.json", config) for job in range(self._jobs)]
         finally:
-            path.unlink()  # contains the token
+            path.unlink()  # the file contains the token
         parts = [result for result in results if result is not None]
         starts = [part.started_at for part in parts]
         if max(starts) - min(starts) > MAX_SKEW_S:
@@ -71,7 +72,7 @@ class SubmittedLoadJobs:
         return merged(parts)
 
     def _result(self, path: Path, config: BenchConfig) -> LoadResult | None:
-        """Waits for the result of one job. Returns None for a job without a share of this point's load."""
+        """Waits for the result of one job. Returns None for a job that has no share of this point's load."""
         timeout_s = config.warmup_s + (config.duration_s or config.timeout_s) + config.drain_s + 60.0
         _wait_for(path, timeout_s, "no result from a load job")
         result = json.loads(path.read_bytes())
@@ -85,7 +86,8 @@ LoadJobs = InProcessLoad | SubmittedLoadJobs
 
 @contextmanager
 def start_load_jobs(config: BenchConfig, *, shared: Path) -> Iterator[LoadJobs]:
-    """Starts the load jobs that `config` asks for, and ends them with the block. Jobs on other nodes read `shared`."""
+    """Starts the load jobs that `config` requires, and ends them with the block. Jobs on other nodes read the folder
+    `shared`."""
     with private_umask():
         shared.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="load-", dir=shared))
@@ -131,7 +133,7 @@ def _processes(config: BenchConfig, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _sbatch(config: BenchConfig, folder: Path) -> Iterator[None]:
-    """Submits one Slurm job per load job, without the variables of a job that this process may run in."""
+    """Submits one Slurm job per load job. Removes the variables of the Slurm job in which this process may run."""
     environment = without_job_variables(os.environ)
     numbers: list[str] = []
     try:

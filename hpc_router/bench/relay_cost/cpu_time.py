@@ -1,4 +1,4 @@
-"""Measures the CPU time of the relay, the engine and the load generator between two moments of a load."""
+"""Measures the CPU time of the relay, the engine and the load generator between two times of a load."""
 
 import time
 from dataclasses import dataclass
@@ -8,13 +8,14 @@ from hpc_router.bench.load.native.load import Running
 from hpc_router.bench.relay_cost.processes import Cores, ProcessGroup, busy_ns, cpu_ns
 
 IDLE_SHARE: Final = 0.05
-"""Share of load below which a core counts as idle."""
+"""Load of a core, as a share, below which the core counts as idle."""
 POLL_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class CpuReading:
-    """CPU time so far. `core_ns`: of all processes on the relay's core; `load_core_ns`: on the other cores used."""
+    """The CPU time used so far. `core_ns`: by all processes on the relay's core. `load_core_ns`: on the other cores of
+    the benchmark."""
 
     at_ns: int
     relay_ns: int
@@ -26,7 +27,7 @@ class CpuReading:
 
 @dataclass(frozen=True, slots=True)
 class CpuCost:
-    """CPU time between two readings."""
+    """The CPU time between two readings."""
 
     begin: CpuReading
     end: CpuReading
@@ -41,22 +42,22 @@ class CpuCost:
 
     @property
     def relay_share(self) -> float:
-        """Share of its core that the relay used."""
+        """Returns the share of its core that the relay used."""
         return self.relay_ns / self.elapsed_ns
 
     @property
     def others_share(self) -> float:
-        """Share of the relay's core that other processes used."""
+        """Returns the share of the relay's core that other processes used."""
         return max(0.0, (self.end.core_ns - self.begin.core_ns - self.relay_ns) / self.elapsed_ns)
 
     @property
     def load_others_share(self) -> float:
-        """Load of other processes on the cores of load generator and engine, as a number of busy cores."""
+        """Returns the load of other processes on the cores of load generator and engine, as a number of busy cores."""
         own_ns = self.end.engine_ns + self.end.load_ns - self.begin.engine_ns - self.begin.load_ns
         return max(0.0, (self.end.load_core_ns - self.begin.load_core_ns - own_ns) / self.elapsed_ns)
 
     def shares(self, count: int) -> dict[str, float]:
-        """Returns microseconds per request or event (`count` of them), rates, and shares of the cores."""
+        """Returns microseconds per request or event (there were `count` of them), rates, and shares of the cores."""
         each = max(1, count) * 1e3
         return {
             "us": self.relay_ns / each,
@@ -71,14 +72,15 @@ class CpuCost:
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """Reads the CPU time of all processes. `relay`: None for a measurement without a relay."""
+    """A meter that reads the CPU time of all processes. `relay`: None for a measurement without a relay."""
 
     relay: ProcessGroup | None
     engine_pid: int
     cores: Cores
 
     def measure(self, load: Running, *, after_s: float, span_s: float) -> CpuCost:
-        """Blocks, and returns the CPU time from `after_s` after the start of the load, for `span_s`."""
+        """Blocks, and returns the CPU time of an interval of `span_s` seconds, which begins `after_s` after the start
+        of the load."""
         _sleep_until(load.begun_ns + int(after_s * 1e9))
         begin = self._read(load)
         _sleep_until(begin.at_ns + int(span_s * 1e9))
@@ -92,7 +94,7 @@ class Meter:
 
 
 def wait_for_idle(cores: Cores, *, timeout_s: float) -> None:
-    """Waits until other processes hardly use these cores, for at most `timeout_s`."""
+    """Waits until other processes hardly use these cores, for at most `timeout_s` seconds."""
     both = cores.relay | cores.load
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -17,12 +17,12 @@ from hpc_router.errors import LaunchError
 SERVER_PATH: Final = "/usr/local/sbin:/usr/sbin"
 START_TIMEOUT_S: Final = 60.0
 NO_TOKEN: Final = "0" * 64
-"""Token for relays that require none, so that all requests have the same length."""
+"""A token for relays that require none, so that all requests have the same length."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelayPlacement:
-    """Where a relay is started: the engine behind it, a private folder, and its cores."""
+    """The place where a relay is started: the engine behind it, a private folder, and its cores."""
 
     engine: MockEngine
     folder: Path
@@ -35,7 +35,7 @@ class RelayPlacement:
 
 @dataclass(frozen=True, slots=True)
 class StartedRelay:
-    """A running relay. `group`: None if requests go to the engine without a relay."""
+    """A running relay. `group`: its processes; None if requests go to the engine without a relay."""
 
     port: int
     group: ProcessGroup | None
@@ -46,7 +46,7 @@ class StartedRelay:
 class Relay(ABC):
     """A way to relay requests to an engine.
 
-    `classifies`: whether it accepts the model `auto`. `hops`: number of processes that an event passes through.
+    `classifies`: whether the relay accepts the model `auto`. `hops`: number of processes through which an event passes.
     `behind_socket`: whether the engine listens at a unix socket instead of a port.
     """
 
@@ -68,7 +68,8 @@ class Relay(ABC):
 
 
 def find(command: str, folder: Path | None) -> Path | None:
-    """Returns the path of a program in the virtual environment `folder`, in PATH, or in SERVER_PATH."""
+    """Returns the path of a program in the virtual environment `folder`, in PATH, or in SERVER_PATH; None if it is not
+    found."""
     inside = folder / "bin" / command if folder is not None else None
     if inside is not None and inside.exists():
         return inside.absolute()
@@ -85,7 +86,7 @@ def wait_until_serving(started: StartedRelay, log: Path) -> None:
 
 
 def check_starting(group: ProcessGroup | None, log: Path, deadline: float) -> None:
-    """Raises LaunchError if a starting relay has ended or the deadline (monotonic) has passed."""
+    """Raises LaunchError if a starting relay has ended, or if the deadline (monotonic seconds) has passed."""
     if group is not None and group.died():
         raise LaunchError(f"it ended while starting: {log_tail(log)}")
     if time.monotonic() > deadline:
@@ -105,6 +106,7 @@ def serves(started: StartedRelay, model: str) -> bool:
 
 
 def log_tail(log: Path, *, lines: int = 3) -> str:
+    """Returns the last lines of a log."""
     try:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:

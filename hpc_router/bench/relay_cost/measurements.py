@@ -1,7 +1,7 @@
 """The measurements of one running relay, as figures by name. All times are CLOCK_MONOTONIC, as in the other processes.
 
-CPU time is read at two moments during the load, and divided by the number of requests or events between them. Failed
-requests are counted by kind; a round with any counts as failed.
+CPU time is read twice during the load, and the difference is divided by the number of requests or events in between.
+Failed requests are counted by kind; a round with failed requests counts as failed.
 """
 
 import time
@@ -23,13 +23,14 @@ from hpc_router.bench.relay_cost.options import LOWER_LOAD_DIVISOR, RelayCostOpt
 from hpc_router.bench.relay_cost.processes import Cores
 
 RAMP_S: Final = 0.3
-"""Seconds of short requests before the measurement starts."""
+"""Time in seconds in which short requests are sent before the measurement starts."""
 TURNS: Final = 5
 STREAM_STARTS_PER_S: Final = 1000
 PROBES_PER_S: Final = 50
-"""Rate of the requests that measure the time to first token beside open streams."""
+"""Rate of the requests that measure the time to first token while streams are open."""
 CLOSE_TIMEOUT_S: Final = 10.0
-"""Seconds after a client's disconnect at which a connection to the engine that is still open counts as never closed."""
+"""Time in seconds after a client's disconnect. A connection to the engine that is then still open counts as never
+closed."""
 NO_RESPONSE_MS: Final = 60_000
 
 
@@ -49,7 +50,8 @@ class Round:
 
 @dataclass(slots=True)
 class Measurement:
-    """Measures one running relay. `place`: a private folder for requests and records. `show`: displays a step."""
+    """The measurement of one running relay. `place`: a private folder for requests and records. `show`: displays the
+    current step."""
 
     options: RelayCostOptions
     relay: Relay
@@ -65,7 +67,7 @@ class Measurement:
         return Meter(self.started.group, self.engine.pid, self.cores)
 
     def all(self) -> Round:
-        """Runs all measurements of a round."""
+        """Runs all measurements of a round and returns the figures."""
         streams = self.options.streams
         self._short("200 B", requests.MODEL, span_s=min(1.0, self.options.seconds))  # warm-up
         self.first_token()
@@ -81,7 +83,7 @@ class Measurement:
         return self.round
 
     def short(self, size: str) -> None:
-        """Measures short requests in closed loops over keep-alive connections. A figure is the median of its turns.
+        """Measures short requests in closed loops over keep-alive connections. A figure is the median of several turns.
 
         Requests for a named model and for `auto` alternate, so that changes of the machine's speed affect both alike.
         """
@@ -112,7 +114,7 @@ class Measurement:
         }
 
     def first_token(self) -> None:
-        """Measures the time to first token with one request at a time, each with one event."""
+        """Measures the time to first token with one request at a time. Each response has one event."""
         self._begin("time to first token")
         sent = requests.streaming(self.started.port, token=self.started.token, events=1)
         spec = self._spec(sent, connections=1, count=self.options.first_token_requests)
@@ -121,7 +123,7 @@ class Measurement:
         self._keep_first_token("ttft", found)
 
     def first_token_beside(self, span_s: float) -> None:
-        """Measures the time to first token while all streams are open, with too few requests to add load."""
+        """Measures the time to first token while all streams are open. The requests are too few to add load."""
         arrivals_s = np.arange(0, span_s, 1 / PROBES_PER_S).tolist()
         sent = requests.streaming(self.started.port, token=self.started.token, events=1)
         spec = self._spec(sent, "probes", connections=len(arrivals_s), arrivals_s=arrivals_s)
@@ -130,7 +132,7 @@ class Measurement:
         self._keep_first_token("ttft_beside", found)
 
     def streams(self, count: int, *, suffix: str) -> None:
-        """Measures `count` simultaneous streams, by the events that arrive while all of them are open."""
+        """Measures `count` simultaneous streams, from the events that arrive while all of them are open."""
         options, ramp_s = self.options, max(0.2, count / STREAM_STARTS_PER_S)
         self._begin(f"{count} streams")
         beside_s = 0.0 if suffix else options.beside_streams_s
@@ -169,8 +171,8 @@ class Measurement:
         )
 
     def disconnect(self, when: str, *, delay_ms: int) -> None:
-        """Measures how fast the relay closes its connection to the engine after its client disconnects, in the middle
-        of a stream (`mid`) or `before` the first byte."""
+        """Measures how fast the relay closes its connection to the engine after its client disconnects. `when`: `mid`
+        for a disconnect in the middle of a stream, `before` for one before the first byte."""
         self._begin(f"clients that disconnect {'in mid-stream' if when == 'mid' else 'before the first byte'}")
         names = [f"{when}-{number}" for number in range(self.options.disconnects)]
         sent = requests.disconnecting(self.started.port, token=self.started.token, names=names, delay_ms=delay_ms)
@@ -187,7 +189,8 @@ class Measurement:
         self._keep(f"leave_{when}", ms_p50=_percentile(took_ms, 50), ms_max=_percentile(took_ms, 100))
 
     def soak(self, total: int, *, step: int = 100_000) -> list[tuple[int, float]]:
-        """Returns (requests, MiB) points: private memory of the relay before, and after every `step` short requests."""
+        """Returns the private memory of the relay before, and after every `step` short requests, as pairs (requests,
+        MiB)."""
         assert self.started.group is not None
         sent = requests.short(self.started.port, token=self.started.token, size="200 B")
         points, done = [(0, self.started.group.private_mb())], 0

@@ -9,8 +9,8 @@ from hpc_router.bench.load.native.load import MAX_CONNECTIONS
 from hpc_router.errors import ConfigError
 
 LOWER_LOAD_DIVISOR: Final = 4
-"""Divisor of the number of streams for measurements with two hops, which do not fit on one core otherwise. One hop is
-measured with it as well, for comparison."""
+"""Divisor of the number of streams for measurements with two hops, which would otherwise need more than one core. For
+comparison, one hop is also measured with this number."""
 
 QUICK: Final[Mapping[str, Any]] = {"streams": 50, "seconds": 0.3, "rounds": 1, "connections": 4}
 """Option values for a quick check that the benchmark works."""
@@ -18,8 +18,8 @@ QUICK: Final[Mapping[str, Any]] = {"streams": 50, "seconds": 0.3, "rounds": 1, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayCostOptions:
-    """Options of the benchmark. `rate`: events per second and stream. `soak`: number of short requests of the memory
-    soak. `trees`: other checkouts of this router, by name."""
+    """The options of the benchmark. `rate`: events per second and stream. `soak`: number of short requests of the
+    memory soak. `trees`: other checkouts of this router, by name."""
 
     only: tuple[str, ...] = ()
     streams: int = 1000
@@ -55,20 +55,20 @@ class RelayCostOptions:
 
     @property
     def first_token_requests(self) -> int:
-        """Number of consecutive requests that measure the time to first token."""
+        """Returns the number of consecutive requests that measure the time to first token."""
         return 20 if self.quick else 300
 
     @property
     def beside_streams_s(self) -> float:
-        """Seconds for which the time to first token is measured beside open streams."""
+        """Returns for how many seconds the time to first token is measured while streams are open."""
         return 0.2 if self.quick else 2.0
 
     @property
     def disconnects(self) -> int:
-        """Number of streams that the client disconnects, in each of two ways."""
+        """Returns the number of streams that the client disconnects, in each of two ways."""
         return 5 if self.quick else 50
 
     @property
     def settle_s(self) -> float:
-        """Seconds between the start of the last stream and the measurement of events."""
+        """Returns the seconds between the start of the last stream and the measurement of events."""
         return 0.1 if self.quick else 0.5

@@ -1,7 +1,7 @@
 """Other relays, configured like this router: one core, keep-alive connections, no access log.
 
-They do less than this router: none of them checks a token, reads the prompt, or buffers a short response in order to
-retry the request on another replica.
+They do less than this router. None of them checks a token, reads the prompt, or buffers a short response so that the
+request can be sent again to another replica.
 """
 
 import os
@@ -25,7 +25,7 @@ KEEPALIVE: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Direct(Relay):
-    """No relay: the baseline of load generator and engine alone."""
+    """The baseline without a relay: load generator and engine alone."""
 
     name: str = "direct"
     hops: int = 0
@@ -38,6 +38,8 @@ class Direct(Relay):
 
 @dataclass(frozen=True, slots=True)
 class Nginx(Relay):
+    """The relay nginx, as a reverse proxy."""
+
     name: str = "nginx"
 
     def absent(self) -> str | None:
@@ -90,6 +92,8 @@ http {{
 
 @dataclass(frozen=True, slots=True)
 class Haproxy(Relay):
+    """The relay HAProxy, as a reverse proxy."""
+
     name: str = "haproxy"
 
     def absent(self) -> str | None:
@@ -129,7 +133,7 @@ backend engines
 
 @dataclass(frozen=True, slots=True)
 class Package(Relay):
-    """A router from PyPI, installed in the virtual environment `environment`. `arguments`: those before the options."""
+    """A router from PyPI in the virtual environment `environment`. `arguments`: the arguments before the options."""
 
     environment: Path | None = None
     arguments: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """Starts the processes of a benchmark on given cores, reads their CPU time and memory from /proc, and ends them.
 
-CPU time is what the kernel's scheduler counted per thread (`schedstat`, in nanoseconds). Memory is private memory
-(`smaps_rollup`); pages that forked processes share are counted once in total (`Pss_Anon`). Both are sums over a process
-and all its descendants.
+CPU time is the time that the kernel's scheduler counted per thread (`schedstat`, in nanoseconds). Memory is private
+memory (`smaps_rollup`); pages that forked processes share are counted once in total (`Pss_Anon`). Both are sums over a
+process and all its descendants.
 """
 
 import os
@@ -21,7 +21,8 @@ _PRIVATE: Final = ("Private_Clean", "Pss_Anon", "Pss_Shmem")
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The cores of the load (generator and engine) and of the relay; all the same if the machine has only one."""
+    """The cores of the load (generator and engine), and those of the relay. They are the same if the machine has only
+    one core."""
 
     load: frozenset[int]
     relay: frozenset[int]

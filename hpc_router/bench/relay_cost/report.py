@@ -20,12 +20,12 @@ from hpc_router.bench.relay_cost.statistics import RoundSpread, across, slope_pe
 SCHEMA: Final = 1
 ZERO: Final = RoundSpread(0.0, 0.0, 0.0)
 DISTURBED_SHARE: Final = 0.1
-"""Share of a core used by other processes from which on the report contains a note."""
+"""Minimum share of a core used by other processes at which the report contains a note."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelayCostResults:
-    """Results of all relays. `absent`: why a relay was not measured, by name. `origin`: provenance as JSON."""
+    """The results of all relays. `absent`: by name, why a relay was not measured. `origin`: provenance as JSON."""
 
     options: RelayCostOptions
     cores: Cores
@@ -39,7 +39,7 @@ class RelayCostResults:
 
     @property
     def failed(self) -> bool:
-        """Whether any round or request failed with this router or without a relay. Other relays may fail."""
+        """Returns whether any round or request failed with this router or without a relay. Other relays may fail."""
         return any(
             self.measured[name].failed
             for name in ("direct", "router", "router-2-workers", "router+agent")
@@ -62,7 +62,7 @@ def sheets(results: RelayCostResults) -> list[Sheet]:
 
 
 def notes(results: RelayCostResults) -> list[str]:
-    """Returns remarks on what limits or weakens the figures."""
+    """Returns remarks on the limits of the figures."""
     found = [f"{name}: not measured, {why}" for name, why in results.absent.items()]
     for name, measured in results.measured.items():
         found += [f"{name}: a round failed: {why}" for why in measured.broken]
@@ -80,7 +80,7 @@ def notes(results: RelayCostResults) -> list[str]:
 
 
 def _disturbed(measured: RelayRounds) -> list[str]:
-    """Returns notes on other processes that used the benchmark's cores, with the maximum share of a core."""
+    """Returns notes on other processes that used the benchmark's cores, with their maximum share of a core."""
     shares = {"load generator and engine": "load_others_share"}
     if measured.relay.hops:
         shares["the relay"] = "others_share"
@@ -119,7 +119,8 @@ def _relays(results: RelayCostResults) -> Sheet:
 
 
 def _cell(results: RelayCostResults, measured: RelayRounds, key: str) -> str:
-    """Formats one figure. A time to first token is shown minus that of `direct`, whose own is in brackets."""
+    """Formats one figure. A time to first token is shown minus that of `direct`; the figure of `direct` itself is in
+    brackets."""
     if not key.startswith("ttft"):
         return _format(spread(measured, key))
     if measured.relay.name == "direct":

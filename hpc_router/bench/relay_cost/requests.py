@@ -1,4 +1,4 @@
-"""The HTTP requests of the benchmark. They are built in advance and differ between relays only in address and token."""
+"""The HTTP requests of the benchmark. They are built in advance; between relays only address and token differ."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ MODEL: Final = "math"
 
 
 def prompts(size: str) -> list[str]:
-    """Returns different prompts of one length, made from the built-in prompts. No two have the same beginning."""
+    """Returns different prompts of one length, made from the built-in prompts. All have different beginnings."""
     texts = [prompt.text for prompt in built_in()]
     made = []
     for start in range(VARIETY[size]):
@@ -42,8 +42,8 @@ def streaming(port: int, *, token: str, events: int) -> list[bytes]:
 
 
 def disconnecting(port: int, *, token: str, names: Sequence[str], delay_ms: int = 0) -> list[bytes]:
-    """Returns requests for endless streams, one per name. The mock engine records the name when the stream's client
-    disconnects. It sends the first event after `delay_ms`."""
+    """Returns requests for endless streams, one per name. The mock engine records the name when the client of the
+    stream disconnects. The engine sends the first event after `delay_ms`."""
     (text, *_) = prompts("200 B")
     return [
         request(port, token=token, prompt=f"[[mock {name} {delay_ms}]] {text}", stream=True, max_tokens=1_000_000)

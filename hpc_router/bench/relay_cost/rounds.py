@@ -1,6 +1,6 @@
-"""The order of the measurements: each round measures every relay once, and starts with another relay.
+"""The order of the measurements: each round measures every relay once, and each round starts with another relay.
 
-This way, changes of the machine's speed affect all relays alike. Each measurement starts a new engine and relay.
+Changes of the machine's speed therefore affect all relays alike. Each measurement starts a new engine and a new relay.
 """
 
 import shutil
@@ -18,12 +18,13 @@ from hpc_router.bench.relay_cost.processes import Cores, pinned_to
 from hpc_router.errors import LaunchError
 
 ShowStep = Callable[[str], None]
-"""Displays the current step."""
+"""A function that displays the current step."""
 
 
 @dataclass(slots=True)
 class RelayRounds:
-    """All rounds of one relay. `broken`: errors of rounds that were not measured. `soak`: (requests, MiB) points."""
+    """All rounds of one relay. `broken`: errors of rounds that could not be measured. `soak`: pairs (requests, MiB) of
+    the memory soak."""
 
     relay: Relay
     version: str
@@ -33,13 +34,13 @@ class RelayRounds:
 
     @property
     def failed(self) -> int:
-        """Number of failed rounds, requests and streams."""
+        """Returns the number of failed rounds, requests and streams."""
         return len(self.broken) + sum(sum(one.failed.values()) for one in self.rounds.values())
 
 
 def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores, show: ShowStep) -> list[RelayRounds]:
     found = [RelayRounds(relay, relay.version()) for relay in relays]
-    # a short name, because the paths of unix sockets are limited
+    # The name is short, because the length of a unix socket's path is limited.
     with tempfile.TemporaryDirectory(prefix="hr-bench-", ignore_cleanup_errors=True) as name, pinned_to(cores.load):
         folder = Path(name)
         for number in range(options.rounds):

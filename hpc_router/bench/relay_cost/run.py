@@ -23,16 +23,16 @@ from hpc_router.errors import ConfigError, LaunchError, suggest
 
 RELAY_VENV: Final = ".venv-bench-peers"
 FDS_PER_STREAM: Final = 8
-"""Open files per stream over all processes, with a margin; at most half of them belong to one process."""
+"""Number of open files per stream over all processes, with a margin. At most half of them belong to one process."""
 
 
 def default_environment() -> Path | None:
-    """Returns the virtual environment of `make bench-peers`, if it exists."""
+    """Returns the virtual environment of `make bench-peers`; None if it does not exist."""
     return ROOT / RELAY_VENV if (ROOT / RELAY_VENV).is_dir() else None
 
 
 def measure_relay_cost(options: RelayCostOptions, console: Console) -> RelayCostResults:
-    """Measures, writes both result files, and returns their content. Raises ConfigError and LaunchError."""
+    """Measures all relays, writes both result files, and returns their content. Raises ConfigError and LaunchError."""
     chosen = _chosen([*other_relays(options.environment), *this_router(options.trees)], options)
     absent = {relay.name: why for relay in chosen if (why := relay.absent()) is not None}
     present = [relay for relay in chosen if relay.name not in absent]

@@ -11,7 +11,7 @@ from hpc_router.bench.relay_cost.rounds import RelayRounds
 
 @dataclass(frozen=True, slots=True)
 class RoundSpread:
-    """Median, minimum and maximum over the rounds."""
+    """The median, minimum and maximum over the rounds."""
 
     median: float
     low: float
@@ -19,7 +19,7 @@ class RoundSpread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Self | None:
-        """Computes the spread of the finite values; None without any."""
+        """Returns the spread of the finite values; None if there are none."""
         known = [value for value in values if math.isfinite(value)]
         return cls(statistics.median(known), min(known), max(known)) if known else None
 
@@ -29,7 +29,8 @@ def spread(measured: RelayRounds, name: str) -> RoundSpread | None:
 
 
 def across(many: Sequence[tuple[RelayRounds | None, str]], combine: Callable[..., float]) -> RoundSpread | None:
-    """Returns the spread of `combine(*figures)` per round, over rounds with all figures; None without such a round."""
+    """Returns the spread of `combine(*figures)`, computed per round over the rounds that have all figures; None if
+    there is no such round."""
     values = []
     for number in _rounds(many):
         found = [measured.rounds[number].figures.get(name) for measured, name in many if measured is not None]
@@ -43,8 +44,8 @@ def ratio(above: float, below: float) -> float:
 
 
 def slope_per_million(points: Sequence[tuple[int, float]]) -> float:
-    """Returns the least-squares slope of (requests, MiB) points, in MiB per million requests. Leaves out the first
-    point, because the first requests also load code and fill caches."""
+    """Returns the least-squares slope of pairs (requests, MiB), in MiB per million requests. Leaves out the first pair,
+    because the first requests also load code and fill caches."""
     used = list(points[1:]) if len(points) > 2 else list(points)
     if len(used) < 2:
         return math.nan

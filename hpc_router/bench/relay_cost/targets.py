@@ -9,12 +9,13 @@ from hpc_router.bench.relay_cost.rounds import RelayRounds
 from hpc_router.bench.relay_cost.statistics import RoundSpread, across, ratio, slope_per_million, spread
 
 SAME_COST = 1.25
-"""Maximum ratio at which classifying a long prompt counts as no more expensive than classifying a short one."""
+"""Maximum cost of classifying a long prompt, as a ratio to the cost for a short one, at which both count as equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A limit: the median of `found` must be at most `limit`, or below it if `strict`. `met`: None if not measured."""
+    """A limit: the median of `found` must be at most `limit`, or below it if `strict`. `met` is None if it was not
+    measured."""
 
     what: str
     limit: float

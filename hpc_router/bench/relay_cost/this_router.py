@@ -1,7 +1,7 @@
 """This router as a relay under test: a run directory, endpoints in its registry, and `python -m launch.router`.
 
 Its policy is the classifier of `topology=sim`, trained from the packaged exemplars. Only requests for `auto` are
-classified. No control loop runs beside the router, because no jobs are managed.
+classified. No control loop runs, because there are no jobs to manage.
 """
 
 import os
@@ -36,11 +36,11 @@ OPTIONS: Final = ("topology=sim", "policy=classifier", "router.host=127.0.0.1", 
 
 @dataclass(frozen=True, slots=True)
 class ThisRouter(Relay):
-    """The router in front of the engine, which is registered as external endpoints."""
+    """This router in front of the engine, which is registered as external endpoints."""
 
     name: str = "router"
     classifies: bool = True
-    tree: Path = ROOT  # checkout of the code, if not this one
+    tree: Path = ROOT  # the checkout of the code to run
     workers: int = 1  # number of workers, all on the relay's core
 
     def version(self) -> str:
@@ -61,7 +61,7 @@ class ThisRouter(Relay):
 
 @dataclass(frozen=True, slots=True)
 class RouterAndAgent(Relay):
-    """The router, then an agent's request path on the same core, then the engine's unix socket."""
+    """This router, then an agent's request path on the same core, then the engine's unix socket."""
 
     name: str = "router+agent"
     hops: int = 2
@@ -100,7 +100,7 @@ def agent_argv(run: RunDir, socket: Path) -> list[str]:
 
 
 def _environment(tree: Path) -> dict[str, str]:
-    """Returns an environment in which Python imports the packages of that checkout."""
+    """Returns an environment in which Python imports the packages of the checkout `tree`."""
     before = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{tree}{os.pathsep}{before}" if before else str(tree)}
 

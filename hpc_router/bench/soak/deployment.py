@@ -1,4 +1,4 @@
-"""The deployment of a soak: starts and stops it with the command line, observes it over HTTP, kills its processes.
+"""The deployment of a soak: starts and stops it with the command line, observes it over HTTP, and kills its processes.
 
 Its run directory is in a temporary folder with a short name, because the path of a unix socket is limited to 107 bytes.
 The folder is removed with the deployment, unless it is kept for its logs.
@@ -32,7 +32,7 @@ HTTP_TIMEOUT_S: Final = 5.0
 
 @dataclass(slots=True)
 class SoakDeployment:
-    """A running deployment. `router`: name of its router replica. `keep`: whether its folder is kept."""
+    """A running deployment. `router`: name of its router replica. `keep`: whether to keep its folder."""
 
     run: RunDir
     url: str
@@ -112,8 +112,8 @@ class SoakDeployment:
 
 
 def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str]:
-    """Returns the ready replicas of experts with more than one. Replicas in `killed` do not count as ready, because the
-    router may not have noticed yet."""
+    """Returns the ready replicas of experts with more than one ready replica. Replicas in `killed` do not count as
+    ready, because the router may not have noticed their end yet."""
     found = []
     for expert in experts.values():
         ready = [r["replica"] for r in expert["replicas"] if r["state"] == "ready" and r["replica"] not in killed]
@@ -122,7 +122,8 @@ def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str
 
 
 def least_recently_killed(names: Collection[str], killed: Mapping[str, int]) -> str:
-    """Returns a process whose slot was never killed, else the one killed longest ago. Generations share a slot."""
+    """Returns a process whose slot was never killed, else the one that was killed longest ago. Generations of a replica
+    share a slot."""
     last: dict[str, int] = {}
     for name, order in killed.items():
         last[_slot(name)] = max(order, last.get(_slot(name), -1))

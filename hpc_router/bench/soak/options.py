@@ -1,4 +1,4 @@
-"""Options of `hpc-router bench soak`, and the schedule of the kills. Pure functions."""
+"""The options of `hpc-router bench soak`, and the schedule of its kills. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from hpc_router.bench.load.native.load import MAX_CONNECTIONS
 from hpc_router.errors import ConfigError
 
 FAULT_FREE_S: Final = 5.0
-"""Seconds without faults at the end, in which the last killed process is replaced."""
+"""Time in seconds without faults at the end, in which the last killed process is replaced."""
 
 
 class FaultTarget(StrEnum):
@@ -23,13 +23,14 @@ class FaultTarget(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class KillSchedule:
-    """Kills of one kind of process: the first after `first_s`, then one every `every_s` (None: only the first)."""
+    """The kills of one kind of process: the first after `first_s`, then one every `every_s` (None: only the first)."""
 
     target: FaultTarget
     first_s: float
     every_s: float | None
 
     def times(self, seconds: float) -> list[float]:
+        """Returns the times of the kills in a load of this length, in seconds."""
         end = seconds - FAULT_FREE_S
         if self.every_s is None:
             return [self.first_s] if self.first_s <= end else []
@@ -38,7 +39,8 @@ class KillSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoakOptions:
-    """Options of the soak. `rate`: short requests per second. `streams`: open streams. `faults`: None for defaults."""
+    """The options of the soak. `rate`: short requests per second. `streams`: number of open streams. `faults`: None:
+    the default faults."""
 
     seconds: float = 60.0
     rate: float = 100.0
@@ -57,7 +59,7 @@ class SoakOptions:
         return self
 
     def schedule(self) -> list[tuple[float, FaultTarget]]:
-        """Returns all faults in order of time, in seconds from the start of the load."""
+        """Returns all faults in order of time, each with its time in seconds from the start of the load."""
         faults = default_faults(self.seconds) if self.faults is None else self.faults
         return sorted((at, one.target) for one in faults for at in one.times(self.seconds))
 

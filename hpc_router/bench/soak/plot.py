@@ -1,6 +1,6 @@
-"""Draws time series as an SVG file: panels one above the other, with vertical lines at given moments.
+"""Draws time series as an SVG file: panels one above the other, with vertical lines at given times.
 
-It generates the SVG text itself, because the base installation has no plotting library. It does not know soaks.
+The module writes the SVG text itself, because the base installation has no plotting library. It does not know soaks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One diagram: lines by name. The y axis starts at zero."""
+    """One diagram, with its lines by name. The y axis starts at zero."""
 
     title: str
     lines: Mapping[str, Points]
 
 
 def svg(title: str, panels: Sequence[Panel], *, seconds: float, marks: Mapping[str, Sequence[float]]) -> str:
-    """Returns the SVG text. `marks`: moments of the vertical lines in seconds, by their label."""
+    """Returns the SVG text. `marks`: times of the vertical lines in seconds, by their label."""
     height = _TOP + len(panels) * (_PANEL + _GAP) + 20
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '

@@ -16,13 +16,13 @@ SCHEMA: Final = 1
 
 
 def jain(counts: Sequence[int]) -> float:
-    """Returns Jain's fairness index: 1 if all counts are equal, 1/n if one of n has everything."""
+    """Returns Jain's fairness index of n counts: 1 if all are equal, 1/n if all but one are zero."""
     return sum(counts) ** 2 / (len(counts) * sum(count * count for count in counts))
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """The requests of one load. `labels`: the replicas, which the request records number from 1."""
+    """The requests of one load. `labels`: names of the replicas, which the request records number from 1."""
 
     name: str
     requests: Table
@@ -36,7 +36,8 @@ class LoadSummary:
 
     @property
     def served(self) -> dict[str, Counter[str]]:
-        """Counts the succeeded requests per expert and replica slot. All generations of a replica share a slot."""
+        """Returns the number of succeeded requests per expert and replica slot. All generations of a replica share a
+        slot."""
         found: dict[str, Counter[str]] = {}
         for label, count in zip(*np.unique(self._answered["label"], return_counts=True), strict=True):
             if 0 < label <= len(self.labels):
@@ -46,7 +47,8 @@ class LoadSummary:
 
     @property
     def moved_share(self) -> float:
-        """Share of follow-up requests that did not go to the replica with most of their conversation's requests."""
+        """Returns the share of follow-up requests that did not go to the replica with most of their conversation's
+        requests."""
         pairs, counts = np.unique(self._answered[["prompt", "label"]], return_counts=True)
         most: dict[int, int] = {}
         total: dict[int, int] = {}
@@ -79,8 +81,8 @@ class LoadSummary:
 
 @dataclass(frozen=True, slots=True)
 class SoakResults:
-    """Results of a soak. `complaints`: reasons why it failed, empty if it passed. `idle_fds`: descriptors before and
-    after the load. `origin`: versions, hardware, git state, command and time."""
+    """The results of a soak. `complaints`: reasons why it failed, empty if it passed. `idle_fds`: number of open
+    descriptors before and after the load. `origin`: versions, hardware, git state, command and time."""
 
     options: SoakOptions
     parts: Sequence[LoadSummary]
@@ -124,7 +126,7 @@ def to_json(results: SoakResults) -> dict[str, Any]:
 
 
 def markdown(results: SoakResults, *, plot: str) -> str:
-    """Formats the results. `plot`: file name of the plot."""
+    """Formats the results as Markdown. `plot`: file name of the plot."""
     options, counted = results.options, Counter(one.target for one in results.faults)
     killed = ", ".join(f"{counted[target]} x {target}" for target in FaultTarget if counted[target]) or "none"
     ready = [one.ready for one in results.samples if one.ready is not None]

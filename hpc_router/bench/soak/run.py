@@ -1,4 +1,5 @@
-"""Runs one soak from its options to its files: deploy, load, inject faults, wait until the router is idle, judge."""
+"""Runs one soak from its options to its files: starts the deployment, sends load, injects faults, waits until the
+router is idle, and judges."""
 
 import tempfile
 import time
@@ -91,8 +92,8 @@ def _measure(options: SoakOptions, deployment: SoakDeployment, steps: StepDispla
 
 
 def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> dict[str, LoadSpec]:
-    """Returns an open loop of short requests and a closed loop of streams. All prompts differ, so that the router sees
-    each as a conversation of its own."""
+    """Returns an open loop of short requests and a closed loop of streams. All prompts differ, so that the router
+    treats each as a separate conversation."""
     host, port = LoadTarget(deployment.url, deployment.token).address
     random = np.random.default_rng(options.seed)
     arrivals = np.cumsum(random.exponential(1 / options.rate, int(options.rate * options.seconds * 2)))
@@ -135,7 +136,8 @@ def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> di
 
 
 class _FaultInjector:
-    """Injects the scheduled faults, and samples the router's state once a second until the loads have ended."""
+    """The injector of the scheduled faults, which also samples the router's state once a second until the loads have
+    ended."""
 
     def __init__(
         self, options: SoakOptions, deployment: SoakDeployment, begun_ns: int, loads: Sequence[Running]
@@ -150,7 +152,8 @@ class _FaultInjector:
         return (time.monotonic_ns() - self._begun_ns) / NS
 
     def run(self, steps: StepDisplay) -> None:
-        """Runs until the loads have ended. A thread takes samples, so that a slow response does not delay a fault."""
+        """Injects faults until the loads have ended. A thread takes the samples, so that a slow response does not delay
+        a fault."""
         sample_at, show_at = 0.0, 0.0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="sample") as pool:
             sampling: Future[Sample] | None = None
@@ -170,7 +173,7 @@ class _FaultInjector:
                 time.sleep(TICK_S)
 
     def _inject(self, target: FaultTarget) -> None:
-        """Injects a fault, or leaves it scheduled if that is not possible now."""
+        """Injects a fault, or leaves it scheduled if no process can be killed now."""
         fault = self._deployment.inject(target)
         if fault is not None:
             self.faults.append(fault)
@@ -197,12 +200,13 @@ def _sample(deployment: SoakDeployment, at_s: float) -> Sample:
 
 
 def _idle_gauges(deployment: SoakDeployment) -> dict[str, float] | None:
-    """Returns the gauges once all are zero, or the last ones before a timeout."""
+    """Returns the gauges when all are zero, or the last ones when the time limit has passed."""
     return _read_until(deployment.gauges, lambda gauges: gauges is not None and not any(gauges.values()))
 
 
 def _descriptors(deployment: SoakDeployment, *, at_most: int | None = None) -> int | None:
-    """Returns the number of open descriptors of all router processes; with `at_most`, waits for at most that many."""
+    """Returns the number of open descriptors of all router processes. With `at_most`, waits until there are at most
+    that many."""
 
     def count() -> int | None:
         return sum(_sample(deployment, 0.0).fds.values()) or None

@@ -14,16 +14,18 @@ from hpc_router.bench.soak.options import FaultTarget
 
 NS: Final = 1e9
 WORKER_GRACE_S: Final = 2.0
-"""Seconds after the kill of a worker in which its connections may break."""
+"""Time in seconds after the kill of a worker in which its connections may break."""
 REPLICA_GRACE_S: Final = 20.0
-"""Seconds after the kill of a replica in which its streams may fail; the router may need that long to notice."""
+"""Time in seconds after the kill of a replica in which its streams may fail. The router may need that long to notice
+the kill."""
 BROKEN_CONNECTION: Final = frozenset({Error.DISCONNECTED, Error.CUT, Error.UNFINISHED})
 GROWTH_SHARE: Final = 0.1
 GROWTH_MB: Final = 10.0
 FDS_GROWTH_SHARE: Final = 0.5
 FDS_GROWTH: Final = 32
-"""Allowed growth of memory and of file descriptors during the load: the larger of share and amount. Slow responses keep
-connections open, so the number of descriptors follows the latency; leaked ones are still open after the load."""
+"""Allowed growth of memory and of file descriptors during the load: the larger of a share and an amount. Slow responses
+keep connections open, so the number of descriptors follows the latency. Leaked descriptors are still open after the
+load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class InjectedFault:
 
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """A failed request. `kind`: name of the error, or its HTTP status. `allowed`: the fault that explains it."""
+    """A failed request. `kind`: name of the error, or its HTTP status. `allowed`: the fault that explains the
+    failure."""
 
     load: str
     at_s: float
@@ -53,7 +56,8 @@ class FailedRequest:
 def failures(
     load: str, requests: Table, *, labels: Sequence[str], faults: Sequence[InjectedFault], begun_ns: int
 ) -> list[FailedRequest]:
-    """Returns the failed requests of one load. `labels`: the replicas, which the request records number from 1."""
+    """Returns the failed requests of one load. `labels`: names of the replicas, which the request records number from
+    1."""
     found = []
     for row in requests[requests["error"] != Error.NONE]:
         error, label = Error(int(row["error"])), int(row["label"])
@@ -85,8 +89,8 @@ def _explanation(
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The state of the router at one moment. `ready`: number of ready replicas, None if the router did not respond.
-    `rss_mb`, `fds`: resident memory (MiB) and file descriptors of each router process, by name."""
+    """The state of the router at one time. `ready`: number of ready replicas; None if the router did not respond.
+    `rss_mb`, `fds`: resident memory (MiB) and number of file descriptors of each router process, by name."""
 
     at_s: float
     ready: int | None
@@ -98,7 +102,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class GrowthCheck:
-    """A quantity early and late in the load. `most`: maximum allowed late value. `met`: None without samples."""
+    """A comparison of a quantity early and late in the load. `most`: maximum allowed late value. `met`: None without
+    samples."""
 
     what: str
     early: float
@@ -148,7 +153,8 @@ def complaints(
 ) -> list[str]:
     """Returns the reasons why the soak failed; empty if it passed.
 
-    `missed`: scheduled faults that were not injected. `idle_fds`: descriptors before the load and after its end.
+    `missed`: scheduled faults that were not injected. `idle_fds`: number of open descriptors before the load and after
+    its end.
     """
     found = [
         f"unexplained failure: {one.cause} ({one.replica or 'no replica'}, at {one.at_s:.1f} s)" for one in unexplained

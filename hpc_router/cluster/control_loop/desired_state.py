@@ -1,8 +1,7 @@
 """The desired state of a run: its frozen `config.yaml`, overridden by `desired.json`.
 
-Verbs write `desired.json`, and the leading loop when it excludes a node, each with one atomic replace; the last writer
-wins. A key that the file lacks has the value
-of the config.
+Commands write `desired.json`, and so does the leading loop when it excludes a node. Each write is one atomic replace,
+and the last writer wins. If the file lacks a key, the value of the config applies.
 """
 
 import getpass
@@ -31,8 +30,8 @@ def deployment_of(run: RunDir) -> Deployment:
 
 
 def readable_deployment(run: RunDir) -> Deployment:
-    """Returns the run's frozen config, or the defaults if it is damaged or of another version: the run's router may
-    serve nevertheless."""
+    """Returns the run's frozen config, or the defaults if the config is damaged or of another version, because the
+    run's router may serve nevertheless."""
     try:
         return deployment_of(run)
     except ConfigError:
@@ -40,8 +39,8 @@ def readable_deployment(run: RunDir) -> Deployment:
 
 
 def host_expert(run: RunDir, name: str) -> str:
-    """Returns the expert whose engine serves the adapter `name`; `name` itself if it is no adapter, or if the config
-    cannot be read."""
+    """Returns the expert whose engine serves the adapter `name`. Returns `name` itself if it is not an adapter, or if
+    the config cannot be read."""
     try:
         experts = deployment_of(run).experts
     except ConfigError:
@@ -72,8 +71,8 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
 
 
 def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
-    """Returns the policy of each expert, and of the router if its job runs the control loop. Empty except for Slurm
-    jobs, because only these have a walltime."""
+    """Returns the handover policy of each expert, and of the router if its job runs the control loop. Empty except for
+    Slurm jobs, because only they have a walltime."""
     cluster, router = deployment.cluster, deployment.router
     if cluster.kind != "slurm":
         return {}
@@ -88,7 +87,7 @@ def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
 
 
 def _overlapping(deployment: Deployment) -> Iterator[str]:
-    """Yields the experts, and the router, for which a second job can run beside the first one when the config
+    """Yields the experts, and the router, for which an old and a new job can run at the same time when the config
     changes."""
     cluster, router = deployment.cluster, deployment.router
     if cluster.kind == "slurm":
@@ -101,8 +100,8 @@ def _overlapping(deployment: Deployment) -> Iterator[str]:
 
 
 def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Observed) -> None:
-    """Records that `apply` has replaced the config `before` by `after`: jobs of another revision are outdated, and
-    earlier failures no longer count. A count that `scale` has set stays unless the new config changes that count."""
+    """Records that `apply` has replaced the config `before` by `after`. Jobs of another revision are then outdated, and
+    earlier failures no longer count. A replica count set by `scale` stays unless the new config changes that count."""
     scaled = _counts(run.read_desired().get("replicas"))
     kept = {
         name: count
@@ -121,8 +120,8 @@ def version_of(run: RunDir) -> str | None:
 
 
 def _standby(deployment: Deployment) -> bool:
-    """Returns whether routers get a standby. Only Slurm can start a job when another has ended, and only a router whose
-    job runs the control loop needs one."""
+    """Returns whether the router gets a standby. Only Slurm can start a job when another one ends, and only a router
+    whose job runs the control loop needs a standby."""
     router = deployment.router
     return deployment.cluster.kind == "slurm" and router.place == "job" and router.standby and router.reconcile
 
@@ -133,7 +132,7 @@ def want_up(run: RunDir, observed: Observed) -> None:
 
 
 def want_down(run: RunDir) -> None:
-    """Records that no job is wanted."""
+    """Records that the run must have no jobs."""
     _update(run, down=True)
 
 
@@ -161,30 +160,32 @@ def with_desired_counts(deployment: Deployment, desired: Desired) -> Deployment:
 
 
 def with_counts(deployment: Deployment, counts: Mapping[str, int]) -> Deployment:
+    """Returns the deployment with these replica counts."""
     experts = {name: replace(e, replicas=counts.get(name, e.replicas)) for name, e in deployment.experts.items()}
     return replace(deployment, experts=experts)
 
 
 def excluded_nodes(run: RunDir) -> tuple[str, ...]:
-    """The nodes on which no further job may start."""
+    """Returns the names of the nodes on which no new job may start."""
     return tuple(sorted(node_exclusions(run)))
 
 
 def node_exclusions(run: RunDir) -> dict[str, Any]:
-    """`reason`, `by` and `at` of each excluded node."""
+    """Returns the excluded nodes, each with `reason`, `by` and `at`."""
     value = run.read_desired().get("excluded_nodes")
     return {str(node): facts for node, facts in value.items()} if isinstance(value, dict) else {}
 
 
 def forgotten_nodes(run: RunDir) -> dict[str, float]:
-    """When each node was allowed again: earlier failures do not count."""
+    """Returns for each node the Unix time up to which its failures no longer count, because it was then allowed
+    again."""
     value = run.read_desired().get("forgotten_nodes")
     items = value.items() if isinstance(value, dict) else ()
     return {str(node): float(at) for node, at in items if isinstance(at, int | float)}
 
 
 def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str, by: str | None = None) -> None:
-    """`by`: who excludes them (default: this user)."""
+    """Excludes the nodes from new jobs. `by`: the user or program that excludes them (default: this user)."""
     facts = {"reason": reason, "by": by or getpass.getuser(), "at": round(time.time(), 3)}
     known = node_exclusions(run)
     _update(run, excluded_nodes={**dict.fromkeys(nodes, facts), **known})
@@ -215,12 +216,13 @@ def _newest_ended(observed: Observed) -> dict[str, int]:
 
 
 def _texts(value: object) -> dict[str, str]:
+    """Returns the entries of a JSON object that are texts."""
     return {str(k): v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
 
 
 def _counts(value: object) -> dict[str, int]:
-    """Returns the entries of a JSON object that are whole numbers. Skips others, so that a mistake in a file edited by
-    hand does not end the loop."""
+    """Returns the entries of a JSON object that are whole numbers. Skips others, so that a mistake in a hand-edited
+    file does not end the loop."""
     if not isinstance(value, dict):
         return {}
     return {str(k): v for k, v in value.items() if isinstance(v, int) and not isinstance(v, bool) and v >= 0}

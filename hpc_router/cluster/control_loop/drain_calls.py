@@ -1,4 +1,4 @@
-"""Calls the agents' `/drain`. The caller decides what happens to an agent that cannot be reached."""
+"""Calls the `/drain` path of agents. The caller decides what happens to an agent that cannot be reached."""
 
 import asyncio
 import logging
@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 def ask_to_drain(
     run: RunDir, records: Sequence[Record], until_at: Mapping[str, float | None] | None = None
 ) -> list[Record]:
-    """Calls `/drain` of all agents at once, for two seconds at most. Returns the records of the agents that did not
-    agree. `until_at`: limit for requests in flight by replica, see `Drain`."""
+    """Calls `/drain` of all agents at the same time, for at most two seconds. Returns the records of the agents that
+    did not agree. `until_at`: by replica, the time until which requests in flight may run (see `Drain`)."""
     return asyncio.run(_ask(run.secret(), records, until_at or {})) if records else []
 
 

@@ -1,7 +1,8 @@
 """Expected times of the deployment, in two files of the run directory that only the leading control loop writes.
 
-`estimates.json` has the measured times of each expert's jobs, `forecast.json` when an expert without a ready replica
-will have one, and the handovers that are due or under way. Readers: the router (Retry-After), `status` and `why`.
+`estimates.json` has the measured times of each expert's jobs. `forecast.json` says when an expert without a ready
+replica will have one, and lists the handovers that are due or in progress. Their readers are the router (Retry-After),
+`status` and `why`.
 """
 
 import time
@@ -18,12 +19,14 @@ from hpc_router.state.run_directory import RunDir
 
 _SAMPLES: Final = ("queue_s", "load_s", "drain_s")
 REFRESH_S: Final = 30.0
-"""`forecast.json` is written at least once in this many seconds, which shows readers that its writer is alive."""
+"""Maximum interval in seconds between writes of `forecast.json`. A recent file shows readers that its writer is
+alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedReady:
-    """When an expert will be ready (Unix seconds). `ready_at` is None if that is not known; `reason` says why."""
+    """The time at which an expert will be ready (Unix seconds). `ready_at` is None if the time is unknown; `reason`
+    says why the replica is not ready yet."""
 
     ready_at: float | None
     replica: str
@@ -32,9 +35,9 @@ class ExpectedReady:
 
 @dataclass(frozen=True, slots=True)
 class PlannedHandover:
-    """A handover that is due or under way. `late_s`: how long no replica will serve, None if that is not known or not
-    expected; `reason`: why the successor waits; `refused`: Slurm's message if it refused a second job beside this one,
-    so that `mode` is not the configured one."""
+    """A handover that is due or in progress. `late_s`: expected seconds without a serving replica; None if unknown or
+    zero. `reason`: why the successor waits. `refused`: Slurm's message if it refused to run the successor together with
+    this job; `mode` then differs from the configured one."""
 
     replica: str
     mode: str
@@ -50,7 +53,8 @@ class PlannedHandover:
 def forecast(
     desired: Desired, observed: Observed, now: float, durations: Mapping[str, Durations]
 ) -> tuple[dict[str, ExpectedReady], list[PlannedHandover]]:
-    """Pure. Experts with a ready replica are left out. `durations`: the measured ones."""
+    """Returns when each expert without a ready replica will have one, and the handovers. Pure. `durations`: measured
+    times by expert."""
     due = schedule(observed, desired.handovers, durations)
     expected: dict[str, ExpectedReady] = {}
     ready = {slot.expert for slot, attempts in observed.items() if any(a.ready for a in attempts)}
@@ -67,6 +71,7 @@ def forecast(
 
 
 def _handing_over(observed: Observed, due: Mapping[str, Due], now: float) -> list[Attempt]:
+    """Returns the live attempts whose handover is due."""
     attempts = [a for slot in sorted(observed) for a in observed[slot] if a.live]
     return [a for a in attempts if a.replica in due and now >= due[a.replica].due_at]
 
@@ -74,6 +79,7 @@ def _handing_over(observed: Observed, due: Mapping[str, Due], now: float) -> lis
 def _planned(
     observed: Observed, job: Attempt, due: Due, durations: Mapping[str, Durations], now: float
 ) -> PlannedHandover:
+    """Returns the handover of one job, with the expected time of its successor."""
     newer = [a for a in observed[job.slot] if a.generation > job.generation]
     refused = refusal(newer) if due.mode == "overlap" else None
     planned = PlannedHandover(
@@ -97,8 +103,8 @@ def _planned(
 
 
 def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
-    """Returns when this attempt will be ready: from Slurm's estimate of its start, else from the measured times.
-    Unknown once these are over."""
+    """Returns when this attempt will be ready, from Slurm's estimate of its start, or else from the measured times. The
+    time is unknown if it has already passed."""
     if attempt.ready:
         return ExpectedReady(attempt.ready_at, attempt.replica, None)
     load_s, pending = max(known.load_s, default=0.0), attempt.job is JobState.PENDING
@@ -112,7 +118,7 @@ def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
 
 
 class ForecastFiles:
-    """Writes `estimates.json` and `forecast.json`."""
+    """The writer of `estimates.json` and `forecast.json`."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -121,7 +127,7 @@ class ForecastFiles:
         self._written_at = 0.0
 
     def write(self, desired: Desired, observed: Observed, partitions: Mapping[str, str], now: float) -> None:
-        """`partitions`: by expert, as configured."""
+        """Writes the files whose content has changed. `partitions`: the configured partition of each expert."""
         durations = measured(observed)
         estimates = {
             "experts": {
@@ -144,7 +150,7 @@ class ForecastFiles:
 
 
 def read_estimates(run: RunDir) -> dict[str, Durations]:
-    """Returns the times in `estimates.json` by expert, over all partitions; empty for a run that has none yet."""
+    """Returns the times in `estimates.json` by expert, over all partitions; empty if the run has no such file yet."""
     experts = (read_json(run.estimates_json) or {}).get("experts", {})
     return {
         expert: Durations(*(tuple(s for times in partitions.values() for s in times[key]) for key in _SAMPLES))

@@ -1,9 +1,9 @@
-"""When the successor of a job that nears its walltime is due, so that the service outlives its jobs. Pure.
+"""Computes when a job that nears its walltime must get a successor, so that the service outlives its jobs. Pure.
 
-A handover is due at `expires_at - (queue + load + drain + margin)`. Queue and load times are the longest of the last
-MAX_SAMPLES jobs of the expert; the drain begins with Slurm's warning, which may come early. All replicas of one job
-hand over together. Jobs of one expert that end at about the same time hand over one after the other, the first ones
-early, so that their successors end at different times. No job hands over in the first half of its life.
+A handover is due at `expires_at - (queue + load + drain + margin)`. Queue and load times are the longest of the
+expert's last MAX_SAMPLES jobs. The drain begins with Slurm's warning, which may come early. All replicas of one job
+hand over together. Jobs of one expert that end at about the same time hand over one after the other: the first of them
+hand over early, so that their successors end at different times. No job hands over in the first half of its life.
 """
 
 from collections import defaultdict
@@ -18,17 +18,17 @@ from hpc_router.config.schema import HandoverMode
 from hpc_router.state.job_records import Runner
 
 MAX_SAMPLES: Final = 20
-"""Number of recent jobs of an expert from which its times are estimated."""
+"""Number of an expert's most recent jobs from which its times are estimated."""
 WARNING_EARLY_S: Final = 60.0
-"""Slurm may send its warning this many seconds early (sbatch's manual, `--signal`)."""
+"""Slurm may send its warning up to this many seconds early (sbatch's manual, `--signal`)."""
 MAX_LIFE_SHARE: Final = 0.5
-"""Earliest handover, as a share of the time from ready to the end of the walltime."""
+"""The earliest handover, as a share of the time between ready and the end of the walltime."""
 
 
 @dataclass(frozen=True, slots=True)
 class HandoverPolicy:
-    """How the jobs of one expert hand over. `warn_s`: seconds before the end of the walltime at which Slurm's warning
-    makes a job drain. `drain_s`: time limit of the drain."""
+    """The rules by which the jobs of one expert hand over. `warn_s`: seconds before the end of the walltime at which
+    Slurm's warning makes a job drain. `drain_s`: time limit of the drain."""
 
     mode: HandoverMode = "none"
     margin_s: float = 60.0
@@ -38,8 +38,8 @@ class HandoverPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Durations:
-    """Measured times of one expert's jobs in seconds, oldest first: from submission to start, from start to ready, and
-    from the request to drain to the end."""
+    """The measured times of one expert's jobs in seconds, oldest first. `queue_s`: from submission to start. `load_s`:
+    from start to ready. `drain_s`: from the drain request to the end."""
 
     queue_s: Sequence[float] = ()
     load_s: Sequence[float] = ()
@@ -58,8 +58,8 @@ def before_drain_s(policy: HandoverPolicy) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """The handover of one replica. `due_at`: when to submit its successor (Unix seconds). `drains_at`: when Slurm's
-    warning will make the replica drain. `outdated`: the replica is replaced because its config has changed."""
+    """The time of one replica's handover. `due_at`: when to submit its successor (Unix seconds). `drains_at`: when
+    Slurm's warning will make the replica drain. `outdated`: the replica is replaced because its config has changed."""
 
     mode: HandoverMode
     due_at: float
@@ -70,7 +70,8 @@ class Due:
 
 @dataclass(slots=True)
 class _Job:
-    """The ready replicas of one job. `earliest_at`: before this it does not hand over."""
+    """The ready replicas of one job. `earliest_at`: time before which the job does not hand over. `spacing_s`: minimum
+    time between its handover and the one before it."""
 
     attempts: list[Attempt] = field(default_factory=list)
     expires_at: float = 0.0
@@ -94,7 +95,7 @@ def measured(observed: Observed) -> dict[str, Durations]:
 def schedule(
     observed: Observed, policies: Mapping[str, HandoverPolicy], durations: Mapping[str, Durations]
 ) -> dict[str, Due]:
-    """Returns the handover of each ready replica whose walltime is known, by replica."""
+    """Returns the handover of each ready replica with a known walltime, by replica."""
     jobs: defaultdict[str, _Job] = defaultdict(_Job)
     for attempts in observed.values():
         for attempt in attempts:
@@ -115,6 +116,7 @@ def schedule(
 
 
 def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mapping[str, Durations]) -> None:
+    """Sets the times of a job's handover."""
     ready_at = max(ready for a in job.attempts if (ready := a.ready_at) is not None)
     job.expires_at = min(a.expires_at for a in job.attempts if a.expires_at is not None)
     job.earliest_at = ready_at + MAX_LIFE_SHARE * max(0.0, job.expires_at - ready_at)
@@ -127,7 +129,7 @@ def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mappi
 
 
 def _stagger(jobs: list[_Job]) -> None:
-    """Move handovers that would overlap to earlier times, from the last to the first."""
+    """Moves handovers that would overlap to earlier times, beginning with the last one."""
     jobs.sort(key=lambda job: (job.due_at, job.first_slot))
     for job, later in zip(reversed(jobs[:-1]), reversed(jobs[1:]), strict=True):
         room_s = (job.due_at - job.earliest_at) / len(jobs)
@@ -140,6 +142,7 @@ def _due(attempt: Attempt, job: _Job, policy: HandoverPolicy) -> Due:
 
 
 def _durations(attempts: Iterable[Attempt]) -> Durations:
+    """Returns the measured times of these attempts. Jobs that waited for another job's end have no queue time."""
     ordered = sorted(attempts, key=attrgetter("claimed_at"), reverse=True)
     queue = (a.started_at - a.submitted_at for a in ordered if a.started_at and a.submitted_at and a.after is None)
     load = (a.ready_at - a.started_at for a in ordered if a.started_at and a.ready_at)

@@ -12,6 +12,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 def request_for(run: RunDir, deployment: Deployment, replica: str) -> JobRequest:
+    """Returns the job request of a replica, with the nodes that are excluded now."""
     expert = split_replica(replica)[0]
     resources = resources_of(deployment, expert)[1]
     module = "hpc_router.router" if expert == ROUTER else "hpc_router.expert"

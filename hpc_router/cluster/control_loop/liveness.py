@@ -1,9 +1,9 @@
 """Hang detector: finds agents whose lease beats have stopped and that do not answer at `/health`.
 
-Such an agent is lost, and its job may have ended. It hangs if its job still runs after HUNG_BEATS intervals, or at once
-if its node neither accepts nor refuses a connection: the node is off, and Slurm marks it down much later. One sign
-alone is not enough: a stalled file system stops beats, and a busy node answers late. Beats are timed by this process's
-own clock, so an observer needs some intervals before it finds anything.
+Such an agent is lost, and its job may have ended. The agent hangs if its job still runs after HUNG_BEATS intervals, or
+at once if its node neither accepts nor refuses a connection: the node is then off, and Slurm marks it down much later.
+Neither sign is enough alone, because a stalled file system stops beats and a busy node answers late. Beats are timed by
+this process's own clock, so an observer finds nothing in its first intervals.
 """
 
 import asyncio
@@ -16,34 +16,37 @@ from hpc_router.net.protocol import HEALTH
 from hpc_router.state.registry import Record
 
 LOST_BEATS: Final = 2
+"""Number of lease intervals without a new beat after which an agent may be lost."""
 HUNG_BEATS: Final = 8
-"""In lease intervals without a new beat."""
+"""Number of lease intervals without a new beat after which a lost agent hangs."""
 CONNECT_S: Final = 2.0
-"""Time limit for a connection to a node, long enough to repeat a lost packet."""
+"""Time limit for a connection to a node in seconds, long enough for a lost packet to be sent again."""
 
 
 class SilentReplicas(NamedTuple):
-    """Replicas without beat and answer: `lost` after LOST_BEATS, `hung` (a subset of `lost`) after HUNG_BEATS, or if
-    their node cannot be reached."""
+    """The replicas without beats that do not answer. `lost`: after LOST_BEATS. `hung`, a subset of `lost`: after
+    HUNG_BEATS, or if the node cannot be reached."""
 
     lost: set[str]
     hung: set[str]
 
 
 class _Beat(NamedTuple):
+    """The last beat of a replica, and the monotonic time at which it was first seen."""
+
     beat: tuple[int | None, str | None]
     seen_at: float
 
 
 class HangDetector:
-    """Finds silent replicas. Remembers when each replica's beat last changed."""
+    """A detector of silent replicas, which remembers when each replica's beat last changed."""
 
     def __init__(self) -> None:
         self._beats: dict[str, _Beat] = {}
 
     def silent(self, records: Sequence[Record], *, read_at: float) -> SilentReplicas:
-        """Calls `/health` of replicas whose beats have stopped, for four seconds at most. `read_at`: monotonic time at
-        which the records were read."""
+        """Returns the silent replicas. Calls `/health` of replicas whose beats have stopped, which takes at most four
+        seconds. `read_at`: monotonic time at which the records were read."""
         self._beats = {record.replica: self._beat(record, read_at) for record in records}
         beats = {
             record.replica: (read_at - self._beats[record.replica].seen_at) / record.beat_s
@@ -61,7 +64,7 @@ class HangDetector:
 
 
 async def _unanswering(records: Sequence[Record]) -> dict[str, bool]:
-    """The replicas that do not answer at `/health`, and whether their node can be reached."""
+    """Returns the replicas that do not answer at `/health`, each with whether its node can be reached."""
     async with session() as client:
 
         async def answers(record: Record) -> bool:
@@ -79,7 +82,7 @@ async def _unanswering(records: Sequence[Record]) -> dict[str, bool]:
 
 
 async def _is_reachable(url: str) -> bool:
-    """Whether the node accepts or refuses a connection."""
+    """Returns whether the node accepts or refuses a connection."""
     parts = urlsplit(url)
     try:
         async with asyncio.timeout(CONNECT_S):

@@ -1,8 +1,8 @@
-"""The control loop: one pass observes, decides and acts.
+"""The control loop, whose passes each observe, decide and act.
 
-Passes run in verbs, beside a router and from cron. Several at once are safe: a claim decides which one submits, and
-every other action may be repeated. A pass that fails is logged and repeated; an error of a job or of the file system
-never ends the loop.
+Passes run in commands, in a router's job and from cron. Several passes at once are safe: a claim decides which one
+submits a job, and every other action may be repeated. A pass that fails is logged and repeated. An error of a job or of
+the file system never ends the loop.
 """
 
 import contextlib
@@ -54,14 +54,15 @@ from hpc_router.state.stamped_file import Stamp, stamp_at
 logger = logging.getLogger(__name__)
 
 MAX_SUBMITTED_PER_PASS: Final = 32
-"""Limit per pass, so that a lower replica count takes effect before all jobs are submitted."""
+"""Maximum number of jobs submitted per pass, so that a lower replica count takes effect before all jobs are
+submitted."""
 MAX_MISSED_PASSES: Final = 5
-"""A run directory that this many passes in a row do not find was removed."""
+"""Number of consecutive passes without a run directory after which it counts as removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoopPass:
-    """The desired and observed state of one pass, and its actions."""
+    """One pass: its desired and observed state, and its actions."""
 
     desired: Desired
     observed: Observed
@@ -75,7 +76,8 @@ class LoopPass:
 
 
 class ControlLoop:
-    """Observes one run and carries out the actions. `read_only` is for verbs that only show the state."""
+    """The control loop of one run: observes the run and carries out the actions. `read_only`: for commands that only
+    show the state."""
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class ControlLoop:
         self._ready: set[str] | None = None
 
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Returns the pass without carrying out its actions. `clear`: every job must end. `fresh`: query the
+        """Returns the pass without carrying out its actions. `clear`: every job must end. `fresh`: query the Slurm
         controller."""
         observed = self.observer.observe(fresh=fresh)
         return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
@@ -108,8 +110,8 @@ class ControlLoop:
         return LoopPass(desired, observed, reconcile(desired, observed, time.time()))
 
     def run_pass(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Carries out one pass and returns it. A refused submission is in the result; its exit record counts as a
-        failure."""
+        """Carries out one pass and returns it. A refused submission is part of the result, and its exit record counts
+        as a failure."""
         seen = self.preview(clear=clear, fresh=fresh)
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)
@@ -124,8 +126,8 @@ class ControlLoop:
         return replace(seen, submitted=submitted, refused=refused)
 
     def publish(self, seen: LoopPass) -> None:
-        """Write what the pass found out about times, nodes, and the handovers that it saw end; remove old generations.
-        Only the leading loop does."""
+        """Writes the expected times, node exclusions and completed handovers of the pass, and removes old generations.
+        Only the leading loop calls this."""
         partitions = {
             expert: effective_options(self.deployment.cluster, resources_of(self.deployment, expert)[1]).partition or ""
             for expert in {slot.expert for slot in seen.desired.slots()}
@@ -181,13 +183,13 @@ class ControlLoop:
         for action in wanted:
             if action.replaces is not None and action.replica in submitted:
                 self._handover_started(action.replica, action.replaces)
-        if submitted and excluded_nodes(self.run) != requests[0].exclude:  # `drain NODE` came in between
+        if submitted and excluded_nodes(self.run) != requests[0].exclude:  # `drain NODE` ran meanwhile
             self.cancel(self.update_exclusions(submitted))
         return submitted, refused
 
     def update_exclusions(self, replicas: Sequence[str]) -> list[str]:
-        """Applies `excluded_nodes` to these jobs in the queue. Returns the replicas whose job cannot be changed any
-        more."""
+        """Applies `excluded_nodes` to these jobs in the queue. Returns the replicas whose jobs can no longer be
+        changed."""
         requests = [request_for(self.run, self.deployment, replica) for replica in replicas]
         return self.launcher.update_exclusions(requests) if requests else []
 
@@ -199,13 +201,13 @@ class ControlLoop:
         ask_to_drain(self.run, records, {action.replica: action.until_at for action in wanted})
 
     def cancel(self, replicas: Sequence[str]) -> None:
-        """Ask these jobs to end, also those that have not started."""
+        """Asks these jobs to end, including those that have not started."""
         for replica in replicas:
             self._stamp_cancel(replica)
             self.run.event("cancel", replica=replica)
         self.launcher.cancel(replicas)
         for replica in replicas:
-            self._stamp_cancel(replica)  # again: scancel may take a minute, and the drain time starts now
+            self._stamp_cancel(replica)  # repeated, because scancel may take a minute and the drain time starts now
 
     def _stamp_cancel(self, replica: str) -> None:
         job = JobDir(self.run, replica)
@@ -215,14 +217,14 @@ class ControlLoop:
         for replica in replicas:
             job = JobDir(self.run, replica)
             stop = job.stop() or Stop()
-            if stop.kill_at is None:  # log the first kill only; it is repeated until the job has ended
+            if stop.kill_at is None:  # only the first kill is logged; the kill is repeated until the job has ended
                 logger.warning("%s did not end in its drain time: killing it", replica)
                 self.run.event("kill", replica=replica)
             job.write(replace(stop, kill_at=time.time()))
         self.launcher.kill(replicas)
 
     def _report_given_up(self, given_up: Sequence[GiveUp]) -> None:
-        """Log each slot once, not in every pass; slots that failed for the same reason are one line."""
+        """Logs each given-up slot once. Slots that failed for the same reason share one line."""
         fresh: dict[tuple[FailureReason, str], list[GiveUp]] = {}
         for action in given_up:
             if str(action.slot) not in self._reported:
@@ -236,7 +238,7 @@ class ControlLoop:
         self._reported = {str(action.slot) for action in given_up}
 
     def leads(self, replica: str) -> bool:
-        """Whether no live router is newer than `replica`."""
+        """Returns whether no live router is newer than `replica`."""
         records = self.observer.read_records()
         reports = self.launcher.observe([name for name, r in records.items() if r.kind is RecordKind.ROUTER])
         living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
@@ -244,7 +246,7 @@ class ControlLoop:
         return leader is None or leader.generation <= split_replica(replica)[2]
 
     def _withdraw_dead(self, seen: LoopPass) -> None:
-        """Remove the registry records of jobs that have ended."""
+        """Removes the registry records of jobs that have ended."""
         for attempts in seen.observed.values():
             for attempt in attempts:
                 if attempt.replica in self.observer.records and attempt.job in (JobState.ENDING, JobState.ENDED):
@@ -253,18 +255,16 @@ class ControlLoop:
 
 
 def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = False) -> None:
-    """Run a pass every `cluster.reconcile_s` seconds until SIGTERM or SIGINT, or until the run directory was removed.
-
-    `while_leading`: skip passes while another router leads. Passes are skipped, too, once `apply` has moved the run to
-    another version of this package. `tied`: end also when stdin is closed, so that the loop ends with the process that
-    holds the other end.
-    """
+    """Runs a pass every `cluster.reconcile_s` seconds until SIGTERM or SIGINT, or until the run directory is removed.
+    Passes are skipped once `apply` has moved the run to another version of this package. `while_leading`: skip passes
+    while another router than this replica leads. `tied`: also end when stdin is closed, so that the loop ends with the
+    process at the other end of the pipe."""
     config, control, missed = _stamp(run), ControlLoop(run), 0
     with _stop_event(tied=tied) as stop:
         while not stop.is_set() and missed < MAX_MISSED_PASSES:
             pause_s = control.deployment.cluster.reconcile_s
             try:
-                if (stamp := _stamp(run)) != config:  # `apply` has replaced it, or `up` has added one
+                if (stamp := _stamp(run)) != config:  # `apply` has replaced the config, or `up` has added one
                     config, control = stamp, ControlLoop(run)
                 if version_of(run) in (None, __version__) and (while_leading is None or control.leads(while_leading)):
                     control.publish(control.run_pass())
@@ -281,13 +281,13 @@ def _stamp(run: RunDir) -> Stamp | None:
 
 @contextlib.contextmanager
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM and SIGINT set and, if `tied`, the end of stdin. Ignores SIGUSR2: it is meant for
-    the router beside which the loop runs, and some sites' Slurm sends it to every process of a job."""
+    """Yields an event that SIGTERM and SIGINT set, and, if `tied`, also the end of stdin. Ignores SIGUSR2, which some
+    sites' Slurm sends to every process of a job, although only the router in the same job needs it."""
     descriptor = sys.stdin.fileno() if tied else -1
     with ignored(signal.SIGUSR2), interrupt_event(once=False) as event:
 
         def watch() -> None:
-            while os.read(descriptor, 4096):  # no buffered reader: its lock, held at the interpreter's end, aborts it
+            while os.read(descriptor, 4096):  # a buffered reader would hold a lock, which aborts the exit
                 pass
             event.set()
 

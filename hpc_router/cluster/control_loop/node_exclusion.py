@@ -1,8 +1,9 @@
-"""Excludes nodes that fail twice from further jobs. Only the leading loop does this.
+"""Excludes nodes that have failed twice from further jobs. Only the leading loop does this.
 
-A failure of a node is a job that Slurm ended with NODE_FAIL or BOOT_FAIL, an engine that ended with a CUDA error, or a
-job that ended within QUICK_S of its start while its expert became ready on another node. Two failures are two jobs, of
-which the second one began after the first had failed. They count for WINDOW_S, and not after `nodes forget`.
+A node has failed if Slurm ended a job on it with NODE_FAIL or BOOT_FAIL, if an engine on it ended with a CUDA error, or
+if a job on it ended within QUICK_S of its start although its expert became ready on another node. Two failures are
+those of two jobs, of which the second began after the first had failed. A failure counts for WINDOW_S, and no longer
+after `nodes forget`.
 """
 
 import logging
@@ -24,17 +25,21 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 WINDOW_S: Final = 86400.0
+"""Time for which a failure counts, in seconds."""
 QUICK_S: Final = 30.0
+"""Maximum run time in seconds of a job whose end may be the node's failure."""
 MAX_SHARE: Final = 0.25
-"""Largest share of a partition's nodes that are excluded, with those that a person excluded."""
+"""Maximum share of a partition's nodes that may be excluded, including those that a user has excluded."""
 ASK_AGAIN_S: Final = 300.0
+"""Pause in seconds after the limit was reached."""
 BY: Final = "control loop"
 _OF_THE_NODE: Final = frozenset({FailureReason.NODE_FAILED, FailureReason.CUDA})
 _QUICK: Final = frozenset({FailureReason.CRASHED, FailureReason.KILLED, FailureReason.VANISHED, FailureReason.TIMEOUT})
 
 
 def failing_nodes(observed: Observed, forgotten: Mapping[str, float], now: float) -> dict[str, str]:
-    """The nodes that failed twice, with their newest failures as text. Pure."""
+    """Returns the nodes that have failed twice, each with its newest failures as text. Pure. `forgotten`: by node, the
+    time up to which failures do not count."""
     attempts = all_attempts(observed)
     failed: defaultdict[str, list[Attempt]] = defaultdict(list)
     for attempt in attempts:
@@ -47,12 +52,13 @@ def failing_nodes(observed: Observed, forgotten: Mapping[str, float], now: float
 
 
 def _node(attempt: Attempt) -> str | None:
-    """Slurm's name of its node; None if it ran on several."""
+    """Returns Slurm's name of the attempt's node; None if it ran on several or is not known."""
     name = (attempt.node or "").partition(".")[0]
     return None if not name or "[" in name or "," in name else name
 
 
 def _is_of_the_node(attempt: Attempt, node: str, attempts: Iterable[Attempt]) -> bool:
+    """Returns whether the attempt's end counts as a failure of its node."""
     assert attempt.exit is not None
     began_at = attempt.started_at
     if attempt.exit.reason in _OF_THE_NODE:
@@ -64,17 +70,20 @@ def _is_of_the_node(attempt: Attempt, node: str, attempts: Iterable[Attempt]) ->
 
 
 def _failed_twice(failed: Iterable[Attempt]) -> bool:
+    """Returns whether one of these jobs began after another had failed."""
     first_at = min(a.exit.at for a in failed if a.exit is not None)
     return any((a.started_at or a.submitted_at or a.claimed_at) >= first_at for a in failed)
 
 
 def _told(failed: Iterable[Attempt]) -> str:
+    """Returns the newest failures as text."""
     newest = sorted((a.exit.at, a.replica, a.exit.reason.value) for a in failed if a.exit is not None)[-2:]
     return "it failed twice: " + ", ".join(f"{replica} {reason}" for _, replica, reason in newest)
 
 
 class NodeExclusion:
-    """Writes `excluded_nodes` of `desired.json`. An exclusion that a verb overwrites is repeated by the next pass."""
+    """The writer of `excluded_nodes` in `desired.json`. If a command overwrites an exclusion at the same time, the next
+    pass repeats it."""
 
     def __init__(
         self,
@@ -89,7 +98,8 @@ class NodeExclusion:
         self._ask_at = -float("inf")
 
     def apply(self, observed: Observed, now: float) -> list[str]:
-        """The nodes that were excluded now. sinfo is asked only if there is one to exclude."""
+        """Excludes the nodes that have failed twice and returns those that are newly excluded. Calls sinfo only if
+        there is such a node."""
         if self._deployment.cluster.kind != "slurm":
             return []
         if not failing_nodes(observed, {}, now) or self._clock() < self._ask_at:
@@ -107,7 +117,8 @@ class NodeExclusion:
         return new[: max(left, 0)]
 
     def _allowed(self) -> int:
-        """How many nodes may be excluded: a share of the smallest partition in use; none while sinfo fails."""
+        """Returns how many nodes may be excluded: MAX_SHARE of the smallest partition in use, or 0 while sinfo
+        fails."""
         try:
             site = self._site()
         except SlurmCommandError as error:

@@ -1,8 +1,8 @@
-"""Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the verbs.
+"""Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the commands.
 
-A job that ended without an exit record gets one here, so that each failure has a time and all readers see the same
-reason. So does a claim whose submitter is gone: its job, if there is one, then ends as soon as it starts. Jobs that
-have ended are not read again, because an old run has many.
+If a job ended without an exit record, the observer writes one, so that each failure has a time and all readers see the
+same reason. It does the same for a claim whose submitter is gone; a job of that claim then ends as soon as it starts.
+Jobs that have ended are not read again, because an old run has many.
 """
 
 import json
@@ -31,10 +31,10 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 MIN_QUERY_INTERVAL_S: Final = 5.0
-"""The Slurm controller is queried about lost replicas no more often than this."""
+"""Minimum interval in seconds between queries to the Slurm controller about lost replicas."""
 HUNG_MESSAGE: Final = "its agent hung: it renewed no lease and answered no call while its process ran; it was killed"
 EXPLAINED_S: Final = 300.0
-"""Slurm forgets an ended job after this time (MinJobAge)."""
+"""Time in seconds after which Slurm no longer knows an ended job (MinJobAge)."""
 _FROM_OUTSIDE: Final = (
     FailureReason.PREEMPTED,
     FailureReason.CANCELLED,
@@ -46,7 +46,7 @@ VANISHED_MESSAGE: Final = "the job ended without an exit record: it was killed, 
 
 
 class RunObserver:
-    """Observes one run. With `read_only` it writes nothing, not even a missing exit record."""
+    """An observer of one run. With `read_only` it writes nothing, not even a missing exit record."""
 
     def __init__(
         self,
@@ -73,12 +73,12 @@ class RunObserver:
         """The replicas about which the last observation queried the controller."""
 
     def observe(self, *, fresh: bool = False) -> Observed:
-        """Returns the attempts of each slot. Raises OSError if the run directory cannot be read. `fresh`: query the
-        controller now."""
+        """Returns the attempts of each slot. `fresh`: query the controller now. Raises OSError if the run directory
+        cannot be read."""
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended or name in self._unexplained]
         reports = self._launcher.observe(open_names, fresh=fresh)
-        read_at = self._clock()  # after the query, which may take 30 s, and before the records are read
+        read_at = self._clock()  # must come after the query, which may take 30 s, and before the records are read
         self.read_records()
         self.lost = self._lost(reports, read_at=read_at)
         if self.lost:
@@ -93,13 +93,13 @@ class RunObserver:
         return {slot: tuple(sorted(found, key=attrgetter("generation"))) for slot, found in slots.items()}
 
     def read_records(self) -> Mapping[str, Record]:
-        """Raises OSError if the registry cannot be read."""
+        """Reads and returns the registry's records by replica. Raises OSError if the registry cannot be read."""
         self.records = self._reader.snapshot()
         return self.records
 
     def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
-        """Returns the replicas about which to query the controller now: once for each replica that is newly lost,
-        because its job may have ended. Routers are left out, because this loop ends with its router."""
+        """Returns the replicas about which the controller must be queried now. Each newly lost replica is returned
+        once, because its job may have ended. Routers are left out, because this loop ends with its router."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
         silent = self._hang_detector.silent(
@@ -117,6 +117,7 @@ class RunObserver:
         return sorted(newly_lost)
 
     def _claimed(self) -> list[str]:
+        """Returns the replicas that have a folder in `jobs/`."""
         with os.scandir(self._run.jobs) as entries:
             names = [e.name for e in entries if e.name in self._ended or (_is_replica(e.name) and e.is_dir())]
         self._jobs.keep_only(name for name in names if name not in self._ended or name in self._unexplained)
@@ -168,8 +169,9 @@ class RunObserver:
         return attempt
 
     def _explain(self, replica: str, report: JobReport) -> Attempt:
-        """Replace the reason of a job that drained unasked by Slurm's: its own record says only that it got a signal.
-        Slurm's state may be known later than the end; a job that was purged keeps its own reason."""
+        """Replaces the recorded reason of a job that drained without a request by Slurm's reason, because the job knows
+        only that it got a signal. Slurm may report its state later than the end. A job that Slurm has purged keeps its
+        own reason."""
         attempt, word = self._ended[replica], report.native_state or ""
         assert attempt.exit is not None
         final, reason, end = STATES.get(word) is JobState.ENDED, REASONS.get(word), attempt.exit
@@ -185,8 +187,9 @@ class RunObserver:
         return attempt
 
     def _end(self, job: JobRecords, report: JobReport, stop: Stop) -> Exit:
-        """The exit of a job that wrote none itself. If no node has seen the run directory yet, another job would fail
-        in the same way; else it is the node."""
+        """Returns the exit record for a job that wrote none. If its batch script wrote no log, the node does not see
+        the run directory: the node is at fault if other nodes have seen it, and otherwise every job would fail in the
+        same way."""
         if (stop.drain_at or stop.cancel_at) is not None and job.replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
@@ -205,12 +208,12 @@ class RunObserver:
 
 
 def _has_batch_log(job: JobDir) -> bool:
-    refresh_folder(job.path)  # or an NFS client may not see a log that exists
+    refresh_folder(job.path)  # without this, an NFS client may not see a log that exists
     return any(job.path.glob("*_batch.log"))
 
 
 def record_exit(job: JobDir, end: Exit) -> Exit:
-    """Write `exit.json` unless the job has written it, and log the end; returns the one in the file."""
+    """Writes `exit.json` unless the job has written it, and logs the end. Returns the record in the file."""
     if create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n"):
         _log_end(job, end)
     return job.exit() or end
@@ -222,8 +225,8 @@ def _log_end(job: JobDir, end: Exit) -> None:
 
 
 def _is_alive(submitter: Submitter | None) -> bool:
-    """Returns whether the submitter runs on this host. One of another host counts as gone; then the age of its claim
-    decides."""
+    """Returns whether the submitter runs on this host. A submitter on another host counts as gone, and the age of its
+    claim then decides."""
     here = submitter is not None and submitter.host == socket.gethostname()
     return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 

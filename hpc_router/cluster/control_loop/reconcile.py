@@ -32,32 +32,33 @@ from hpc_router.config.schema import HandoverMode
 from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, FailureReason, Runner
 
 STABLE_S: Final = 30.0
-"""The end of a job that was ready for this time does not count as a failure to start."""
+"""A job that was ready for this time in seconds does not count as a failure to start when it ends."""
 STANDBY_S: Final = 10.0
-"""A standby is submitted only after the router was ready for this time, so that a router that crashes at once does not
-spawn standbys for ever."""
+"""A standby is submitted only after the router was ready for this time in seconds. Otherwise a router that crashes at
+once would get new standbys for ever."""
 BACKOFF_S: Final = 2.0
 BACKOFF_MAX_S: Final = 60.0
 KILL_AFTER_S: Final = 10.0
-"""Added to the drain time of a job."""
+"""Time in seconds, after a job's drain time, at which the job is killed."""
 END_MARGIN_S: Final = 10.0
-"""A drain ends this long before the end of the walltime, so that the job ends in order."""
+"""A drain ends this many seconds before the walltime, so that the job can end cleanly."""
 DEPENDENCY: Final = "Dependency"
-"""Slurm's reason why a job waits for the end of another."""
+"""Slurm's pending reason for a job that waits for the end of another job."""
 KILL_AGAIN_S: Final = 10.0
-"""Pause before a kill is repeated: Slurm may take this long, and much longer for a node that is lost."""
+"""Interval in seconds between repeated kills. Slurm may take this long, and much longer for a lost node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """The desired state of a run. `replicas`: number per expert. `forgiven`: failures up to this generation of a slot
-    do not count. `standby`: a router that has served for STANDBY_S gets a successor whose job waits for its end.
+    """The desired state of a run. `replicas`: number of replicas per expert. `forgiven`: per slot, the generation up to
+    which failures do not count. `standby`: a router that has served for STANDBY_S gets a successor whose job waits for
+    its end.
 
-    `handovers`: how the jobs of each expert, and of the router, are replaced near their walltime. `revisions`: the
-    config revision that their jobs should have. `overlapping`: those whose old and new job can run at the same time.
+    `handovers`: how the jobs of each expert and of the router are replaced near their walltime. `revisions`: the config
+    revision that the jobs should have. `overlapping`: the experts whose old and new jobs can run at the same time.
 
-    `down`: no job is wanted. `clear`: every live job must end. Only the verb `down` sets it, because a loop that still
-    runs must not end a router that was started after `down`.
+    `down`: the run must have no jobs. `clear`: every live job must end. Only the command `down` sets `clear`, because a
+    loop that still runs must not end a router that was started after `down`.
     """
 
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class Desired:
     overlapping: frozenset[str] = frozenset()
 
     def slots(self) -> list[Slot]:
-        """Every slot that should have a job."""
+        """Returns every slot that should have a job."""
         if self.down:
             return []
         experts = [Slot(name, str(n)) for name, count in self.replicas.items() for n in range(count)]
@@ -87,7 +88,7 @@ class Desired:
 @dataclass(frozen=True, slots=True)
 class Submit:
     """Action: submit a job. `after`: id of the job that must end before Slurm starts this one. `replaces`: the replica
-    that hands over to it."""
+    that hands over to this job."""
 
     slot: Slot
     generation: int
@@ -109,8 +110,8 @@ class ReleaseJob:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Action: call the replica's `/drain`: it takes no new requests and ends after those in flight. `until_at`: time
-    limit of those (Unix seconds), if it is later than the usual one."""
+    """Action: call `/drain` of the replica, which then takes no new requests and ends after the requests in flight.
+    `until_at`: time limit for these requests (Unix seconds), if it is later than the usual limit."""
 
     replica: str
     until_at: float | None = None
@@ -125,14 +126,14 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """Action: kill the replica's job, because its drain time is over."""
+    """Action: kill the replica's job, because its drain time has passed."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """No action for this replica before `until_at` (Unix seconds), for the reason `why`."""
+    """No action for this replica before `until_at` (Unix seconds). `why`: the reason."""
 
     replica: str
     until_at: float
@@ -141,7 +142,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Action: submit no further job for this slot. `exit` is its newest failure."""
+    """Action: submit no further job for this slot. `exit`: its newest failure."""
 
     slot: Slot
     failures: int
@@ -172,7 +173,7 @@ def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
 
 
 def backoff_s(failures: int) -> float:
-    """The pause in seconds after the n-th failure in a row: 0, 2, 4, ... 60."""
+    """Returns the pause in seconds after the n-th failure in a row: 0, 2, 4, ... 60."""
     return backoff.pause_s(failures - 2, first_s=BACKOFF_S, max_s=BACKOFF_MAX_S)
 
 
@@ -187,7 +188,7 @@ def _fill_slot(
     live = [attempt for attempt in attempts if attempt.live]
     outdated = [a for a in live if is_outdated(a, desired.revisions)]
     superseded = live[:-1] if live and live[-1].ready else []
-    if slot.expert == ROUTER:  # a router of the same config ends by itself
+    if slot.expert == ROUTER:  # a superseded router with the current config ends by itself
         superseded = [a for a in superseded if a in outdated]
     unready = [a for a in outdated if not a.ready and a.draining_at is None]
     ending = [a for a in live if a.hung or a.stop_requested or a in superseded or a in unready]
@@ -205,7 +206,7 @@ def _fill_slot(
 
 
 def _handover(live: Sequence[Attempt], handovers: Mapping[str, Due], now: float) -> tuple[Attempt, Due] | None:
-    """The newest ready job of a slot and its handover, if that is due."""
+    """Returns the newest ready job of a slot and its handover if that is due, else None."""
     ready = next((attempt for attempt in reversed(live) if attempt.ready and not attempt.stop_requested), None)
     due = handovers.get(ready.replica) if ready is not None else None
     return None if ready is None or due is None or now < due.due_at else (ready, due)
@@ -233,14 +234,15 @@ def _hand_over(
 def _submit_successor(
     slot: Slot, generation: int, tried: Sequence[Attempt], desired: Desired, now: float, *, after: str | None
 ) -> Iterator[Action]:
-    """Submit a successor of a job that serves. The slot is not given up meanwhile. A limit may refuse a second job now
-    and allow it later, so refusals only add a pause: a router without a successor ends the service."""
+    """Yields the submission of a successor for a job that serves. The slot is not given up while the job serves.
+    Refusals only add a pause, because a limit may refuse a second job now and allow it later, and a router without a
+    successor ends the service."""
     submitting = _submit_next(slot, generation, tried, desired, now, after=after, tolerated={FailureReason.REFUSED})
     yield from (action for action in submitting if not isinstance(action, GiveUp))
 
 
 def refusal(successors: Sequence[Attempt]) -> Exit | None:
-    """The end of the first of these that Slurm refused to run beside the job that they succeed."""
+    """Returns the exit of the first of these successors that Slurm refused; None if there is none."""
     return next((attempt.exit for attempt in successors if _is_refused(attempt)), None)
 
 
@@ -258,8 +260,8 @@ def _submit_next(
     after: str | None = None,
     tolerated: Set[FailureReason] = frozenset(),
 ) -> Iterator[Action]:
-    """Submit the next generation, after a pause if the attempts in `past` failed. Failures for a `tolerated` reason
-    never give the slot up."""
+    """Yields the submission of the next generation, after a pause if the attempts in `past` failed. Failures for a
+    `tolerated` reason never give the slot up."""
     ends = _consecutive_failures(past, forgiven=desired.forgiven.get(str(slot), 0))
     blamed = [end for end in ends if end.reason not in BLAMELESS and end.reason not in tolerated]
     if blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures):
@@ -273,12 +275,12 @@ def _submit_next(
 
 
 def _cannot_serve_again(attempt: Attempt) -> bool:
-    """Whether the attempt hangs, or was asked to end before it has started."""
+    """Returns whether the attempt hangs, or was asked to end before it started."""
     return attempt.hung or (attempt.stop.cancel_at is not None and attempt.job is JobState.PENDING)
 
 
 def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
-    """Cancel and kill jobs whose service has ended while they still hold resources."""
+    """Yields actions that cancel, then kill, jobs whose service has ended but which still hold resources."""
     for attempt in attempts:
         if attempt.submitted and attempt.job is JobState.ENDING:
             ended_at = attempt.exit.at if attempt.exit is not None else attempt.claimed_at
@@ -289,14 +291,14 @@ def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
 
 
 def _has_served_long_enough(router: Attempt, now: float) -> bool:
-    """Whether the router is a Slurm job that has been ready for STANDBY_S."""
+    """Returns whether the router is a Slurm job that has been ready for STANDBY_S."""
     ready_at = router.ready_at
     return router.ready and router.runner is Runner.SLURM and ready_at is not None and now - ready_at >= STANDBY_S
 
 
 def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
-    """The exits of the failures since the last success, newest first. A job that Slurm refused while an older one of
-    the slot still ran is left out: limits did not allow the overlap."""
+    """Returns the exits of the failures since the last success, newest first. Leaves out a job that Slurm refused while
+    an older job of the slot still ran, because that refusal concerns only the overlap."""
     ends: list[Exit] = []
     for attempt in reversed(attempts):
         end = _exit_of(attempt)
@@ -314,7 +316,8 @@ def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list
 
 
 def _exit_of(attempt: Attempt) -> Exit:
-    """The exit of an attempt that is not live. The observer writes one for every job that ended; a claim has none."""
+    """Returns the exit of an attempt that is not live. The observer writes an exit for every job that ended, but a
+    claim has none."""
     if attempt.exit is not None:
         return attempt.exit
     message = "the job ended without an exit record" if attempt.submitted else "claimed, but never submitted"
@@ -326,12 +329,13 @@ def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iter
         if attempt.live:
             yield _stop(attempt, desired, now)
         elif not attempt.submitted and attempt.exit is None and attempt.stop.cancel_at is None:
-            yield Cancel(attempt.replica)  # its job may be submitted just now: it reads the request before it starts
+            # If its job is being submitted now, the job reads this request before it starts.
+            yield Cancel(attempt.replica)
 
 
 def _stop(attempt: Attempt, desired: Desired, now: float, *, handover: bool = False) -> Action:
-    """Returns the next action that ends the attempt. `handover`: its successor serves, so requests in flight may take
-    the rest of the walltime."""
+    """Returns the next action that ends the attempt. `handover`: a successor serves already, so requests in flight may
+    use the rest of the walltime."""
     replica, stop = attempt.replica, attempt.stop
     drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:

@@ -1,8 +1,8 @@
-"""Removes the files of generations that ended long ago: their job folders and logs. Only the leading loop does this.
+"""Removes the job folders and logs of generations that ended long ago. Only the leading loop does this.
 
-Kept are live jobs and those that share a Slurm job with one, the newest generation of a slot (the next number follows
-from it), its newest one that has ended, and all that ended less than MIN_AGE_S ago. Of the others a slot keeps
-`cluster.keep_generations` for at most `cluster.keep_days`.
+These are kept: live jobs and all that share a Slurm job with one; the newest generation of a slot, which determines the
+next number; the newest generation of a slot that has ended; and all that ended less than MIN_AGE_S ago. Of the other
+generations a slot keeps `cluster.keep_generations` for at most `cluster.keep_days`.
 """
 
 import logging
@@ -27,25 +27,28 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 MIN_AGE_S: Final = 3600.0
+"""Minimum age in seconds of a generation that is removed."""
 INTERVAL_S: Final = 60.0
+"""Minimum interval between removals, in seconds."""
 MAX_REMOVED: Final = 50
-"""Job folders per call."""
+"""Maximum number of job folders that one call removes."""
 MAX_CALL_S: Final = 0.5
-"""A call removes nothing further after this time, so that it does not delay a pass."""
+"""Time limit of one call in seconds, so that it does not delay a pass."""
 _REMOVED: Final = ".removed-"
-"""A folder is renamed before it is removed: half of it would look like a claim without a job."""
+"""Prefix of the name that a folder gets before its removal, because a half-removed folder would look like a claim
+without a job."""
 DAY_S: Final = 86400.0
 
 
 def expired(observed: Observed, cluster: ClusterConfig, now: float) -> list[Attempt]:
-    """The generations that are not kept, oldest first. Pure."""
+    """Returns the generations that are not kept, oldest first. Pure. `now`: Unix seconds."""
     held = {a.job_id for attempts in observed.values() for a in attempts if not _is_over(a)}
     count = max(cluster.keep_generations, cluster.max_failures)  # failures in a row are counted from these records
     found = []
     for attempts in observed.values():
         over = [a for a in attempts[:-1] if _is_over(a) and (a.job_id is None or a.job_id not in held)]
         if over and not _is_over(attempts[-1]):
-            over.pop()  # the newest that has ended
+            over.pop()  # keeps the newest generation that has ended
         for place, attempt in enumerate(reversed(over), start=2):
             assert attempt.exit is not None
             age_s = now - attempt.exit.at
@@ -55,11 +58,12 @@ def expired(observed: Observed, cluster: ClusterConfig, now: float) -> list[Atte
 
 
 def _is_over(attempt: Attempt) -> bool:
+    """Returns whether the attempt has ended and holds no resources."""
     return attempt.exit is not None and (attempt.job is JobState.ENDED or not attempt.submitted)
 
 
 class Retention:
-    """Removes at most MAX_REMOVED generations per INTERVAL_S."""
+    """The remover of expired generations, which removes the files of at most MAX_REMOVED generations per INTERVAL_S."""
 
     def __init__(self, run: RunDir, cluster: ClusterConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._cluster = run, cluster
@@ -67,7 +71,7 @@ class Retention:
         self._due_at = -float("inf")
 
     def apply(self, observed: Observed, now: float) -> list[str]:
-        """The replicas that were removed. A failure is logged; the next call tries again."""
+        """Removes expired generations and returns their replicas. Logs an error; the next call then tries again."""
         began = self._clock()
         if began < self._due_at:
             return []
@@ -90,7 +94,7 @@ class Retention:
         return removed
 
     def _logs(self) -> dict[str, list[Path]]:
-        """By replica: `math-0.g3.rank1.engine.log.1` belongs to math-0.g3."""
+        """Returns the log files by replica. For example, `math-0.g3.rank1.engine.log.1` belongs to math-0.g3."""
         logs: defaultdict[str, list[Path]] = defaultdict(list)
         with os.scandir(self._run.logs) as entries:
             for entry in entries:
@@ -101,22 +105,25 @@ class Retention:
         return logs
 
     def _remove(self, replica: str, logs: list[Path] | tuple[()]) -> None:
-        """The folder last: as long as it exists, an interrupted removal is repeated."""
+        """Removes a replica's logs, and then its folder: while the folder exists, an interrupted removal is
+        repeated."""
         for path in logs:
             path.unlink(missing_ok=True)
         renamed = self._run.jobs / f"{_REMOVED}{replica}"
-        with suppress(FileNotFoundError):  # another loop was faster
+        with suppress(FileNotFoundError):  # another loop has removed it
             (self._run.jobs / replica).rename(renamed)
             shutil.rmtree(renamed, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
-        """Folders that were renamed, but not removed: on NFS an open file delays that."""
+        """Removes folders that were renamed but not removed. On NFS a file that is open keeps its folder from being
+        removed."""
         with os.scandir(self._run.jobs) as entries:
             left = [entry.path for entry in entries if entry.name.startswith(_REMOVED)]
         for path in left[:MAX_REMOVED]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old_events(self, now: float) -> None:
+        """Removes the older part of `events.jsonl` once it is older than `cluster.keep_days`."""
         older = rotated_path(self._run.events)
         with suppress(FileNotFoundError):
             if now - older.stat().st_mtime >= self._cluster.keep_days * DAY_S:

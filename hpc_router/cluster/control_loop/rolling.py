@@ -1,8 +1,8 @@
-"""Which slots may replace their jobs now because these run with an earlier config. Pure.
+"""Selects the slots whose jobs may be replaced now because the jobs have an earlier config. Pure.
 
-`apply` changes the config; jobs of another revision are outdated. Experts are replaced one after the other, the router
-last, and of one expert at most MAX_SHARE of its slots at a time. An expert whose successor fails keeps its turn, so
-that a bad config stops at the first one.
+`apply` changes the config, and jobs of another revision are then outdated. Experts are replaced one after the other,
+and the router last. At most MAX_SHARE of an expert's slots are replaced at the same time. While an expert's successor
+fails, no other expert is replaced, so that a bad config stops at the first one.
 """
 
 import math
@@ -13,11 +13,12 @@ from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER
 
 MAX_SHARE: Final = 0.25
-"""Largest share of an expert's slots that are replaced at the same time; at least one."""
+"""Maximum share of an expert's slots that are replaced at the same time. At least one slot is."""
 
 
 def is_outdated(attempt: Attempt, revisions: Mapping[str, str]) -> bool:
-    """Returns whether the attempt was submitted with another revision of the config."""
+    """Returns whether the attempt was submitted with another revision of the config than its expert has in
+    `revisions`."""
     wanted = revisions.get(attempt.slot.expert)
     return wanted is not None and attempt.revision is not None and attempt.revision != wanted
 
@@ -30,6 +31,6 @@ def may_roll(wanted: Sequence[Slot], observed: Observed, revisions: Mapping[str,
     expert = min((slot.expert for slot in waiting), key=lambda name: (name == ROUTER, name))
     own = [slot for slot in wanted if slot.expert == expert]
     most = max(1, math.floor(MAX_SHARE * len(own)))
-    # Slots that have begun keep their turn.
+    # A slot whose replacement has begun comes first.
     begun = [slot for slot in waiting if not is_outdated(observed[slot][-1], revisions)]
     return set(sorted((slot for slot in waiting if slot.expert == expert), key=lambda s: (s not in begun, s))[:most])

@@ -1,8 +1,8 @@
 """Slots and attempts: the observed state from which the control loop decides.
 
-A slot is the place of one replica of an expert (`math-0`) or of the router (`router-0`); a generation is one job in it,
-and an attempt is what is known of that job. The control loop manages slots with a number; a slot with a letter was
-started by hand (`math-h0`) or is an external endpoint (`math-x0`).
+A slot is the place of one replica of an expert (`math-0`) or of the router (`router-0`). A generation is one job in a
+slot, and an attempt is the known state of one generation. The control loop manages slots whose name is a number. A slot
+with a letter was started by hand (`math-h0`) or is an external endpoint (`math-x0`).
 """
 
 from collections.abc import Mapping
@@ -36,19 +36,19 @@ ROUTER_SLOT: Final = Slot(ROUTER, "0")
 
 
 CLAIM_S: Final = 60.0
-"""A claim that has no job after this time is abandoned."""
+"""Time in seconds after which a claim without a job is abandoned."""
 NO_STOP: Final = Stop()
 _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the process that submits
-    it is alive. `hung`: its job runs, but it renews no lease and answers no call. `after`: id of the job whose end it
-    waited for when it was submitted. `expires_at`: when its walltime ends. `revision`: of the config that it
-    was submitted with. Times are Unix seconds.
+    """The known state of one generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the
+    process that submits the job is alive. `hung`: the job runs, but renews no lease and answers no call. `after`: id of
+    the job for whose end this one had to wait. `expires_at`: end of its walltime. `revision`: revision of the config
+    with which it was submitted. Times are Unix seconds.
 
-    `live`: whether it serves, or may serve later. It and `replica` are computed once, because a run has thousands of
+    `live`: whether it serves or may serve later. `live` and `replica` are computed once, because a run has thousands of
     attempts and each pass looks at all of them.
     """
 
@@ -84,17 +84,17 @@ class Attempt:
 
     @property
     def holds_resources(self) -> bool:
-        """Returns whether its job may still hold resources."""
+        """Returns whether the job may still hold resources."""
         return self.submitted and self.job is not JobState.ENDED
 
     @property
     def ready_at(self) -> float | None:
-        """Returns when it was first ready."""
+        """Returns when the attempt was first ready."""
         return self.progress.ready_at if self.progress is not None else None
 
     @property
     def draining_at(self) -> float | None:
-        """Returns when its drain began, also if another process than the control loop started it; None if it does not
+        """Returns when the drain began, even if a process other than the control loop started it; None if there is no
         drain."""
         return self.progress.at if self.progress is not None and self.progress.phase is JobPhase.DRAINING else None
 
@@ -112,4 +112,5 @@ Observed = Mapping[Slot, tuple[Attempt, ...]]
 
 
 def all_attempts(observed: Observed) -> list[Attempt]:
+    """Returns the attempts of all slots."""
     return [attempt for attempts in observed.values() for attempt in attempts]

@@ -1,1 +1,1 @@
-"""`hpc-router doctor`: checks a site from this machine and from a short job on a node."""
+"""The command `hpc-router doctor`, which checks a site from this machine and from a short job on a node."""

@@ -1,4 +1,4 @@
-"""The body of `hpc-router doctor`: runs the checks on this machine, then in a job, and collects the findings."""
+"""Implements `hpc-router doctor`: runs the checks on this machine, then in a job, and collects the findings."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,28 +21,33 @@ from hpc_router.cluster.signals import sigterm_as_interrupt
 from hpc_router.config.schema import Deployment
 
 LOGIN: Final = "login"
+"""Name under which a report lists the findings of this machine."""
 Found = Iterator[tuple[str, str, Finding]]
+"""Items of a report: the name of the check, the host, and the finding."""
 
 
 @dataclass(frozen=True, slots=True)
 class DoctorReport:
-    """Findings in the order in which they were made, each with the name of its check and the host: `login` or that of
-    the node."""
+    """The findings of one run, in the order in which they were made. Each item has the name of the check, the host
+    (`login` or the node's name), and the finding."""
 
     findings: tuple[tuple[str, str, Finding], ...]
 
     @property
     def has_faults(self) -> bool:
+        """Returns whether a finding is a fault."""
         return any(finding.severity is Severity.FAULT for *_, finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the findings, and their number by severity."""
         listed = [{"check": check, "where": where, **f.to_json()} for check, where, f in self.findings]
         count = {str(s): sum(f.severity is s for *_, f in self.findings) for s in Severity}
         return {"findings": listed, "count": count}
 
 
 def examine(deployment: Deployment, runs: Path, *, job: bool, progress: Callable[[str], None]) -> DoctorReport:
-    """`runs`: as for `plan`. `job`: also examine a node. KeyboardInterrupt, also by SIGTERM, leaves nothing behind."""
+    """Runs all checks and returns the report. `runs`: the folder of run directories, as for `plan`. `job`: also submit
+    a job that examines a node. KeyboardInterrupt, which SIGTERM raises too, cancels the job and removes its files."""
     found = list(_login(CheckedHost(deployment, runs)))
     if deployment.cluster.kind == "slurm" and job:
         with sigterm_as_interrupt(), DoctorJob(deployment, runs) as doctor_job:
@@ -54,6 +59,7 @@ def examine(deployment: Deployment, runs: Path, *, job: bool, progress: Callable
 
 
 def _login(host: CheckedHost) -> Found:
+    """Yields the findings on this machine."""
     for name, check in CHECKS.items():
         for finding in check(host).findings:
             yield name, LOGIN, finding
@@ -69,6 +75,7 @@ def _login(host: CheckedHost) -> Found:
 
 
 def _node(job: DoctorJob, progress: Callable[[str], None]) -> Found:
+    """Submits the job and yields the findings on its node."""
     deployment = job.deployment
     own, _ = own_address(deployment.cluster.fabric)  # a login node may not be on the fabric
     with clock_server(own) as port:
@@ -89,6 +96,7 @@ def _node(job: DoctorJob, progress: Callable[[str], None]) -> Found:
 
 
 def _not_started(job: DoctorJob, start: JobStart) -> tuple[str, str, Finding]:
+    """Returns the finding that says why the job wrote no file."""
     deployment = job.deployment
     if start.pending_reason is not None:
         why = explain_pending(start.pending_reason, job.job_id)
@@ -103,6 +111,7 @@ def _not_started(job: DoctorJob, start: JobStart) -> tuple[str, str, Finding]:
 
 
 def _running(job: DoctorJob, started: Mapping[str, Any]) -> Found:
+    """Yields the findings on the node of a job that runs."""
     deployment, host = job.deployment, str(started["host"])
     cluster = deployment.cluster
     yield "python", host, node_checks.interpreter(started, hpc_router.__version__, python_of(cluster))
@@ -131,6 +140,7 @@ def _running(job: DoctorJob, started: Mapping[str, Any]) -> Found:
 
 
 def _read_clock(started: Mapping[str, Any]) -> tuple[ClockReading | None, str | None]:
+    """Returns the node's clock and None, or None and the error text if its port cannot be reached."""
     try:
         return read_clock(str(started["address"]), int(started["port"])), None
     except OSError as error:
@@ -138,6 +148,7 @@ def _read_clock(started: Mapping[str, Any]) -> tuple[ClockReading | None, str | 
 
 
 def _facts(node: Mapping[str, Any], deployment: Deployment, host: str, runs: str) -> Found:
+    """Yields the findings that follow from the facts in the job's file."""
     for name, findings in node["checks"].items():
         for finding in findings:
             yield name, host, node_checks.of_json(finding)
@@ -150,11 +161,14 @@ def _facts(node: Mapping[str, Any], deployment: Deployment, host: str, runs: str
 
 
 def _asked(deployment: Deployment) -> dict[str, str | None]:
+    """Returns the partition, account and QOS that the job requests, by their names in the output of `scontrol show
+    job`."""
     options = effective_options(deployment.cluster, doctor_resources(deployment)[1])
     return {"Partition": options.partition, "Account": options.account, "QOS": options.qos}
 
 
 def _signals(job: DoctorJob, started: Mapping[str, Any], reading: ClockReading | None) -> Finding:
+    """Waits for the job's record of its signal and returns the finding."""
     value, queued = job.signals(), job.in_queue()
     end = started.get("end_time")
     ends_at = float(end) if end else (queued.ends_at if queued is not None else None)

@@ -1,4 +1,7 @@
-"""Files through which `doctor` and its job talk, in a folder on the shared file system; and the listener for ports."""
+"""The files through which `doctor` and its job communicate, and the listener that tests ports and clocks.
+
+The files are in a folder on the shared file system.
+"""
 
 import json
 import socket
@@ -15,15 +18,18 @@ from hpc_router.net.addresses import LOOPBACK, address
 from hpc_router.state.atomic_files import read_json, refresh_folder
 
 REPLICA: Final = "doctor-0.g1"
-"""Name of the job's folder, as a replica's would be."""
+"""Name of the job's folder. It has the form of a replica's name."""
 ROUNDS: Final = 3
+"""Number of file round trips that are measured."""
 CONNECT_S: Final = 3.0
+"""Time limit for a connection, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExchangeFolder:
-    """Paths in the folder. `login`: where `doctor` listens. `started`: that of the job. `node`: the job's facts and
-    findings. `signals`: which processes got SIGUSR2. `stop`: the job is to end."""
+    """The paths of the files in the folder. `login`: the address at which `doctor` listens. `started`: the address of
+    the job. `node`: the facts and findings of the job. `signals`: the processes that received SIGUSR2. `stop`: tells
+    the job to end."""
 
     folder: Path
 
@@ -53,7 +59,7 @@ class ExchangeFolder:
 
     @property
     def created(self) -> Path:
-        """A file that the job creates to try whether that works."""
+        """Returns the path of a file that the job creates, to test whether it can create files."""
         return self.folder / "created"
 
     @property
@@ -68,14 +74,16 @@ class ExchangeFolder:
 
 
 def read_now(path: Path) -> dict[str, Any] | None:
-    """The JSON object at `path`, past what an NFS client has cached about a missing file."""
+    """Returns the JSON object at `path`, or None. Refreshes the folder first, because an NFS client caches that a file
+    is missing."""
     with suppress(OSError):
         refresh_folder(path.parent)
     return read_json(path)
 
 
 def own_address(fabric: str | None) -> tuple[str, str | None]:
-    """This host's address on `cluster.fabric`; without one another address, and why."""
+    """Returns this host's address on the network `fabric` (`cluster.fabric`), and None. Without an address on that
+    network, returns another address of this host and the reason."""
     try:
         return address(fabric, kind="slurm"), None
     except ConfigError as error:
@@ -86,19 +94,20 @@ def own_address(fabric: str | None) -> tuple[str, str | None]:
 
 @contextmanager
 def clock_server(host: str) -> Iterator[int]:
-    """The port of a listener that answers each connection with this host's clock."""
+    """Listens on a free port and answers each connection with the time of this host. Yields the port."""
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
         thread = threading.Thread(target=_serve, args=(server,), daemon=True)
         thread.start()
         try:
             yield int(server.getsockname()[1])
         finally:
-            with suppress(OSError):  # wakes the thread up
+            with suppress(OSError):  # makes `accept` return in the thread
                 server.shutdown(socket.SHUT_RDWR)
             thread.join()
 
 
 def _serve(server: socket.socket) -> None:
+    """Answers connections until the socket is shut down."""
     while True:
         try:
             connection, _ = server.accept()
@@ -110,14 +119,16 @@ def _serve(server: socket.socket) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ClockReading:
-    """Another host's clock minus this one's, in seconds, and how far that may be wrong."""
+    """A measured clock difference in seconds: another host's time minus this host's. `error_s` is the largest possible
+    error."""
 
     offset_s: float
     error_s: float
 
 
 def read_clock(host: str, port: int) -> ClockReading:
-    """Raises OSError if the port cannot be reached."""
+    """Returns the clock difference to the host that listens at this port. Raises OSError if the port cannot be
+    reached."""
     sent = time.time()
     with socket.create_connection((host, port), timeout=CONNECT_S) as connection:
         text = connection.makefile("rb").read()

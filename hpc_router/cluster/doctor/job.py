@@ -1,4 +1,5 @@
-"""Doctor's job: submits it with the script that replicas have, waits for what it writes, and removes every trace."""
+"""The job of `doctor`: submits it with the batch script of a replica, waits for the files that it writes, and removes
+it."""
 
 import getpass
 import re
@@ -28,27 +29,36 @@ from hpc_router.state.job_records import Ended, JobDir
 from hpc_router.state.run_directory import RunDir
 
 WALLTIME: Final = "2"
-"""In minutes: Slurm looks at time limits twice a minute, and sends the signal up to a minute early."""
+"""Time limit of the job in minutes. Slurm checks time limits twice a minute and sends the signal up to a minute
+early."""
 START_S: Final = 120.0
-"""How long the job may wait in the queue."""
+"""Maximum time in the queue, in seconds."""
 UNSEEN_S: Final = 30.0
-"""How long after the job has begun, or ended, its first file may take to be seen."""
+"""Maximum time in seconds from the start or end of the job until its first file is visible here."""
 FACTS_S: Final = 60.0
+"""Maximum time in seconds until the job has written its facts."""
 ANSWER_S: Final = 30.0
+"""Maximum time in seconds until the job answers a file."""
 SIGNAL_S: Final = 100.0
+"""Maximum time in seconds until the job has received its signal."""
 SUBMIT_S: Final = 60.0
+"""Time limit of a Slurm command, in seconds."""
 POLL_S: Final = 0.02
+"""Interval between reads of a file, in seconds."""
 QUEUE_POLL_S: Final = 2.0
+"""Interval between queries of the queue, in seconds."""
 END_S: Final = 20.0
+"""Maximum time in seconds for the end of the job, and for the removal of its folder."""
 _OF_STEP: Final = re.compile(r"srun: |slurmstepd: error: \*\*\*|hpc-router: ")
-"""Lines that only say that the step or the script has ended."""
+"""Matches log lines that only report the end of the step or of the script."""
 _SETUP: Final = re.compile(r"(cluster\.(?:setup|modules)\[\d+\]) failed")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class JobStart:
-    """How the job's start went. `started`: its first file; without it, one of the others says what Slurm did."""
+    """The outcome of the job's start. `started`: the content of the job's first file. Without that file, the other
+    fields describe what Slurm and the logs show."""
 
     started: Mapping[str, Any] | None = None
     pending_reason: str | None = None
@@ -60,7 +70,8 @@ class JobStart:
 
 @dataclass
 class DoctorJob:
-    """A context manager: whatever happens, the job is cancelled and its folder removed."""
+    """A context manager that owns the job and its folder. At exit, also after an error, the job is cancelled and the
+    folder removed."""
 
     deployment: Deployment
     runs: Path
@@ -88,6 +99,7 @@ class DoctorJob:
 
     @property
     def batch_job(self) -> BatchJob:
+        """Returns the job as the Slurm launcher would submit it."""
         folder = self.exchange.folder
         cluster = replace(self.deployment.cluster, warn_s=float(SIGNAL_BEFORE_S), replicas_per_job=1)
         argv = (python_of(cluster), "-m", "hpc_router.cluster.doctor.node_job", str(folder))
@@ -95,7 +107,8 @@ class DoctorJob:
         return BatchJob(RunDir(folder), (request,), cluster, f"doctor:{folder.name[1:]}", argv)
 
     def submit(self, login: Mapping[str, Any]) -> None:
-        """Raises SlurmCommandError."""
+        """Writes the files that the job reads, and submits the job. `login`: the address and port at which `doctor`
+        listens. Raises SlurmCommandError."""
         self._dir.path.mkdir(parents=True, mode=0o700)
         job, exchange = self.batch_job, self.exchange
         replace_text(exchange.config, frozen.to_yaml(self.deployment))
@@ -106,7 +119,7 @@ class DoctorJob:
         self.job_id = answer.strip().partition(";")[0]
 
     def wait_for_start(self) -> JobStart:
-        """Returns when the job's first file is seen, or when it is clear that it will not be soon."""
+        """Waits until the job's first file is visible, or until the time limits show that it will not be."""
         waits_until, queue_at, begun_at = time.monotonic() + START_S, 0.0, None
         job: QueuedJob | None = None
         while True:
@@ -126,6 +139,7 @@ class DoctorJob:
             time.sleep(POLL_S)
 
     def _unstarted(self, job: QueuedJob | None, ended: Ended | None) -> JobStart:
+        """Returns the outcome of a job that ran but wrote no first file, from its logs."""
         logs = [*sorted(self._dir.path.glob("*_log.err")), *sorted(self._dir.path.glob("*_batch.log"))]
         lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
         own = [line for line in lines if line.strip() and not _OF_STEP.match(line)]
@@ -138,13 +152,15 @@ class DoctorJob:
         )
 
     def in_queue(self) -> QueuedJob | None:
+        """Returns the job as squeue lists it; None if it is not listed or squeue fails."""
         try:
             return ask_squeue().get(self.job_id or "")
         except SlurmCommandError:
             return None
 
     def round_trips(self) -> Iterator[ClockReading]:
-        """One reading for each file that was renamed here and answered there; ends early without an answer."""
+        """Measures the time that a renamed file takes to the node and back. Yields one clock reading per round trip,
+        and stops early if the job does not answer."""
         for number in range(ROUNDS):
             sent = time.time()
             replace_json(self.exchange.ping(number), {"at": sent})
@@ -155,13 +171,16 @@ class DoctorJob:
             yield ClockReading(float(answer["at"]) - (sent + received) / 2, (received - sent) / 2)
 
     def facts(self) -> dict[str, Any] | None:
+        """Waits for the facts of the job and returns them; None if they do not come in time."""
         return _until(lambda: read_now(self.exchange.node), FACTS_S)
 
     def signals(self) -> dict[str, Any] | None:
+        """Waits for the job's record of its signal and returns it; None if it does not come in time."""
         return _until(lambda: read_now(self.exchange.signals), SIGNAL_S)
 
     def shown(self) -> dict[str, str]:
-        """Slurm's description of the job: `Partition`, `Requeue` and further words."""
+        """Returns the fields in which Slurm describes the job, such as `Partition` and `Requeue`; empty if scontrol
+        fails."""
         try:
             argv = ["scontrol", "--oneliner", "show", "job", self.job_id or ""]
             text = run_slurm_command(argv, timeout_s=SUBMIT_S)
@@ -170,7 +189,7 @@ class DoctorJob:
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def _end(self) -> None:
-        """By its name, which is unique: after Ctrl-C in sbatch its id is not known."""
+        """Cancels the job by its name, which is unique, because the id is not known after Ctrl-C in sbatch."""
         with suppress(SlurmCommandError):
             argv = ["scancel", "--quiet", f"--user={getpass.getuser()}", f"--name={self.batch_job.name}"]
             run_slurm_command(argv, timeout_s=SUBMIT_S)
@@ -182,14 +201,15 @@ class DoctorJob:
         return job is None or STATES.get(job.state) is JobState.ENDED
 
     def _removed(self) -> bool:
-        """The job may still write logs there."""
+        """Removes the folder and returns whether it is gone. The job may still write logs there, so the caller repeats
+        this."""
         shutil.rmtree(self.exchange.folder, ignore_errors=True)
         return not self.exchange.folder.exists()
 
 
 def doctor_resources(deployment: Deployment) -> tuple[str, ResourceConfig]:
-    """The expert whose job options doctor's job has, the first with GPUs; `router` without experts. And a small job
-    with these options."""
+    """Returns the name of the expert whose job options doctor's job uses, and a small job with these options. The
+    expert is the first with GPUs, else the first; without experts it is `router`."""
     experts = hosts(deployment.experts)
     name = next((n for n, e in experts.items() if e.resources.gpus), next(iter(experts), "router"))
     own = experts[name].resources if name in experts else deployment.router.resources
@@ -200,7 +220,7 @@ def doctor_resources(deployment: Deployment) -> tuple[str, ResourceConfig]:
 
 
 def _until(ask: Callable[[], T], within_s: float, every_s: float = POLL_S) -> T | None:
-    """The first true value of `ask`; None if there was none in time."""
+    """Calls `ask` until it returns a true value, and returns that value; None after `within_s` seconds."""
     until = time.monotonic() + within_s
     while True:
         if value := ask():

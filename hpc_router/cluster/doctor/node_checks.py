@@ -1,4 +1,4 @@
-"""What the facts from doctor's job mean: pure functions, each of one subject."""
+"""Turns the facts from doctor's job into findings. The functions are pure, and each covers one subject."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +12,20 @@ from hpc_router.cluster.planning.finding import Finding, Severity, fault, note, 
 from hpc_router.config.schema import ClusterConfig, Deployment
 
 NOTED_SKEW_S: Final = 1.0
+"""Clock difference in seconds from which a note is made."""
 SIGNAL_BEFORE_S: Final = 60
-"""Seconds before its end at which doctor's job asks for its signal. Slurm may send it a minute earlier."""
+"""Seconds before its end at which doctor's job asks Slurm for its signal. Slurm may send it a minute earlier."""
 
 _NO_INTERPRETER: Final = re.compile(
     r"No module named|ImportError|SyntaxError|execve|No such file|Permission denied|not found"
 )
-"""Found in the last line of a job whose interpreter is missing, lacks hpc_router or is too old."""
+"""Matches the last log line of a job whose interpreter is missing, lacks hpc_router or is too old."""
 
 
 def shared_folder(delays_s: Sequence[float], *, sees_login: bool, beat_s: float, runs: str) -> Finding:
-    """`delays_s`: how long renamed files took to be seen, one way. Empty: the job's answers were never seen."""
+    """Checks whether both hosts see each other's files soon enough. `delays_s`: one-way delays until a renamed file
+    was visible, in seconds; empty if no answer of the job was ever visible here. `sees_login`: whether the node saw
+    this machine's files."""
     fix = "`runs=DIR` or `--run DIR` names a folder on the file system that all nodes share"
     if not sees_login:
         return fault(f"{runs}: a node does not see the files that this machine writes there", fix, "runs")
@@ -36,7 +39,7 @@ def shared_folder(delays_s: Sequence[float], *, sees_login: bool, beat_s: float,
 
 
 def file_operations(node: Mapping[str, Any], runs: str) -> Finding:
-    """What a node can do in the folder of the runs. Nothing there relies on flock."""
+    """Checks whether the node can create files in the folder `runs`. The package does not use flock there."""
     kind = node["file_system"] or "an unknown file system"
     if node["creates_files"] is not None:
         what = f"{runs}, {kind}: files cannot be created there with hard links: {node['creates_files']}"
@@ -46,7 +49,7 @@ def file_operations(node: Mapping[str, Any], runs: str) -> Finding:
 
 
 def unshared(runs: str, node: str | None) -> Finding:
-    """The job left no file at all."""
+    """Returns the fault for a job that left no file at all: its node does not see the folder `runs`."""
     where = "its node" if node is None else node
     return fault(
         f"{runs}: {where} does not see this folder: the job left no log there",
@@ -56,7 +59,8 @@ def unshared(runs: str, node: str | None) -> Finding:
 
 
 def no_report(error: str, *, key: str | None, python: str) -> Finding:
-    """The job ran, but its program did not. `key`: the setup line or module that failed."""
+    """Returns the fault for a job that ran although its Python program did not. `error`: the last log line. `key`: the
+    config key of the setup line or module that failed."""
     if key is not None:
         return fault(f"{key}: the job ended there: {error}", f"edit {key}", key)
     if not _NO_INTERPRETER.search(error):
@@ -69,6 +73,7 @@ def no_report(error: str, *, key: str | None, python: str) -> Finding:
 
 
 def interpreter(started: Mapping[str, Any], version: str, python: str) -> Finding:
+    """Checks whether the job's interpreter has the same version of hpc_router as this process."""
     theirs = started["hpc_router"]
     if theirs != version:
         what = f"{python} on {started['host']} has hpc_router {theirs}, but this is {version}"
@@ -78,7 +83,8 @@ def interpreter(started: Mapping[str, Any], version: str, python: str) -> Findin
 
 
 def clock(reading: ClockReading | None, host: str) -> Finding:
-    """The reading is of the node's clock."""
+    """Checks whether the node's clock agrees with this machine's. `reading`: the measured difference, None if there is
+    none."""
     if reading is None:
         return note(f"the clock of {host} could not be compared", "see the findings about files and ports")
     off, fix = abs(reading.offset_s), f"ask the site to synchronise the clocks (chrony or NTP) of {host} and this host"
@@ -92,7 +98,8 @@ def clock(reading: ClockReading | None, host: str) -> Finding:
 
 
 def ports(error: str | None, started: Mapping[str, Any], reaches_login: str | None) -> Iterator[Finding]:
-    """`error`: why the node's port cannot be reached. `reaches_login`: the same for the other way."""
+    """Yields findings about connections in both directions. `error`: why this machine cannot connect to the node, None
+    if it can. `reaches_login`: why the node cannot connect to this machine, None if it can."""
     at = f"{started['host']} ({started['address']}:{started['port']})"
     if started.get("fabric_error"):
         yield fault(str(started["fabric_error"]), "cluster.fabric=INTERFACE or NETWORK of the nodes", "cluster.fabric")
@@ -110,6 +117,7 @@ def ports(error: str | None, started: Mapping[str, Any], reaches_login: str | No
 
 
 def slurm_commands(node: Mapping[str, Any], deployment: Deployment, host: str) -> Finding:
+    """Checks whether sbatch and squeue work on the node. The router's job needs them if it runs the control loop."""
     errors = [f"{name}: {node[name]}" for name in ("sbatch", "squeue") if node[name] is not None]
     if not errors:
         return ok(f"sbatch and squeue work on {host}")
@@ -127,13 +135,16 @@ def slurm_commands(node: Mapping[str, Any], deployment: Deployment, host: str) -
 
 @dataclass(frozen=True, slots=True)
 class SignalRecord:
-    """When SIGUSR2 arrived, in Unix seconds of the node, and whether the child of the task got it too."""
+    """The record of a received SIGUSR2. `at`: Unix seconds. `descendants`: whether the task's child process received it
+    too."""
 
     at: float
     descendants: bool
 
 
 def signals(record: SignalRecord | None, *, ends_at: float | None, waited_s: float, cluster: ClusterConfig) -> Finding:
+    """Checks whether Slurm sent the signal before the walltime ends, and to which processes. `ends_at`: end of the
+    walltime in Unix seconds. `waited_s`: how long `doctor` has waited for the signal."""
     if record is None:
         return fault(
             f"no SIGUSR2 arrived within {waited_s:.0f} s, though --signal=USR2@{SIGNAL_BEFORE_S} asks for it: jobs "
@@ -153,7 +164,8 @@ def signals(record: SignalRecord | None, *, ends_at: float | None, waited_s: flo
 
 
 def gpus(asked: int, visible: str | None, listed: Sequence[str] | None, host: str) -> Finding | None:
-    """`visible`: CUDA_VISIBLE_DEVICES of the job. `listed`: lines of `nvidia-smi -L`."""
+    """Checks whether the job got usable GPUs; returns None if it asked for none. `visible`: the job's
+    CUDA_VISIBLE_DEVICES. `listed`: the lines of `nvidia-smi -L`."""
     if not asked:
         return None
     names = [name for name in (visible or "").split(",") if name]
@@ -175,7 +187,8 @@ def gpus(asked: int, visible: str | None, listed: Sequence[str] | None, host: st
 
 
 def changed_by_site(asked: Mapping[str, str | None], job: Mapping[str, str]) -> list[Finding]:
-    """`asked`: what doctor's job asked for, by the names of `scontrol show job`. `job`: what it got."""
+    """Returns findings about differences between the job and its request. Both arguments use the names in the output of
+    `scontrol show job`. `asked`: the requested values. `job`: the values that the job has."""
     findings = []
     if job.get("Requeue", "0") != "0":
         what = (
@@ -194,4 +207,5 @@ def changed_by_site(asked: Mapping[str, str | None], job: Mapping[str, str]) -> 
 
 
 def of_json(value: Mapping[str, Any]) -> Finding:
+    """Returns the finding that `Finding.to_json` has written."""
     return Finding(Severity(value["state"]), str(value["what"]), value.get("fix"), value.get("key"))

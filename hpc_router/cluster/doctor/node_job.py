@@ -1,7 +1,7 @@
-"""What doctor's job runs on a node: `python -m hpc_router.cluster.doctor.node_job FOLDER`.
+"""The program of doctor's job on a node: `python -m hpc_router.cluster.doctor.node_job FOLDER`.
 
-It writes what it finds as JSON into the folder and answers the files that `doctor` puts there. It changes nothing else,
-and ends when it is told to, or after LIMIT_S.
+It writes its findings as JSON into the folder, and answers the files that `doctor` writes there. It changes nothing
+else. It ends when the file `stop` exists, or after LIMIT_S.
 """
 
 import os
@@ -25,10 +25,13 @@ from hpc_router.config import frozen
 from hpc_router.state.atomic_files import create_text, replace_json
 
 LIMIT_S: Final = 150.0
+"""Maximum run time in seconds."""
 EVERY_S: Final = 0.02
+"""Interval between looks at the folder, in seconds."""
 COMMAND_S: Final = 15.0
+"""Time limit of a command, in seconds."""
 CHILD_S: Final = 2.0
-"""How long after the job's own signal its child's is waited for."""
+"""Time in seconds in which the child must receive the signal after this process has received it."""
 _CHILD: Final = """
 import os, signal, sys
 def note(number, frame):
@@ -40,7 +43,8 @@ sys.stdin.read()
 
 
 class SignalWatch:
-    """Records SIGUSR2 in this process and in a child that has a session of its own, as an engine has."""
+    """A recorder that shows whether SIGUSR2 reaches this process, and a child in a session of its own, such as an
+    engine."""
 
     def __init__(self, exchange: ExchangeFolder) -> None:
         self._exchange = exchange
@@ -58,18 +62,19 @@ class SignalWatch:
         self._at = self._at or time.time()
 
     def look(self) -> None:
-        """Write the record once both processes had the time to get the signal."""
+        """Writes the record once the time limit for the child is over."""
         if self._at is not None and not self.done and time.time() > self._at + CHILD_S:
             self.done = True
             replace_json(self._exchange.signals, {"at": self._at, "descendants": self._sign.exists()})
 
     def close(self) -> None:
+        """Kills the child."""
         self.child.kill()
         self.child.communicate()
 
 
 def facts(exchange: ExchangeFolder, host: CheckedHost, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """What only this node knows, and the findings of the checks here."""
+    """Returns the facts that only this node can find out, and the findings of the common checks on it."""
     login = read_now(exchange.login)
     return {
         "sees_login": login is not None,
@@ -86,7 +91,8 @@ def facts(exchange: ExchangeFolder, host: CheckedHost, environment: Mapping[str,
 
 
 def _creation_error(exchange: ExchangeFolder) -> str | None:
-    """Why a file of the run directory cannot be created: that takes a hard link, and fails if the file exists."""
+    """Returns why a file of the run directory cannot be created; None if it can. Creation uses a hard link and must
+    fail if the file exists."""
     try:
         first, second = create_text(exchange.created, "1"), create_text(exchange.created, "2")
     except OSError as error:
@@ -95,7 +101,7 @@ def _creation_error(exchange: ExchangeFolder) -> str | None:
 
 
 def _reaches(login: Mapping[str, Any]) -> str | None:
-    """Why the machine that runs `doctor` cannot be reached; None if it can."""
+    """Returns why this node cannot connect to the machine that runs `doctor`; None if it can."""
     try:
         read_clock(str(login["address"]), int(login["port"]))
     except OSError as error:
@@ -104,6 +110,7 @@ def _reaches(login: Mapping[str, Any]) -> str | None:
 
 
 def _error_of(argv: list[str], stdin: str = "") -> str | None:
+    """Returns the error of a Slurm command; None if it succeeds."""
     try:
         run_slurm_command(argv, timeout_s=COMMAND_S, stdin=stdin)
     except SlurmCommandError as error:
@@ -112,7 +119,7 @@ def _error_of(argv: list[str], stdin: str = "") -> str | None:
 
 
 def _gpu_list() -> list[str] | None:
-    """The lines of `nvidia-smi -L`: GPUs and their MIG instances; None if it cannot be run."""
+    """Returns the lines of `nvidia-smi -L`, which list GPUs and MIG instances; None if it cannot be run."""
     if shutil.which("nvidia-smi") is None:
         return None
     try:
@@ -122,7 +129,7 @@ def _gpu_list() -> list[str] | None:
 
 
 def serve(exchange: ExchangeFolder, watch: SignalWatch) -> None:
-    """Answer pings and watch for the signal until `stop` exists."""
+    """Answers pings and watches for the signal, until the file `stop` exists or LIMIT_S is over."""
     number, until = 0, time.monotonic() + LIMIT_S
     while time.monotonic() < until and not exchange.stop.exists():
         if number < ROUNDS and read_now(exchange.ping(number)) is not None:
@@ -133,6 +140,7 @@ def serve(exchange: ExchangeFolder, watch: SignalWatch) -> None:
 
 
 def main(folder: Path) -> None:
+    """Runs the job. `folder`: the exchange folder."""
     exchange = ExchangeFolder(folder)
     deployment = frozen.read(exchange.config)
     own, fabric_error = own_address(deployment.cluster.fabric)
@@ -151,7 +159,7 @@ def main(folder: Path) -> None:
             }
             replace_json(exchange.started, started)
             host = CheckedHost(deployment, folder.parent, on_node=True)
-            # In a thread, because Slurm's commands may take long, and pings measure the time of a rename.
+            # The facts are collected in a thread: Slurm's commands may be slow, and would delay the answers to pings.
             threading.Thread(target=lambda: replace_json(exchange.node, facts(exchange, host)), daemon=True).start()
             serve(exchange, watch)
     finally:

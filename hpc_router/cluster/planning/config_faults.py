@@ -31,8 +31,8 @@ def build_engines(experts: Mapping[str, ExpertConfig]) -> tuple[dict[str, Engine
 def own_faults(
     deployment: Deployment, *, exemplars: Mapping[str, list[str]], engine_faults: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yields the faults of the deployment. `exemplars`: those of the experts that have any. `engine_faults`: as
-    `build_engines` returns them."""
+    """Yields the faults of the deployment. `exemplars`: by expert, only those that have any. `engine_faults`: as
+    returned by `build_engines`."""
     yield from _machine_faults(deployment)
     yield from _policy_faults(deployment, exemplars)
     python = deployment.cluster.python
@@ -69,6 +69,7 @@ def _expert_faults(name: str, expert: ExpertConfig, adapters: Mapping[str, str],
 
 
 def executable(python: str) -> bool:
+    """Returns whether this interpreter can be executed here. `python`: a path, or a name to look up on PATH."""
     path = python if "/" in python else shutil.which(python)
     return path is not None and os.access(path, os.X_OK) and Path(path).is_file()
 
@@ -94,7 +95,7 @@ def _policy_faults(deployment: Deployment, exemplars: Mapping[str, list[str]]) -
 
 
 def own_warnings(deployment: Deployment) -> Iterator[str]:
-    """Yields warnings about values that are valid but may not be intended."""
+    """Yields warnings about values that are valid but may be unintended."""
     with_jobs = hosts(deployment.experts)
     if not deployment.experts:
         yield "no experts: endpoints join through `hpc-router register`"
@@ -116,8 +117,8 @@ def own_warnings(deployment: Deployment) -> Iterator[str]:
 
 
 def _never_chosen(deployment: Deployment) -> Iterator[str]:
-    """Yields a warning about experts that the classifier never chooses. Called only for a deployment without faults,
-    whose artefact can be read."""
+    """Yields a warning about experts that the classifier never chooses. Requires a deployment without faults, because
+    it reads the artefact."""
     policy = deployment.policy
     if policy.kind != "classifier":
         return
@@ -133,8 +134,8 @@ def _never_chosen(deployment: Deployment) -> Iterator[str]:
 
 
 def _ineffective(deployment: Deployment) -> Iterator[str]:
-    """Yields warnings about keys without effect: those for batch scripts on a cluster that has none, and a simulation
-    without an engine."""
+    """Yields warnings about keys that have no effect: keys for batch scripts on a cluster without them, and a
+    simulation without an engine."""
     gpu, engines = deployment.simulate.gpu, [expert.engine for expert in deployment.experts.values()]
     if gpu is not None and not any(engine.options.get("roofline") for engine in engines):
         yield f"simulate.gpu={gpu} has no effect: it replaces vLLM engines, and no expert has one"

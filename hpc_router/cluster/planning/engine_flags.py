@@ -1,7 +1,7 @@
-"""Asks each engine's own interpreter whether it accepts the flags it would get, before a job waits in the queue.
+"""Asks each engine's own interpreter whether it accepts the engine's flags, before a job waits in the queue.
 
-Only a refusal by the argument parser is a fault. An interpreter that cannot be started here may still work on the
-node, so that is a warning.
+Only a refusal by the argument parser is a fault. If an interpreter cannot be started here, that is a warning, because
+it may work on the node.
 """
 
 import os
@@ -19,15 +19,16 @@ from hpc_router.expert.engines.container import command_in_container
 
 TIMEOUT_S: Final = 120.0
 _FRAME: Final = " \t│|"
-"""Characters of the box that some argument parsers draw around their messages."""
+"""Characters of the boxes that some argument parsers draw around their messages."""
 REFUSED: Final = 2
-"""The exit status of an argument parser that refuses a flag."""
+"""Exit status of an argument parser that refuses a flag."""
 
 
 def check_flags(
     engines: Mapping[str, Engine], experts: Mapping[str, ExpertConfig], cluster: ClusterConfig
 ) -> tuple[list[str], list[str]]:
-    """Returns faults and warnings. Checks engines with the same command once, and different ones at the same time."""
+    """Returns faults and warnings. Engines with the same command are checked once, and different commands run in
+    parallel."""
     with tempfile.TemporaryDirectory(prefix="hpc-router-") as folder:
         place = Place(Path(folder))
         commands = {name: engine.check_command(place) for name, engine in engines.items()}
@@ -58,7 +59,7 @@ def check_flags(
 
 
 def _without_names(command: list[str], *names: str) -> tuple[str, ...]:
-    """Returns the command with blanks in place of these names, because parsers check flags and not models."""
+    """Returns the command with spaces in place of these names, because the check covers flags and not models."""
     return tuple("" if word in names else word for word in command)
 
 

@@ -1,4 +1,4 @@
-"""What a check of a site found: its severity, what it is, its fix and the config key to edit."""
+"""The result of a check: its severity, what was found, how to fix it, and the config key to edit."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -6,6 +6,8 @@ from typing import Any
 
 
 class Severity(StrEnum):
+    """The severity of a finding."""
+
     OK = "ok"  # a fact, for information
     NOTE = "note"  # the deployment works, with this consequence
     FAULT = "fault"  # a part of the deployment will not work
@@ -13,7 +15,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`key`: the config key to edit; None if the fix is outside of the config."""
+    """One result of a check. `key`: the config key to edit; None if the fix is not in the config."""
 
     severity: Severity
     what: str
@@ -25,7 +27,7 @@ class Finding:
 
     @property
     def advice(self) -> str | None:
-        """What to do; where the text of `what` says which values are valid, only which key to edit."""
+        """Returns what to do. Where the text of `what` already names the valid values, returns only the key to edit."""
         return self.fix or (f"edit {self.key}" if self.key is not None else None)
 
     def to_json(self) -> dict[str, Any]:
@@ -33,20 +35,23 @@ class Finding:
 
 
 def ok(what: str) -> Finding:
+    """Returns a finding for a fact, which needs no action."""
     return Finding(Severity.OK, what)
 
 
 def note(what: str, fix: str | None = None, key: str | None = None) -> Finding:
+    """Returns a finding for a consequence of the config, with which the deployment works."""
     return Finding(Severity.NOTE, what, fix, key)
 
 
 def fault(what: str, fix: str | None = None, key: str | None = None) -> Finding:
+    """Returns a finding for a fault, with which a part of the deployment will not work."""
     return Finding(Severity.FAULT, what, fix, key)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The findings of one check, or of several."""
+    """The findings of one or several checks."""
 
     findings: list[Finding] = field(default_factory=list)
 

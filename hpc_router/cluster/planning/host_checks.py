@@ -1,4 +1,4 @@
-"""Checks of one host that need neither Slurm nor the run directory: home, proxies, the hub's cache."""
+"""Checks of one host that need neither Slurm nor the run directory: home folder, proxies, and the hub's cache."""
 
 import errno
 import ipaddress
@@ -17,14 +17,14 @@ from hpc_router.expert.staging.model_files import local_models
 from hpc_router.net.addresses import address
 
 TRIED_BYTES: Final = 2**18
-"""Size of the file that is written to find a quota, which the free space does not show."""
+"""Size in bytes of the file that is written to detect a quota, which the free space does not show."""
 MIN_HOME_BYTES: Final = 10**9
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy")
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def home(folder: Path | None = None) -> CheckResult:
-    """Whether files can be written to the home folder, where engines and libraries keep caches."""
+    """Checks whether files can be written to the home folder, where engines and libraries keep caches."""
     path = folder or Path(os.environ.get("HOME") or "/")
     host = socket.gethostname()
     elsewhere = "cluster.env={HF_HOME: DIR, XDG_CACHE_HOME: DIR}, with a DIR on another file system"
@@ -52,8 +52,9 @@ def home(folder: Path | None = None) -> CheckResult:
 def proxies(
     cluster: ClusterConfig, *, on_node: bool, environment: Mapping[str, str] = os.environ, own: str | None = None
 ) -> CheckResult:
-    """Whether requests to addresses of this host's network would go to a proxy. `own`: this host's address; None:
-    that on `cluster.fabric`. Our own clients ignore proxies; curl and most libraries do not."""
+    """Checks whether requests to addresses of this host's network would go to a proxy. `own`: this host's address;
+    None: its address on `cluster.fabric`. This package's clients ignore proxies, but curl and most libraries use
+    them."""
     values = {**environment, **(cluster.env if on_node else {})}
     lowered = {name.lower(): value for name, value in values.items() if value}
     names = [name for name in _PROXIES if name in lowered]
@@ -79,7 +80,8 @@ def proxies(
 
 
 def _exempts(no_proxy: str, own: str) -> bool:
-    """urllib knows names and suffixes; many libraries also know networks."""
+    """Returns whether `no_proxy` covers the address `own`. urllib supports names and suffixes; many libraries also
+    support networks."""
     if urllib.request.proxy_bypass_environment(own, {"no": no_proxy}):  # type: ignore[attr-defined]
         return True
     for entry in (entry.strip() for entry in no_proxy.split(",")):
@@ -92,7 +94,7 @@ def _exempts(no_proxy: str, own: str) -> bool:
 
 
 def hub_cache(deployment: Deployment, environment: Mapping[str, str] = os.environ) -> CheckResult:
-    """Whether models that are hub ids are in the hub's cache, which offline engines need."""
+    """Checks whether models that are hub ids are in the hub's cache. Offline engines need them there."""
     experts = deployment.experts
     models = {name: expert.model for name, expert in experts.items() if expert.engine.kind != "sim"}
     local = set(local_models(models.values()))

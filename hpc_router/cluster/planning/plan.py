@@ -50,7 +50,7 @@ _SECRET: Final = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """The engine's process inside an expert's job. `environment`: variables added to the node's own."""
+    """The engine's process inside an expert's job. `environment`: variables that are added to the node's own."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
@@ -58,7 +58,7 @@ class EnginePlan:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlan:
-    """One replica. `engine` is None for the router. `serves`: the expert and the adapters on its engine."""
+    """The plan of one replica. `engine`: None for the router. `serves`: the expert, and the adapters on its engine."""
 
     expert: str
     request: JobRequest
@@ -83,8 +83,8 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `up` would run. `jobs`: the batch scripts for sbatch; in an allocation, the scripts that start steps.
-    `warnings`: values that may not be intended, and checks that could not be made."""
+    """The jobs that `up` would submit. `jobs`: the batch scripts for sbatch; in an allocation, the scripts that start
+    steps. `warnings`: values that may be unintended, and checks that could not be made."""
 
     deployment: Deployment
     replicas: tuple[ReplicaPlan, ...]
@@ -122,12 +122,12 @@ class Plan:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment with the values of secrets replaced."""
+    """Returns the environment with placeholders in place of secrets."""
     return {key: "***" if _SECRET.search(key) else value for key, value in environment.items()}
 
 
 def script_without_secrets(job: BatchJob) -> str:
-    """Returns the batch script with the values of secrets replaced."""
+    """Returns the batch script with placeholders in place of secrets."""
     script = job.script()
     for key, value in job.cluster.env.items():
         if _SECRET.search(key):
@@ -136,8 +136,8 @@ def script_without_secrets(job: BatchJob) -> str:
 
 
 def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines: bool = True) -> Plan:
-    """Returns the plan. Raises ConfigError with one line per fault. `ask_engines`: also run the checks that start
-    programs: the engines' interpreters check flags, and Slurm checks the jobs."""
+    """Returns the plan. `ask_engines`: also run the checks that start programs, in which the engines' interpreters
+    check flags and Slurm checks the jobs. Raises ConfigError with one line per fault."""
     run = run or RunDir(NEW_RUN)
     engines, engine_faults = build_engines(deployment.experts)
     faults = list(own_faults(deployment, exemplars=exemplars_of(deployment), engine_faults=engine_faults))
@@ -168,7 +168,8 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
 
 
 def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
-    """Asks Slurm about its nodes. Returns the answer, or None and a warning if there is no answer."""
+    """Asks Slurm about its nodes. Returns the answer and no warnings, or None and a warning if Slurm does not
+    answer."""
     if deployment.cluster.kind != "slurm":
         return None, []
     try:
@@ -188,7 +189,7 @@ def _slurm_faults(
         return [], []
     misfits = site_faults(deployment, site)
     refused, doubtful = check_submission(deployment, jobs)
-    if refused:  # `misfits` name the value; Slurm's own texts often do not
+    if refused:  # `misfits` name the wrong value, which Slurm's own texts often do not
         return misfits or refused, []
     if not any(note.startswith(NOT_CHECKED) for note in doubtful):
         misfits = [f"{misfit}; sbatch accepts it, but such a job may never start" for misfit in misfits]
@@ -251,7 +252,7 @@ def _absolute_bind(bind: str) -> str:
 
 
 def _interpreter(python: str | None) -> str | None:
-    """Returns the absolute path of an interpreter. A name without a slash stays, because the job looks it up on its
+    """Returns the absolute path of an interpreter. Keeps a name without a slash, because the job looks it up on its own
     PATH."""
     return _absolute(python) if python and "/" in python else python
 

@@ -1,7 +1,7 @@
-"""Checks of folders, software and Slurm that jobs need: the one list that `plan`, `up` and `doctor` use.
+"""Checks of folders, software and Slurm that jobs need. `plan`, `up` and `doctor` use the same list of checks.
 
-`plan` and `up` make them on the login node before anything is submitted; `doctor` makes them there and in a job on a
-node. A check's faults end `plan` only if it is one of BLOCKING; the others are warnings there.
+`plan` and `up` run the checks on the login node before they submit jobs. `doctor` runs them there and in a job on a
+node. The faults of the checks in BLOCKING end `plan`; those of other checks become warnings.
 """
 
 import os
@@ -27,8 +27,8 @@ _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs",
 
 @dataclass(frozen=True, slots=True)
 class CheckedHost:
-    """What is checked: this host, for a deployment. `runs`: the folder of the run; for a new run, that of all runs.
-    `on_node`: this process runs in a Slurm job."""
+    """This host, as the checks see it. `runs`: the run directory; for a new run, the folder of all runs. `on_node`:
+    this process runs in a Slurm job."""
 
     deployment: Deployment
     runs: Path
@@ -40,7 +40,7 @@ class CheckedHost:
 
     @property
     def runs_jobs(self) -> bool:
-        """Whether jobs run on this host."""
+        """Returns whether jobs run on this host."""
         return self.on_node or self.cluster.kind == "local"
 
 
@@ -48,7 +48,8 @@ Check = Callable[[CheckedHost], CheckResult]
 
 
 def prerequisites(host: CheckedHost, *, ask: bool) -> CheckResult:
-    """Run all checks for `plan`. `ask`: also those that start programs or write files."""
+    """Runs all checks for `plan` and returns their findings. `ask`: also run checks that start programs or write
+    files."""
     found: list[Finding] = []
     for name, check in CHECKS.items():
         if ask or name not in PROGRAM_CHECKS:
@@ -62,7 +63,8 @@ def _all_texts(result: CheckResult) -> list[str]:
 
 
 def scratch(host: CheckedHost) -> CheckResult:
-    """Checks `cluster.scratch`. It is on the nodes, so from another machine only the length of its path is checked."""
+    """Checks `cluster.scratch`. The folder is on the nodes, so another machine can check only the length of its
+    path."""
 
     def found(folder: Path, *, here: bool) -> str | None:
         return path_error(folder) or (usage_error(folder) if here else None)
@@ -88,7 +90,8 @@ def staging(host: CheckedHost) -> CheckResult:
 
 
 def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..., str | None]) -> CheckResult:
-    """`found(folder, here=...)`: why the folder cannot be used; `here`: whether jobs run on this machine."""
+    """Returns the result of `found(folder, here=...)`, which says why a folder cannot be used. `here`: whether jobs run
+    on this machine."""
     if not host.runs_jobs and "$" in value:
         return CheckResult()
     try:
@@ -99,8 +102,9 @@ def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..
 
 
 def run_directory(host: CheckedHost) -> CheckResult:
-    """Slurm must be able to name log files in the run directory, and nodes must see it. A local file system is only a
-    warning, because a cluster may be one host; the first job shows whether nodes see it (FailureReason.RUN_UNSEEN)."""
+    """Checks that Slurm can name log files in the run directory, and that nodes can see it. A local file system is only
+    a warning, because a cluster may be one host; the first job shows whether its node sees the directory
+    (FailureReason.RUN_UNSEEN)."""
     runs, kind = host.runs.absolute(), host.cluster.kind
     try:
         check_run_path(runs, kind)
@@ -114,7 +118,7 @@ def run_directory(host: CheckedHost) -> CheckResult:
 
 
 def flock_error(folder: Path) -> str | None:
-    """Why `flock` fails in this folder; None if it works."""
+    """Returns why `flock` fails in this folder; None if it works."""
     try:
         lock = FolderLock.take(folder, shared=True)
     except OSError as error:
@@ -125,7 +129,7 @@ def flock_error(folder: Path) -> str | None:
 
 
 def file_system(path: Path) -> str | None:
-    """Returns the type of the file system of a path, which need not exist; None if it is not known."""
+    """Returns the type of the file system at a path, which need not exist; None if the type is not known."""
     best: tuple[int, str] | None = None
     try:
         lines = MOUNTS.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -136,12 +140,14 @@ def file_system(path: Path) -> str | None:
         words = about.split(" ")
         if len(words) > 4 and path.is_relative_to(mount := Path(words[4].replace("\\040", " "))):
             depth = len(mount.parts)
-            if best is None or depth >= best[0]:  # a later mount at the same place covers an earlier one
+            if best is None or depth >= best[0]:  # a later mount at the same path hides an earlier one
                 best = (depth, rest.partition(" ")[0])
     return None if best is None else best[1]
 
 
 def software(host: CheckedHost) -> CheckResult:
+    """Checks that modules and the container exist. A job has loaded its modules, so there only the container is
+    checked."""
     cluster = replace(host.cluster, kind="local") if host.on_node else host.cluster
     faults, warnings = software_faults(cluster)
     of_faults = [fault(text, key=text.partition("=")[0]) for text in faults]
@@ -149,7 +155,7 @@ def software(host: CheckedHost) -> CheckResult:
 
 
 def slurm_settings(host: CheckedHost) -> CheckResult:
-    """They are the same on every node, so a job does not ask for them again."""
+    """Checks Slurm's settings. A job skips this check, because the settings are the same on every node."""
     return CheckResult() if host.runs_jobs else slurm(host.deployment)
 
 
@@ -164,6 +170,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     "Slurm": slurm_settings,
 }
 BLOCKING: Final = frozenset({"scratch", "staging", "run directory", "software"})
-"""Checks whose faults end `plan` and `up`. The others concern a node or a service that this machine knows in part."""
+"""Names of the checks whose faults end `plan` and `up`. The other checks concern a node or a service that this machine
+knows only in part."""
 PROGRAM_CHECKS: Final = frozenset({"software", "home", "Slurm"})
 """Names of the checks that start programs or write files."""

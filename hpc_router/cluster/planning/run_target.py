@@ -1,8 +1,9 @@
-"""Selects the run directory of `up`, or creates it. Two `up` with equal configs at the same time get the same one.
+"""Selects or creates the run directory of `up`. Two simultaneous `up` commands with equal configs use the same
+directory.
 
-`--run DIR` (or $HPC_ROUTER_RUN) names a run to complete. Without it, `up` completes `runs/latest` if its config is
-equal, and creates a new run otherwise. The config of a run is frozen: overrides that differ from it are refused, with
-their keys.
+`--run DIR` (or $HPC_ROUTER_RUN) names a run to complete. Without it, `up` completes `runs/latest` if the config of that
+run is equal, and otherwise creates a new run. The config of a run is frozen: `up` refuses overrides that differ from
+it, and names their keys.
 """
 
 import hashlib
@@ -34,16 +35,16 @@ class RunTarget:
 
     @property
     def run(self) -> RunDir | None:
-        """Returns the run if it exists and has a config."""
+        """Returns the run if it exists and has a config, else None."""
         return RunDir(self.path.resolve()) if self.path is not None and (self.path / "config.yaml").exists() else None
 
     @property
     def planned(self) -> RunDir | None:
-        """Returns the run directory, also if it does not exist yet; None for a new run below `deployment.runs`."""
+        """Returns the run directory, even if it does not exist yet; None for a new run below `deployment.runs`."""
         return self.run or (RunDir(self.path.absolute()) if self.path is not None else None)
 
     def open(self) -> tuple[RunDir, bool]:
-        """Creates the run directory if necessary, and freezes its config. Returns it, and whether this call created
+        """Creates the run directory if necessary and freezes its config. Returns the run, and whether this call created
         it."""
         if self.path is None:
             return _new_run(self.deployment)
@@ -51,7 +52,7 @@ class RunTarget:
         try:
             run = make_run(self.path.resolve())  # resolved, because `latest` may name another run later
             frozen_now = freeze(run, self.deployment)
-        except BaseException:  # also KeyboardInterrupt: no half-made folder stays
+        except BaseException:  # also KeyboardInterrupt, so that no incomplete folder stays
             if made:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -61,7 +62,7 @@ class RunTarget:
 
 
 def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None) -> RunTarget:
-    """Returns the target of an `up` with these arguments. Creates nothing. Raises ConfigError."""
+    """Returns the target of an `up` with these arguments, without creating anything. Raises ConfigError."""
     named = os.environ.get("HPC_ROUTER_RUN")
     path = given or (Path(named) if named else None)
     if path is not None and (path / "config.yaml").exists():
@@ -80,8 +81,9 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
 
 
 def with_requested(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """Returns the deployment that these overrides request of a run whose config is `base`. If they choose a group, they
-    make a whole config, which `up` requires to equal `base`; otherwise they change single values of `base`."""
+    """Returns the deployment that these overrides request for a run with the config `base`. Overrides that choose a
+    config group make a whole config, which `up` requires to equal `base`. Other overrides change single values of
+    `base`."""
     if config_dir is not None or any(parse_override(text).key_or_group in frozen.GROUPS for text in overrides):
         return with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
     return with_absolute_paths(compose.with_overrides(base, overrides))
@@ -101,7 +103,7 @@ def latest_of(runs: Path) -> str | None:
 
 
 def discard(run: RunDir, *, before: str | None) -> None:
-    """Removes a run that could not be started, and points `latest` to the run `before` again."""
+    """Removes a run that could not be started, and makes `latest` point to the run `before` again."""
     runs = run.path.parent
     if latest_of(runs) == run.path.name:
         if before is not None and (runs / before).is_dir():
@@ -114,8 +116,7 @@ def discard(run: RunDir, *, before: str | None) -> None:
 
 
 def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
-    """Creates a run and makes it `latest`. Of two `up` with equal configs, the later one returns the run of the
-    first."""
+    """Creates a run and makes it `latest`. If another `up` with an equal config was first, returns that one's run."""
     runs, text = Path(deployment.runs), frozen.to_yaml(deployment)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = new_run_path(runs, deployment.name)
@@ -133,8 +134,8 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
 
 
 def _claim_latest(run: RunDir, deployment: Deployment, *, digest: str) -> RunDir | None:
-    """Points `latest` to the run and returns None; returns another run instead if an `up` with an equal config came
-    first."""
+    """Makes `latest` point to the run and returns None. If another `up` with an equal config was first, returns that
+    one's run."""
     claim = run.path.parent / f".new-{digest}"
     while True:
         try:
@@ -144,7 +145,7 @@ def _claim_latest(run: RunDir, deployment: Deployment, *, digest: str) -> RunDir
                 other = claim.parent / claim.readlink()
                 if _has_config(other, deployment):
                     return RunDir(other)
-                claim.unlink()  # left by a process that died
+                claim.unlink()  # a process that died has left the claim
             continue
         try:
             latest = claim.parent / "latest"

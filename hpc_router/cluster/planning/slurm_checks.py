@@ -1,4 +1,4 @@
-"""What Slurm's configuration, version and limits mean for a deployment. Pure but for `slurm`, which asks Slurm."""
+"""Findings that follow from Slurm's configuration, version and limits. Only `slurm` and `_ask_limits` call Slurm."""
 
 import getpass
 import re
@@ -21,17 +21,17 @@ TRAPS: Final = (
     ((25, 5), (99,), "cgroup/v1 is deprecated"),
     ((25, 11), (99,), "CUDA_VISIBLE_DEVICES may hold UUIDs"),
 )
-"""Known properties of releases: from the first release, before the second, and what it is. Nothing has to be set for
-them, and an unknown release has none."""
+"""Known properties of Slurm releases: the first affected release, the first that is not, and the text. They need no
+setting. An unknown release has none."""
 _ASSOCIATIONS: Final = ("account", "maxsubmit", "maxjobs", "grpsubmit", "grpjobs")
 _QOS: Final = ("name", "maxsubmitpu", "maxjobspu", "grpsubmit", "grpjobs")
 _PURGED: Final = 3
-"""MinJobAge should be at least this many intervals between two queries."""
+"""Minimum ratio of MinJobAge to the interval between two queries."""
 
 
 def slurm(deployment: Deployment) -> CheckResult:
-    """Asks `scontrol show config` and, with accounting, `sacctmgr`. Empty if Slurm does not answer: `sinfo`, which the
-    callers ask too, shows why."""
+    """Returns findings from `scontrol show config` and, with accounting, from `sacctmgr`. Empty if Slurm does not
+    answer; the callers also run `sinfo`, which shows the reason."""
     try:
         config = ask_config()
     except SlurmCommandError:
@@ -45,6 +45,7 @@ def slurm(deployment: Deployment) -> CheckResult:
 
 
 def config_findings(config: Config, deployment: Deployment) -> Iterator[Finding]:
+    """Yields the findings about Slurm's configuration."""
     yield _version(config)
     yield _accounting(config)
     yield _job_age(config, deployment.cluster.ask_s)
@@ -75,7 +76,7 @@ def _accounting(config: Config) -> Finding:
 
 def _job_age(config: Config, ask_s: float) -> Finding:
     age = seconds(config, "MinJobAge")
-    if not age:  # not told, or 0: Slurm forgets no job
+    if not age:  # unknown, or 0, with which Slurm keeps all jobs
         return ok("Slurm keeps ended jobs")
     if age >= _PURGED * ask_s:
         return ok(f"Slurm keeps ended jobs for {age} s")
@@ -107,14 +108,14 @@ def _tracking(config: Config) -> Finding:
 
 
 def needed_jobs(deployment: Deployment) -> int:
-    """The jobs that the deployment keeps in the queue: router, its standby, and the replicas."""
+    """Returns the number of jobs that the deployment keeps in the queue: the router, its standby, and the replicas."""
     router = 0 if deployment.router.place == "here" else 1 + deployment.router.standby
     replicas = sum(expert.replicas for expert in hosts(deployment.experts).values())
     return router + -(-replicas // deployment.cluster.replicas_per_job)
 
 
 def _ask_limits(deployment: Deployment) -> dict[str, int]:
-    """Limits of jobs by the name of what sets them; empty if sacctmgr does not answer."""
+    """Returns limits on the number of jobs, by name; empty if sacctmgr does not answer."""
     cluster = deployment.cluster
     mine = ["sacctmgr", "--noheader", "--parsable2", "show"]
     where = [f"account={cluster.account}"] if cluster.account else []
@@ -130,7 +131,7 @@ def _ask_limits(deployment: Deployment) -> dict[str, int]:
 
 
 def parse_limits(text: str, columns: Iterable[str], whose: str) -> dict[str, int]:
-    """`test|4||6|` -> {"account test: maxsubmit": 4, "account test: grpsubmit": 6}."""
+    """Parses a line of sacctmgr: `test|4||6|` gives {"account test: maxsubmit": 4, "account test: grpsubmit": 6}."""
     _, *limits = columns
     return {
         f"{whose} {name}: {limit}": int(value)
@@ -141,6 +142,7 @@ def parse_limits(text: str, columns: Iterable[str], whose: str) -> dict[str, int
 
 
 def limit_findings(limits: Mapping[str, int], needed: int) -> list[Finding]:
+    """Returns findings about the limits that are lower than the `needed` number of jobs."""
     low = [f"{name}={value}" for name, value in limits.items() if value < needed]
     if not low:
         return [ok(f"limits allow the {needed} jobs of the deployment")]

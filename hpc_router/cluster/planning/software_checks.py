@@ -1,6 +1,6 @@
 """Checks that modules, the container's image and its program exist.
 
-The checks look on this machine, which sees the shared file system as the nodes do. A missing program is a warning,
+The checks run on this machine, which sees the same shared file system as the nodes. A missing program is a warning,
 because the nodes may have it; on cluster=local it is a fault.
 """
 
@@ -34,7 +34,7 @@ def is_address(image: str) -> bool:
 
 
 def _modules(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
-    """Loads the modules as a batch job does: in order, because one may make the next available. Returns faults and
+    """Loads the modules in the order of a batch job, because one module may make the next available. Returns faults and
     warnings."""
     if not cluster.modules:
         return [], []

@@ -1,7 +1,7 @@
 """The interface between the agent and the program that runs the model.
 
-An `Engine` describes a program and does not run it: command line, environment, socket, when it is ready, the model
-names that it serves, and the meaning of its log lines. Every engine listens on a unix socket in a private folder,
+An `Engine` describes a program and does not run it: its command line, environment and socket, its readiness check, the
+model names that it serves, and the meaning of its log lines. Every engine listens on a unix socket in a private folder,
 because all users of a node share its loopback ports. These modules import no engine and do not know agents.
 """
 
@@ -22,7 +22,7 @@ from hpc_router.state.registry import EngineInfo
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS")
 INSIDE: Final = Path(__file__).with_name("inside")
-"""Our scripts that run in the engine's interpreter."""
+"""Folder of this package's scripts that run in the engine's interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,11 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one process of an engine runs.
+    """The place where one process of an engine runs.
 
     `folder`: the agent's private folder on this node, for the engine's socket, temporary files and caches. `ranks`:
-    None on one node, and where only the form of a command is needed. `copies`: models, as configured, that
-    the engine loads from another path. `kept_cache`: a cache folder that outlasts the agent.
+    None on one node, and where only the form of a command matters. `copies`: path of the copy from which the engine
+    loads a model, by the configured model. `kept_cache`: a cache folder that is kept after the agent ends.
     """
 
     folder: Path
@@ -67,36 +67,37 @@ class Place:
         return self.kept_cache or self.folder / "cache"
 
     def path_of(self, model: str) -> str:
-        """The path or hub id from which the engine loads a model."""
+        """Returns the path or hub id from which the engine loads a model."""
         return self.copies.get(model, model)
 
 
 class Engine(Protocol):
-    """The engine of one expert and its adapters. `build_engine` creates it."""
+    """The description of the engine of one expert and its adapters. `build_engine` creates it."""
 
     @property
     def python(self) -> str:
-        """The Python interpreter that runs the engine."""
+        """Returns the Python interpreter that runs the engine."""
 
     @property
     def ready_path(self) -> str:
-        """The path whose GET gets status 200 once the engine can serve."""
+        """Returns the path that answers GET with status 200 when the engine can serve."""
 
     @property
     def lists_models(self) -> bool:
-        """Whether the engine's `/v1/models` lists exactly the models that it serves."""
+        """Returns whether the engine's `/v1/models` lists exactly the models that it serves."""
 
     @property
     def packages(self) -> Sequence[str]:
-        """Python packages that can provide the engine. Its version is that of the first one that is installed."""
+        """Returns Python packages that can provide the engine. The first installed one determines the engine's
+        version."""
 
     @property
     def models(self) -> Sequence[str]:
-        """Folders and hub ids of the model and the adapters."""
+        """Returns the folders and hub ids of the model and the adapters."""
 
     @property
     def signs(self) -> Sequence[Sign]:
-        """Log lines that tell why the engine failed, the most specific first."""
+        """Returns log lines that show why the engine failed, the most specific first."""
 
     def serves(self) -> Mapping[str, str]:
         """Returns for each expert the model name that its requests to the engine need."""
@@ -105,27 +106,28 @@ class Engine(Protocol):
         """Returns every model name that the engine accepts."""
 
     def info(self) -> EngineInfo:
-        """Returns the engine's part of the registry record, without what only the running engine knows."""
+        """Returns the engine's part of the registry record, without the values that only the running engine knows."""
 
     @property
     def accepts(self) -> tuple[str, ...] | None:
-        """What the engine takes (`Record.accepts`); None if that depends on the model."""
+        """Returns the kinds of input that the engine accepts (`Record.accepts`); None if they depend on the model."""
 
     def argv(self, place: Place) -> list[str]: ...
 
     def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
-        """Returns flags that let the engine finish responses for `drain_s` after SIGTERM; none for old versions."""
+        """Returns flags that let the engine finish responses for `drain_s` after SIGTERM. Empty for versions without
+        such flags."""
 
     def environment(self, place: Place) -> dict[str, str]:
         """Returns variables that are added to the job's environment."""
 
     def check_command(self, place: Place) -> list[str] | None:
-        """Returns a command that checks the flags in the engine's own interpreter without loading a model. It exits
-        with status 2 and a message if a flag is invalid. None if the engine has no such check."""
+        """Returns a command that checks the flags in the engine's own interpreter without loading a model. The command
+        exits with status 2 and a message if a flag is invalid. None if the engine has no such check."""
 
 
 def ranks_at(place: Place, *, nodes: int) -> Ranks | None:
-    """Returns the rank of a process; None on one node. A place without ranks gives rank 0 on an unknown node."""
+    """Returns the rank of a process; None on one node. For a place without ranks, returns rank 0 on an unknown node."""
     return None if nodes == 1 else place.ranks or Ranks(0, nodes)
 
 
@@ -142,7 +144,7 @@ def rank_flags(ranks: Ranks | None) -> list[str]:
 
 
 class AdapterEngine:
-    """Base class of engines that serve adapters beside their own model."""
+    """A base class for engines that serve adapters in addition to their own model."""
 
     expert: str
     config: ExpertConfig
@@ -169,7 +171,8 @@ def own_names(expert: str, adapters: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def lora_modules(adapters: Mapping[str, str], place: Place) -> list[str]:
-    """Returns vLLM's flag for adapters, also the simulated engine's: `NAME=PATH`, or JSON if a path has a comma."""
+    """Returns the flag for adapters of vLLM and of the simulated engine. A value is `NAME=PATH`, or JSON if a path has
+    a comma."""
     if not adapters:
         return []
     paths = {name: place.path_of(adapter) for name, adapter in adapters.items()}
@@ -190,7 +193,7 @@ def interpreter(config: EngineConfig) -> str:
 
 
 def version_command(engine: Engine) -> list[str]:
-    """Returns a command that prints the engine's version, or nothing."""
+    """Returns a command that prints the engine's version, and prints nothing if the engine is not installed."""
     return [engine.python, str(INSIDE / "ask_version.py"), *engine.packages]
 
 
@@ -204,7 +207,7 @@ def engine_environment(
 ) -> dict[str, str]:
     """Returns the environment of the engine's process. `engine.env` takes precedence over `cluster.env` and all others.
 
-    Offline, the engine does not use the hub and gets no proxy variables. This is the default if all models are local.
+    An offline engine does not use the hub and gets no proxy variables. Offline is the default if all models are local.
     """
     cluster = cluster or ClusterConfig()
     offline = all(map(is_local, engine.models)) if cluster.offline is None else cluster.offline
@@ -227,7 +230,8 @@ def is_local(model: str) -> bool:
 
 
 def flags(extra: Mapping[str, Any]) -> list[str]:
-    """Formats options: `{"seed": 1, "x": true, "y": false, "z": ["a", "b"]}` -> `--seed 1 --x --no-y --z a b`."""
+    """Formats options as flags: `{"seed": 1, "x": true, "y": false, "z": ["a", "b"]}` -> `--seed 1 --x --no-y --z a
+    b`."""
     words: list[str] = []
     for name, value in extra.items():
         if value is None:
@@ -247,7 +251,7 @@ def flag_name(name: str) -> str:
 
 
 def checked_flags(extra: Mapping[str, Any], *, at: str, reserved: Mapping[str, str]) -> dict[str, Any]:
-    """Returns `extra` with its names as from `flag_name`. Raises ConfigError for a reserved flag."""
+    """Returns `extra` with names normalised by `flag_name`. Raises ConfigError for a reserved flag."""
     named = {flag_name(name): value for name, value in extra.items()}
     for name in named:
         if name in reserved:

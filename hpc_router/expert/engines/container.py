@@ -1,7 +1,7 @@
 """Runs an engine's command line in the cluster's container image. Apptainer and Singularity have the same options.
 
-The agent stays outside and reaches the engine through its unix socket. The scratch folder, local models and our scripts
-for the engine's interpreter are therefore mounted into the container, each at its own path.
+The agent runs outside of the container and reaches the engine through its unix socket. The scratch folder, local models
+and the scripts for the engine's interpreter are therefore mounted into the container, each at its own path.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,10 @@ _GPU_OPTIONS: Final = frozenset({"--nv", "--nvccli", "--rocm"})
 def command_in_container(
     argv: Sequence[str], container: ContainerConfig, place: Place, expert: ExpertConfig, *, models: Sequence[str]
 ) -> list[str]:
-    """Returns the command that runs `argv` in the container. The first word of `argv`, the interpreter, becomes the
-    image's.
+    """Returns the command that runs `argv` in the container. The image's interpreter replaces the first word of `argv`.
 
-    Without an image, and for the simulated engine, which is part of this package, `argv` is returned unchanged.
-    `models`: folders and hub ids that the engine loads.
+    Returns `argv` unchanged without an image, and for the simulated engine, which is part of this package. `models`:
+    folders and hub ids that the engine loads.
     """
     if container.image is None or expert.engine.kind == "sim":
         return list(argv)
@@ -38,6 +37,7 @@ def command_in_container(
 
 
 def _binds(container: ContainerConfig, place: Place, models: Sequence[str]) -> Iterator[str]:
+    """Yields the folders that are mounted into the container."""
     yield str(place.folder)
     yield f"{INSIDE}:{INSIDE}:ro"
     if place.kept_cache is not None:

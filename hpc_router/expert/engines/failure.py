@@ -1,4 +1,4 @@
-"""Finds the reason of an engine's end in its exit status and last log lines, and the log line that shows it.
+"""Finds the reason of an engine's end in its exit status and last log lines, and the log line that shows the reason.
 
 The reason decides whether a restart can help. `status` and `why` show the log line. The tables are data, and `classify`
 is a pure function.
@@ -13,18 +13,20 @@ from hpc_router.state.job_records import FailureReason
 
 MESSAGE_LENGTH: Final = 300
 CANNOT_RUN: Final = 127
-"""Exit status of the guard if there was no program to run, as of a shell."""
+"""Exit status of the guard if the program could not be run. Shells use the same status."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFailure:
+    """The reason of an engine's end, and the log line that shows it."""
+
     reason: FailureReason
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """A log line that matches `pattern` means `reason`."""
+    """A pattern of a log line, and the reason that such a line shows."""
 
     pattern: re.Pattern[str]
     reason: FailureReason
@@ -63,18 +65,20 @@ PORT: Final = signs((r"EADDRINUSE|[Aa]ddress already in use", FailureReason.PORT
 """Log lines about a port that another process took after it was chosen. The next start gets another port."""
 
 _BROKEN_INTERPRETER: Final = re.compile(r"No module named|ImportError: |cannot run .*: ")
-"""Log lines about a failed import. Only the last relevant line counts, because failed imports are often handled."""
+"""Matches log lines about a failed import. Only the last relevant line counts, because programs often handle failed
+imports."""
 _RAISED: Final = re.compile(r"^[\w.]*(Error|Exception)\b")
 LAST_LINES: Final = 20
-"""Number of last log lines to search for exceptions. An exception with more lines after it was handled."""
+"""Number of last log lines that are searched for exceptions. If more lines follow an exception, the program has handled
+it."""
 _PREFIX: Final = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ ([\d-]+ [\d:]+ )?\[\S+:\d+\] )?")
-"""The prefix of vLLM's log lines: process, level, time, and place in the source."""
+"""Matches the prefix of vLLM's log lines: process, level, time, and place in the source."""
 
 
 def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineFailure:
-    """Returns the reason of an end: the first sign of the table that matches any line, else the exit status.
+    """Returns the reason of an end: the first sign in the table that matches any line, else the exit status.
 
-    `status`: as a shell, 128 + N for signal N. A process that SIGKILL ended could not write a log line about it.
+    `status`: as in a shell, 128 + N for signal N. A process that SIGKILL ended could not write a log line about it.
     """
     if status == 128 + 9:
         return EngineFailure(FailureReason.KILLED, "killed by signal 9: by hand, or by the kernel for lack of memory")

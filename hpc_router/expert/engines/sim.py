@@ -50,6 +50,8 @@ _RESERVED_FLAGS: Final = {
 
 @dataclass(frozen=True)
 class SimEngine(AdapterEngine):
+    """The description of a simulated engine."""
+
     expert: str
     config: ExpertConfig
     options: SimOptions
@@ -110,5 +112,5 @@ class SimEngine(AdapterEngine):
         return {}
 
     def check_command(self, place: Place) -> list[str] | None:
-        """Only for `extra`: the schema checks all other options."""
+        """Returns a check only for `extra`, because the schema checks all other options."""
         return [*self.argv(place), "--check"] if self.options.extra else None

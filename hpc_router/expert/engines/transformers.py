@@ -1,8 +1,8 @@
 """`transformers serve`, started through `serve_transformers.py`, which makes it listen on a unix socket.
 
-It serves only one model name, `MODEL` or `MODEL@REVISION` as configured, so the router puts that name into the request.
-A copy of the model is loaded under the same name. Its `/v1/models` lists the models in the hub's cache, not those that
-it serves.
+It serves only one model name, `MODEL` or `MODEL@REVISION` as configured, so the router writes that name into the
+request. A copy of the model is loaded under the same name. The engine's `/v1/models` lists the models in the hub's
+cache, and not those that it serves.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,8 @@ _RESERVED_FLAGS: Final = {
 
 @dataclass(frozen=True)
 class TransformersEngine:
+    """The description of a `transformers serve` engine."""
+
     expert: str
     config: ExpertConfig
     options: TransformersOptions

@@ -1,8 +1,9 @@
 """vLLM for GPUs and CPUs: `python -m vllm.entrypoints.openai.api_server`.
 
-The module form works with both builds (the CPU build's console script needs a package that the build lacks). With
-aliases the engine accepts the expert's name and `auto`, so the client's bytes can go upstream unchanged. On several
-nodes the command is `vllm serve`, also as a module, because only that supports ranks without an HTTP server.
+The engine is started as a module, which works with both builds; the CPU build's console script needs a package that the
+build lacks. With aliases the engine accepts the expert's name and `auto`, so the client's bytes can go upstream
+unchanged. On several nodes the command is `vllm serve`, also as a module, because only that command supports ranks
+without an HTTP server.
 """
 
 import re
@@ -33,7 +34,8 @@ from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import EngineInfo
 
 KEEP_ALIVE_S: Final = 3600
-"""Seconds; long, because with the default of 5 s the engine closes an idle connection while a request is sent."""
+"""Keep-alive time of idle connections in seconds. It is long, because with the default of 5 s the engine may close an
+idle connection while a request is being sent."""
 
 SHUTDOWN_TIMEOUT_SINCE: Final = (0, 18)
 """First version with `--shutdown-timeout` (https://github.com/vllm-project/vllm/pull/36666). Without the flag, SIGTERM
@@ -46,7 +48,7 @@ HUB_LORA_RANK: Final = 16
 _CHECK: Final = INSIDE / "check_vllm.py"
 _SIGNS: Final = (
     *signs(
-        # A worker process was killed; the server itself then exits with status 0.
+        # A worker process was killed. The server itself then exits with status 0.
         (r"died unexpectedly \(exit code: -9\)", FailureReason.KILLED),
         (
             r"No available memory for the cache blocks|Free memory on device .* is less than",
@@ -91,6 +93,8 @@ _RESERVED_FLAGS: Final = {
 
 @dataclass(frozen=True)
 class VllmEngine(AdapterEngine):
+    """The description of a vLLM engine."""
+
     expert: str
     config: ExpertConfig
     options: VllmOptions
@@ -162,7 +166,7 @@ class VllmEngine(AdapterEngine):
         ]
 
     def _lora_rank(self) -> int:
-        """Returns the user's value, else the smallest valid value that fits all adapters."""
+        """Returns the configured rank, else the smallest valid value that fits all adapters."""
         ranks = {name: self._rank_of(name, model) for name, model in self.adapters.items()}
         key, chosen = f"experts.{self.expert}.engine.options.max_lora_rank", self.options.max_lora_rank
         limit = LORA_RANKS[-1] if chosen is None else chosen

@@ -1,1 +1,1 @@
-"""Engines on several nodes: rank 0 leads, the other ranks follow."""
+"""Engines on several nodes: rank 0 leads, and the other ranks follow its orders."""

@@ -1,10 +1,10 @@
-"""The program on every node but the first of an engine on several nodes. It runs this node's rank for rank 0.
+"""The program that runs one rank of an engine on several nodes, on every node except the first.
 
 Rules: a follower has no record and no port. It finds rank 0's agent in the registry and reports its state every half
 beat; each response is an order. Without an order for `SILENCE_BEATS` it ends its engine, because rank 0 has then given
-up this rank too. Without one for `LEADER_LOST_BEATS`, or once rank 0 has written its exit record, the follower exits. A
-signal alone does not end the engine, because rank 0 has requests in flight that need this rank: the follower tells rank
-0, which drains.
+up this rank too. The follower exits without an order for `LEADER_LOST_BEATS`, or when rank 0 has written its exit
+record. A signal alone does not end the engine, because rank 0 has requests in flight that need this rank. The follower
+reports the signal to rank 0, which then drains.
 """
 
 import asyncio
@@ -46,7 +46,8 @@ _MAX_ORDER_BYTES: Final = 64 * 1024
 
 
 class Follower:
-    """Runs one rank: `run` lasts until the rank ends. `signalled` can be called at any time, also repeatedly."""
+    """The runner of one rank. `run` lasts until the rank ends. `signalled` can be called at any time, also
+    repeatedly."""
 
     def __init__(
         self,
@@ -82,19 +83,20 @@ class Follower:
         self._leaving = False
 
     def signalled(self, number: signal.Signals) -> None:
+        """Records a signal, which the next report tells rank 0."""
         if not self._leaving:
             logger.info("%s: rank 0 is asked to drain", number.name)
             self._leaving = True
 
     async def run(self) -> Exit:
-        """Runs the rank. Returns how it ended. Rank 0 writes the replica's exit record if both are alive."""
+        """Runs the rank and returns how it ended. If rank 0 is alive, rank 0 writes the replica's exit record."""
         try:
             end = await self._serve()
         except ConfigError as error:
             end = await self._failed(FailureReason.BAD_OPTION, str(error))
         except HpcRouterError as error:
             end = await self._failed(FailureReason.CRASHED, str(error))
-        except Exception as error:  # without this, rank 0 would only see that this rank is gone
+        except Exception as error:  # recorded, because rank 0 would see only that this rank is gone
             logger.exception("rank %d failed", self._rank)
             end = await self._failed(FailureReason.CRASHED, f"{type(error).__name__}: {error}")
         logger.info("exit: %s: %s", end.reason, end.message)
@@ -123,7 +125,8 @@ class Follower:
                 await asyncio.gather(staging, return_exceptions=True)
 
     async def _stage(self, place: Place) -> None:
-        """Stage the models while rank 0 does; an attempt that it begins before waits for this rank."""
+        """Stages the models while rank 0 stages its own. If rank 0 begins an attempt earlier, the attempt waits for
+        this rank."""
         version = None if self._cluster.stage_to is None else await self._commands.version(place)
         self._place = await self._staging.prepare(place, version=version)
 
@@ -158,7 +161,7 @@ class Follower:
             self._engine.start(order.attempt, self._commands.at(replace(self._place, ranks=ranks)))
 
     async def _request_order(self, client: Upstream) -> RankOrder | None:
-        """Asks rank 0 for an order; None without a valid response. Reads rank 0's record again after a failure."""
+        """Asks rank 0 for an order. Returns None without a valid response, and then reads rank 0's record again."""
         if self._leader is None:
             records = await self._files.run_within_limit(self._reader.snapshot)
             self._leader = (records or {}).get(self._job.replica)

@@ -1,9 +1,9 @@
-"""Authenticates the ranks of an engine to each other, with a key of their own that is never sent.
+"""Authenticates the ranks of an engine to each other, with a key that is used only for this and is never sent.
 
-A report carries a token, and a challenge that the response must answer with a proof. A process that took over rank 0's
-port learns only the token, which is useless elsewhere, and cannot give orders. Orders need this protection because they
-say where an engine connects to without authentication. The open challenge of `/health` uses another key, so it cannot
-be misused to compute a proof.
+A report contains a token and a challenge, and the response must contain a proof for the challenge. A process that has
+taken over rank 0's port learns only the token, which is useless elsewhere, and cannot give orders. Orders need this
+protection, because they name the address to which an engine connects without authentication. The challenge that anyone
+can send to `/health` uses another key, so it cannot be misused to compute a proof.
 """
 
 from typing import Final
@@ -31,4 +31,5 @@ def proof(key: str, challenge: str, order: RankOrder) -> str:
 
 
 def is_proven(key: str, challenge: str, order: RankOrder) -> bool:
+    """Returns whether the order has the right proof for the challenge."""
     return equal_secrets(order.proof, proof(key, challenge, order))

@@ -1,4 +1,5 @@
-"""Runs the engine process of one rank: at most one at a time, started and ended without blocking the caller."""
+"""Runs the engine process of one rank. At most one process runs at a time, and no call blocks while it starts or
+ends."""
 
 import asyncio
 import logging
@@ -15,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 class RankEngine:
-    """The engine process of one rank. `attempt`: current or last one. `failure`: why it ended by itself."""
+    """The engine process of one rank. `attempt`: number of the current or last attempt. `failure`: why the process
+    ended by itself."""
 
     def __init__(self, engine: Engine, files: FileThread) -> None:
         self._engine = engine
@@ -26,7 +28,7 @@ class RankEngine:
 
     @property
     def running(self) -> bool:
-        """Whether the process runs, also while it is being ended."""
+        """Returns whether the process runs, including while it is being ended."""
         return self._task is not None and not self._task.done()
 
     @property
@@ -41,7 +43,7 @@ class RankEngine:
         self._task = asyncio.create_task(self._run(command), name=f"attempt {attempt}")
 
     def end(self, why: str) -> None:
-        """Starts to end the process and returns at once. `running` becomes False when the process has ended."""
+        """Begins to end the process and returns at once. `running` becomes False when the process has ended."""
         if self._task is not None and not self._task.done() and not self._task.cancelling():
             logger.info("ending the engine: %s", why)
             self._task.cancel()

@@ -1,9 +1,9 @@
-"""The ranks of an engine on several nodes, as seen by rank 0. Only decisions, no I/O: time is an argument.
+"""The ranks of an engine on several nodes, as seen by rank 0. Decisions only: no I/O, and time is an argument.
 
 An attempt begins when every other rank has reported and runs no engine. Each attempt uses another port, so a port that
-is in use costs only one attempt. The attempt is over as soon as any rank is silent, was restarted, or reports that its
-engine ended, because an engine that lacks a rank cannot serve. Between attempts the ranks are ordered to wait, and at
-the end to stop.
+is in use costs only one attempt. The attempt ends as soon as any rank is silent, was restarted, or reports that its
+engine ended, because an engine without one of its ranks cannot serve. Between attempts the ranks get the order to wait,
+and at the end the order to stop.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,22 @@ from hpc_router.net.protocol import Action, RankOrder, RankReport, RankState
 from hpc_router.state.job_records import FailureReason
 
 SILENCE_BEATS: Final = 5
-"""Number of beats (`cluster.beat_s`, 2 s by default) without a report after which a rank is lost; rank 0 likewise."""
+"""Number of beats (`cluster.beat_s`, 2 s by default) without a report after which a rank is lost. Followers use the
+same limit for rank 0."""
 ASSEMBLE_BEATS: Final = 60
-"""Time limit in beats for all ranks of a job to start. It allows for slow file systems on some nodes."""
+"""Time limit in beats for the start of all ranks of a job. It allows for slow file systems on some nodes."""
 RETURN_BEATS: Final = 15
 """Time limit in beats for a lost rank to report again."""
 STOP_BEATS: Final = 2
-"""Time limit in beats for the ranks to fetch the order to stop. Slurm gives processes little time to exit."""
+"""Time limit in beats in which the ranks must fetch the order to stop. Slurm gives processes little time to exit."""
 _UNSPECIFIC: Final = frozenset({FailureReason.CRASHED, FailureReason.CUDA})
-"""Failure reasons of an engine that may have lost another rank: it crashed, or NCCL failed on a GPU."""
+"""Failure reasons that an engine may have because it lost another rank: it crashed, or NCCL failed on a GPU."""
 
 
 @dataclass(slots=True)
 class _LastReport:
+    """The last report of a rank, and when it arrived."""
+
     at: float
     report: RankReport
     action: Action
@@ -35,7 +38,7 @@ class _LastReport:
 
 @dataclass(slots=True)
 class RankGroup:
-    """State of all ranks. `nodes`: number of ranks, including rank 0."""
+    """The state of all ranks. `nodes`: number of ranks, including rank 0."""
 
     nodes: int
     silence_s: float
@@ -69,7 +72,7 @@ class RankGroup:
         ]
 
     def begin(self, address: str, port: int) -> None:
-        """Begins the next attempt. Its ranks connect to each other at this address."""
+        """Begins the next attempt, in which the ranks connect to each other at this address."""
         self.attempt += 1
         self._rendezvous = (address, port)
         self._members = {rank: last.report.instance for rank, last in self._reports.items()}
@@ -82,7 +85,7 @@ class RankGroup:
         self.stopping = True
 
     def find_failure(self, *, now: float) -> EngineFailure | None:
-        """Returns why this attempt has failed, according to the other ranks; None if it has not."""
+        """Returns the reason why this attempt has failed, according to the other ranks; None if it has not failed."""
         for rank in range(1, self.nodes):
             if self._is_silent(rank, now=now):
                 return EngineFailure(
@@ -96,8 +99,8 @@ class RankGroup:
         return None
 
     def find_cause(self, own: EngineFailure, *, ended_at: float, now: float) -> EngineFailure | None:
-        """Returns why an attempt ended after rank 0's engine ended with `own`: another rank's failure if `own` is
-        unspecific.
+        """Returns why an attempt ended after rank 0's engine ended with `own`. If `own` is unspecific, this is another
+        rank's failure.
 
         Returns None while a rank has not reported since `ended_at`.
         """
@@ -113,7 +116,7 @@ class RankGroup:
         return all(last.action is Action.STOP or self._is_silent(rank, now=now) for rank, last in self._reports.items())
 
     def missing_rank(self) -> EngineFailure | None:
-        """Returns the failure of a rank that was lost before it received the order to stop; None if there is none."""
+        """Returns the failure of a rank that was lost before it received the order to stop; None if no rank was."""
         for rank, last in self._reports.items():
             if last.action is not Action.STOP:
                 return EngineFailure(
@@ -135,5 +138,5 @@ class RankGroup:
 
 
 def _reason(name: str | None) -> FailureReason:
-    """Parses a failure reason. An unknown one, from an agent of another version, counts as a crash."""
+    """Parses a failure reason. An unknown reason, from an agent of another version, counts as a crash."""
     return FailureReason(name) if name in list(FailureReason) else FailureReason.CRASHED

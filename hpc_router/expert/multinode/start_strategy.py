@@ -1,7 +1,7 @@
-"""How the supervisor starts an engine on one node or on several.
+"""The ways in which the supervisor starts an engine: on one node, or on several.
 
-`SingleNode` has one command. For an engine on several nodes, `MultiNodeLeader` runs on rank 0: it makes
-each attempt with all ranks, ends it when one is lost, and stops them at the end. `RankGroup` makes the decisions.
+`SingleNode` has one command. For an engine on several nodes, `MultiNodeLeader` runs on rank 0: it makes each attempt
+with all ranks, ends the attempt when a rank is lost, and stops the ranks at the end. `RankGroup` makes the decisions.
 """
 
 import asyncio
@@ -27,11 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 class StartStrategy(Protocol):
+    """The interface between the supervisor and a way to start an engine."""
+
     async def next_command(self) -> Command | EngineFailure:
-        """Returns the command of the next start, or why no start is possible."""
+        """Returns the command of the next start, or the reason why no start is possible."""
 
     async def wait_broken(self) -> EngineFailure:
-        """Waits until the engine cannot serve any longer, although its process here may run. Returns why."""
+        """Waits until the engine can no longer serve, even if its process on this node still runs. Returns the
+        reason."""
 
     async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
         """Returns the cause of a start that failed on this node with `own`."""
@@ -39,7 +42,7 @@ class StartStrategy(Protocol):
 
 @dataclass(slots=True)
 class SingleNode:
-    """An engine with one process on one node."""
+    """The strategy for an engine with one process on one node."""
 
     command: Callable[[], Command]
 
@@ -55,7 +58,8 @@ class SingleNode:
 
 @dataclass(slots=True)
 class MultiNodeLeader:
-    """Rank 0 of an engine on `nodes` nodes. `key` authenticates its orders, and `command` returns its own command."""
+    """The strategy of rank 0, for an engine on `nodes` nodes. `key`: authenticates its orders. `command`: returns rank
+    0's own command."""
 
     nodes: int
     key: str
@@ -105,8 +109,8 @@ class MultiNodeLeader:
         return cause
 
     async def stop_ranks(self) -> EngineFailure | None:
-        """Orders all ranks to stop, and waits until they have the order, or for STOP_BEATS. Returns the failure of a
-        rank that was lost before, because it may be the reason why this job was ended."""
+        """Orders all ranks to stop, and waits until they have the order, for at most STOP_BEATS. Returns the failure of
+        a rank that was lost before, because that may be why this job was ended."""
         self.group.stop()
         deadline = self.clock() + STOP_BEATS * self.beat_s
         while not self.group.all_stopped(now=self.clock()) and self.clock() < deadline:

@@ -1,1 +1,1 @@
-"""Copies of models on the node's own disk, and the compile caches that are kept there."""
+"""Copies models to the node's own disk, and keeps compile caches there."""

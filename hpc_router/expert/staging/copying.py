@@ -1,8 +1,8 @@
 """Copies one file and checks the copy by its SHA-256.
 
-A hash that is recorded beside the file is compared with the copy; without one the hash of what was read is. The copy is
-read back from the disk, and that leaves it in the page cache, where the engine then finds it. The pages of the source
-are dropped as they are copied, so that the page cache does not hold the model twice.
+The expected hash is the hash that is recorded for the file, or else the hash of the bytes that were read. The copy is
+read back from the disk, which also leaves it in the page cache for the engine. The pages of the source are dropped
+during the copy, so that the page cache does not hold the model twice.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ CHUNK_BYTES: Final = 8 * 2**20
 
 
 class CopyProgress:
-    """Bytes that were copied, counted by several threads. After `stop` they copy no further."""
+    """A thread-safe counter of copied bytes that can also stop the copy. After `stop`, every `add` raises
+    StagingError."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +28,7 @@ class CopyProgress:
         self.size = 0
 
     def add(self, size: int) -> None:
-        """Count bytes that were read and may now be written. Raises StagingError after `stop`."""
+        """Counts bytes that were read and may now be written. Raises StagingError after `stop`."""
         with self._lock:
             if self._stopped:
                 raise StagingError("the copy was stopped")
@@ -39,8 +40,8 @@ class CopyProgress:
 
 
 def copy_file(files: ModelFiles, file: ModelFile, target: Path, progress: CopyProgress) -> str:
-    """Copy to the new file `target`; returns its SHA-256 in hex. Raises StagingError if the source changed since it was
-    listed or the copy has another hash, and OSError."""
+    """Copies a file to the new file `target` and returns its SHA-256 in hex. Raises StagingError if the source changed
+    after it was listed, or if the copy has another hash. Raises OSError."""
     path, recorded = files.source / file.path, files.recorded_sha256(file)
     with path.open("rb", buffering=0) as reading, target.open("xb", buffering=0) as writing:
         read = _copy(reading, writing, progress, hashing=recorded is None)
@@ -58,7 +59,7 @@ def copy_file(files: ModelFiles, file: ModelFile, target: Path, progress: CopyPr
 
 
 def _copy(reading: FileIO, writing: FileIO, progress: CopyProgress, *, hashing: bool) -> str | None:
-    """Returns the SHA-256 of what was read, if `hashing`."""
+    """Copies the bytes. Returns the SHA-256 of the bytes that were read if `hashing` is true, else None."""
     digest, buffer, at = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES)), 0
     os.posix_fadvise(reading.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
     while size := reading.readinto(buffer):
@@ -74,6 +75,7 @@ def _copy(reading: FileIO, writing: FileIO, progress: CopyProgress, *, hashing: 
 
 
 def _sha256(path: Path, progress: CopyProgress) -> str:
+    """Returns the SHA-256 of a file in hex. Raises StagingError after `progress.stop`."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as reading:
         while size := reading.readinto(buffer):

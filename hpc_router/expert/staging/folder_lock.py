@@ -1,7 +1,8 @@
-"""Locks on folders of a node-local disk: `flock`, which the kernel releases when the process ends, however it ends.
+"""Locks on folders of a node-local disk by `flock`. The kernel releases such a lock when its process ends for any
+reason.
 
-The folder itself is locked, so there are no lock files to clean up, and a lock outlasts a rename. flock is not for the
-shared file system: there it fails or has no effect on other hosts.
+The folder itself is locked, so there are no lock files to remove, and a lock stays valid when the folder is renamed.
+flock is not used on the shared file system, where it may fail or have no effect on other hosts.
 """
 
 import fcntl
@@ -13,13 +14,14 @@ from typing import Self
 
 @dataclass(slots=True)
 class FolderLock:
-    """A lock that this process holds, until `release`. Child processes do not inherit it."""
+    """A lock on a folder that this process holds until `release`. Child processes do not inherit it."""
 
     _descriptor: int
 
     @classmethod
     def take(cls, folder: Path, *, shared: bool) -> Self | None:
-        """None if another process holds a lock that excludes this one, or if the folder is missing. Raises OSError."""
+        """Locks the folder without waiting. Returns None if another process holds a lock that excludes this one, or if
+        the folder is missing. Raises OSError."""
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -34,11 +36,12 @@ class FolderLock:
         return None
 
     def make_exclusive(self) -> bool:
-        """Turn a shared lock into an exclusive one; False if another process shares it, and then it may be lost."""
+        """Turns a shared lock into an exclusive one. Returns False if another process shares the lock; the shared lock
+        may then be lost."""
         return _lock(self._descriptor, fcntl.LOCK_EX)
 
     def touch(self) -> None:
-        """Set the folder's time of change, which is when it was last used."""
+        """Sets the folder's modification time, which records when it was last used."""
         os.utime(self._descriptor)
 
     def release(self) -> None:
@@ -54,7 +57,8 @@ def _lock(descriptor: int, kind: int) -> bool:
 
 
 def _is_at(descriptor: int, folder: Path) -> bool:
-    """Whether the open folder is still at its path: it may have been renamed or removed before it was locked."""
+    """Returns whether the open folder is still at its path. Another process may have renamed or removed it before it
+    was locked."""
     try:
         there, here = folder.lstat(), os.fstat(descriptor)
     except FileNotFoundError:

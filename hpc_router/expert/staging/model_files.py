@@ -1,4 +1,5 @@
-"""The files of a model: which are copied, what identifies their content, and the SHA-256 that is recorded for them."""
+"""The files of a model: selects the files to copy, identifies their content, and finds the SHA-256 recorded for a
+file."""
 
 import hashlib
 import os
@@ -14,15 +15,16 @@ from hpc_router.errors import StagingError
 
 MAX_FILES: Final = 5_000
 _ORIGINAL: Final = "original"
-"""A folder with a second copy of the weights in many repositories on the hub. vLLM does not download it either."""
+"""Name of a folder with a second copy of the weights in many repositories on the hub. vLLM does not download it
+either."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _DOWNLOADS: Final = Path(".cache", "huggingface", "download")
-"""Where `hf download --local-dir` records what it has downloaded, inside the model's folder."""
+"""Folder inside the model's folder in which `hf download --local-dir` records its downloads."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """`path`: inside the model's folder; `.` for a model that is one file."""
+    """A file of a model. `path`: relative to the model's folder; `.` for a model that is one file."""
 
     path: Path
     size: int
@@ -31,37 +33,39 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model folder, or a model of one file, and the files that an engine may read."""
+    """The files of one model that an engine may read. `source`: the model's folder, or the file of a model that is one
+    file."""
 
     source: Path
     files: tuple[ModelFile, ...]
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Returns the total size of all files, in bytes."""
         return sum(file.size for file in self.files)
 
     @property
     def key(self) -> str:
-        """Changes with the location of the model, and with the name, size or time of change of any file."""
+        """Returns a hash that changes with the location of the model, and with the name, size or modification time of
+        any file."""
         lines = [str(self.source), *(f"{file.path}\t{file.size}\t{file.mtime_ns}" for file in self.files)]
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def are_at(self, target: Path) -> bool:
-        """Whether `target` has all files with their sizes."""
+        """Returns whether the folder `target` has all files with the right sizes."""
         with suppress(OSError):
             return all((target / file.path).stat().st_size == file.size for file in self.files)
         return False
 
     def recorded_sha256(self, file: ModelFile) -> str | None:
-        """The SHA-256 that the file should have, in hex: from the name of the blob in the hub's cache that it links to,
-        from the record of a download, or from `FILE.sha256` beside it. None: there is no record."""
+        """Returns the SHA-256 in hex that the file should have; None if it is not recorded. The record is the name of
+        the file's blob in the hub's cache, the metadata of a download, or the file `FILE.sha256` in the same folder."""
         path = self.source / file.path
         if path.is_symlink() and _SHA256.fullmatch(blob := path.readlink().name):
             return blob
         with suppress(OSError, ValueError, IndexError):
             _commit, etag, at = (self.source / _DOWNLOADS / f"{file.path}.metadata").read_text().split()[:3]
-            # As in huggingface_hub: the record holds for a file that was not changed after the download.
+            # As in huggingface_hub, the record is valid only for a file that was not changed after the download.
             if _SHA256.fullmatch(etag) and file.mtime_ns / 1e9 - 1 <= float(at):
                 return etag
         with suppress(OSError, ValueError, IndexError):
@@ -71,13 +75,15 @@ class ModelFiles:
 
 
 def local_models(models: Iterable[str]) -> list[str]:
-    """The models that are folders or files, each once. A hub id may have the name of a file, but is not absolute."""
+    """Returns the models that are folders or files, without duplicates. Only an absolute path counts as a file, because
+    a hub id may equal a relative file name."""
     return [m for m in dict.fromkeys(models) if Path(m).is_dir() or (Path(m).is_absolute() and Path(m).is_file())]
 
 
 def list_files(model: Path) -> ModelFiles:
-    """Links are followed; hidden entries and `original/` are left out. Raises OSError or StagingError."""
-    # The name of a link to a file is kept: in the hub's cache the file itself is named by its hash.
+    """Returns the files of a model. Follows links; leaves out hidden entries and `original/`. Raises OSError or
+    StagingError."""
+    # A link to a file keeps its own name, because the hub's cache names the file itself by its hash.
     source = model.resolve() if model.is_dir() else model.absolute()
     files: list[ModelFile] = []
     for path, status in _walk(source) if source.is_dir() else [(Path(), source.stat())]:
@@ -90,7 +96,8 @@ def list_files(model: Path) -> ModelFiles:
 
 
 def _walk(source: Path, inside: Path = Path()) -> Iterator[tuple[Path, os.stat_result]]:
-    """Files by name. A loop of links ends with an OSError of the kernel, a broken link with FileNotFoundError."""
+    """Yields the path and status of each file, sorted by name within each folder. Raises the kernel's OSError for a
+    loop of links, and FileNotFoundError for a broken link."""
     with os.scandir(source / inside) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:

@@ -1,12 +1,12 @@
 """`<cluster.stage_to>/hpc-router-models-<uid>/`: the models and compile caches of one user on a node's disk.
 
-    model-KEY/NAME...        a copy that is complete; its users hold a shared lock on `model-KEY`
-    model-KEY/staged.json    where it comes from, its size, the SHA-256 of its files
-    part-KEY/                a copy in progress; its writer holds an exclusive lock, which it keeps when it renames it
-    cache-KEY/               a compile cache; its users hold a shared lock
-    gone-*/                  what is being removed
+    model-KEY/NAME...        a complete copy; each process that uses it holds a shared lock on `model-KEY`
+    model-KEY/staged.json    the source, the size and the SHA-256 of each file
+    part-KEY/                a copy in progress; the writer holds an exclusive lock, also during the rename to model-KEY
+    cache-KEY/               a compile cache; each process that uses it holds a shared lock
+    gone-*/                  a folder that is being removed
 
-Nothing is removed while another process has it locked. What a killed process left behind has no lock. The methods do
+A folder is removed only when no other process has a lock on it. A process that was killed has no locks. The methods do
 not wait for locks.
 """
 
@@ -27,7 +27,7 @@ from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.private_folder import make_private
 
 MAX_UNUSED_S: Final = 7 * 24 * 3600.0
-"""Copies and caches that no agent has used for this long are removed."""
+"""Copies and caches that no agent has used for this time, in seconds, are removed."""
 GB: Final = 10**9
 MANIFEST: Final = "staged.json"
 _MODEL, _PART, _CACHE, _GONE = "model-", "part-", "cache-", "gone-"
@@ -35,7 +35,8 @@ _MODEL, _PART, _CACHE, _GONE = "model-", "part-", "cache-", "gone-"
 
 @dataclass(frozen=True, slots=True)
 class StagedModel:
-    """A folder of this disk that is locked by this process: a copy, or one in progress. `path`: of the model in it."""
+    """A folder on the node's disk that this process has locked: a complete copy, a copy in progress, or a cache.
+    `path`: the path of the model inside the folder."""
 
     folder: Path
     path: Path
@@ -44,14 +45,15 @@ class StagedModel:
 
 @dataclass(frozen=True, slots=True)
 class NodeDisk:
-    """`limit`: bytes that the copies of this user may take; None: as many as the disk has."""
+    """This user's folder on the node's disk. `limit`: maximum total size of the copies in bytes; None: no limit but the
+    disk's."""
 
     folder: Path
     limit: int | None = None
 
     @classmethod
     def open(cls, stage_to: Path, *, limit: int | None = None) -> "NodeDisk":
-        """Make the folder if needed. Raises StagingError if this user cannot have it, and OSError."""
+        """Returns the folder and creates it if needed. Raises StagingError if this user cannot have it, and OSError."""
         if not stage_to.is_absolute():
             raise StagingError(f"{stage_to} is not an absolute path")
         stage_to.mkdir(mode=0o700, exist_ok=True)
@@ -61,12 +63,12 @@ class NodeDisk:
         return cls(folder, limit)
 
     def has(self, model: Path) -> bool:
-        """Whether the model is on the same file system, so that a copy has no use. Raises OSError."""
+        """Returns whether the model is already on this file system, so that a copy is useless. Raises OSError."""
         return model.stat().st_dev == self.folder.stat().st_dev
 
     def find(self, files: ModelFiles) -> StagedModel | None:
-        """The complete copy, locked for use; None if there is none. A damaged one is removed; raises StagingError if
-        another process uses it."""
+        """Returns the complete copy with a shared lock; None if there is none. Removes a copy that lacks files. Raises
+        StagingError if another process uses such a copy."""
         folder = self.folder / f"{_MODEL}{files.key}"
         lock = FolderLock.take(folder, shared=True)
         if lock is None:
@@ -80,8 +82,8 @@ class NodeDisk:
         return None
 
     def begin(self, files: ModelFiles) -> StagedModel | None:
-        """An empty folder for a new copy, locked, with room for it. None if another process is copying this model, or
-        looks for room. Raises StagingError if there is no room, and OSError."""
+        """Creates and locks an empty folder for a new copy, after making room for it. Returns None if another process
+        is copying this model or making room. Raises StagingError if there is no room, and OSError."""
         whole = FolderLock.take(self.folder, shared=False)
         if whole is None:
             return None
@@ -102,19 +104,20 @@ class NodeDisk:
             whole.release()
 
     def finish(self, part: StagedModel, files: ModelFiles, hashes: dict[str, str]) -> None:
-        """Publish a complete copy; `find` returns it from then on. The lock of `part` is released."""
+        """Publishes a complete copy, so that `find` returns it, and releases the lock of `part`."""
         about = {"source": str(files.source), "bytes": files.size, "at": time.time(), "sha256": hashes}
         replace_json(part.folder / MANIFEST, about)
         part.folder.rename(self.folder / f"{_MODEL}{files.key}")
         part.lock.release()
 
     def discard(self, part: StagedModel) -> None:
-        """Remove a copy that was not completed."""
+        """Removes an incomplete copy."""
         shutil.rmtree(part.folder, ignore_errors=True)
         part.lock.release()
 
     def cache(self, key: str) -> StagedModel | None:
-        """The compile cache of this key, locked for use; None while it is being removed."""
+        """Returns the compile cache of this key with a shared lock, and creates it if needed; None while it is being
+        removed."""
         folder = self.folder / f"{_CACHE}{key}"
         folder.mkdir(mode=0o700, exist_ok=True)
         lock = FolderLock.take(folder, shared=True)
@@ -124,13 +127,14 @@ class NodeDisk:
         return StagedModel(folder, folder, lock)
 
     def drop(self, used: StagedModel) -> None:
-        """Give a copy or a cache back, and remove it if no other process uses it."""
+        """Releases a copy or a cache, and removes it if no other process uses it."""
         if used.lock.make_exclusive():
             self._move_away(used.folder)
         used.lock.release()
 
     def sweep(self, *, now: float) -> None:
-        """Remove what killed processes left, and what was not used for MAX_UNUSED_S."""
+        """Removes the unfinished folders of killed processes, and copies and caches that were not used for
+        MAX_UNUSED_S. `now`: Unix seconds."""
         for folder in self._folders(_PART, _GONE):
             self._remove(folder)
         for folder in self._folders(_MODEL, _CACHE):
@@ -138,7 +142,8 @@ class NodeDisk:
                 self._remove(folder)
 
     def _make_room(self, size: int) -> None:
-        """Remove unused copies, those unused longest first, until `size` bytes fit. Raises StagingError."""
+        """Removes unused copies, the least recently used first, until `size` bytes fit. Raises StagingError if they do
+        not fit."""
         if self.limit is not None and size > self.limit:
             raise StagingError(f"it has {size / GB:.1f} GB, more than cluster.stage_gb={self.limit / GB:g}")
         for folder in [*sorted(self._folders(_MODEL), key=_last_used), None]:
@@ -149,7 +154,7 @@ class NodeDisk:
         raise StagingError(f"no room for {size / GB:.1f} GB: {lack}")
 
     def _lack(self, size: int) -> str | None:
-        """Why `size` more bytes do not fit; None if they do. Copies in progress count in full."""
+        """Returns why `size` more bytes do not fit; None if they do. A copy in progress counts with its final size."""
         parts = {folder: _manifest(folder).get("bytes", 0) for folder in self._folders(_PART)}
         copies = sum(_manifest(folder).get("bytes", 0) for folder in self._folders(_MODEL)) + sum(parts.values())
         if self.limit is not None and copies + size > self.limit:
@@ -162,7 +167,7 @@ class NodeDisk:
         return (path for path in sorted(self.folder.iterdir()) if path.name.startswith(kinds) and path.is_dir())
 
     def _remove(self, folder: Path) -> bool:
-        """False if another process uses the folder."""
+        """Removes a folder. Returns False if another process uses it."""
         lock = FolderLock.take(folder, shared=False)
         if lock is None:
             return not folder.exists()
@@ -171,13 +176,14 @@ class NodeDisk:
         return True
 
     def _move_away(self, folder: Path) -> None:
-        """Remove a locked folder. Its name is free at once, also if this process is killed before the end."""
+        """Renames a locked folder and then removes it, so that its name is free at once, even if this process is killed
+        in between."""
         gone = folder.rename(self.folder / f"{_GONE}{secrets.token_hex(8)}")
         shutil.rmtree(gone, ignore_errors=True)
 
 
 def _last_used(folder: Path) -> float:
-    """Unix seconds; 0 if the folder was removed meanwhile."""
+    """Returns when the folder was last used, in Unix seconds; 0 if another process has removed it."""
     try:
         return folder.stat().st_mtime
     except FileNotFoundError:
@@ -189,7 +195,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files that are in a folder now. Another process may be removing it."""
+    """Returns the total size in bytes of the files that are in a folder now. Another process may be removing them."""
     found = 0
     for inside, _, names in os.walk(folder):
         for name in names:

@@ -1,8 +1,8 @@
-"""Copies the models of an engine to its node's disk before it starts, once for all replicas of the node.
+"""Copies an engine's models to its node's disk before the engine starts, once for all replicas on the node.
 
-Staging never makes a start fail: an engine whose model cannot be copied loads it from its folder, and the log says why.
-Of several agents one copies, and the others wait for it. All file operations run in threads that do not keep the
-process from ending, because the shared file system may hang.
+Staging never makes a start fail: an engine whose model cannot be copied loads the model from its source, and the log
+says why. One of several agents copies a model, and the others wait for it. All file operations run in threads that do
+not keep the process from ending, because the shared file system may hang.
 """
 
 import asyncio
@@ -29,17 +29,22 @@ from hpc_router.state.io_thread import FileThread
 logger = logging.getLogger(__name__)
 
 COPIERS: Final = 4
-"""Files that are copied at the same time: one stream does not fill a parallel file system, nor one core a fast disk."""
+"""Maximum number of files that are copied at the same time. One stream does not use a parallel file system fully, and
+one core does not use a fast disk fully."""
 POLL_S: Final = 0.2
+"""Interval in seconds at which an agent looks for a copy that another agent makes."""
 REPORT_S: Final = 2.0
+"""Interval between progress reports, in seconds."""
 LOG_S: Final = 30.0
+"""Minimum interval between progress lines in the log, in seconds."""
 RELEASE_S: Final = 5.0
-"""Limit at the end for the removal of a copy that was not completed; the next agent on the node removes the rest."""
+"""Maximum time in seconds to remove an incomplete copy at the end. The next agent on the node removes what is left."""
 
 
 @dataclass(slots=True)
 class StageReport:
-    """What staging took: `stage_s` in seconds, waiting included, `copied` in bytes. `text`: what it does or did."""
+    """The result of staging. `stage_s`: duration in seconds, including the wait for other agents. `copied`: bytes.
+    `text`: the current step or the outcome."""
 
     stage_s: float | None = None
     copied: int = 0
@@ -47,10 +52,10 @@ class StageReport:
 
 
 class NodeStaging:
-    """`async with NodeStaging(...)`: the copies and the cache are in use until the block is left.
+    """A context manager that holds the copies and the cache for an engine until the block ends.
 
-    `limit_s`: limit for all copies together. `environment`: of the job, for variables in `cluster.stage_to`.
-    `on_report`: called for every change of `report`.
+    `limit_s`: time limit for all copies together, in seconds. `environment`: the job's variables, which may occur in
+    `cluster.stage_to`. `on_report`: called after every change of `report`.
     """
 
     def __init__(
@@ -91,8 +96,8 @@ class NodeStaging:
         self._local.close(timeout_s=RELEASE_S)
 
     async def prepare(self, place: Place, *, version: str | None) -> Place:
-        """The place with the copies and the cache that the engine uses. `version`: the engine's; without one no cache
-        is kept."""
+        """Copies the models and returns `place` with the paths of the copies and of the compile cache. `version`: the
+        engine's version; None: no cache is kept."""
         if self._cluster.stage_to is None:
             return place
         began = time.monotonic()
@@ -117,8 +122,8 @@ class NodeStaging:
         return replace(place, copies=copies)
 
     def without_cache(self, place: Place) -> Place:
-        """The place with a cache of its own. For an engine that failed: a damaged cache may be the reason, so the kept
-        one is removed if no other engine uses it."""
+        """Returns `place` with a new cache folder, for an engine that failed. Also removes the kept cache if no other
+        engine uses it, because a damaged cache may be the reason."""
         if self._cache is not None and self._disk is not None:
             logger.warning("the engine starts with an empty compile cache, in case the kept one is damaged")
             self._local.post(partial(self._disk.drop, self._cache))
@@ -126,7 +131,8 @@ class NodeStaging:
         return replace(place, kept_cache=None)
 
     def drop_copies(self) -> None:
-        """Remove the copies that no other engine uses: this engine could not load one, so it may be damaged."""
+        """Removes the copies that no other engine uses. Called when the engine could not load its models, because a
+        copy may be damaged."""
         if self._disk is not None:
             for copy in self._held:
                 logger.warning("%s is removed, in case it is damaged", copy.path)
@@ -134,6 +140,7 @@ class NodeStaging:
             self._held.clear()
 
     async def _open(self, stage_to: str) -> NodeDisk:
+        """Returns the folder on the node's disk after a sweep."""
         folder = expanded(stage_to, self._environment, key="cluster.stage_to")
         limit = self._cluster.stage_gb
         opening = partial(NodeDisk.open, folder, limit=None if limit is None else int(limit * GB))
@@ -142,7 +149,7 @@ class NodeStaging:
         return disk
 
     async def _path_of(self, disk: NodeDisk, model: str) -> tuple[Path | None, str]:
-        """The copy of a model, or None, and the result as text."""
+        """Returns the path of the copy of a model, None if there is no copy, and a text that says what was done."""
         before = self.report.copied
         began = time.monotonic()
         try:
@@ -159,7 +166,7 @@ class NodeStaging:
         return copy.path, f"{model} {what}"
 
     async def _stage(self, disk: NodeDisk, model: str) -> StagedModel:
-        """The copy, made by this or another agent. Raises StagingError and OSError."""
+        """Returns the copy, which this agent or another one makes. Raises StagingError and OSError."""
         files = await self._copiers[0].run(partial(list_files, Path(model)))
         while (copy := await self._local.run(partial(disk.find, files))) is None:
             part = await self._local.run(partial(disk.begin, files))
@@ -171,6 +178,7 @@ class NodeStaging:
         return copy
 
     async def _copy(self, disk: NodeDisk, part: StagedModel, files: ModelFiles, model: str) -> None:
+        """Copies all files of a model with several threads and publishes the copy."""
         progress, hashes, left = CopyProgress(), dict[str, str](), iter(files.files)
 
         async def copy_with(copier: FileThread) -> None:
@@ -195,7 +203,7 @@ class NodeStaging:
         self.report.copied += files.size
 
     async def _with_cache(self, disk: NodeDisk, place: Place, version: str | None) -> Place:
-        """The place with the compile cache for this version of the engine and these models, kept on the node."""
+        """Returns `place` with the node's compile cache for these models and this version of the engine."""
         if version is None or await self._local.run(partial(usage_error, disk.folder)) is not None:
             return place
         info = self._engine.info()
@@ -205,6 +213,7 @@ class NodeStaging:
         return place if self._cache is None else replace(place, kept_cache=self._cache.path)
 
     def _say(self, text: str | None) -> None:
+        """Reports a new text, and logs it at most every LOG_S."""
         if text == self.report.text:
             return
         self.report.text = text

@@ -22,7 +22,7 @@ _VALID_ROWS: Final = '(valid: {"prompt": "..."}, {"text": "..."}, a request body
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One prompt. `line` is its line in the file, from 1; `id` is given in the file, or else counts lines from 0."""
+    """One prompt. `line`: its line in the file, from 1. `id`: the id in the file, or else the line number minus 1."""
 
     line: int
     id: str | int
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def label(self) -> str | None:
-        """The expert of the row; without one, its domain."""
+        """Returns the expert of the row; without an expert, its domain."""
         return self.expert if self.expert is not None else self.domain
 
 

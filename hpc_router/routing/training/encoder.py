@@ -19,7 +19,7 @@ MAX_TOKENS: Final = 128
 MAX_WORDS: Final = 40_000
 
 ProgressCallback = Callable[[str, int, int], None]
-"""Called with the name of a stage, the number of steps done, and the total number of steps."""
+"""A function that is called with the name of a stage, the number of steps done, and the total number of steps."""
 
 
 class Teacher(Protocol):
@@ -36,6 +36,8 @@ class Teacher(Protocol):
 
 
 class Encoder:
+    """A sentence encoder that transformers loads."""
+
     def __init__(self, source: str) -> None:
         """Loads an encoder from a folder or a hub id. Raises ConfigError if it cannot be loaded."""
         try:

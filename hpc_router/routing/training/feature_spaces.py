@@ -1,9 +1,9 @@
 """Feature spaces: map prompts to vectors, and turn a direction in the space into one weight per term.
 
 `cbtm`: TF-IDF of words, truncated SVD to 100 dimensions, scaled to length one, as in c-BTM (arXiv 2303.14177).
-`lexical`: the same with sets of tokens; digits, symbols, word pairs and prefixes are terms too. A third space,
-`distilled`, is in `student`. All are linear in the terms, so each cluster needs only one column of the artefact's
-table.
+`lexical`: the same steps, but each term counts once per prompt, and digits, symbols, word pairs and prefixes are terms
+too. `student` has a third space, `distilled`. All spaces are linear in the terms, so each cluster needs only one column
+of the artefact's table.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ MAX_TERMS: Final = 120_000
 
 
 class FeatureSpace(Protocol):
+    """The interface of a feature space that was fitted to the training prompts."""
+
     vocabulary: Vocabulary
     idf: Doubles
     spherical: bool
@@ -27,21 +29,25 @@ class FeatureSpace(Protocol):
 
     @property
     def vectors(self) -> Floats:
-        """The vectors of the training prompts: prompts x dimensions, rows of length one."""
+        """Returns the vectors of the training prompts: prompts x dimensions, rows of length one."""
 
     @property
     def dimensions(self) -> Floats | None:
-        """The vectors of the terms, terms x dimensions, if the classifier needs the length of prompt vectors."""
+        """Returns the vectors of the terms, terms x dimensions, if the classifier needs the length of prompt vectors;
+        else None."""
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns terms x directions: the weight of each term for each direction (directions x dimensions).
+        """Returns the weight of each term for each direction: terms x directions. `directions`: directions x
+        dimensions.
 
-        `held_out` masks training prompts that must not influence the weights.
+        `held_out`: mask of training prompts that must not influence the weights.
         """
 
 
 @dataclass(kw_only=True)
 class SvdSpace:
+    """A feature space from a truncated SVD."""
+
     vocabulary: Vocabulary
     idf: Doubles
     spherical: bool
@@ -69,6 +75,7 @@ def cbtm(texts: Sequence[str], *, seed: int) -> SvdSpace:
 
 
 def lexical(texts: Sequence[str], *, seed: int) -> SvdSpace:
+    """Fits the space `lexical` to the texts."""
     vocabulary = frequent_vocabulary(texts, features=Features(ngrams=2), min_texts=2)
     counts = counts_of(texts, vocabulary=vocabulary)
     idf = smooth_idf(counts)
@@ -95,7 +102,8 @@ def _svd_space(
 
 
 def frequent_vocabulary(texts: Sequence[str], *, features: Features, min_texts: int) -> Vocabulary:
-    """Returns the sorted terms that occur in at least `min_texts` texts; at most MAX_TERMS, the most frequent ones."""
+    """Returns the terms that occur in at least `min_texts` texts, sorted. If there are more than MAX_TERMS, returns the
+    most frequent ones."""
     frequency: dict[str, int] = {}
     for text in texts:
         for term in dict.fromkeys(features.terms(text)):

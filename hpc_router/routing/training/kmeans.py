@@ -1,8 +1,8 @@
 """Balanced k-means: no cluster gets much more than its even share, so that no expert gets most of the traffic.
 
-Lloyd's algorithm, in which each cluster has a price that rises while the cluster is too large: an auction in which all
-prompts bid at once. Prices apply only to training; the classifier assigns a prompt to its nearest centroid. Of several
-restarts, all from one seed, the one with the highest total similarity is kept.
+The algorithm is Lloyd's, but each cluster has a price that rises while the cluster is too large: an auction in which
+all prompts bid at the same time. Prices apply only to training; the classifier assigns a prompt to its nearest
+centroid. There are several restarts, all from one seed, and the one with the highest total similarity is kept.
 """
 
 from typing import Final
@@ -62,7 +62,8 @@ def discriminant_directions(vectors: Floats, assignment: Ids, *, clusters: int) 
     """Returns for each cluster the unit direction that best separates its vectors from the others; zeros if there is
     none.
 
-    Ridge regression of cluster membership on the centred vectors. As RIDGE grows, the directions approach the means.
+    The directions come from a ridge regression of cluster membership on the centred vectors. As RIDGE grows, they
+    approach the means.
     """
     membership = np.eye(clusters)[assignment]
     centred = vectors.astype(np.float64) - vectors.mean(axis=0)

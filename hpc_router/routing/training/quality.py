@@ -1,9 +1,9 @@
-"""Estimates how often each expert is correct in each cluster, and derives the table of experts from it.
+"""Estimates how often each expert is correct in each cluster, and computes the table of experts from it.
 
 A difference between experts in a cluster of a hundred prompts is mostly chance. The rate of a cluster is therefore
-smoothed: over the other clusters, with a kernel on the cosine of the centroids, and towards the mean over all prompts,
-which counts like `PRIOR_PROMPTS` prompts. The table gives each cluster the expert with the best rate at a given weight
-of cost.
+smoothed in two ways: over the other clusters, with a kernel on the cosine of the centroids, and towards the mean over
+all prompts, which counts like `PRIOR_PROMPTS` prompts. The table gives each cluster the expert with the highest rate,
+minus its cost times a given weight.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,8 @@ KERNEL_SHARPNESS: Final = 12.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """Estimated quality. `rate[c, e]`: share of correct answers of expert e in cluster c. `cost[e]`: its mean cost."""
+    """The estimated quality. `rate[c, e]`: share of correct answers of expert e in cluster c. `cost[e]`: mean cost of
+    expert e."""
 
     experts: tuple[str, ...]
     rate: Doubles

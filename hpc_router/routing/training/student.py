@@ -1,10 +1,10 @@
 """The `distilled` feature space: a linear student that predicts a sentence encoder's vectors from terms.
 
 A ridge regression maps the TF-IDF row of a text to the encoder's vector. The student learns from the prompts, from an
-optional corpus, and from each word of the encoder's vocabulary alone. Because of these words it can place prompts that
-share no word with the training prompts. If there are few texts, it also learns from variants of the prompts and from
-groups of words. The mean vector of each kind of text is subtracted, because it says nothing about the domain (all
-single words, for example, lie close to each other).
+optional corpus, and from each single word of the encoder's vocabulary. These words let it place prompts that have no
+word in common with the training prompts. If there are few texts, it also learns from variants of the prompts and from
+groups of words. The mean vector of each kind of text is subtracted, because it says nothing about the domain (for
+example, all single words lie close to each other).
 """
 
 import random
@@ -28,7 +28,8 @@ LABEL_WEIGHT: Final = 0.1
 ENOUGH_TEXTS: Final = 2000
 GROUPS_PER_VARIANT: Final = 4
 MAX_WEIGHT: Final = 16.0
-"""Maximum weight of a text; fewer than ENOUGH_TEXTS texts weigh more than 1 each, to balance the single words."""
+"""Maximum weight of a text. If there are fewer than ENOUGH_TEXTS texts, each weighs more than 1, to balance the single
+words."""
 MAX_VARIANT_WORDS: Final = 12
 SOLVER_STEPS: Final = 80
 SOLVER_TOLERANCE: Final = 1e-3
@@ -36,7 +37,8 @@ SOLVER_TOLERANCE: Final = 1e-3
 
 @dataclass(kw_only=True)
 class Student:
-    """Training texts: row i of `rows`, `targets`, `weight` and `source` is one text. The prompts come first."""
+    """The training texts. Row i of `rows`, `targets`, `weight` and `source` belongs to text i. The prompts come
+    first."""
 
     vocabulary: Vocabulary
     idf: Doubles
@@ -48,11 +50,11 @@ class Student:
     weight: Doubles
     """Square root of the weight of each text in the regression."""
     source: Ids
-    """Number of the training prompt that the text is, or is a variant of; -1 for other texts."""
+    """Index of the training prompt that the text is, or is a variant of; -1 for other texts."""
     encoder: str
     """Fingerprint of the encoder."""
     labels: Ids | None = None
-    """Label of each training prompt, as column number, if labels are learnt as well."""
+    """Label of each training prompt, as column number; None if no labels are learnt."""
     spherical: bool = True
     dimensions: Floats | None = None
 

@@ -1,4 +1,5 @@
-"""Compiles the C programs into a private cache folder, once per version of the source. File names contain its hash."""
+"""Compiles the C programs into a private cache folder, once per version of the source. File names contain the source's
+hash."""
 
 import hashlib
 import os
@@ -20,7 +21,8 @@ COMPILERS: Final = ("cc", "gcc", "clang")
 
 
 def build_program(program: Program, *, cache: Path | None = None) -> Path:
-    """Returns the path of the program and compiles it if necessary. Raises LaunchError without a working C compiler."""
+    """Returns the path of the program, and compiles it if necessary. Raises LaunchError if there is no working C
+    compiler."""
     source = SOURCES / f"{program}.c"
     content = source.read_bytes() + (SOURCES / "loop.h").read_bytes() + " ".join(FLAGS).encode()
     key = hashlib.sha256(content).hexdigest()[:16]
@@ -59,7 +61,7 @@ def _compile(source: Path, binary: Path) -> None:
 
 
 def _private(folder: Path) -> Path:
-    """Creates a folder for programs to execute. Raises LaunchError if other users can access it."""
+    """Creates a folder for programs that will be executed. Raises LaunchError if other users can access it."""
     with private_umask():
         folder.mkdir(parents=True, exist_ok=True)
     status = folder.stat()

@@ -20,13 +20,15 @@ NAMES: Final = ("code", "math", "medicine", "law", "generalist")
 
 @dataclass(frozen=True, slots=True)
 class Lateness:
-    """Histogram of the delay of events behind schedule: `late[i]` counts delays below 2**(i+1) microseconds."""
+    """A histogram of the delay of events relative to their schedule. `late[i]` counts delays below 2**(i+1)
+    microseconds."""
 
     requests: int
     events: int
     late: tuple[int, ...]
 
     def since(self, before: "Lateness") -> "Lateness":
+        """Returns the counts since an earlier reading."""
         late = tuple(now - then for now, then in zip(self.late, before.late, strict=True))
         return Lateness(self.requests - before.requests, self.events - before.events, late)
 
@@ -42,7 +44,7 @@ class Lateness:
 
 @dataclass(frozen=True, slots=True)
 class MockEngine:
-    """A running mock engine, at `port` on loopback or at a unix socket (then `port` is None)."""
+    """A running mock engine, at `port` on loopback, or at a unix socket (`port` is then None)."""
 
     pid: int
     port: int | None
@@ -50,6 +52,7 @@ class MockEngine:
     disconnect_log: Path
 
     def lateness(self) -> Lateness:
+        """Returns the delays of all events so far."""
         value = json.loads(self._get("/lateness"))
         return Lateness(value["requests"], value["events"], tuple(value["late"]))
 

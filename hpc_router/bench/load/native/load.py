@@ -20,16 +20,16 @@ from hpc_router.state.run_directory import private_umask
 MAX_CONNECTIONS: Final = 4000
 """Maximum number of connections of one load generator."""
 EXIT_TIMEOUT_S: Final = 30.0
-"""Seconds after the end of a load at which the program counts as hung."""
+"""Time in seconds after the end of a load after which the program counts as hung."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSpec:
-    """Arguments of the load generator; None leaves an option out.
+    """The arguments of the load generator. None leaves an option out.
 
-    A closed loop has `seconds` or `count`, an open loop `arrivals_s`. `requests`: a file from `write_requests`. With
-    `measure_s`, requests that begin after that time are measured and sent in `order`; all other requests are sent in
-    the order of `others`.
+    A closed loop has `seconds` or `count`, and an open loop has `arrivals_s`. `requests`: a file from `write_requests`.
+    With `measure_s`, requests that begin after that time are measured and sent in `order`; all other requests are sent
+    in the order of `others`.
     """
 
     requests: Path
@@ -97,7 +97,7 @@ class Recorded:
 
 
 class Running:
-    """A load in progress. `begun_ns`: its start, CLOCK_MONOTONIC."""
+    """A load in progress. `begun_ns`: its start (CLOCK_MONOTONIC)."""
 
     def __init__(self, process: subprocess.Popen[bytes], spec: LoadSpec, folder: Path) -> None:
         self.process, self._spec, self._folder = process, spec, folder
@@ -126,7 +126,8 @@ class Running:
 
 @contextmanager
 def running(spec: LoadSpec, folder: Path) -> Iterator[Running]:
-    """Starts the load, and kills the program when the block ends. `folder`: private, used only by this load."""
+    """Starts the load, and kills the program when the block ends. `folder`: a private folder that no other load
+    uses."""
     if spec.connections > MAX_CONNECTIONS:
         raise LaunchError(
             f"{spec.connections} connections are too many for one load generator (at most {MAX_CONNECTIONS})"
@@ -134,7 +135,7 @@ def running(spec: LoadSpec, folder: Path) -> Iterator[Running]:
     with private_umask():
         folder.mkdir(parents=True, exist_ok=True)
     command = [str(build_program("load")), *spec.argv(folder)]
-    # Unbuffered: `communicate` would miss what a buffer had read beyond the first line.
+    # Unbuffered, because `communicate` would miss bytes that a buffer had read beyond the first line.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     try:
         yield Running(process, spec, folder)
@@ -149,7 +150,8 @@ def run(spec: LoadSpec, folder: Path, *, timeout_s: float | None) -> Recorded:
 
 
 def write_requests(path: Path, requests: Sequence[bytes]) -> Path:
-    """Writes HTTP requests, each after its length in bytes. The file is private because requests contain tokens."""
+    """Writes HTTP requests, each preceded by its length in bytes. The file is private, because requests contain
+    tokens."""
     with private_umask():
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as stream:

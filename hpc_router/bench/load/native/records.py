@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class Error(IntEnum):
-    """How a request ended, in the order of `enum error` in load.c."""
+    """The outcome of a request, in the order of `enum error` in load.c."""
 
     NONE = 0
     CONNECT = 1  # the connection was refused
@@ -30,9 +30,9 @@ STREAM: Final = 4
 MEASURED: Final = 8
 FILLING: Final = 16
 """Bits of `flags`. REUSED: sent on a kept-alive connection. RETRIED: sent again because that connection was closed.
-STREAM: the response was an event stream. MEASURED, FILLING: the part of the load; neither is set in the warm-up."""
+STREAM: the response was an event stream. MEASURED, FILLING: the part of the load; both are unset in the warm-up."""
 UNKNOWN: Final = 2**32 - 1
-"""Value for a number of tokens that the engine did not report."""
+"""The value for a number of tokens that the engine did not report."""
 
 REQUEST: Final = np.dtype(
     [
@@ -72,7 +72,7 @@ def read_events(path: Path) -> Table:
 
 
 def errors(requests: Table) -> dict[str, int]:
-    """Returns the number of failed requests per kind of error. Each HTTP status is a kind of its own."""
+    """Returns the number of failed requests per kind of error. Each HTTP status is a separate kind."""
     counted: dict[str, int] = {}
     for kind in Error:
         rows = requests[requests["error"] == kind]

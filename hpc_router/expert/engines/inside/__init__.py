@@ -1,6 +1,6 @@
-"""Scripts that the engine's interpreter runs by path. It does not have hpc_router, so they import nothing of this
-package.
+"""Scripts that the engine's interpreter runs by their path. They import nothing of hpc_router, which is not installed
+there.
 
-They are in a separate folder, because Python puts a script's folder first on its search path, where our `vllm.py` would
-hide the real vllm.
+The scripts are in a separate folder, because Python puts a script's folder first on its search path. In the folder
+above, our `vllm.py` would hide the real vllm.
 """

@@ -1,8 +1,8 @@
-"""Runs `transformers serve` on a unix socket, for which it has no option. `--check` only runs its parser.
+"""Runs `transformers serve` on a unix socket, which its options do not support. `--check` only runs its parser.
 
-The uvicorn server that it creates gets a socket instead of a port, no access log, and a long keep-alive time, so that
-it is not the first to close an idle connection. With `--weights FOLDER` the model is loaded from there and keeps its
-name. The check for a newer release is left out.
+The uvicorn server gets a socket instead of a port, no access log, and a long keep-alive time, so that it is not the
+first to close an idle connection. With `--weights FOLDER` the model is loaded from that folder and keeps its name. The
+check for a newer release is left out.
 """
 
 import functools
@@ -31,13 +31,14 @@ def main(arguments: list[str]) -> None:
 
 
 def _check(command: Any, flags: list[str]) -> None:
-    """Runs only the parser of a command, by replacing the command's function."""
+    """Runs only the parser of a command: replaces the command's function before the call."""
     command.callback = lambda **_: None
     command.main(flags, prog_name="transformers serve")
 
 
 def _load_from(folder: str) -> None:
-    """Load the one model of this server from `folder`. Where this release has other methods, from its own folder."""
+    """Makes the server load its one model from `folder`. In a release with other methods, it loads the model from the
+    configured place."""
     from transformers.cli.serving.model_manager import ModelManager
 
     def loading_copy(method: Any) -> Any:
