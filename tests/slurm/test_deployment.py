@@ -223,7 +223,8 @@ def test_a_cancelled_job_drains_and_is_replaced(deployed: OnSlurm) -> None:
     assert deployed.start_to_ready_s(successor) < CAPACITY_BACK_S
     end = deployed.job(replica).exit()
     assert end is not None
-    assert (end.ok, end.reason) == (True, "drained")
+    assert end.ok
+    assert end.reason in ("drained", "cancelled"), "the second once Slurm has told the cause"
 
 
 def test_a_preempted_job_drains_and_is_replaced_elsewhere(deployed: OnSlurm) -> None:
@@ -236,7 +237,8 @@ def test_a_preempted_job_drains_and_is_replaced_elsewhere(deployed: OnSlurm) -> 
         assert deployed.start_to_ready_s(successor) < CAPACITY_BACK_S
         end = deployed.job(replica).exit()
         assert end is not None
-        assert (end.ok, end.reason) == (True, "drained")
+        assert end.ok
+        assert end.reason in ("drained", "preempted"), "the second once Slurm has told the cause"
         assert nodes(deployed)["math-0"] != node
     finally:
         deployed.cluster.run(["scancel", number])

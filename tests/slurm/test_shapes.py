@@ -147,7 +147,7 @@ def test_steps_that_can_never_start_are_refused(cluster: SlurmCluster) -> None:
     parts = {part.partition("\n")[0]: part for part in said.split("== ") if part}
     status = dict(re.findall(r"== (\w+)\n(?:.*\n)*?== status (\d+)", said))
     assert status == {"srun": "2", "overlap": "0", "script": "0", "nodes": "2", "gpus": "2"}, said
-    assert f"beside step {job_id}.0, in which this runs" in parts["srun"]
+    assert f"beside step {job_id}.0, in which this command runs" in parts["srun"]
     assert "`srun --overlap`" in parts["srun"]
     assert f"experts.math.resources.nodes=2: job {job_id} has 1" in parts["nodes"]
     assert f"resources.gpus: job {job_id} has 1, all replicas need 2 (math 2)" in parts["gpus"]

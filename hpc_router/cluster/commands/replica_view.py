@@ -139,7 +139,7 @@ def _view(
         starts_at=attempt.report.starts_at,
         ends_at=attempt.expires_at,
         engine=record.engine.kind if record is not None else None,
-        load_s=progress.load_s if progress is not None else None,
+        load_s=record.load_s if record is not None else progress.load_s if progress is not None else None,
         stage_s=progress.stage_s if progress is not None else None,
         stage_bytes=progress.stage_bytes if progress is not None else None,
         successor=living[-1].replica if living and living[-1] is not attempt else None,

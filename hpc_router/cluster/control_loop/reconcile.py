@@ -283,7 +283,8 @@ def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
     """Yields actions that cancel, then kill, jobs whose service has ended but which still hold resources."""
     for attempt in attempts:
         if attempt.submitted and attempt.job is JobState.ENDING:
-            ended_at = attempt.exit.at if attempt.exit is not None else attempt.claimed_at
+            end = attempt.exit or attempt.report.end  # the job's own record, else what its launcher reports
+            ended_at = end.at if end is not None else attempt.claimed_at
             if attempt.stop.cancel_at is not None:
                 yield _kill_or_wait(attempt, attempt.stop.cancel_at + KILL_AFTER_S, now)
             elif now >= ended_at + KILL_AFTER_S:

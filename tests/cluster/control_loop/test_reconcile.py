@@ -393,3 +393,11 @@ def test_any_history_ends_in_the_desired_state(steps: Sequence[tuple[object, ...
     assert live - {ROUTER_SLOT} == wanted - {ROUTER_SLOT}
     assert ROUTER_SLOT in live or ROUTER_SLOT not in wanted  # a router that is no longer wanted stays
     assert world.tick(1000.0) == []
+
+
+def test_a_job_that_has_just_ended_is_given_time_to_release_its_resources() -> None:
+    """By its launcher's report, if it left no exit record itself: cancelling it would look like a request to end."""
+    end = Exit(ok=False, reason=FailureReason.KILLED, message="killed by signal 9", at=NOW)
+    ending = replace(attempt(claimed_at=NOW - 3600), report=JobReport(JobState.ENDING, end=end))
+    assert decide(ONE, ending) == [Submit(MATH, 2)]
+    assert decide(ONE, ending, now=NOW + KILL_AFTER_S) == [Cancel("math-0.g1"), Submit(MATH, 2)]
