@@ -56,8 +56,11 @@ class Prober:
         probed = f"connection to {url}" if path is None else f"GET {protocol.url_at(url, path)}"
         try:
             return await (self._probe_external(replica) if external else self._probe_agent(replica))
-        except TimeoutError:
-            replica.trouble = f"{probed}: no answer within {self.timeout_s:g} s"
+        except TimeoutError as error:
+            connecting = path is None or isinstance(error, aiohttp.ConnectionTimeoutError)
+            limit_s = EXTERNAL_PROBE_S if external and not connecting else self.timeout_s
+            what = "no connection" if external and connecting else "no answer"
+            replica.trouble = f"{probed}: {what} within {limit_s:g} s"
             return Incident.PROBE_LATE
         except aiohttp.ClientResponseError as error:
             replica.trouble = f"{probed} answers with status {error.status}"
