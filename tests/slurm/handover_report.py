@@ -4,7 +4,7 @@
     python -m tests.slurm.handover_report --part walltime --walltime 10
 
 Half of the load uses `hpc_router.client`, half goes through `hpc-router connect`. Needs root, Slurm and the freezer of
-cgroup v1. Exits with 1 if a request failed, or a stream that was not on a replica that died.
+cgroup v1. Exits with 1 if a request failed, or a stream that was not on a replica that died, or a successor came late.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -56,10 +56,12 @@ class Row:
     excused: int
     without_answer_s: float
     submitted_s: float | None = None
+    within_s: float | None = None
 
     @property
     def bad(self) -> bool:
-        return self.failed > 0 or self.broken > self.excused
+        late = self.submitted_s is not None and self.within_s is not None and self.submitted_s > self.within_s
+        return late or self.failed > 0 or self.broken > self.excused
 
     def __str__(self) -> str:
         submitted = "" if self.submitted_s is None else f"{self.submitted_s:.1f} s"
@@ -113,7 +115,8 @@ async def incident(deployed: OnSlurm, load: "LoadSize", one: Incident) -> Row:
         await asyncio.sleep(TOKENS * ITL_MS / 1000)
         outcome = await one.cause(service)
     assert submitted_once(deployed, before), deployed.claimed()
-    return row(service, one.name, since=service.began_at, until=service.ended_at, outcome=outcome)
+    found = row(service, one.name, since=service.began_at, until=service.ended_at, outcome=outcome)
+    return replace(found, within_s=one.within_s)
 
 
 @dataclass(frozen=True)

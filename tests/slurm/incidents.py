@@ -67,11 +67,6 @@ async def agent_killed(service: Service) -> Outcome:
     killed_at = time.time()
     deployed.cluster.node(process.host).enter(["kill", f"-{signal.SIGKILL.value}", str(process.pid)])
     successor = await _replaced(deployed, replica)
-    end = deployed.job(replica).exit()
-    print(
-        f"its end was seen {end.at - killed_at if end else 0:.1f} s, its slot claimed "
-        f"{deployed.job(successor).claimed_at() - killed_at:.1f} s after the kill"
-    )
     return Outcome(frozenset({replica}), _submitted_at(deployed, successor) - killed_at)
 
 
