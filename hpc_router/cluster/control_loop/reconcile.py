@@ -317,12 +317,15 @@ def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list
 
 
 def _exit_of(attempt: Attempt) -> Exit:
-    """Returns the exit of an attempt that is not live. The observer writes an exit for every job that ended, but a
-    claim has none."""
+    """Returns the exit of an attempt that cannot serve again. The observer writes an exit for every job that ended; a
+    job that hangs and a claim have none."""
     if attempt.exit is not None:
         return attempt.exit
-    message = "the job ended without an exit record" if attempt.submitted else "claimed, but never submitted"
-    return Exit(ok=False, reason=FailureReason.VANISHED, message=message, at=attempt.claimed_at + CLAIM_S)
+    if attempt.submitted:
+        message, at = "it hangs, or its job ended without an exit record", attempt.claimed_at
+    else:
+        message, at = "claimed, but never submitted", attempt.claimed_at + CLAIM_S
+    return Exit(ok=False, reason=FailureReason.VANISHED, message=message, at=at)
 
 
 def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:

@@ -401,3 +401,9 @@ def test_a_job_that_has_just_ended_is_given_time_to_release_its_resources() -> N
     ending = replace(attempt(claimed_at=NOW - 3600), report=JobReport(JobState.ENDING, end=end))
     assert decide(ONE, ending) == [Submit(MATH, 2)]
     assert decide(ONE, ending, now=NOW + KILL_AFTER_S) == [Cancel("math-0.g1"), Submit(MATH, 2)]
+
+
+def test_a_replica_that_hangs_in_its_first_minute_is_replaced_at_once() -> None:
+    """Its claim's age is no pause: the pause after a first failure is none."""
+    hung = attempt(registered=State.READY, hung=True, claimed_at=NOW - 20)
+    assert decide(ONE, hung) == [Cancel("math-0.g1"), Submit(MATH, 2)]
