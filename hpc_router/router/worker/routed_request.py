@@ -44,6 +44,7 @@ MISSING_STATUSES: Final = frozenset({404, 405})
 REVIEWED_STATUSES: Final = RETRY_STATUSES | MISSING_STATUSES | {401}
 """Statuses that `AttemptReview` checks before the client gets the response."""
 _SESSION: Final = protocol.SESSION_HEADER.encode()
+_CONTENT_ENCODING: Final = b"content-encoding"
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
 
@@ -180,7 +181,12 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     def on_head(self, status: int, headers: Headers) -> EventStream | None:
         """Returns the sink that forwards a stream of events from the replica's connection to the client's without a
         task; None for any other response."""
-        if status in REVIEWED_STATUSES or headers.content_type != CONTENT_TYPE or b"content-encoding" in headers:
+        if status in REVIEWED_STATUSES or headers.content_type != CONTENT_TYPE:
+            return None
+        encoded = headers.cached.get(_CONTENT_ENCODING)
+        if encoded is None:  # kept with the head, which is the same for most streams
+            encoded = headers.cached[_CONTENT_ENCODING] = _CONTENT_ENCODING in headers
+        if encoded:
             return None
         assert self.reservation is not None
         head = self.accept(self.reservation, status, headers)
