@@ -48,7 +48,7 @@ def named_paths(page: Path) -> set[str]:
     `<name>` and `NAME` are left out."""
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     words = [word.partition("::")[0].rstrip(",;") for span in re.findall(r"`([^`]+)`", text) for word in span.split()]
-    folders = {path.name for root in (ROOT, PACKAGE) for path in root.iterdir() if path.is_dir()}
+    folders = {path.name for root in (ROOT, PACKAGE) for path in root.iterdir() if path.is_dir()} - {"runs"}
     paths = {word for word in words if "/" in word and word.partition("/")[0] in folders}
     return {path for path in paths if not re.search(r"<|(^|/)[A-Z]+\b(?!\.md)", path)}
 
