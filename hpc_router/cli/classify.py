@@ -27,7 +27,7 @@ def with_cluster_names(artefact: Artefact) -> Artefact:
 
 
 def predict(folder: Path, prompts: Path, *, fallback: str | None = None) -> Iterator[dict[str, object]]:
-    """Reads and checks all prompts, then yields one decision per prompt (*contract*: its keys)."""
+    """Reads and checks all prompts, then yields one decision per prompt."""
     artefact = read(folder)
     policy = ClassifierPolicy(Classifier(with_cluster_names(artefact)), fallback=fallback)
     for row in read_rows(prompts):

@@ -80,8 +80,15 @@ def read(path: Path) -> Deployment:
 
 def differing_keys(left: Deployment, right: Deployment) -> list[str]:
     """Returns the keys, such as `router.port`, whose values differ between two deployments; sorted."""
+    return list(differing_values(left, right))
+
+
+def differing_values(left: Deployment, right: Deployment) -> dict[str, tuple[Any, Any]]:
+    """Returns the values that differ between two deployments by their keys; sorted. A value is None where a deployment
+    does not have the key."""
     one, other, absent = flat(asdict(left)), flat(asdict(right)), object()
-    return sorted(key for key in one.keys() | other.keys() if one.get(key, absent) != other.get(key, absent))
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, absent) != other.get(key, absent))
+    return {key: (one.get(key), other.get(key)) for key in keys}
 
 
 def flat(value: Any, at: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from hpc_router.config.schema import ClusterConfig, Deployment, RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.net import addresses
+from hpc_router.net.addresses import free_port
 from hpc_router.router import main
 from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.state.io_thread import FileThread
@@ -66,12 +67,6 @@ def port_of(run: RunDir, *, node: str = "n1", configured_port: int = 0) -> int:
     deployment = Deployment(router=RouterConfig(host="127.0.0.1", port=configured_port))
     with main.bind(run, deployment, node=node) as sock:
         port: int = sock.getsockname()[1]
-        return port
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
         return port
 
 

@@ -7,7 +7,7 @@ on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -89,8 +89,7 @@ def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | Non
     before = frozen.read(run.config)
     base = frozen.read(run.previous_config) if previous else before
     after = with_requested(base, overrides, config_dir=config_dir)
-    old, new = frozen.flat(asdict(before)), frozen.flat(asdict(after))
-    differing = {key: (old.get(key), new.get(key)) for key in frozen.differing_keys(before, after)}
+    differing = frozen.differing_values(before, after)
     keys = {key: values for key, values in differing.items() if any(value not in (None, {}) for value in values)}
     fixed = [
         f"{key} cannot change: {_FIXED[key]}; `hpc-router up` with it starts a new run" for key in keys if key in _FIXED

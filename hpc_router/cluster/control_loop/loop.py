@@ -38,8 +38,7 @@ from hpc_router.cluster.control_loop.retention import Retention
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Observed, all_attempts
 from hpc_router.cluster.launchers.interface import JobState, Launcher
 from hpc_router.cluster.launchers.select import launcher_for
-from hpc_router.cluster.launchers.slurm.node_fit import resources_of
-from hpc_router.cluster.launchers.slurm.sbatch import effective_options
+from hpc_router.cluster.launchers.slurm.node_fit import partition_of
 from hpc_router.cluster.signals import ignored, interrupt_event
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
@@ -129,8 +128,7 @@ class ControlLoop:
         """Writes the expected times, node exclusions and completed handovers of the pass, and removes old generations.
         Only the leading loop calls this."""
         partitions = {
-            expert: effective_options(self.deployment.cluster, resources_of(self.deployment, expert)[1]).partition or ""
-            for expert in {slot.expert for slot in seen.desired.slots()}
+            expert: partition_of(self.deployment, expert) for expert in {slot.expert for slot in seen.desired.slots()}
         }
         self._forecast.write(seen.desired, seen.observed, partitions, time.time())
         self._report_handovers(seen.observed)

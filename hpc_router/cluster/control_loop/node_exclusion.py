@@ -15,8 +15,7 @@ from typing import Final
 from hpc_router.cluster.control_loop.desired_state import exclude_nodes, excluded_nodes, forgotten_nodes
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, all_attempts
 from hpc_router.cluster.launchers.commands import SlurmCommandError
-from hpc_router.cluster.launchers.slurm.node_fit import resources_of
-from hpc_router.cluster.launchers.slurm.sbatch import effective_options
+from hpc_router.cluster.launchers.slurm.node_fit import partition_of
 from hpc_router.cluster.launchers.slurm.sinfo import SlurmSite, ask_site
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_records import FailureReason, Runner
@@ -124,13 +123,8 @@ class NodeExclusion:
         except SlurmCommandError as error:
             logger.warning("the number of nodes is not known: %s", error)
             return 0
-        cluster = self._deployment.cluster
         names = {
-            name
-            for expert in self._deployment.experts
-            for name in (effective_options(cluster, resources_of(self._deployment, expert)[1]).partition or "").split(
-                ","
-            )
+            name for expert in self._deployment.experts for name in partition_of(self._deployment, expert).split(",")
         }
         used = [site.partitions.get(name or site.default or "") for name in names]
         return min((int(MAX_SHARE * sum(k.nodes for k in p.kinds)) for p in used if p is not None), default=0)

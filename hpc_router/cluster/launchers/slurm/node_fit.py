@@ -33,6 +33,11 @@ def resources_of(deployment: Deployment, expert: str) -> tuple[str, ResourceConf
     return f"experts.{expert}.resources", deployment.experts[expert].resources
 
 
+def partition_of(deployment: Deployment, expert: str) -> str:
+    """Returns the value of `--partition` for the jobs of an expert; empty for the cluster's default partition."""
+    return effective_options(deployment.cluster, resources_of(deployment, expert)[1]).partition or ""
+
+
 def site_faults(deployment: Deployment, site: SlurmSite) -> list[str]:
     """Returns a fault for each value that no node can satisfy."""
     faults = [fault for request in _requests(deployment) for fault in _faults(request, site)]
