@@ -82,7 +82,7 @@ class NodeDisk:
         return None
 
     def begin(self, files: ModelFiles) -> StagedModel | None:
-        """Creates and locks an empty folder for a new copy, after making room for it. Returns None if another process
+        """Creates and locks the folders of a new copy, after making room for it. Returns None if another process
         is copying this model or making room. Raises StagingError if there is no room, and OSError."""
         whole = FolderLock.take(self.folder, shared=False)
         if whole is None:
@@ -99,7 +99,10 @@ class NodeDisk:
             if lock is None:
                 return None
             replace_json(folder / MANIFEST, {"source": str(files.source), "bytes": files.size})
-            return StagedModel(folder, folder / files.source.name, lock)
+            part = StagedModel(folder, folder / files.source.name, lock)
+            for inside in {(part.path / file.path).parent for file in files.files}:
+                inside.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return part
         finally:
             whole.release()
 
@@ -111,9 +114,11 @@ class NodeDisk:
         part.lock.release()
 
     def discard(self, part: StagedModel) -> None:
-        """Removes an incomplete copy."""
-        shutil.rmtree(part.folder, ignore_errors=True)
-        part.lock.release()
+        """Removes an incomplete copy. A thread that still copies to it gets FileNotFoundError at its next file."""
+        try:
+            self._move_away(part.folder)
+        finally:
+            part.lock.release()
 
     def cache(self, key: str) -> StagedModel | None:
         """Returns the compile cache of this key with a shared lock, and creates it if needed; None while it is being

@@ -183,9 +183,8 @@ class NodeStaging:
 
         async def copy_with(copier: FileThread) -> None:
             for file in left:
-                target = part.path / file.path
-                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                hashes[str(file.path)] = await copier.run(partial(copy_file, files, file, target, progress))
+                copying_one = partial(copy_file, files, file, part.path / file.path, progress)
+                hashes[str(file.path)] = await copier.run(copying_one)
 
         copying = asyncio.gather(*map(copy_with, self._copiers))
         try:

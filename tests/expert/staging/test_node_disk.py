@@ -1,6 +1,7 @@
 """The folder of copies on a node: private, bounded, and nothing in use is removed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,7 +52,6 @@ def put(disk: NodeDisk, files: ModelFiles) -> Path:
     """A complete copy, used by no process."""
     part = disk.begin(files)
     assert part is not None
-    part.path.mkdir()
     for file in files.files:
         (part.path / file.path).write_bytes((files.source / file.path).read_bytes())
     disk.finish(part, files, {})
@@ -127,6 +127,28 @@ def test_a_copy_is_found_once_it_is_complete(disk: NodeDisk, files: ModelFiles) 
     assert disk.begin(files) is None  # it is there
 
 
+def test_no_file_is_added_to_a_copy_while_it_is_removed(
+    disk: NodeDisk, files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread of a copy fails and the copy is given up while the others are between two files."""
+    part = disk.begin(files)
+    assert part is not None
+    part.path.mkdir(exist_ok=True)
+    removed = []
+
+    def rmtree(folder: Path, *, ignore_errors: bool) -> None:
+        with pytest.raises(FileNotFoundError):
+            (part.path / "model.safetensors").open("xb")
+        removed.append(folder)
+        remove(folder, ignore_errors=ignore_errors)
+
+    remove = shutil.rmtree
+    monkeypatch.setattr("hpc_router.expert.staging.node_disk.shutil.rmtree", rmtree)
+    disk.discard(part)
+    assert len(removed) == 1
+    assert entries(disk) == []
+
+
 def test_a_changed_model_is_another_one(disk: NodeDisk, files: ModelFiles) -> None:
     first = put(disk, files)
     (files.source / "model.safetensors").write_bytes(b"y" * 1000)
@@ -146,7 +168,8 @@ def test_one_process_copies_and_its_death_leaves_the_work_to_the_next(
         writer.wait()
     part = disk.begin(files)
     assert part is not None
-    assert [path.name for path in part.folder.iterdir()] == [MANIFEST]
+    assert sorted(path.name for path in part.folder.iterdir()) == ["math", MANIFEST]
+    assert list(part.path.iterdir()) == []
 
 
 def test_a_damaged_copy_is_removed_and_not_under_its_users(disk: NodeDisk, files: ModelFiles, node_disk: Path) -> None:

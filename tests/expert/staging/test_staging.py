@@ -126,7 +126,7 @@ async def test_a_waiting_replica_goes_on_when_the_one_that_copied_was_killed(mod
         "import sys; from pathlib import Path; from hpc_router.expert.staging.model_files import list_files\n"
         "from hpc_router.expert.staging.node_disk import NodeDisk\n"
         "part = NodeDisk.open(Path(sys.argv[1])).begin(list_files(Path(sys.argv[2])))\n"
-        "part.path.mkdir(); (part.path / 'model-1.safetensors').write_text('half'); print(flush=True); sys.stdin.read()"
+        "(part.path / 'model-1.safetensors').write_text('half'); print(flush=True); sys.stdin.read()"
     )
     argv = [sys.executable, "-c", begun, str(node_disk), str(model)]
     writer = await asyncio.create_subprocess_exec(*argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
