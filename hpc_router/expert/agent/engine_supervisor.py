@@ -11,8 +11,9 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from hpc_router.errors import UpstreamError
 from hpc_router.expert.agent.engine_relay import ENGINE
@@ -40,11 +41,21 @@ HUNG_MISSES: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """What is known of an engine once it has loaded; None: it does not say. `load_s`: from its start, in seconds."""
+    """What is known of an engine once it has loaded; None: it does not say, or has not answered yet. `load_s`: from its
+    start, in seconds."""
 
     load_s: float
     max_model_len: int | None
     prefix_caching: bool | None
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What an engine has told since its start. `listed`: its models with their `max_model_len`; None: not answered."""
+
+    listed: dict[str, int | None] | None = None
+    metrics_read: bool = False
+    prefix_caching: bool | None = None
 
 
 class EngineObserver(Protocol):
@@ -61,7 +72,7 @@ class EngineSupervisor:
     `progress` returns a number that changes while responses arrive, because a busy engine may be too slow for a probe.
     `engine_lost` is set by the HTTP API when the engine did not accept a request, and cleared here when the engine
     answers. `break_off` is called before an engine is stopped and after one has ended by itself. `on_loaded` is
-    called before each READY.
+    called before each READY, and again when a busy engine has told the rest later.
     """
 
     engine: Engine
@@ -78,8 +89,7 @@ class EngineSupervisor:
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     chance: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
-    _max_model_len: int | None = None
-    _prefix_caching: bool | None = None
+    _facts: _Facts = field(default_factory=_Facts)
 
     async def run(self) -> EngineFailure:
         """Runs the engine. Returns a failure that no restart can repair, or the last of too many failures."""
@@ -98,10 +108,10 @@ class EngineSupervisor:
                         ready_at = self.clock()
                         self.engine_lost.clear()
                         load_s = round(ready_at - started_at, 3)
-                        self.on_loaded(LoadedEngine(load_s, self._max_model_len, self._prefix_caching))
+                        self.on_loaded(self._loaded(load_s))
                         self.observer.phase_changed(JobPhase.READY, engine_pid=process.pid)
                         logger.info("engine ready after %g s", load_s)
-                        failure = await self._until_end_or_hung(process)
+                        failure = await self._until_end_or_hung(process, load_s)
                         ready_s = self.clock() - ready_at  # before this engine and its other ranks are stopped
                 finally:
                     self.break_off()
@@ -145,48 +155,67 @@ class EngineSupervisor:
         because the registry would list their experts as served."""
         while not await self._is_ready(timeout_s=POLL_TIMEOUT_S):
             await asyncio.sleep(POLL_S)
-        serves = self.engine.serves()
+        facts = self._facts = _Facts()
         if not self.engine.lists_models:
             return None
-        while (listed := await self._served_models()) is None and len(serves) > 1:
+        serves = self.engine.serves()
+        while not await self._ask() and facts.listed is None and len(serves) > 1:
             await asyncio.sleep(POLL_S)
-        lengths = [length for length in (listed or {}).values() if type(length) is int]
-        self._max_model_len, self._prefix_caching = min(lengths, default=None), await self._caches_prefixes()
-        if listed is None or len(serves) == 1:
+        if len(serves) == 1:
             return None
-        absent = [expert for expert, model in serves.items() if model not in listed]
+        absent = [expert for expert, model in serves.items() if model not in (facts.listed or {})]
         return (
             EngineFailure(FailureReason.WEIGHTS, f"the engine has not loaded {', '.join(absent)}") if absent else None
         )
 
-    async def _served_models(self) -> dict[str, Any] | None:
+    async def _ask(self) -> bool:
+        """Asks for what the engine has not told yet. Returns whether it has told all."""
+        facts = self._facts
+        if facts.listed is None:
+            facts.listed = await self._served_models()
+        if not facts.metrics_read:
+            with suppress(UpstreamError, TimeoutError):
+                # vLLM's metrics say whether it caches prefixes; the default depends on the model.
+                found = _PREFIX_CACHING.search(await self._read(METRICS, limit=_MAX_METRICS_BYTES))
+                facts.metrics_read, facts.prefix_caching = True, None if found is None else found[1] == b"True"
+        return self._told
+
+    @property
+    def _told(self) -> bool:
+        return not self.engine.lists_models or (self._facts.listed is not None and self._facts.metrics_read)
+
+    async def _ask_again(self, load_s: float) -> None:
+        """Asks an engine that was too busy to tell all before it was ready."""
+        while not self._told:
+            await asyncio.sleep(WATCH_S)
+            if await self._ask():
+                self.on_loaded(self._loaded(load_s))
+
+    def _loaded(self, load_s: float) -> LoadedEngine:
+        lengths = [length for length in (self._facts.listed or {}).values() if length is not None]
+        return LoadedEngine(load_s, min(lengths, default=None), self._facts.prefix_caching)
+
+    async def _served_models(self) -> dict[str, int | None] | None:
         """Returns the models that the engine lists, with their `max_model_len`; None without a valid list."""
         try:
             cards = json.loads(await self._read(MODELS, limit=_MAX_LIST_BYTES))["data"]
-            return {card["id"]: card.get("max_model_len") for card in cards}
+            lengths = {card["id"]: card.get("max_model_len") for card in cards}
+            return {model: length if type(length) is int else None for model, length in lengths.items()}
         except (UpstreamError, TimeoutError, ValueError, KeyError, TypeError, AttributeError):
             return None
-
-    async def _caches_prefixes(self) -> bool | None:
-        """What vLLM's metrics say; its default depends on the model."""
-        try:
-            found = _PREFIX_CACHING.search(await self._read(METRICS, limit=_MAX_METRICS_BYTES))
-        except (UpstreamError, TimeoutError):
-            return None
-        return None if found is None else found[1] == b"True"
 
     async def _read(self, path: str, *, limit: int) -> bytes:
         """Raises UpstreamError or TimeoutError."""
         async with asyncio.timeout(POLL_TIMEOUT_S), self.client.request("GET", ENGINE, path) as answer:
             return await answer.read(limit)
 
-    async def _until_end_or_hung(self, process: EngineProcess) -> EngineFailure:
+    async def _until_end_or_hung(self, process: EngineProcess, load_s: float) -> EngineFailure:
         async with asyncio.TaskGroup() as group:
             end = group.create_task(self._until_end(process))
             hanging = group.create_task(self._until_hung())
-            clearing = group.create_task(self._clear_engine_lost())
+            others = [group.create_task(self._clear_engine_lost()), group.create_task(self._ask_again(load_s))]
             await asyncio.wait({end, hanging}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (end, hanging, clearing):
+            for task in (end, hanging, *others):
                 task.cancel()
         return hanging.result() if end.cancelled() else end.result()
 

@@ -22,6 +22,7 @@ from hpc_router.expert.agent.restart_policy import RestartPolicy
 from hpc_router.expert.engine_process.process import Command, EngineProcess
 from hpc_router.expert.engines import EngineFailure, Place, build_engine, engine_environment
 from hpc_router.expert.multinode.start_strategy import SingleNode
+from hpc_router.net.protocol import METRICS
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.state import log_file
 from hpc_router.state.io_thread import FileThread
@@ -152,9 +153,37 @@ async def test_prefix_caching_is_what_the_metrics_of_vllm_say(
     async with supervised(socket_folder) as (supervisor, _):
         await runner.setup()
         await web.UnixSite(runner, str(socket_folder / "engine.sock")).start()
-        assert await supervisor._caches_prefixes() is expected
+        await supervisor._ask()
+        assert supervisor._loaded(2.0).prefix_caching is expected
         await runner.cleanup()
-        assert await supervisor._caches_prefixes() is None, "an engine that does not answer"
+
+
+@pytest.mark.usefixtures("quick_watch")
+async def test_an_engine_too_busy_to_tell_of_itself_is_asked_again(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: asyncio.Queue[LoadedEngine] = asyncio.Queue()
+    busy = True
+
+    async def read(_: EngineSupervisor, path: str, *, limit: int) -> bytes:
+        if busy:
+            raise TimeoutError
+        if path == METRICS:
+            return b'vllm:cache_config_info{enable_prefix_caching="True"} 1.0\n'
+        return b'{"data": [{"id": "m", "max_model_len": 512}]}'
+
+    async with supervised(socket_folder) as (supervisor, steps):
+        monkeypatch.setattr(EngineSupervisor, "_read", read)
+        supervisor.on_loaded = loaded.put_nowait
+        task = asyncio.create_task(supervisor.run())
+        await asyncio.wait_for(steps.ready.wait(), GUARD_S)
+        first = loaded.get_nowait()
+        assert (first.max_model_len, first.prefix_caching) == (None, None)
+        busy = False
+        told = await asyncio.wait_for(loaded.get(), GUARD_S)
+        assert told == LoadedEngine(first.load_s, max_model_len=512, prefix_caching=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_an_engine_without_one_of_its_adapters_is_never_ready(socket_folder: Path) -> None:
