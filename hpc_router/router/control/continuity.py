@@ -9,12 +9,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from hpc_router.router.replicas.replica import Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
+
+MAX_COUNTED: Final = 200
 
 
 @dataclass(slots=True)
@@ -28,6 +30,9 @@ class Continuity:
     handovers: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Number of replicas that reached their end, by expert and outcome: `overlap` if the successor was ready, else
     `gap`."""
+    counted: dict[str, list[list[str]]] = field(default_factory=dict)
+    """The last MAX_COUNTED replicas in `handovers`, each with its labels. An older router that still runs may count a
+    replica that this one never saw ready, and both may count the same one."""
     _unready_s: dict[str, float] = field(default_factory=dict)
     _unready_since: dict[str, float] = field(default_factory=dict)
     _ready: dict[str, Replica] = field(default_factory=dict)
@@ -59,14 +64,31 @@ class Continuity:
         return {
             "unready_s": {expert: self.unready_s(expert) for expert in self._unready_s},
             "handovers": [[*labels, count] for labels, count in self.handovers.items()],
+            "counted": self.counted,
         }
 
     def absorb(self, dumped: Mapping[str, Any]) -> None:
-        """Adds the counts of a predecessor."""
+        """Adds the counts of a predecessor. Called once; later counts of it come by `follow`."""
         for expert, seconds in dumped.get("unready_s", {}).items():
             self._unready_s[expert] = self._unready_s.get(expert, 0.0) + seconds
         for expert, outcome, count in dumped.get("handovers", ()):
             self.handovers[expert, outcome] += count
+        counted: Mapping[str, list[list[str]]] = dumped.get("counted", {})
+        for replica in self.counted.keys() & counted.keys():
+            self.handovers.subtract((expert, outcome) for expert, outcome in counted[replica])
+        self._remember(counted)
+
+    def follow(self, dumped: Mapping[str, Any]) -> None:
+        """Adds the handovers that a predecessor has counted since the last call and that are not counted here."""
+        counted: Mapping[str, list[list[str]]] = dumped.get("counted", {})
+        new = {replica: labels for replica, labels in counted.items() if replica not in self.counted}
+        self.handovers.update((expert, outcome) for labels in new.values() for expert, outcome in labels)
+        self._remember(new)
+
+    def _remember(self, counted: Mapping[str, list[list[str]]]) -> None:
+        self.counted |= counted
+        for replica in list(self.counted)[:-MAX_COUNTED]:
+            del self.counted[replica]
 
     def metrics(self) -> Iterator[Metric]:
         unready = CounterMetricFamily(
@@ -90,10 +112,10 @@ class Continuity:
     def _count_handover(self, replica: Replica, ready: dict[str, Replica], *, left: bool) -> None:
         """Counts the handover of a replica that is not ready any more, if it has a successor or is near its end."""
         expires_at = replica.record.expires_at
-        if expires_at is None or not (left or replica.state is RoutingState.DRAINING):
+        if expires_at is None or not (left or replica.state is RoutingState.DRAINING) or replica.name in self.counted:
             return
         generation = replica.record.generation
         replaced = any(r.slot_name == replica.slot_name and r.record.generation > generation for r in ready.values())
         if replaced or expires_at - self.wall_clock() <= self.near_end_s:
-            for expert in replica.record.serves:
-                self.handovers[expert, "overlap" if replaced else "gap"] += 1
+            outcome = "overlap" if replaced else "gap"
+            self.follow({"counted": {replica.name: [[expert, outcome] for expert in replica.record.serves]}})

@@ -91,9 +91,12 @@ class Predecessor:
 
     def _learn(self, page: Mapping[str, Any]) -> bool:
         """Stores a page of turns; returns whether the next page may have turns that are new here."""
-        if not self._inherited:
+        counts = page.get("continuity") or {}
+        if self._inherited:
+            self.continuity.follow(counts)
+        else:
             self._inherited = True
-            self.continuity.absorb(page.get("continuity") or {})
+            self.continuity.absorb(counts)
         now, new = time.monotonic(), 0
         turns = page.get("turns") or []
         for name, values in reversed(turns):

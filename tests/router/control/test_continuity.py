@@ -112,6 +112,36 @@ def test_a_drain_long_before_the_end_is_no_handover(world: World) -> None:
     assert world.seen.handovers == {}
 
 
+def test_a_handover_that_only_the_older_router_saw_is_counted(world: World) -> None:
+    """The new one learned the older one's counts before that, and sees the old replica first while it drains."""
+    newer = World()
+    newer.seen.absorb({"handovers": [["math", "overlap", 2]], "counted": {"math-0.g1": [["math", "overlap"]]}})
+    old = world.starts("math-0.g2")
+    for each in (world, newer):
+        each.now = 900
+        each.starts("math-0.g3", expires_at=5000)
+    world.turns(old, RoutingState.DRAINING)
+    for _ in range(2):
+        newer.seen.follow(world.seen.dump())
+    assert newer.seen.handovers == {("math", "overlap"): 3}
+
+
+@pytest.mark.parametrize("first", ["absorb", "count"])
+def test_a_handover_that_two_routers_saw_counts_once(world: World, first: str) -> None:
+    newer = World()
+    if first == "absorb":
+        newer.seen.absorb(world.seen.dump())
+    for each in (world, newer):
+        old = each.starts("math-0.g1")
+        each.now = 900
+        each.starts("math-0.g2", expires_at=5000)
+        each.turns(old, RoutingState.DRAINING)
+    if first == "count":
+        newer.seen.absorb(world.seen.dump())
+    newer.seen.follow(world.seen.dump())
+    assert newer.seen.handovers == {("math", "overlap"): 1}
+
+
 def test_an_ejected_replica_has_not_handed_over(world: World) -> None:
     first = world.starts("math-0.g1")
     world.now = END - 1
