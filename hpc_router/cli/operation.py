@@ -148,9 +148,10 @@ def _nodes_forget(arguments: argparse.Namespace) -> int:
 
     hpc-router nodes forget gpu17
     """
-    from hpc_router.cluster.control_loop.desired_state import include_nodes
+    from hpc_router.cluster.commands.drain import undo
+    from hpc_router.cluster.control_loop.loop import ControlLoop
 
-    include_nodes(find_run(arguments.run), arguments.nodes)
+    undo(ControlLoop(find_run(arguments.run)), arguments.nodes)
     return 0
 
 

@@ -6,6 +6,7 @@ first observer of a job that ended without one; `ended.json` the batch script ar
 that asks the job to stop.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from hpc_router.state.atomic_files import read_json, replace_json
+from hpc_router.state.atomic_files import create_text, read_json, replace_json
 from hpc_router.state.run_directory import RunDir, private_umask
 
 
@@ -234,6 +235,11 @@ class JobDir:
 
     def write(self, value: JobInfo | Submitter | Process | JobProgress | Exit | Ended | Stop) -> None:
         replace_json(self.path / FILES[type(value)], asdict(value))
+
+    def report_handover(self) -> bool:
+        """Records that the handover to this job is reported. Returns True for the first caller, and False for all
+        others."""
+        return create_text(self.path / "handover.json", json.dumps({"reported_at": round(time.time(), 3)}) + "\n")
 
     def write_exit(self, end: Exit) -> None:
         """Writes the exit record. Does not overwrite an exit record that another process wrote, because the control

@@ -15,8 +15,9 @@ import hpc_router
 from hpc_router.cluster.commands.up import train_classifier
 from hpc_router.cluster.control_loop.desired_state import want_config
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
+from hpc_router.cluster.control_loop.reconcile import DEPENDENCY, rollout_failure
 from hpc_router.cluster.control_loop.rolling import is_outdated
-from hpc_router.cluster.control_loop.slots import Attempt
+from hpc_router.cluster.control_loop.slots import Attempt, all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.cluster.planning.plan import make_plan
 from hpc_router.cluster.planning.run_target import with_requested
@@ -27,7 +28,6 @@ from hpc_router.config.revision import revisions
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.state.atomic_files import replace_text
-from hpc_router.state.job_records import PERMANENT, Exit
 from hpc_router.state.run_directory import RunDir
 
 POLL_S: Final = 0.5
@@ -43,18 +43,14 @@ _FIXED: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A checked change of a run's config. `keys`: the keys that differ, each with the old and the new value."""
+    """A checked change of a run's config. `keys`: the keys that differ, each with the old and the new value.
+    `replaced`: the names of the experts, and `router`, whose jobs are replaced."""
 
     run: RunDir
     before: Deployment
     after: Deployment
     keys: Mapping[str, tuple[Any, Any]]
-
-    def rolled(self) -> list[str]:
-        """Returns the names of the experts, and `router`, whose jobs are replaced."""
-        old, new = revisions(self.before), revisions(self.after)
-        names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name] and name != ROUTER)
-        return [*names, *([ROUTER] if old[ROUTER] != new[ROUTER] else [])]
+    replaced: Sequence[str]
 
     def _is_kept(self, key: str) -> bool:
         """Returns whether the key does not belong to an added or removed expert."""
@@ -64,19 +60,18 @@ class Change:
     def to_json(self) -> dict[str, Any]:
         return {
             "keys": {key: {"before": was, "after": now} for key, (was, now) in self.keys.items()},
-            "replaced": self.rolled(),
+            "replaced": list(self.replaced),
         }
 
     def lines(self) -> list[str]:
         """Returns the change as lines of text."""
         old, new = hosts(self.before.experts), hosts(self.after.experts)
-        rolled = self.rolled()
         return [
             *(f"{key}: {_text(was)} -> {_text(now)}" for key, (was, now) in self.keys.items() if self._is_kept(key)),
             *(f"{name} is added" for name in sorted(new.keys() - old.keys())),
             *(f"{name} is removed: its replicas drain" for name in sorted(old.keys() - new.keys())),
-            *(f"{name}: each of its jobs is replaced" for name in rolled),
-            *([] if rolled or not self.keys else ["no job is replaced"]),
+            *(f"{name}: each of its jobs is replaced" for name in self.replaced),
+            *([] if self.replaced or not self.keys else ["no job is replaced"]),
             *([] if self.keys else [f"jobs of other versions than hpc-router {hpc_router.__version__} are replaced"]),
         ]
 
@@ -99,7 +94,14 @@ def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | Non
     if not keys and (overrides or previous or config_dir is not None):
         raise ConfigError(f"the config of {run.path} already has these values: nothing to apply")
     make_plan(after, run=run)
-    return Change(run, before, after, keys)
+    return Change(run, before, after, keys, _replaced(before, after))
+
+
+def _replaced(before: Deployment, after: Deployment) -> list[str]:
+    """Returns the experts, and last the router, whose jobs are replaced."""
+    old, new = revisions(before), revisions(after)
+    names = [name for name in old.keys() & new.keys() if old[name] != new[name]]
+    return sorted(names, key=lambda name: (name == ROUTER, name))
 
 
 def write_change(change: Change) -> ControlLoop:
@@ -144,7 +146,7 @@ def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:
                 show(text)
                 shown = text
             for attempt in left:
-                if (end := _stopped(seen, attempt)) is not None:
+                if (end := rollout_failure(attempt, seen.observed[attempt.slot], seen.desired)) is not None:
                     raise LaunchError(
                         f"the rollout stopped: the successor of {attempt.replica} failed: {end.message}; "
                         f"{attempt.replica} serves on; apply another value, or `hpc-router apply --previous`"
@@ -167,19 +169,13 @@ def outdated(seen: LoopPass) -> list[Attempt]:
 def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
     """Returns what the rollout still waits for, as text; empty when every slot has a ready job of the new config."""
     if left:
-        return f"{len(left)} jobs left with the old config: {', '.join(a.replica for a in left)}"
+        queued = [
+            a for a in all_attempts(seen.observed) if a.live and a.report.pending_reason not in (None, DEPENDENCY)
+        ]
+        waits = "".join(f"; {a.replica} waits in Slurm's queue: {a.report.pending_reason}" for a in queued)
+        return f"{len(left)} jobs left with the old config: {', '.join(a.replica for a in left)}{waits}"
     waiting = [str(slot) for slot in seen.desired.slots() if not any(a.ready for a in seen.observed.get(slot, ()))]
     return f"waiting for {', '.join(waiting)}" if waiting else ""
-
-
-def _stopped(seen: LoopPass, attempt: Attempt) -> Exit | None:
-    """Returns the last failure of the attempt's successors if no further one will be submitted; else None."""
-    forgiven = seen.desired.forgiven.get(str(attempt.slot), 0)
-    newer = [a for a in seen.observed[attempt.slot] if a.generation > max(attempt.generation, forgiven)]
-    ends = [a.exit for a in newer if a.exit is not None and not a.exit.ok]
-    if any(a.live for a in newer) or not ends:
-        return None
-    return ends[-1] if ends[-1].reason in PERMANENT or len(ends) >= seen.desired.max_failures else None
 
 
 def _text(value: Any) -> str:

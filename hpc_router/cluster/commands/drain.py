@@ -107,7 +107,8 @@ def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
 
 def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
     """Starts the drain of the named replicas. Raises ConfigError for an unknown name."""
-    observed = control.preview(fresh=True).observed
+    seen = control.preview(fresh=True)
+    observed = seen.observed
     records = control.observer.records
     experts = control.deployment.experts
     for name in names:
@@ -122,7 +123,7 @@ def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
             excluded = ()
         if excluded:  # first, because replacements are submitted at once
             exclude_nodes(control.run, excluded, reason="drain")
-            control.cancel(control.update_exclusions(_queued(observed, but=chosen)))
+            control.apply_exclusions(seen)
         asked, signalled = _ask(control, chosen)
     warnings = tuple(unserved_warnings(observed, chosen, records.values()))
     return DrainResult(asked, signalled, successor=successor(observed, chosen), excluded=excluded, warnings=warnings)
@@ -132,12 +133,7 @@ def undo(control: ControlLoop, nodes: Sequence[str]) -> None:
     """Lets jobs start on these nodes again, also those in the queue. Raises ConfigError for a node that is not
     drained."""
     include_nodes(control.run, nodes)
-    control.update_exclusions(_queued(control.preview(fresh=True).observed))
-
-
-def _queued(observed: Observed, *, but: Sequence[Attempt] = ()) -> list[str]:
-    waiting = [a for a in all_attempts(observed) if a.live and a.job is JobState.PENDING]
-    return [attempt.replica for attempt in waiting if attempt not in but]
+    control.apply_exclusions(control.preview(fresh=True))
 
 
 def _ask(control: ControlLoop, chosen: Sequence[Attempt]) -> tuple[tuple[str, ...], tuple[str, ...]]:

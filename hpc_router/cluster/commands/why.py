@@ -33,7 +33,6 @@ from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.status import ask_router, process_problems, replica_views
 from hpc_router.cluster.control_loop.desired_state import forgotten_nodes, host_expert, node_exclusions
 from hpc_router.cluster.control_loop.forecast import PlannedHandover, forecast
-from hpc_router.cluster.control_loop.handover import measured
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.node_exclusion import BY, failing_nodes
 from hpc_router.cluster.control_loop.slots import Observed, Slot
@@ -86,7 +85,7 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     causes = [_cause(run, view, now=now) for view in shown if view.state not in fine]
     if control.deployment.cluster.kind == "allocation":
         causes = [_step_cause(cause) for cause in causes]
-    planned = forecast(seen.desired, seen.observed, now, measured(seen.observed))[1]
+    planned = forecast(seen.observed, seen.handovers, seen.durations, now)[1]
     causes += _handovers(shown, planned, now=now)
     refused = {handover.replica for handover in planned if handover.refused is not None}  # said already
     others = [view for view in shown if view.replica not in refused]

@@ -67,6 +67,7 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
         handovers=handover_policies(deployment),
         revisions=_texts(desired.get("revisions")),
         overlapping=frozenset(_overlapping(deployment)),
+        excluded=tuple(sorted(_exclusions(desired))),
     )
 
 
@@ -172,7 +173,11 @@ def excluded_nodes(run: RunDir) -> tuple[str, ...]:
 
 def node_exclusions(run: RunDir) -> dict[str, Any]:
     """Returns the excluded nodes, each with `reason`, `by` and `at`."""
-    value = run.read_desired().get("excluded_nodes")
+    return _exclusions(run.read_desired())
+
+
+def _exclusions(desired: Mapping[str, Any]) -> dict[str, Any]:
+    value = desired.get("excluded_nodes")
     return {str(node): facts for node, facts in value.items()} if isinstance(value, dict) else {}
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from hpc_router.cluster.control_loop.handover import Due, Durations, measured, schedule
-from hpc_router.cluster.control_loop.reconcile import Desired, refusal
+from hpc_router.cluster.control_loop.handover import Due, Durations
+from hpc_router.cluster.control_loop.reconcile import refusal
 from hpc_router.cluster.control_loop.slots import Attempt, Observed
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.state.atomic_files import read_json, replace_json
@@ -51,11 +51,10 @@ class PlannedHandover:
 
 
 def forecast(
-    desired: Desired, observed: Observed, now: float, durations: Mapping[str, Durations]
+    observed: Observed, due: Mapping[str, Due], durations: Mapping[str, Durations], now: float
 ) -> tuple[dict[str, ExpectedReady], list[PlannedHandover]]:
-    """Returns when each expert without a ready replica will have one, and the handovers. Pure. `durations`: measured
-    times by expert."""
-    due = schedule(observed, desired.handovers, durations)
+    """Returns when each expert without a ready replica will have one, and the handovers. Pure. `due`: the handover of
+    each replica near its walltime. `durations`: measured times by expert."""
     expected: dict[str, ExpectedReady] = {}
     ready = {slot.expert for slot, attempts in observed.items() if any(a.ready for a in attempts)}
     for slot, attempts in sorted(observed.items()):
@@ -126,9 +125,15 @@ class ForecastFiles:
         self._forecast: dict[str, Any] | None = None
         self._written_at = 0.0
 
-    def write(self, desired: Desired, observed: Observed, partitions: Mapping[str, str], now: float) -> None:
+    def write(
+        self,
+        observed: Observed,
+        due: Mapping[str, Due],
+        durations: Mapping[str, Durations],
+        partitions: Mapping[str, str],
+        now: float,
+    ) -> None:
         """Writes the files whose content has changed. `partitions`: the configured partition of each expert."""
-        durations = measured(observed)
         estimates = {
             "experts": {
                 expert: {partitions.get(expert, ""): {k: [round(s, 2) for s in v] for k, v in asdict(known).items()}}
@@ -138,7 +143,7 @@ class ForecastFiles:
         if estimates != self._estimates:
             self._estimates = estimates
             replace_json(self._run.estimates_json, estimates)
-        expected, handovers = forecast(desired, observed, now, durations)
+        expected, handovers = forecast(observed, due, durations, now)
         content = {
             "experts": {expert: asdict(found) for expert, found in expected.items()},
             "handovers": [asdict(planned) for planned in handovers],

@@ -84,6 +84,16 @@ class _Job:
         return min(attempt.slot for attempt in self.attempts)
 
 
+def served_until_ready(older: Attempt, successor: Attempt) -> bool:
+    """Returns whether the older job of a slot served until its successor was ready, that is, without a gap."""
+    ended_at = older.exit.at if older.exit is not None else None
+    ends = [at for at in (older.stop.drain_at, older.stop.cancel_at, older.draining_at, ended_at) if at is not None]
+    began_at, ready_at = older.ready_at, successor.ready_at
+    if began_at is None or ready_at is None or older.hung:
+        return False
+    return began_at <= ready_at <= min(ends) if ends else older.live
+
+
 def measured(observed: Observed) -> dict[str, Durations]:
     """Returns the times of each expert's last MAX_SAMPLES jobs."""
     by_expert: defaultdict[str, list[Attempt]] = defaultdict(list)

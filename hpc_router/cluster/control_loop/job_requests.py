@@ -1,8 +1,9 @@
-"""Builds the job request of a replica, in the same way for `plan` and for the control loop."""
+"""Builds the job requests of replicas, in the same way for `plan` and for the control loop."""
 
-from hpc_router.cluster.control_loop.desired_state import excluded_nodes
+from collections.abc import Sequence
+
 from hpc_router.cluster.launchers.interface import ROUTER, JobRequest
-from hpc_router.cluster.launchers.slurm.dependency import was_met
+from hpc_router.cluster.launchers.slurm.dependency import dependency_of, met_dependencies
 from hpc_router.cluster.launchers.slurm.node_fit import resources_of
 from hpc_router.cluster.launchers.slurm.sbatch import python_of
 from hpc_router.config.revision import revision
@@ -11,17 +12,28 @@ from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
 
-def request_for(run: RunDir, deployment: Deployment, replica: str) -> JobRequest:
-    """Returns the job request of a replica, with the nodes that are excluded now."""
-    expert = split_replica(replica)[0]
-    resources = resources_of(deployment, expert)[1]
-    module = "hpc_router.router" if expert == ROUTER else "hpc_router.expert"
-    argv = (python_of(deployment.cluster), "-m", module, "--run", str(run.path), "--replica", replica)
-    return JobRequest(
-        replica,
-        argv,
-        resources,
-        dependency_met=was_met(run, deployment, resources),
-        exclude=excluded_nodes(run),
-        revision=revision(deployment, expert),
-    )
+def job_requests(
+    run: RunDir, deployment: Deployment, replicas: Sequence[str], *, exclude: tuple[str, ...]
+) -> list[JobRequest]:
+    """Returns the job request of each replica. `exclude`: the nodes on which no job may start."""
+    experts = {replica: split_replica(replica)[0] for replica in replicas}
+    resources = {expert: resources_of(deployment, expert)[1] for expert in experts.values()}
+    revisions = {expert: revision(deployment, expert) for expert in resources}
+    dependencies = {expert: dependency_of(deployment, own) for expert, own in resources.items()}
+    met = met_dependencies(run, deployment, {name for name in dependencies.values() if name is not None})
+    python = python_of(deployment.cluster)
+    return [
+        JobRequest(
+            replica,
+            (python, "-m", _module(expert), "--run", str(run.path), "--replica", replica),
+            resources[expert],
+            dependency_met=dependencies[expert] in met,
+            exclude=exclude,
+            revision=revisions[expert],
+        )
+        for replica, expert in experts.items()
+    ]
+
+
+def _module(expert: str) -> str:
+    return "hpc_router.router" if expert == ROUTER else "hpc_router.expert"

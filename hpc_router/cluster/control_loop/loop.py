@@ -12,15 +12,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from hpc_router import __version__
-from hpc_router.cluster.control_loop.desired_state import deployment_of, desired_of, excluded_nodes, version_of
+from hpc_router.cluster.control_loop.desired_state import (
+    deployment_of,
+    desired_of,
+    excluded_nodes,
+    forgotten_nodes,
+    version_of,
+)
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.forecast import ForecastFiles
-from hpc_router.cluster.control_loop.job_requests import request_for
+from hpc_router.cluster.control_loop.handover import Due, Durations, measured, schedule, served_until_ready
+from hpc_router.cluster.control_loop.job_requests import job_requests
 from hpc_router.cluster.control_loop.node_exclusion import NodeExclusion
 from hpc_router.cluster.control_loop.observer import RunObserver
 from hpc_router.cluster.control_loop.reconcile import (
@@ -35,8 +42,8 @@ from hpc_router.cluster.control_loop.reconcile import (
     reconcile,
 )
 from hpc_router.cluster.control_loop.retention import Retention
-from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Observed, all_attempts
-from hpc_router.cluster.launchers.interface import JobState, Launcher
+from hpc_router.cluster.control_loop.slots import Observed, all_attempts
+from hpc_router.cluster.launchers.interface import JobRequest, JobState, Launcher
 from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.cluster.launchers.slurm.node_fit import partition_of
 from hpc_router.cluster.signals import ignored, interrupt_event
@@ -61,11 +68,14 @@ MAX_MISSED_PASSES: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class LoopPass:
-    """One pass: its desired and observed state, and its actions."""
+    """One pass: its desired and observed state, and its actions. `durations`: measured times by expert. `handovers`:
+    those near the walltime, by replica."""
 
     desired: Desired
     observed: Observed
     actions: Sequence[Action]
+    durations: Mapping[str, Durations]
+    handovers: Mapping[str, Due]
     submitted: Sequence[str] = ()
     refused: str | None = None
 
@@ -97,7 +107,8 @@ class ControlLoop:
         self._nodes = NodeExclusion(run, self.deployment, clock=clock)
         self._retention = Retention(run, self.deployment.cluster, clock=clock)
         self._released: set[str] = set()
-        self._ready: set[str] | None = None
+        self._handed_over: set[str] = set()
+        self._excluded: tuple[str, ...] | None = None
 
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
         """Returns the pass without carrying out its actions. `clear`: every job must end. `fresh`: query the Slurm
@@ -106,7 +117,10 @@ class ControlLoop:
         return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
 
     def decide(self, desired: Desired, observed: Observed) -> LoopPass:
-        return LoopPass(desired, observed, reconcile(desired, observed, time.time()))
+        durations = measured(observed)
+        handovers = schedule(observed, desired.handovers, durations)
+        actions = reconcile(desired, observed, time.time(), handovers)
+        return LoopPass(desired, observed, actions, durations, handovers)
 
     def run_pass(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
         """Carries out one pass and returns it. A refused submission is part of the result, and its exit record counts
@@ -115,13 +129,14 @@ class ControlLoop:
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)
         # Submissions come first: scancel may take many seconds for a job whose node is lost.
-        submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)])
+        submitted, refused = self._submit([a for a in seen.actions if isinstance(a, Submit)], seen.desired.excluded)
+        self.apply_exclusions(seen, submitted)
         self._drain([a for a in seen.actions if isinstance(a, Drain)])
         self.cancel([a.replica for a in seen.actions if isinstance(a, Cancel)])
         self.kill([a.replica for a in seen.actions if isinstance(a, Kill)])
         self._report_given_up(seen.given_up)
         self._withdraw_dead(seen)
-        self._release([a for a in seen.actions if isinstance(a, ReleaseJob)])
+        self._release([a for a in seen.actions if isinstance(a, ReleaseJob)], seen.desired.excluded)
         return replace(seen, submitted=submitted, refused=refused)
 
     def publish(self, seen: LoopPass) -> None:
@@ -130,30 +145,32 @@ class ControlLoop:
         partitions = {
             expert: partition_of(self.deployment, expert) for expert in {slot.expert for slot in seen.desired.slots()}
         }
-        self._forecast.write(seen.desired, seen.observed, partitions, time.time())
+        self._forecast.write(seen.observed, seen.handovers, seen.durations, partitions, time.time())
         self._report_handovers(seen.observed)
         if self._nodes.apply(seen.observed, time.time()):
-            waiting = [a.replica for a in all_attempts(seen.observed) if a.live and a.job is JobState.PENDING]
-            self.cancel(self.update_exclusions(waiting))
+            self.apply_exclusions(seen)
         self._retention.apply(seen.observed, time.time())
 
     def _report_handovers(self, observed: Observed) -> None:
-        """Writes an event for each replica that became ready while its predecessor still runs. A loop that has just
-        started does not know which replicas were ready before, so it reports only its own router's handover."""
-        ready = {slot: attempts[-1] for slot, attempts in observed.items() if attempts[-1].ready}
-        known, self._ready = self._ready, {attempt.replica for attempt in ready.values()}
-        for slot, newest in ready.items():
-            older = [attempt for attempt in observed[slot][:-1] if attempt.live and not attempt.stop_requested]
-            new = newest.replica not in known if known is not None else slot == ROUTER_SLOT
-            if older and new:
-                reason = f"it replaces {older[-1].replica}, which still serves"
+        """Writes an event for each replica that became ready while its predecessor served. A file in the successor's
+        folder shows that the event was written, so that it is written once even if the loop is replaced."""
+        ready = {attempt.replica for attempt in all_attempts(observed) if attempt.ready}
+        self._handed_over &= ready
+        for slot, attempts in observed.items():
+            newest = attempts[-1]
+            if newest.replica not in ready or newest.replica in self._handed_over:
+                continue
+            self._handed_over.add(newest.replica)
+            before = next((a for a in reversed(attempts[:-1]) if served_until_ready(a, newest)), None)
+            if before is not None and JobDir(self.run, newest.replica).report_handover():
+                reason = f"{before.replica} served until it was ready"
                 self.run.event("handover_done", replica=newest.replica, expert=slot.expert, reason=reason)
 
-    def _release(self, wanted: Sequence[ReleaseJob]) -> None:
+    def _release(self, wanted: Sequence[ReleaseJob], excluded: tuple[str, ...]) -> None:
         new = [action for action in wanted if action.replica not in self._released]
         self._released |= {action.replica for action in new}
         if wanted:
-            self.launcher.release([request_for(self.run, self.deployment, action.replica) for action in wanted])
+            self.launcher.release(self._requests([action.replica for action in wanted], excluded))
         for action in new:
             self._handover_started(action.replica, action.replaces)
 
@@ -161,13 +178,14 @@ class ControlLoop:
         reason = f"it is to replace {replaces}"
         self.run.event("handover_started", replica=replica, expert=split_replica(replica)[0], reason=reason)
 
-    def _submit(self, wanted: Sequence[Submit]) -> tuple[list[str], str | None]:
+    def _requests(self, replicas: Sequence[str], excluded: tuple[str, ...]) -> list[JobRequest]:
+        return job_requests(self.run, self.deployment, replicas, exclude=excluded)
+
+    def _submit(self, wanted: Sequence[Submit], excluded: tuple[str, ...]) -> tuple[list[str], str | None]:
         if not wanted:
             return [], None
-        requests = [
-            replace(request_for(self.run, self.deployment, action.replica), after=action.after)
-            for action in wanted[:MAX_SUBMITTED_PER_PASS]
-        ]
+        after = {action.replica: action.after for action in wanted[:MAX_SUBMITTED_PER_PASS]}
+        requests = [replace(r, after=after[r.replica]) for r in self._requests(list(after), excluded)]
         refused = None
         try:
             submitted = self.launcher.submit(requests)
@@ -181,15 +199,27 @@ class ControlLoop:
         for action in wanted:
             if action.replaces is not None and action.replica in submitted:
                 self._handover_started(action.replica, action.replaces)
-        if submitted and excluded_nodes(self.run) != requests[0].exclude:  # `drain NODE` ran meanwhile
-            self.cancel(self.update_exclusions(submitted))
         return submitted, refused
 
-    def update_exclusions(self, replicas: Sequence[str]) -> list[str]:
-        """Applies `excluded_nodes` to these jobs in the queue. Returns the replicas whose jobs can no longer be
-        changed."""
-        requests = [request_for(self.run, self.deployment, replica) for replica in replicas]
-        return self.launcher.update_exclusions(requests) if requests else []
+    def apply_exclusions(self, seen: LoopPass, submitted: Sequence[str] = ()) -> None:
+        """Applies `excluded_nodes` to the jobs in the queue if the nodes have changed since the last call, whoever
+        changed them. `submitted`: the jobs of this pass, whose requests had the nodes that were excluded at its
+        beginning. A job that has started since a node was excluded is ended, because it may run there. If Slurm does
+        not answer, the next call repeats this."""
+        wanted = excluded_nodes(self.run)
+        if self._excluded is None and not wanted and not forgotten_nodes(self.run):
+            self._excluded = wanted  # no job can have been submitted with other nodes
+        if wanted == self._excluded or self.launcher.trouble() is not None:
+            return
+        waiting = [a.replica for a in all_attempts(seen.observed) if a.live and a.job is JobState.PENDING]
+        try:
+            started = self.launcher.update_exclusions(self._requests([*waiting, *submitted], wanted))
+        except LaunchError as error:
+            logger.warning("the excluded nodes of the jobs in the queue are not changed yet: %s", error)
+            return
+        self._excluded = wanted
+        if set(wanted) - set(seen.desired.excluded):
+            self.cancel(started)
 
     def _drain(self, wanted: Sequence[Drain]) -> None:
         for action in wanted:

@@ -14,7 +14,8 @@ Rules, one slot at a time:
    released, and the job drains when that is ready. If Slurm refuses an overlapping successor, the next one waits for
    the job's end. Failures of successors count only once the job has ended.
 6. Jobs of an earlier config (`rolling`) are replaced slot by slot: a ready one hands over at once, or drains where two
-   jobs cannot run at the same time; any other is ended.
+   jobs cannot run at the same time; any other is ended. If Slurm refuses an overlapping successor, the ready one drains
+   only after Slurm has accepted a job that waits for its end.
 7. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
 """
 
@@ -44,6 +45,8 @@ END_MARGIN_S: Final = 10.0
 """A drain ends this many seconds before the walltime, so that the job can end cleanly."""
 DEPENDENCY: Final = "Dependency"
 """Slurm's pending reason for a job that waits for the end of another job."""
+TOLERATED: Final = frozenset({FailureReason.REFUSED})
+"""Failures of a successor after which further ones are submitted."""
 KILL_AGAIN_S: Final = 10.0
 """Interval in seconds between repeated kills. Slurm may take this long, and much longer for a lost node."""
 
@@ -56,6 +59,7 @@ class Desired:
 
     `handovers`: how the jobs of each expert and of the router are replaced near their walltime. `revisions`: the config
     revision that the jobs should have. `overlapping`: the experts whose old and new jobs can run at the same time.
+    `excluded`: the nodes on which no new job may start.
 
     `down`: the run must have no jobs. `clear`: every live job must end. Only the command `down` sets `clear`, because a
     loop that still runs must not end a router that was started after `down`.
@@ -73,6 +77,7 @@ class Desired:
     handovers: Mapping[str, HandoverPolicy] = field(default_factory=dict)
     revisions: Mapping[str, str] = field(default_factory=dict)
     overlapping: frozenset[str] = frozenset()
+    excluded: tuple[str, ...] = ()
 
     def slots(self) -> list[Slot]:
         """Returns every slot that should have a job."""
@@ -152,13 +157,16 @@ class GiveUp:
 Action = Submit | ReleaseJob | Drain | Cancel | Kill | Wait | GiveUp
 
 
-def reconcile(desired: Desired, observed: Observed, now: float) -> list[Action]:
-    """Returns the actions of one pass. `now`: Unix seconds."""
+def reconcile(
+    desired: Desired, observed: Observed, now: float, handovers: Mapping[str, Due] | None = None
+) -> list[Action]:
+    """Returns the actions of one pass. `now`: Unix seconds. `handovers`: by replica, if the caller has computed them
+    already."""
     if desired.clear and not desired.down:  # `up` came after `down`: its jobs must stay
         return []
     wanted = desired.slots()
     actions: list[Action] = []
-    due = schedule(observed, desired.handovers, measured(observed)) if desired.handovers else {}
+    due = dict(schedule(observed, desired.handovers, measured(observed)) if handovers is None else handovers)
     for slot in may_roll(wanted, observed, desired.revisions) if desired.revisions else ():
         mode: HandoverMode = "overlap" if slot.expert in desired.overlapping else "drain_first"
         outdated = [a for a in observed[slot] if a.ready and is_outdated(a, desired.revisions)]
@@ -220,24 +228,44 @@ def _hand_over(
     refused = next((attempt for attempt in newer if _is_refused(attempt)), None)
     overlap = due.mode == "overlap" and refused is None
     successor = next((attempt for attempt in newer if attempt.live), None)
-    if successor is None and due.outdated and not overlap:
+    if due.outdated and not overlap and (successor is None if refused is None else _waits_for(successor, job)):
         yield _stop(job, desired, now)
     elif successor is None:
-        tried = newer if overlap else [attempt for attempt in newer if attempt is not refused]
-        generation = attempts[-1].generation + 1
-        for action in _submit_successor(slot, generation, tried, desired, now, after=None if overlap else job.job_id):
+        tolerated = frozenset[FailureReason]() if due.outdated else TOLERATED
+        after, generation = None if overlap else job.job_id, attempts[-1].generation + 1
+        submitting = _submit_successor(slot, generation, _tried(newer), desired, now, after=after, tolerated=tolerated)
+        for action in submitting:
             yield replace(action, replaces=job.replica) if isinstance(action, Submit) else action
     elif overlap and successor.job is JobState.PENDING and successor.report.pending_reason == DEPENDENCY:
         yield ReleaseJob(successor.replica, job.replica)
 
 
+def _waits_for(successor: Attempt | None, job: Attempt) -> bool:
+    """Returns whether Slurm has accepted the successor to start at the job's end."""
+    return successor is not None and successor.after is not None and successor.after == job.job_id
+
+
+def _tried(newer: Sequence[Attempt]) -> list[Attempt]:
+    """Returns the successors without the first one that Slurm refused, because that refusal concerns only the
+    overlap."""
+    refused = next((attempt for attempt in newer if _is_refused(attempt)), None)
+    return [attempt for attempt in newer if attempt is not refused]
+
+
 def _submit_successor(
-    slot: Slot, generation: int, tried: Sequence[Attempt], desired: Desired, now: float, *, after: str | None
+    slot: Slot,
+    generation: int,
+    tried: Sequence[Attempt],
+    desired: Desired,
+    now: float,
+    *,
+    after: str | None,
+    tolerated: Set[FailureReason] = TOLERATED,
 ) -> Iterator[Action]:
     """Yields the submission of a successor for a job that serves. The slot is not given up while the job serves.
     Refusals only add a pause, because a limit may refuse a second job now and allow it later, and a router without a
     successor ends the service."""
-    submitting = _submit_next(slot, generation, tried, desired, now, after=after, tolerated={FailureReason.REFUSED})
+    submitting = _submit_next(slot, generation, tried, desired, now, after=after, tolerated=tolerated)
     yield from (action for action in submitting if not isinstance(action, GiveUp))
 
 
@@ -263,8 +291,8 @@ def _submit_next(
     """Yields the submission of the next generation, after a pause if the attempts in `past` failed. Failures for a
     `tolerated` reason never give the slot up."""
     ends = _consecutive_failures(past, forgiven=desired.forgiven.get(str(slot), 0))
-    blamed = [end for end in ends if end.reason not in BLAMELESS and end.reason not in tolerated]
-    if blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures):
+    blamed = _final_failures(ends, desired, tolerated=tolerated)
+    if blamed:
         yield GiveUp(slot, len(blamed), blamed[0])
         return
     due_at = ends[0].at + backoff_s(len(ends)) if ends else now
@@ -272,6 +300,23 @@ def _submit_next(
         yield Wait(slot.replica(generation), due_at, f"{len(ends)} failures in a row")
     else:
         yield Submit(slot, generation, after)
+
+
+def _final_failures(ends: Sequence[Exit], desired: Desired, *, tolerated: Set[FailureReason]) -> list[Exit]:
+    """Returns the failures, newest first, after which no further job is submitted; empty if one is."""
+    blamed = [end for end in ends if end.reason not in BLAMELESS and end.reason not in tolerated]
+    final = blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures)
+    return blamed if final else []
+
+
+def rollout_failure(job: Attempt, attempts: Sequence[Attempt], desired: Desired) -> Exit | None:
+    """Returns the newest failure of the successors of an outdated job, if no further one is submitted; else None.
+    `attempts`: those of its slot, oldest first."""
+    newer = [attempt for attempt in attempts if attempt.generation > job.generation]
+    if any(attempt.live for attempt in newer):
+        return None
+    ends = _consecutive_failures(_tried(newer), forgiven=desired.forgiven.get(str(job.slot), 0))
+    return next(iter(_final_failures(ends, desired, tolerated=frozenset())), None)
 
 
 def _cannot_serve_again(attempt: Attempt) -> bool:

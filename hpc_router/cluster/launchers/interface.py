@@ -91,8 +91,8 @@ class Launcher(Protocol):
         """Returns the ids of jobs that still hold resources, from a new query."""
 
     def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Changes the excluded nodes of jobs in the queue to those of these requests. Returns the replicas for which
-        that failed, for example because the job has started."""
+        """Changes the excluded nodes of jobs in the queue to those of these requests. Returns the replicas whose jobs
+        are not in the queue any more. Raises LaunchError if Slurm does not answer."""
 
     def trouble(self) -> str | None:
         """Returns why the last observation could not query the controller; None if it could."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from hpc_router.cluster.control_loop.desired_state import excluded_nodes
 from hpc_router.cluster.control_loop.forecast import read_estimates
-from hpc_router.cluster.control_loop.job_requests import request_for
+from hpc_router.cluster.control_loop.job_requests import job_requests
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Slot
 from hpc_router.cluster.launchers.commands import SlurmCommandError
 from hpc_router.cluster.launchers.interface import JobRequest
@@ -263,7 +264,9 @@ def _absolute(path: str) -> str:
 
 
 def _replicas(deployment: Deployment, run: RunDir, engines: Mapping[str, Engine]) -> Iterator[ReplicaPlan]:
-    yield ReplicaPlan(ROUTER_SLOT.expert, request_for(run, deployment, ROUTER_SLOT.replica(1)))
+    exclude = excluded_nodes(run)
+    (router,) = job_requests(run, deployment, [ROUTER_SLOT.replica(1)], exclude=exclude)
+    yield ReplicaPlan(ROUTER_SLOT.expert, router)
     cluster = deployment.cluster
     place = Place(user_folder(Path(cluster.scratch)) / JOB_FOLDER)
     for name, engine in engines.items():
@@ -271,8 +274,8 @@ def _replicas(deployment: Deployment, run: RunDir, engines: Mapping[str, Engine]
         command = [*engine.argv(place), *engine.drain_flags(drain_limit_s(cluster), version=None)]
         argv = tuple(command_in_container(command, cluster.container, place, expert, models=engine.models))
         environment = engine_environment(engine, expert, place, inherited={}, cluster=cluster)
-        for number in range(expert.replicas):
-            request = request_for(run, deployment, Slot(name, str(number)).replica(1))
+        replicas = [Slot(name, str(number)).replica(1) for number in range(expert.replicas)]
+        for request in job_requests(run, deployment, replicas, exclude=exclude):
             yield ReplicaPlan(name, request, EnginePlan(argv, environment), tuple(engine.serves()))
 
 

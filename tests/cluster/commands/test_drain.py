@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +15,12 @@ import pytest
 from hpc_router.cli.main import main
 from hpc_router.cluster.commands.drain import DrainResult, drain, select_jobs, successor, undo, unserved_warnings, wait
 from hpc_router.cluster.control_loop import loop
-from hpc_router.cluster.control_loop.desired_state import exclude_nodes
-from hpc_router.cluster.control_loop.job_requests import request_for
+from hpc_router.cluster.control_loop.desired_state import exclude_nodes, excluded_nodes, include_nodes
+from hpc_router.cluster.control_loop.job_requests import job_requests
 from hpc_router.cluster.control_loop.loop import ControlLoop
-from hpc_router.cluster.control_loop.reconcile import Submit
+from hpc_router.cluster.control_loop.node_exclusion import BY
 from hpc_router.cluster.control_loop.slots import NO_STOP, ROUTER_SLOT, Attempt, Observed, Slot
-from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
+from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState, Launcher
 from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
 from hpc_router.config import frozen
@@ -145,8 +144,8 @@ def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: py
     deployment.policy.kind = "model_field"
     run.config.write_text(frozen.to_yaml(deployment))
     monkeypatch.setattr(
-        "hpc_router.cluster.control_loop.loop.request_for",
-        lambda _run, _deployment, replica: request_of(service, replica),
+        "hpc_router.cluster.control_loop.loop.job_requests",
+        lambda _run, _deployment, replicas, **_: [request_of(service, replica) for replica in replicas],
     )
     control = ControlLoop(run, deployment=deployment)
     submitted = control.run_pass().submitted
@@ -250,7 +249,8 @@ def on_slurm(control: ControlLoop) -> ControlLoop:
 
 
 def exclusions(control: ControlLoop, replica: str) -> str | None:
-    (job,) = batch_jobs(control.run, control.deployment, [request_for(control.run, control.deployment, replica)])
+    run, deployment = control.run, control.deployment
+    (job,) = batch_jobs(run, deployment, job_requests(run, deployment, [replica], exclude=excluded_nodes(run)))
     found: str | None = job.options().get("exclude")
     return found
 
@@ -281,7 +281,7 @@ def queue_job(run: RunDir, replica: str, number: str) -> None:
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     """A `scontrol` for which job 8 has started and the other jobs wait."""
-    monkeypatch.setattr(loop, "request_for", request_for)
+    monkeypatch.setattr(loop, "job_requests", job_requests)
     programs = Programs(tmp_path / "bin", monkeypatch)
     programs.add("scontrol", 'case "$*" in *JobId=8*) echo "Job is no longer pending execution" >&2; exit 1;; esac')
     programs.add("scancel", "true")
@@ -313,23 +313,85 @@ def test_a_drained_node_is_excluded_for_the_jobs_in_the_queue(
     assert sorted(scontrol.calls("scontrol"))[0] == "update JobId=7 ExcNodeList=n[1-2]"
 
 
+class Submitting:
+    """A launcher with another `submit`."""
+
+    def __init__(self, launcher: Launcher, submit: Callable[[Sequence[JobRequest]], list[str]]) -> None:
+        self._launcher, self.submit = launcher, submit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._launcher, name)
+
+
 def test_a_job_submitted_while_a_node_is_drained_is_kept_off_it(
     run: RunDir, control: ControlLoop, scontrol: Programs
 ) -> None:
     """Its request was built before the node was excluded."""
     control = ControlLoop(run, deployment=on_slurm(control).deployment)
+    control.deployment.experts["code"].replicas = 2
 
     def submit(requests: Sequence[JobRequest]) -> list[str]:
         exclude_nodes(run, ["n7"], reason="drain")
         queue_job(run, requests[0].replica, "9")
         return [requests[0].replica]
 
-    launcher = control.launcher
-    control.launcher = SimpleNamespace(
-        submit=submit, update_exclusions=launcher.update_exclusions, cancel=launcher.cancel
-    )
-    control._submit([Submit(Slot("code", "1"), 1)])
+    control.launcher = Submitting(control.launcher, submit)
+    assert control.run_pass().submitted == ["code-1.g1"]
     assert scontrol.calls("scontrol") == ["update JobId=9 ExcNodeList=n7"]
+
+
+def test_a_forgotten_node_is_allowed_for_the_jobs_in_the_queue(
+    run: RunDir, control: ControlLoop, scontrol: Programs
+) -> None:
+    """As after `drain --undo`."""
+    run.config.write_text(frozen.to_yaml(on_slurm(control).deployment))
+    queue_job(run, "router-0.g2", "7")
+    queue_job(run, "code-0.g2", "8")
+    exclude_nodes(run, ["n7", "n9"], reason="it failed twice", by=BY)
+    assert main(["nodes", "forget", "--run", str(run.path), "n7"]) == 0
+    assert sorted(scontrol.calls("scontrol")) == ["update JobId=7 ExcNodeList=n9", "update JobId=8 ExcNodeList=n9"]
+    assert JobDir(run, "code-0.g2").stop() is None, "it has started, where it may"
+
+
+def test_the_loop_applies_exclusions_that_others_changed(run: RunDir, control: ControlLoop, scontrol: Programs) -> None:
+    """A verb that was interrupted has changed only `desired.json`."""
+    control = ControlLoop(run, deployment=on_slurm(control).deployment)
+    queue_job(run, "router-0.g2", "7")
+    control.run_pass()
+    assert scontrol.calls("scontrol") == []
+    exclude_nodes(run, ["n7"], reason="drain")
+    control.run_pass()
+    control.run_pass()
+    assert scontrol.calls("scontrol") == ["update JobId=7 ExcNodeList=n7"]
+    include_nodes(run, ["n7"])
+    control.run_pass()
+    assert scontrol.calls("scontrol")[1:] == ["update JobId=7 ExcNodeList="]
+
+
+def test_a_new_loop_applies_them_once_more(run: RunDir, control: ControlLoop, scontrol: Programs) -> None:
+    """It does not know what the loop before it has applied."""
+    exclude_nodes(run, ["n7"], reason="drain")
+    include_nodes(run, ["n7"])
+    queue_job(run, "router-0.g2", "7")
+    control = ControlLoop(run, deployment=on_slurm(control).deployment)
+    control.run_pass()
+    control.run_pass()
+    assert scontrol.calls("scontrol") == ["update JobId=7 ExcNodeList="]
+
+
+def test_jobs_wait_on_while_slurm_does_not_answer(run: RunDir, control: ControlLoop, scontrol: Programs) -> None:
+    """No answer does not mean that they have started. The next pass asks again."""
+    answers = run.path / "answers"
+    scontrol.add("scontrol", f"test -e {answers} || {{ echo 'Unable to contact slurm controller' >&2; exit 1; }}")
+    control = ControlLoop(run, deployment=on_slurm(control).deployment)
+    queue_job(run, "router-0.g2", "7")
+    with agent(run, "math-0.g1"):
+        drain(control, ["n7"])
+    assert JobDir(run, "router-0.g2").stop() is None
+    answers.touch()
+    control.run_pass()
+    control.run_pass()
+    assert scontrol.calls("scontrol") == ["update JobId=7 ExcNodeList=n7"] * 2
 
 
 def events(run: RunDir) -> list[dict[str, Any]]:

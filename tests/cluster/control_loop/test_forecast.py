@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc_router.cluster.control_loop.forecast import ExpectedReady, ForecastFiles, PlannedHandover, forecast
-from hpc_router.cluster.control_loop.handover import measured
+from hpc_router.cluster.control_loop.handover import measured, schedule
 from hpc_router.cluster.control_loop.reconcile import Desired
-from hpc_router.cluster.control_loop.slots import Attempt
+from hpc_router.cluster.control_loop.slots import Attempt, Observed
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.state.job_records import FailureReason, JobPhase, JobProgress
 from hpc_router.state.registry import State
@@ -19,13 +19,20 @@ OLD = replace(serving(), report=JobReport(JobState.ENDED), exit=ended(1, Failure
 """Waited 10 s in the queue and loaded for 50 s."""
 
 
+def predicted(
+    desired: Desired, observed: Observed, now: float
+) -> tuple[dict[str, ExpectedReady], list[PlannedHandover]]:
+    durations = measured(observed)
+    return forecast(observed, schedule(observed, desired.handovers, durations), durations, now)
+
+
 def expected(*attempts: Attempt, now: float = BEGAN) -> ExpectedReady | None:
     observed = {MATH: (OLD, *attempts)}
-    return forecast(ONE, observed, now, measured(observed))[0].get("math")
+    return predicted(ONE, observed, now)[0].get("math")
 
 
 def handovers(*attempts: Attempt, now: float = DUE) -> list[PlannedHandover]:
-    return forecast(ONE, {MATH: attempts}, now, measured({MATH: attempts}))[1]
+    return predicted(ONE, {MATH: attempts}, now)[1]
 
 
 def test_a_waiting_job_is_expected_after_the_measured_times() -> None:
@@ -70,15 +77,20 @@ def test_a_ready_successor_is_not_late() -> None:
 def test_files_are_written_when_their_content_changes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     files = ForecastFiles(run)
-    files.write(ONE, {MATH: (OLD, serving(2))}, {"math": "gpu"}, DUE)
+
+    def write(observed: Observed, now: float) -> None:
+        durations = measured(observed)
+        files.write(observed, schedule(observed, ONE.handovers, durations), durations, {"math": "gpu"}, now)
+
+    write({MATH: (OLD, serving(2))}, DUE)
     assert json.loads(run.estimates_json.read_text()) == {
         "experts": {"math": {"gpu": {"queue_s": [10.0, 10.0], "load_s": [50.0, 50.0], "drain_s": []}}}
     }
     content = json.loads(run.forecast_json.read_text())
     assert (content["at"], content["experts"], len(content["handovers"])) == (DUE, {}, 1)
-    files.write(ONE, {MATH: (OLD, serving(2))}, {"math": "gpu"}, DUE + 1)
+    write({MATH: (OLD, serving(2))}, DUE + 1)
     assert json.loads(run.forecast_json.read_text()) == content
-    files.write(ONE, {MATH: (OLD, waiting(2))}, {"math": "gpu"}, DUE + 2)
+    write({MATH: (OLD, waiting(2))}, DUE + 2)
     assert json.loads(run.forecast_json.read_text())["experts"]["math"]["replica"] == "math-0.g2"
 
 
@@ -87,7 +99,7 @@ def test_a_successor_that_starts_after_the_end_leaves_a_gap() -> None:
     desired = replace(ONE, handovers={"math": replace(POLICY, mode="drain_first")})
     successor = replace(waiting(2, reason="Dependency", after="math-0.1"), submitted_at=DUE)
     observed = {MATH: (serving(), successor)}
-    (planned,) = forecast(desired, observed, DUE, measured(observed))[1]
+    (planned,) = predicted(desired, observed, DUE)[1]
     drains_at = BEGAN + LIFE_S - POLICY.warn_s
     assert planned == PlannedHandover(
         "math-0.g1", "drain_first", DUE, BEGAN + LIFE_S, "math-0.g2", ready_at=drains_at + 50, late_s=50

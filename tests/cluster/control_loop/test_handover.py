@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hpc_router.cluster.control_loop.handover import Durations, HandoverPolicy, measured, schedule
+from hpc_router.cluster.control_loop.handover import Durations, HandoverPolicy, measured, schedule, served_until_ready
 from hpc_router.cluster.control_loop.reconcile import (
     END_MARGIN_S,
     Action,
@@ -77,6 +77,20 @@ def test_mode_none_submits_when_the_job_has_ended() -> None:
     assert decide(serving(), mode="none") == []
     drained = ended(1, FailureReason.DRAINED, at=DUE)
     assert decide(drained, mode="none") == [Submit(MATH, 2)]
+
+
+def test_a_job_served_until_its_successor_was_ready() -> None:
+    """Whenever that is looked at: while it still serves, while it drains, and after its end."""
+    old, new = serving(), replace(serving(2), progress=JobProgress(JobPhase.READY, ready_at=DUE))
+    assert served_until_ready(old, new)
+    for at, expected in ((DUE + 1, True), (DUE - 1, False)):
+        draining = replace(old, progress=JobProgress(JobPhase.DRAINING, at=at, ready_at=BEGAN))
+        over = replace(old, report=JobReport(JobState.ENDED), exit=ended(1, FailureReason.DRAINED, at=at).exit)
+        for job in (draining, over, replace(old, stop=Stop(drain_at=at))):
+            assert served_until_ready(job, new) is expected
+    never_ready = replace(old, progress=JobProgress(JobPhase.LOADING))
+    assert not served_until_ready(never_ready, new)
+    assert not served_until_ready(replace(old, hung=True), new)
 
 
 def test_a_refused_overlap_falls_back_to_the_jobs_end() -> None:

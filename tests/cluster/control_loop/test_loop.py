@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,17 +22,18 @@ from hpc_router.cluster.control_loop import desired_state
 from hpc_router.cluster.control_loop import loop as control_module
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.observer import record_exit
-from hpc_router.cluster.control_loop.reconcile import Submit
+from hpc_router.cluster.control_loop.reconcile import Desired, Submit
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
-from hpc_router.cluster.launchers.interface import JobRequest, Launcher
+from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState, Launcher
 from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.config import frozen
 from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
 from hpc_router.errors import ConfigError, LaunchError, RegistryError
 from hpc_router.state import registry
-from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, start_ticks
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, JobPhase, JobProgress, start_ticks
 from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
+from tests.cluster.control_loop.support import DUE, ended, serving
 from tests.cluster.support import request_of
 from tests.support.waiting import eventually_sync
 
@@ -43,10 +44,10 @@ MATH = Slot("math", "0")
 def control(run: RunDir, service: Path, launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch) -> ControlLoop:
     """A control loop with the experts math and code, one replica each, whose job is the stand-in."""
 
-    def request(_run: RunDir, _deployment: Deployment, replica: str) -> JobRequest:
-        return request_of(service, replica)
+    def requests(_run: RunDir, _deployment: Deployment, replicas: Sequence[str], **_: object) -> list[JobRequest]:
+        return [request_of(service, replica) for replica in replicas]
 
-    monkeypatch.setattr(control_module, "request_for", request)
+    monkeypatch.setattr(control_module, "job_requests", requests)
     sim = EngineConfig(kind="sim")
     deployment = Deployment(experts={name: ExpertConfig(model="m", engine=sim) for name in ("math", "code")})
     deployment.policy.kind = "model_field"
@@ -131,6 +132,28 @@ def test_loops_at_once_submit_each_job_once(run: RunDir, control: ControlLoop, l
     for thread in threads:
         thread.join()
     assert sorted(submitted) == ["code-0.g1", "math-0.g1"]
+
+
+def test_a_handover_is_reported_once_though_the_loops_change(run: RunDir) -> None:
+    """The second loop sees it only after the end of the old job, and reports it if the first one did not."""
+    progress = JobProgress(JobPhase.READY, ready_at=DUE)
+    successors = [replace(serving(n), progress=progress) for n in (2, 3)]
+    for job in successors:
+        JobDir(run, job.replica).claim()
+    over = replace(serving(), report=JobReport(JobState.ENDED), exit=ended(1, FailureReason.DRAINED, at=DUE + 9).exit)
+
+    def loop(*attempts: Attempt) -> list[str]:
+        """The reported handovers after a pass of a new loop."""
+        control = ControlLoop(run, deployment=Deployment())
+        control.publish(control.decide(Desired(), {MATH: attempts}))
+        lines = run.events.read_text().splitlines() if run.events.exists() else []
+        return [event["replica"] for line in lines if (event := json.loads(line))["kind"] == "handover_done"]
+
+    assert loop(over) == []
+    assert loop(over, successors[0]) == ["math-0.g2"]
+    assert loop(over, successors[0]) == ["math-0.g2"]
+    assert loop(serving(2), successors[1]) == ["math-0.g2", "math-0.g3"]
+    assert loop(over, successors[1]) == ["math-0.g2", "math-0.g3"]
 
 
 def test_scaling_adds_and_drains(run: RunDir, control: ControlLoop) -> None:

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from hpc_router.cluster.control_loop.reconcile import Action, Cancel, Desired, Drain, Submit, reconcile
+from hpc_router.cluster.control_loop.reconcile import Action, Cancel, Desired, Drain, Submit, reconcile, rollout_failure
 from hpc_router.cluster.control_loop.rolling import may_roll
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
-from hpc_router.state.job_records import FailureReason
+from hpc_router.state.job_records import Exit, FailureReason
 from hpc_router.state.registry import State
 from tests.cluster.control_loop.support import BEGAN, DUE, MATH, ended, serving, waiting
 
@@ -87,6 +87,39 @@ def test_the_rollout_stops_at_an_expert_whose_successor_fails() -> None:
     code = Slot("code", "0")
     failed = replace(ended(2, FailureReason.WEIGHTS, at=DUE), slot=code, revision="new")
     assert decide(old(slot=code), failed, old(), now=DUE + 99) == []
+
+
+def refused(generation: int, *, at: float = DUE) -> Attempt:
+    return replace(ended(generation, FailureReason.REFUSED, at=at), revision="new")
+
+
+def failure_of(*successors: Attempt) -> Exit | None:
+    return rollout_failure(old(), (old(), *successors), Desired(revisions=NEW))
+
+
+def test_a_refused_overlap_drains_once_slurm_has_accepted_the_next_job() -> None:
+    """A job that serves is never ended for a successor that Slurm does not take."""
+    after = Submit(MATH, 3, after="math-0.1", replaces="math-0.g1")
+    assert decide(old(), refused(2), now=DUE + 1) == [after]
+    accepted = replace(waiting(3, reason="Dependency", after="math-0.1"), revision="new")
+    assert decide(old(), refused(2), accepted, now=DUE + 2) == [Drain("math-0.g1")]
+    assert failure_of(refused(2)) is None
+    assert failure_of(refused(2), accepted) is None
+
+
+def test_a_successor_that_slurm_refuses_in_any_form_stops_the_rollout() -> None:
+    again = refused(3, at=DUE + 1)
+    assert decide(old(), refused(2), again, now=DUE + 99) == []
+    assert failure_of(refused(2), again) == again.exit
+
+
+def test_a_successor_that_failed_without_its_fault_does_not_stop_the_rollout() -> None:
+    preempted = [replace(ended(n, FailureReason.PREEMPTED, at=DUE + n), revision="new") for n in (2, 3, 4)]
+    assert failure_of(*preempted) is None
+    assert decide(old(), *preempted, now=DUE + 99) == [Submit(MATH, 5, replaces="math-0.g1")]
+    crashed = [replace(ended(n, FailureReason.CRASHED, at=DUE + n), revision="new") for n in (2, 3, 4)]
+    assert failure_of(*crashed[:2]) is None
+    assert failure_of(*crashed) == crashed[-1].exit
 
 
 def test_the_walltime_does_not_matter() -> None:

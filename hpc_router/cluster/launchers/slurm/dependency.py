@@ -4,6 +4,7 @@ A dependency on other jobs stays met, but Slurm 24.11 and later refuse one on a 
 five minutes). So it is left out as soon as one job of the run has started with it.
 """
 
+from collections.abc import Set
 from typing import Final
 
 from hpc_router.cluster.launchers.interface import ROUTER
@@ -17,25 +18,27 @@ from hpc_router.state.run_directory import RunDir
 OPTION: Final = "dependency"
 
 
-def was_met(run: RunDir, deployment: Deployment, resources: ResourceConfig) -> bool:
-    """Returns whether a job of this run has started with the `sbatch.dependency` of these resources."""
-    wanted = _dependency(deployment, resources)
-    if wanted is None or not run.jobs.is_dir():
-        return False
-    return any(_has_started_with(JobDir(run, folder.name), deployment, wanted) for folder in run.jobs.glob("[!.]*"))
+def met_dependencies(run: RunDir, deployment: Deployment, wanted: Set[str]) -> Set[str]:
+    """Returns those of the `wanted` dependencies with which a job of this run has started. Reads `jobs/` once, and not
+    at all if none is wanted."""
+    if not wanted or not run.jobs.is_dir():
+        return set()
+    jobs = (JobDir(run, folder.name) for folder in run.jobs.glob("[!.]*"))
+    return wanted & {found for job in jobs if (found := _started_with(job, deployment)) is not None}
 
 
-def _has_started_with(job: JobDir, deployment: Deployment, wanted: str) -> bool:
+def _started_with(job: JobDir, deployment: Deployment) -> str | None:
+    """Returns the dependency with which the job has started; None if it had none or has not started."""
     expert = split_replica(job.replica)[0]
     if expert != ROUTER and expert not in deployment.experts:
-        return False
-    resources = resources_of(deployment, expert)[1]
+        return None
     info = job.info()
-    if info is None or info.runner is not Runner.SLURM or _dependency(deployment, resources) != wanted:
-        return False
-    return job.process() is not None or job.ended() is not None
+    if info is None or info.runner is not Runner.SLURM or (job.process() is None and job.ended() is None):
+        return None
+    return dependency_of(deployment, resources_of(deployment, expert)[1])
 
 
-def _dependency(deployment: Deployment, resources: ResourceConfig) -> str | None:
+def dependency_of(deployment: Deployment, resources: ResourceConfig) -> str | None:
+    """Returns the `sbatch.dependency` of a job with these resources; None if it has none."""
     value = effective_options(deployment.cluster, resources).sbatch.get(OPTION)
     return value if isinstance(value, str) else None

@@ -156,6 +156,8 @@ class SlurmLauncher:
                     ["scontrol", "update", f"JobId={info.job_id}", f"ExcNodeList={nodes}"], timeout_s=SCONTROL_TIMEOUT_S
                 )
             except SlurmCommandError as error:
+                if error.output is None or is_temporary(error.output):
+                    raise
                 logger.info("the excluded nodes of job %s cannot be changed: %s", info.job_id, error)
                 failed.append(request.replica)
         return failed

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.cluster.control_loop.job_requests import request_for
+from hpc_router.cluster.control_loop.job_requests import job_requests
 from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
 from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig, ResourceConfig, RouterConfig
 from hpc_router.state.job_records import Ended, JobDir, JobInfo, Process, Runner
@@ -32,7 +32,7 @@ def submitted(run: RunDir, replica: str, *, runner: Runner = Runner.SLURM) -> Jo
 
 def dependency_of(run: RunDir, replica: str, **own: str) -> str | None:
     """The dependency in the batch script of the replica's job."""
-    (job,) = batch_jobs(run, deployment(**own), [request_for(run, deployment(**own), replica)])
+    (job,) = batch_jobs(run, deployment(**own), job_requests(run, deployment(**own), [replica], exclude=()))
     found: str | None = job.options().get("dependency")
     return found
 
@@ -49,6 +49,22 @@ def test_the_dependency_is_submitted_until_a_job_has_started(run: RunDir) -> Non
 def test_a_job_whose_setup_failed_had_started(run: RunDir) -> None:
     submitted(run, "code-0.g1").write(Ended(1, 0.0, "cluster.setup[0] failed"))
     assert dependency_of(run, "math-0.g1") is None
+
+
+def test_the_jobs_are_read_once_for_all_requests(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(4):
+        submitted(run, f"math-{n}.g1")
+    read: list[str] = []
+    original = JobDir.info
+
+    def info(job: JobDir) -> JobInfo | None:
+        read.append(job.replica)
+        return original(job)
+
+    monkeypatch.setattr(JobDir, "info", info)
+    wanted = [f"math-{n}.g2" for n in range(8)]
+    assert len(job_requests(run, deployment(code="afterok:18"), [*wanted, "code-0.g1"], exclude=())) == 9
+    assert sorted(read) == [f"math-{n}.g1" for n in range(4)]
 
 
 @pytest.mark.parametrize("replica", ["code-0.g1", "law-0.g1"])

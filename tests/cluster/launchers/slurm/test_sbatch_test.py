@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.cluster.control_loop.job_requests import request_for
+from hpc_router.cluster.control_loop.job_requests import job_requests
 from hpc_router.cluster.launchers.slurm import sbatch_test
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs
 from hpc_router.cluster.launchers.slurm.sbatch_test import MAX_TESTED, check_submission
@@ -26,7 +26,7 @@ def deployment(*cpus: int, **cluster: Any) -> Deployment:
 def jobs_of(made: Deployment) -> list[BatchJob]:
     run = RunDir(Path("<run>"))
     replicas = ["router-0.g1", *(f"{name}-{n}.g1" for name in made.experts for n in range(2))]
-    return batch_jobs(run, made, [request_for(run, made, replica) for replica in replicas])
+    return batch_jobs(run, made, job_requests(run, made, replicas, exclude=()))
 
 
 @pytest.fixture
