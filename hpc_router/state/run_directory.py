@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,7 @@ from typing import Any, Final
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.net.auth import new_token
 from hpc_router.state.atomic_files import load_json, naming, replace_json
+from hpc_router.state.exclusive import exclusive
 from hpc_router.state.log_file import LOG_BYTES, rotated_path
 
 ROTATION_S: Final = 60.0
@@ -69,6 +70,16 @@ class RunDir:
     def previous_config(self) -> Path:
         """Returns the path of the config before the last `apply`."""
         return self.path / "config.previous.yaml"
+
+    @property
+    def config_claim(self) -> Path:
+        """Returns the claim of the process that replaces the config (see `state.exclusive`)."""
+        return self.path / ".config.changing"
+
+    @property
+    def desired_claim(self) -> Path:
+        """Returns the claim of the process that changes `desired.json`."""
+        return self.path / ".desired.changing"
 
     @property
     def estimates_json(self) -> Path:
@@ -163,6 +174,13 @@ class RunDir:
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise RegistryError(f"cannot read {self.desired}: {why} (repair or remove it)") from error
+
+    def change_desired(self, changes: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        """Replaces keys of `desired.json` by those that `changes` returns for its content. No other process changes it
+        meanwhile. Raises RegistryError if it cannot be read, and what `changes` raises."""
+        with exclusive(self.desired_claim):
+            desired = self.read_desired()
+            self.write_desired({**desired, **changes(desired)})
 
     def write_desired(self, value: dict[str, Any]) -> None:
         replace_json(self.desired, value)

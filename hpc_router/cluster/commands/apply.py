@@ -28,7 +28,9 @@ from hpc_router.config.revision import revisions
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.state.atomic_files import replace_text
+from hpc_router.state.exclusive import exclusive
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import stamp_at
 
 POLL_S: Final = 0.5
 GOES_ON: Final = "the config is changed, and the control loop goes on with the rollout; `hpc-router status` shows it"
@@ -109,32 +111,36 @@ def write_change(change: Change) -> ControlLoop:
     Raises ConfigError if another `apply` has changed the config in the meantime."""
     run = change.run
     observed = ControlLoop(run, read_only=True).preview(fresh=True).observed  # may wait for Slurm
-    _check_config_is(run, change.before)
-    replace_text(run.previous_config, frozen.to_yaml(change.before))
-    replace_text(run.config, frozen.to_yaml(change.after))
-    want_config(run, change.before, change.after, observed)
+    with exclusive(run.config_claim):
+        _check_config_is(run, change.before)
+        replace_text(run.previous_config, frozen.to_yaml(change.before))
+        replace_text(run.config, frozen.to_yaml(change.after))
+        want_config(run, change.before, change.after, observed)
     if change.before.experts != change.after.experts or change.before.policy != change.after.policy:
         train_classifier(run, change.after, replace=True)
     run.event("applied", keys=sorted(change.keys), version=hpc_router.__version__)
     _check_config_is(run, change.after)
-    return ControlLoop(run)
+    return ControlLoop(run, deployment=change.after)
 
 
 def _check_config_is(run: RunDir, config: Deployment) -> None:
-    """Raises ConfigError if the run has another config, because another `apply` runs at the same time."""
+    """Raises ConfigError if the run has another config, because another `apply` has replaced it."""
     if frozen.read(run.config) != config:
         raise ConfigError(f"the config of {run.path} was changed meanwhile: look at it and apply again")
 
 
 def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:
-    """Runs passes until every job has the new config. Raises LaunchError if the rollout stops, and Interrupted after
-    Ctrl-C.
+    """Runs passes until every job has the new config. Raises LaunchError if the rollout stops, ConfigError if another
+    `apply` replaces the config, and Interrupted after Ctrl-C.
 
     These passes may run beside the loop of the router's job, and are needed while that job runs an older version.
     """
-    shown = ""
+    shown, checked = "", None
     with interrupt_event() as interrupted, explaining_interrupt(lambda: GOES_ON):
         while not interrupted.is_set():
+            if (stamp := stamp_at(control.run.config)) != checked:
+                _check_config_is(control.run, control.deployment)
+                checked = stamp
             seen = control.run_pass()
             if seen.desired.down:
                 raise LaunchError(f"{control.run.path} was taken down by `hpc-router down` in the meantime")
@@ -173,7 +179,8 @@ def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
             a for a in all_attempts(seen.observed) if a.live and a.report.pending_reason not in (None, DEPENDENCY)
         ]
         waits = "".join(f"; {a.replica} waits in Slurm's queue: {a.report.pending_reason}" for a in queued)
-        return f"{len(left)} jobs left with the old config: {', '.join(a.replica for a in left)}{waits}"
+        jobs = "1 job" if len(left) == 1 else f"{len(left)} jobs"
+        return f"{jobs} left with the old config: {', '.join(a.replica for a in left)}{waits}"
     waiting = [str(slot) for slot in seen.desired.slots() if not any(a.ready for a in seen.observed.get(slot, ()))]
     return f"waiting for {', '.join(waiting)}" if waiting else ""
 

@@ -43,11 +43,15 @@ def _scalar(text: str) -> str | None:
 def change(run: RunDir, values: Mapping[str, Any], reset: Sequence[str]) -> dict[str, Any]:
     """Changes settings, and returns all settings that now override the config, with the types of their fields. Raises
     ConfigError."""
-    desired = run.read_desired()
-    given = {k: v for k, v in {**settings_in(desired), **values}.items() if k not in reset}
-    changed = with_settings(deployment_of(run), given)
-    settings = {key: _value_of(changed, key) for key in given}
-    run.write_desired({**desired, KEY: settings})
+    deployment, settings = deployment_of(run), dict[str, Any]()
+
+    def changes(desired: Mapping[str, Any]) -> dict[str, Any]:
+        given = {k: v for k, v in {**settings_in(desired), **values}.items() if k not in reset}
+        changed = with_settings(deployment, given)
+        settings.update({key: _value_of(changed, key) for key in given})
+        return {KEY: settings}
+
+    run.change_desired(changes)
     run.event("set", settings=settings)
     return settings
 

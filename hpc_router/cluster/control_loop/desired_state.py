@@ -1,7 +1,7 @@
 """The desired state of a run: its frozen `config.yaml`, overridden by `desired.json`.
 
-Commands write `desired.json`, and so does the leading loop when it excludes a node. Each write is one atomic replace,
-and the last writer wins. If the file lacks a key, the value of the config applies.
+Commands change `desired.json`, and so does the leading loop when it excludes a node, one process at a time. If the file
+lacks a key, the value of the config applies.
 """
 
 import getpass
@@ -103,15 +103,18 @@ def _overlapping(deployment: Deployment) -> Iterator[str]:
 def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Observed) -> None:
     """Records that `apply` has replaced the config `before` by `after`. Jobs of another revision are then outdated, and
     earlier failures no longer count. A replica count set by `scale` stays unless the new config changes that count."""
-    scaled = _counts(run.read_desired().get("replicas"))
-    kept = {
-        name: count
-        for name, count in scaled.items()
-        if name in before.experts
-        and name in after.experts
-        and before.experts[name].replicas == after.experts[name].replicas
+    unchanged = {
+        name
+        for name in before.experts.keys() & after.experts.keys()
+        if before.experts[name].replicas == after.experts[name].replicas
     }
-    _update(run, revisions=revisions(after), version=__version__, replicas=kept, forgiven=_newest_ended(observed))
+
+    def changes(desired: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: count for name, count in _counts(desired.get("replicas")).items() if name in unchanged}
+        wanted = {"revisions": revisions(after), "version": __version__}
+        return {**wanted, "replicas": kept, "forgiven": _newest_ended(observed)}
+
+    run.change_desired(changes)
 
 
 def version_of(run: RunDir) -> str | None:
@@ -129,19 +132,22 @@ def _standby(deployment: Deployment) -> bool:
 
 def want_up(run: RunDir, observed: Observed) -> None:
     """Records that `up` wants the router, and that earlier failures no longer count."""
-    _update(run, router=True, down=False, forgiven=_newest_ended(observed))
+    forgiven = _newest_ended(observed)
+    run.change_desired(lambda _: {"router": True, "down": False, "forgiven": forgiven})
 
 
 def want_down(run: RunDir) -> None:
     """Records that the run must have no jobs."""
-    _update(run, down=True)
+    run.change_desired(lambda _: {"down": True})
 
 
 def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observed: Observed) -> None:
     """Sets these replica counts. Raises ConfigError for an expert that the run does not have."""
     check_counts(deployment, counts)
-    before = _counts(run.read_desired().get("replicas"))
-    _update(run, replicas=before | dict(counts), forgiven=_newest_ended(observed))
+    forgiven = _newest_ended(observed)
+    run.change_desired(
+        lambda desired: {"replicas": _counts(desired.get("replicas")) | dict(counts), "forgiven": forgiven}
+    )
 
 
 def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
@@ -184,7 +190,11 @@ def _exclusions(desired: Mapping[str, Any]) -> dict[str, Any]:
 def forgotten_nodes(run: RunDir) -> dict[str, float]:
     """Returns for each node the Unix time up to which its failures no longer count, because it was then allowed
     again."""
-    value = run.read_desired().get("forgotten_nodes")
+    return _forgotten(run.read_desired())
+
+
+def _forgotten(desired: Mapping[str, Any]) -> dict[str, float]:
+    value = desired.get("forgotten_nodes")
     items = value.items() if isinstance(value, dict) else ()
     return {str(node): float(at) for node, at in items if isinstance(at, int | float)}
 
@@ -192,26 +202,31 @@ def forgotten_nodes(run: RunDir) -> dict[str, float]:
 def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str, by: str | None = None) -> None:
     """Excludes the nodes from new jobs. `by`: the user or program that excludes them (default: this user)."""
     facts = {"reason": reason, "by": by or getpass.getuser(), "at": round(time.time(), 3)}
-    known = node_exclusions(run)
-    _update(run, excluded_nodes={**dict.fromkeys(nodes, facts), **known})
-    for node in nodes:
-        if node not in known:
-            run.event("node_excluded", node=node, reason=reason, by=facts["by"])
+    new: list[str] = []
+
+    def changes(desired: Mapping[str, Any]) -> dict[str, Any]:
+        known = _exclusions(desired)
+        new.extend(node for node in nodes if node not in known)
+        return {"excluded_nodes": {**dict.fromkeys(new, facts), **known}}
+
+    run.change_desired(changes)
+    for node in new:
+        run.event("node_excluded", node=node, reason=reason, by=facts["by"])
 
 
 def include_nodes(run: RunDir, nodes: Sequence[str]) -> None:
     """Lets jobs start on these nodes again. Raises ConfigError for a node that is not excluded."""
-    known = excluded_nodes(run)
-    for node in nodes:
-        if node not in known:
-            raise ConfigError(f"node {node} is not excluded{suggest(node, known)}")
-    left = {node: facts for node, facts in node_exclusions(run).items() if node not in nodes}
-    forgotten = {**forgotten_nodes(run), **dict.fromkeys(nodes, round(time.time(), 3))}
-    _update(run, excluded_nodes=left, forgotten_nodes=forgotten)
 
+    def changes(desired: Mapping[str, Any]) -> dict[str, Any]:
+        known = _exclusions(desired)
+        for node in nodes:
+            if node not in known:
+                raise ConfigError(f"node {node} is not excluded{suggest(node, sorted(known))}")
+        left = {node: facts for node, facts in known.items() if node not in nodes}
+        return {"excluded_nodes": left, "forgotten_nodes": {**_forgotten(desired), **dict.fromkeys(nodes, now)}}
 
-def _update(run: RunDir, **desired: Any) -> None:
-    run.write_desired({**run.read_desired(), **desired})
+    now = round(time.time(), 3)
+    run.change_desired(changes)
 
 
 def _newest_ended(observed: Observed) -> dict[str, int]:

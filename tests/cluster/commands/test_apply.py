@@ -1,11 +1,12 @@
 """Two `apply` at the same time: the one whose change is lost says so."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from hpc_router.cluster.commands import apply
-from hpc_router.cluster.control_loop.loop import ControlLoop
+from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.config import frozen
 from hpc_router.config.compose import load_deployment
 from hpc_router.errors import ConfigError
@@ -40,3 +41,43 @@ def test_a_change_that_another_one_replaces_is_reported(
     with pytest.raises(ConfigError, match="was changed meanwhile: look at it and apply again"):
         apply.write_change(change)
     assert run.config.read_text() == other
+
+
+def test_of_two_changes_at_the_same_time_one_is_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both were found in the same config, and both processes are past their first look at it."""
+    options = ("experts.math.engine.options.seed=1", "experts.code.engine.options.seed=2")
+    changes = [apply.find_change(run, [option], config_dir=None) for option in options]
+    both_checked, results = threading.Barrier(2), list[str]()
+    original = ControlLoop.preview
+
+    def preview(control: ControlLoop, **options: bool) -> LoopPass:
+        both_checked.wait()
+        return original(control, **options)
+
+    monkeypatch.setattr(ControlLoop, "preview", preview)
+
+    def write(change: apply.Change) -> None:
+        try:
+            apply.write_change(change)
+            results.append("written")
+        except ConfigError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=write, args=(change,)) for change in changes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    written, refused = sorted(results, key=len)
+    assert written == "written"
+    assert "was changed meanwhile" in refused
+    assert frozen.read(run.config) in [change.after for change in changes]
+
+
+def test_a_rollout_ends_when_another_change_replaces_the_config(run: RunDir) -> None:
+    """It would submit jobs with its own values, and say at the end that every job has them."""
+    control = apply.write_change(apply.find_change(run, ["experts.math.engine.options.seed=1"], config_dir=None))
+    apply.write_change(apply.find_change(run, ["experts.code.engine.options.seed=2"], config_dir=None))
+    with pytest.raises(ConfigError, match="was changed meanwhile"):
+        apply.roll_out(control, print)
+    assert list(run.jobs.iterdir()) == []

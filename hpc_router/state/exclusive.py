@@ -1,0 +1,43 @@
+"""Lets one process at a time change a file that it reads first, on file systems without locks.
+
+The claim is a folder, because creating a folder is atomic everywhere. A process that dies leaves its claim behind, so a
+claim that stays the same for STALE_S is removed. Ages are measured by the waiting process, because the clocks of two
+hosts differ.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+STALE_S: Final = 10.0
+"""Time in seconds, much longer than any change takes."""
+POLL_S: Final = 0.02
+
+
+@contextlib.contextmanager
+def exclusive(
+    claim: Path, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+) -> Iterator[None]:
+    """Creates the folder `claim` for the block, and waits while another process has it. Raises OSError if the folder
+    cannot be created."""
+    seen, since = None, clock()
+    while True:
+        try:
+            claim.mkdir(mode=0o700)
+            break
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                found = claim.stat().st_ino, claim.stat().st_mtime_ns
+                if found != seen:
+                    seen, since = found, clock()
+                elif clock() - since > STALE_S:
+                    claim.rmdir()
+                    continue
+            sleep(POLL_S)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # a process that waited too long has removed it
+            claim.rmdir()
