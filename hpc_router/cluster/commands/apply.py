@@ -113,9 +113,10 @@ def write_change(change: Change) -> ControlLoop:
     observed = ControlLoop(run, read_only=True).preview(fresh=True).observed  # may wait for Slurm
     with exclusive(run.config_claim):
         _check_config_is(run, change.before)
+        # The config last: until then the loop ignores the wanted revisions, so an interrupted `apply` changes nothing.
+        want_config(run, change.before, change.after, observed)
         replace_text(run.previous_config, frozen.to_yaml(change.before))
         replace_text(run.config, frozen.to_yaml(change.after))
-        want_config(run, change.before, change.after, observed)
     if change.before.experts != change.after.experts or change.before.policy != change.after.policy:
         train_classifier(run, change.after, replace=True)
     run.event("applied", keys=sorted(change.keys), version=hpc_router.__version__)

@@ -101,7 +101,7 @@ def _overlapping(deployment: Deployment) -> Iterator[str]:
 
 
 def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Observed) -> None:
-    """Records that `apply` has replaced the config `before` by `after`. Jobs of another revision are then outdated, and
+    """Records that `apply` replaces the config `before` by `after`. Jobs of another revision are then outdated, and
     earlier failures no longer count. A replica count set by `scale` stays unless the new config changes that count."""
     unchanged = {
         name

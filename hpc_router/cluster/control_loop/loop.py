@@ -47,6 +47,7 @@ from hpc_router.cluster.launchers.interface import JobRequest, JobState, Launche
 from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.cluster.launchers.slurm.node_fit import partition_of
 from hpc_router.cluster.signals import ignored, interrupt_event
+from hpc_router.config.revision import revisions
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
@@ -108,13 +109,23 @@ class ControlLoop:
         self._retention = Retention(run, self.deployment.cluster, clock=clock)
         self._released: set[str] = set()
         self._handed_over: set[str] = set()
+        self._revisions: Mapping[str, str] | None = None
         self._excluded: tuple[str, ...] | None = None
 
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
         """Returns the pass without carrying out its actions. `clear`: every job must end. `fresh`: query the Slurm
         controller."""
         observed = self.observer.observe(fresh=fresh)
-        return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
+        return self.decide(replace(self._desired(), clear=clear), observed)
+
+    def _desired(self) -> Desired:
+        """Returns the desired state. Leaves the wanted revisions out if they are those of another config than this loop
+        has: then no job is outdated, because `apply` is about to replace the config, or has done so since this loop
+        read it."""
+        desired = desired_of(self.run, self.deployment)
+        if desired.revisions and self._revisions is None:
+            self._revisions = revisions(self.deployment)
+        return desired if desired.revisions == self._revisions else replace(desired, revisions={})
 
     def decide(self, desired: Desired, observed: Observed) -> LoopPass:
         durations = measured(observed)

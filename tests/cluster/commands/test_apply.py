@@ -9,6 +9,7 @@ from hpc_router.cluster.commands import apply
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.config import frozen
 from hpc_router.config.compose import load_deployment
+from hpc_router.config.revision import revisions
 from hpc_router.errors import ConfigError
 from hpc_router.state.atomic_files import replace_text
 from hpc_router.state.run_directory import RunDir, make_run
@@ -22,7 +23,9 @@ def run(tmp_path: Path) -> RunDir:
 
 
 @pytest.mark.parametrize(
-    ("owner", "step"), [(ControlLoop, "preview"), (apply, "want_config")], ids=["before the write", "after the write"]
+    ("owner", "step"),
+    [(ControlLoop, "preview"), (apply, "train_classifier")],
+    ids=["before the write", "after the write"],
 )
 def test_a_change_that_another_one_replaces_is_reported(
     run: RunDir, owner: object, step: str, monkeypatch: pytest.MonkeyPatch
@@ -81,3 +84,30 @@ def test_a_rollout_ends_when_another_change_replaces_the_config(run: RunDir) -> 
     with pytest.raises(ConfigError, match="was changed meanwhile"):
         apply.roll_out(control, print)
     assert list(run.jobs.iterdir()) == []
+
+
+def test_an_apply_that_is_interrupted_between_its_writes_changes_nothing(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jobs that the loop submits then have the revision that it wants; otherwise it would replace them for ever."""
+    before = run.config.read_text()
+    change = apply.find_change(run, ["experts.math.engine.options.seed=1"], config_dir=None)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(apply, "replace_text", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            apply.write_change(change)
+    assert run.config.read_text() == before
+    assert ControlLoop(run).preview().desired.revisions == {}
+    apply.write_change(apply.find_change(run, ["experts.math.engine.options.seed=1"], config_dir=None))
+    assert ControlLoop(run).preview().desired.revisions == revisions(change.after)
+
+
+def test_a_loop_with_an_earlier_config_takes_no_job_for_outdated(run: RunDir) -> None:
+    """It would end the jobs of the new config."""
+    control = ControlLoop(run)
+    apply.write_change(apply.find_change(run, ["experts.math.engine.options.seed=1"], config_dir=None))
+    assert control.preview().desired.revisions == {}
