@@ -26,6 +26,7 @@ from hpc_router.config.adapters import hosts
 from hpc_router.config.revision import revisions
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.router.settings import settings_in, with_settings
 from hpc_router.state.atomic_files import replace_text
 from hpc_router.state.job_records import PERMANENT, Exit
 from hpc_router.state.run_directory import RunDir
@@ -43,18 +44,24 @@ _FIXED: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A checked change of a run's config. `keys`: the keys that differ, each with the old and the new value."""
+    """A checked change of a run's config. `keys`: the keys that differ, each with the old and the new value.
+    `settings`: the values set by `hpc-router set`; those of `keys` give way to the new config."""
 
     run: RunDir
     before: Deployment
     after: Deployment
     keys: Mapping[str, tuple[Any, Any]]
+    settings: Mapping[str, Any]
 
     def rolled(self) -> list[str]:
         """Returns the names of the experts, and `router`, whose jobs are replaced."""
         old, new = revisions(self.before), revisions(self.after)
         names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name] and name != ROUTER)
         return [*names, *([ROUTER] if old[ROUTER] != new[ROUTER] else [])]
+
+    def kept_settings(self) -> dict[str, Any]:
+        """Returns the settings that stay: those whose key the new config does not change."""
+        return {key: value for key, value in self.settings.items() if key not in self.keys}
 
     def _is_kept(self, key: str) -> bool:
         """Returns whether the key does not belong to an added or removed expert."""
@@ -73,6 +80,11 @@ class Change:
         rolled = self.rolled()
         return [
             *(f"{key}: {_text(was)} -> {_text(now)}" for key, (was, now) in self.keys.items() if self._is_kept(key)),
+            *(
+                f"{key}: the setting {_text(value)} of `hpc-router set` ends"
+                for key, value in self.settings.items()
+                if key in self.keys
+            ),
             *(f"{name} is added" for name in sorted(new.keys() - old.keys())),
             *(f"{name} is removed: its replicas drain" for name in sorted(old.keys() - new.keys())),
             *(f"{name}: each of its jobs is replaced" for name in rolled),
@@ -84,8 +96,8 @@ class Change:
 def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None, previous: bool = False) -> Change:
     """Returns the change that these overrides make, checked as `plan` does. `previous`: the overrides apply to the
     config before the last `apply`. Without overrides and `previous`, the change only moves the run to this version of
-    the package. Raises ConfigError for an invalid config, for a key that cannot change, and for overrides that change
-    nothing."""
+    the package. Raises ConfigError for an invalid config, for one that a setting of `hpc-router set` does not fit, for
+    a key that cannot change, and for overrides that change nothing."""
     before = frozen.read(run.config)
     base = frozen.read(run.previous_config) if previous else before
     after = with_requested(base, overrides, config_dir=config_dir)
@@ -96,10 +108,32 @@ def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | Non
     ]
     if fixed:
         raise ConfigError("\n".join(fixed))
+    settings = settings_in(run.read_desired())
     if not keys and (overrides or previous or config_dir is not None):
-        raise ConfigError(f"the config of {run.path} already has these values: nothing to apply")
+        in_force = "".join(
+            f"; {key} is set to {_text(value)} at present: `hpc-router set {key}=` restores the config's value"
+            for key, value in settings.items()
+        )
+        raise ConfigError(f"the config of {run.path} already has these values: nothing to apply{in_force}")
     make_plan(after, run=run)
-    return Change(run, before, after, keys)
+    change = Change(run, before, after, keys, settings)
+    _check_settings(change)
+    return change
+
+
+def _check_settings(change: Change) -> None:
+    """Raises ConfigError if a setting that stays is invalid in the new config: the router could then use none of
+    them."""
+    kept = change.kept_settings()
+    for key, value in kept.items():
+        try:
+            with_settings(change.after, {key: value})
+        except ConfigError as error:
+            raise ConfigError(
+                f"the setting {key}={_text(value)} does not fit the new config: {error}; "
+                f"`hpc-router set {key}=` restores the config's value"
+            ) from error
+    with_settings(change.after, kept)
 
 
 def write_change(change: Change) -> ControlLoop:
@@ -110,7 +144,7 @@ def write_change(change: Change) -> ControlLoop:
     _check_config_is(run, change.before)
     replace_text(run.previous_config, frozen.to_yaml(change.before))
     replace_text(run.config, frozen.to_yaml(change.after))
-    want_config(run, change.before, change.after, observed)
+    want_config(run, change.before, change.after, observed, settings=change.kept_settings())
     if change.before.experts != change.after.experts or change.before.policy != change.after.policy:
         train_classifier(run, change.after, replace=True)
     run.event("applied", keys=sorted(change.keys), version=hpc_router.__version__)

@@ -99,9 +99,12 @@ def _overlapping(deployment: Deployment) -> Iterator[str]:
         yield from (name for name, expert in hosts(deployment.experts).items() if not expert.resources.gpus)
 
 
-def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Observed) -> None:
+def want_config(
+    run: RunDir, before: Deployment, after: Deployment, observed: Observed, *, settings: Mapping[str, Any]
+) -> None:
     """Records that `apply` has replaced the config `before` by `after`. Jobs of another revision are then outdated, and
-    earlier failures no longer count. A replica count set by `scale` stays unless the new config changes that count."""
+    earlier failures no longer count. A replica count set by `scale` stays unless the new config changes that count.
+    `settings`: the settings that stay."""
     scaled = _counts(run.read_desired().get("replicas"))
     kept = {
         name: count
@@ -110,7 +113,10 @@ def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Ob
         and name in after.experts
         and before.experts[name].replicas == after.experts[name].replicas
     }
-    _update(run, revisions=revisions(after), version=__version__, replicas=kept, forgiven=_newest_ended(observed))
+    _update(
+        run, revisions=revisions(after), version=__version__, replicas=kept, settings=dict(settings),
+        forgiven=_newest_ended(observed),
+    )  # fmt: skip
 
 
 def version_of(run: RunDir) -> str | None:
