@@ -19,7 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
 from hpc_router.config.as_written import as_written
@@ -136,10 +136,10 @@ def resolved(config: DictConfig, key: Any) -> Any:
     except InterpolationResolutionError as error:
         first, key = str(error).split("\n", 1)[0], str(error.full_key)
         quoted = re.search(r'"(.+)"$', first)
-        hint = r"write a dollar sign for the job's shell as \${NAME}"
-        raise ConfigError(f"'{key}': {quoted[1] if quoted else first}; {hint}", key=key) from error
+        raise ConfigError(f"'{key}': {quoted[1] if quoted else first}; {_DOLLAR_HINT}", key=key) from error
 
 
+_DOLLAR_HINT: Final = r"write a dollar sign for the job's shell as \${NAME}"
 _INTERPOLATION: Final = re.compile(r"(\\*)\$\{")
 
 
@@ -240,14 +240,30 @@ def _translated_errors(config_dir: Path | None) -> Iterator[None]:
     except MissingConfigException as error:
         raise ConfigError(_missing(error, config_dir)) from error
     except (HydraException, OmegaConfBaseException) as error:
-        problem = str(error.__context__ if isinstance(error.__context__, OmegaConfBaseException) else error)
-        raise ConfigError(f"{_composed_file(error)}{' '.join(problem.split(chr(10), 1)[0].split())}") from error
+        cause = error.__context__ if isinstance(error.__context__, OmegaConfBaseException) else error
+        problem = " ".join(str(cause).split("\n", 1)[0].split())
+        if isinstance(cause, GrammarParseError):
+            problem = _interpolation_error(cause, problem, override=str(error), config_dir=config_dir)
+        raise ConfigError(f"{_composed_file(error)}{problem}") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(yaml_error_text(error, _undecodable(error, config_dir))) from error
     except RecursionError as error:
         raise ConfigError("a config file is nested too deeply, or an alias in it contains itself") from error
     except ValueError as error:  # such as a number of too many digits
         raise ConfigError(f"a config file has a value that cannot be read: {error}") from error
+
+
+def _interpolation_error(error: GrammarParseError, problem: str, *, override: str, config_dir: Path | None) -> str:
+    """Returns the message for a text with an invalid `${`: the override or the user's file that has it, and the key, as
+    far as Hydra's errors name them. `override`: the text of Hydra's error, which contains the override."""
+    merged = re.match(r"Error merging override \+*(.+)", override, re.DOTALL)
+    invalid = re.search(r"'(\$\{.*)'", problem)
+    files = sorted(config_dir.rglob("*.yaml")) if config_dir is not None and invalid is not None else ()
+    found = (display_path(path) for path in files if invalid and invalid[1].encode() in path.read_bytes())
+    place = shown(merged[1]) if merged else next(found, None)
+    key = re.search(r"full_key: (\S+)", str(error))
+    where = "".join(f"{part}: " for part in (place, key and f"'{key[1]}'") if part)
+    return f"{where}{problem}; {_DOLLAR_HINT}"
 
 
 def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:

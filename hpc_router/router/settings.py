@@ -51,7 +51,7 @@ def _refusal(key: str) -> str:
     if path and type_at(Deployment, parts) is not None:
         return f"{key}: `hpc-router apply {key}=VALUE` changes it, and replaces the jobs that use it"
     if section in ("policy", "router"):
-        return f"'{key}' cannot be set while a router serves{suggest(key, LIVE)}"
+        return f"'{key}' is not a key of the config{suggest(key, LIVE)}"
     return f"'{key}' is not a key of the config (keys that can be set: {', '.join(LIVE)})"
 
 

@@ -1,8 +1,14 @@
 """Reads typed fields of a JSON request body. A null value counts as absent. Errors name the key."""
 
 import json
+from typing import Final
 
 from hpc_router.sim.api_error import ApiError
+
+_WORDS: Final = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict.fromkeys(
+    ("false", "f", "no", "n", "off", "0"), False
+)
+"""The words that pydantic, and so vLLM, reads as truth values."""
 
 
 class RequestFields:
@@ -28,8 +34,11 @@ class RequestFields:
         return value
 
     def flag(self, key: str) -> bool:
+        """Returns a truth value. As in vLLM, it may be written as a number or a word."""
         value = self._body.get(key)
-        if value is not None and not isinstance(value, bool):
+        if isinstance(value, str):
+            value = _WORDS.get(value.lower(), value)
+        if value is not None and (not isinstance(value, int | float) or value not in (0, 1)):
             raise ApiError(f"'{key}' must be true or false.", param=key)
         return bool(value)
 

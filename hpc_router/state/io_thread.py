@@ -10,7 +10,6 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from logging.handlers import QueueHandler
@@ -41,17 +40,28 @@ class FileThread:
         self._thread.start()
 
     async def run(self, action: Callable[[], _T]) -> _T:
-        """Runs `action` in the thread, even if the caller is cancelled. Returns its result or raises its exception."""
-        done: Future[_T] = Future()
+        """Runs `action` in the thread, even if the caller is cancelled. Returns its result or raises its exception. An
+        exception whose caller was cancelled is logged."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[_T] = loop.create_future()
+
+        def finish(deliver: Callable[[], None], error: BaseException | None) -> None:
+            if not done.cancelled():
+                deliver()
+            elif error is not None:
+                _log_failure(error)
 
         def act() -> None:
+            failure: BaseException | None = None
             try:
-                done.set_result(action())
+                deliver = partial(done.set_result, action())
             except BaseException as error:  # noqa: BLE001 - raised in the caller
-                done.set_exception(error)
+                deliver, failure = partial(done.set_exception, error), error
+            with suppress(RuntimeError):  # the loop is closed: no caller waits
+                loop.call_soon_threadsafe(finish, deliver, failure)
 
         self._queue.put(act)
-        return await asyncio.shield(asyncio.wrap_future(done))
+        return await done
 
     async def run_within_limit(self, action: Callable[[], _T]) -> _T | None:
         """Returns the result of `action`; None after an OSError or after `WRITE_TIMEOUT_S`."""
@@ -66,10 +76,8 @@ class FileThread:
         def act() -> None:
             try:
                 action()
-            except OSError as error:
-                logger.warning("cannot write: %s", error)
-            except Exception:
-                logger.exception("an action of the file thread failed")
+            except Exception as error:  # noqa: BLE001 - logged
+                _log_failure(error)
 
         self._queue.put(act)
 
@@ -81,6 +89,14 @@ class FileThread:
     def _work(self) -> None:
         while (action := self._queue.get()) is not None:
             action()
+
+
+def _log_failure(error: BaseException) -> None:
+    """Logs the exception of an action whose caller does not wait. An OSError needs no traceback."""
+    if isinstance(error, OSError):
+        logger.warning("cannot write: %s", error)
+    else:
+        logger.error("an action of the file thread failed", exc_info=error)
 
 
 class FileThreadHandler(QueueHandler):

@@ -520,6 +520,8 @@ def test_a_count_is_a_plain_number(word: str) -> None:
         ("experts.math.engine.python=x", "`hpc-router apply experts.math.engine.python=VALUE`"),
         ("experts.math.replicas=3", "`hpc-router scale math=N` changes the number of replicas"),
         ("router.pings=9", "did you mean 'router.ping_s'?"),
+        ("policy.name=x", "'policy.name' is not a key of the config; did you mean 'policy.kind'?"),
+        ("router.pings=9", "'router.pings' is not a key of the config; did you mean 'router.ping_s'?"),
         ("cluster.warm_s=9", "'cluster.warm_s' is not a key of the config (keys that can be set: "),
     ],
 )

@@ -48,6 +48,8 @@ OVERRIDES = [
     (["router.host='10.1.2'"], ["neither a host's name nor an address"]),
     (["router.host='h:80'"], ["neither a host's name nor an address", "router.port"]),
     (["cluster.setup=['echo ${HOME}']"], ["'cluster.setup[0]'", "'HOME' not found", "as \\${NAME}"]),
+    (["cluster.setup=['a=${b']"], ["override 'cluster.setup=['a=${b']'", "'cluster.setup[0]'", "as \\${NAME}"]),
+    (["cluster.env.A='${'"], ["override", "'cluster.env.A'", "as \\${NAME}"]),
     # texts that no key can take
     (["experts.math.replicas=1" + "0" * 400], ["experts.math.replicas=more than 1e15", "valid: 0 to 1024"]),
     (["cluster.env.A=1" + "0" * 5000], ["override 'cluster.env.A=1000", "digits"]),
@@ -125,6 +127,11 @@ FILES = [
     (
         'experts:\n  a: {model: x, engine: {kind: sim, env: {A: "x\\0"}}}\n',
         ["experts.a.engine.env.A", "null character"],
+    ),
+    (f"experts:\n  a: {{model: '/m/${{HOME', {EXPERT}}}\n", ["mine.yaml: 'experts.a.model'", "as \\${NAME}"]),
+    (
+        f"experts:\n  a: {{model: x, exemplars: ['$${{', '${{a b}}'], {EXPERT}}}\n",
+        ["experts.a.exemplars[", "\\${NAME}"],
     ),
     ("experts: {}\n# \0\n", ["a config file: not valid YAML", "#x0000"]),
 ]

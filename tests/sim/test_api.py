@@ -44,6 +44,13 @@ async def test_a_stream_says_what_the_body_says(start: Start) -> None:
     assert chunks[-1] == "[DONE]"
 
 
+@pytest.mark.parametrize(("value", "streams"), [(1, True), ("On", True), ("1", True), (0, False), ("no", False)])
+async def test_truth_values_are_read_as_vllm_reads_them(start: Start, value: object, streams: bool) -> None:
+    _, session = await start(INSTANT)
+    async with session.post(CHAT, json=chat(max_tokens=1, stream=value)) as response:
+        assert (response.status, response.content_type == "text/event-stream") == (200, streams)
+
+
 async def test_everything_is_labelled_simulated(start: Start) -> None:
     _, session = await start(INSTANT)
     for method, path, body in (
@@ -107,7 +114,7 @@ async def test_choices_prompts_and_stops(start: Start) -> None:
         (CHAT, {"messages": [{"role": "user", "content": 7}]}, 400, "messages[0].content"),
         (CHAT, chat(model="maths"), 404, "The model `maths` does not exist"),
         (CHAT, chat(model=7), 400, "'model' must be a string"),
-        (CHAT, chat(stream="yes"), 400, "'stream' must be true or false"),
+        (CHAT, chat(stream="maybe"), 400, "'stream' must be true or false"),
         (CHAT, chat(max_tokens=0), 400, "'max_tokens' must be at least 1"),
         (CHAT, chat(max_tokens=True), 400, "'max_tokens' must be an integer"),
         (CHAT, chat(max_completion_tokens=2.5), 400, "'max_completion_tokens' must be an integer"),

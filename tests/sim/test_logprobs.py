@@ -165,7 +165,7 @@ async def test_the_openai_client_reads_them(start: Start) -> None:
         (CHAT, chat(top_logprobs=1), "when using `top_logprobs`, `logprobs` must be set to true."),
         (CHAT, chat(logprobs=True, top_logprobs=-2), "`top_logprobs` must be a positive value or -1."),
         (CHAT, chat(logprobs=True, top_logprobs=21), "Requested sample logprobs of 21"),
-        (CHAT, chat(logprobs=1), "'logprobs' must be true or false"),
+        (CHAT, chat(logprobs=2), "'logprobs' must be true or false"),
         (CHAT, chat(prompt_logprobs=2, stream=True), "`prompt_logprobs` are not available when `stream=True`."),
         (CHAT, chat(logprob_token_ids=[1], logprobs=True), "'logprob_token_ids'"),
     ],

@@ -1,6 +1,7 @@
 """The thread for all writes keeps their order, and blocks no caller when it hangs."""
 
 import asyncio
+import gc
 import logging
 import threading
 from pathlib import Path
@@ -58,6 +59,35 @@ async def test_an_action_runs_even_if_its_caller_is_cancelled() -> None:
         await task
     hanging.set()
     assert await asyncio.to_thread(done.wait, 5)
+    files.close(timeout_s=5)
+
+
+@pytest.mark.parametrize("error", [OSError("disk gone"), ValueError("a bug")], ids=["OSError", "other"])
+async def test_the_failure_of_an_action_whose_caller_was_cancelled_is_logged_once(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio must not report it as an exception that was never retrieved."""
+    files, hanging = FileThread("t"), threading.Event()
+    reported = list[dict[str, object]]()
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+
+    def fail() -> None:
+        hanging.wait()
+        raise error
+
+    task = asyncio.create_task(files.run(fail))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    del task
+    hanging.set()
+    await files.run(lambda: None)  # its result arrives after that of `fail`
+    gc.collect()
+    assert reported == []
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot write: disk gone" if isinstance(error, OSError) else "an action of the file thread failed"
+    ]
     files.close(timeout_s=5)
 
 

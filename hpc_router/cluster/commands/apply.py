@@ -27,6 +27,7 @@ from hpc_router.config.adapters import hosts
 from hpc_router.config.revision import revisions
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.router.settings import settings_in, with_settings
 from hpc_router.state.atomic_files import replace_text
 from hpc_router.state.exclusive import exclusive
 from hpc_router.state.run_directory import RunDir
@@ -46,13 +47,19 @@ _FIXED: Final[Mapping[str, str]] = {
 @dataclass(frozen=True, slots=True)
 class Change:
     """A checked change of a run's config. `keys`: the keys that differ, each with the old and the new value.
-    `replaced`: the names of the experts, and `router`, whose jobs are replaced."""
+    `replaced`: the names of the experts, and `router`, whose jobs are replaced. `settings`: the values set by
+    `hpc-router set`; those of `keys` give way to the new config."""
 
     run: RunDir
     before: Deployment
     after: Deployment
     keys: Mapping[str, tuple[Any, Any]]
     replaced: Sequence[str]
+    settings: Mapping[str, Any]
+
+    def kept_settings(self) -> dict[str, Any]:
+        """Returns the settings that stay: those whose key the new config does not change."""
+        return {key: value for key, value in self.settings.items() if key not in self.keys}
 
     def _is_kept(self, key: str) -> bool:
         """Returns whether the key does not belong to an added or removed expert."""
@@ -70,6 +77,11 @@ class Change:
         old, new = hosts(self.before.experts), hosts(self.after.experts)
         return [
             *(f"{key}: {_text(was)} -> {_text(now)}" for key, (was, now) in self.keys.items() if self._is_kept(key)),
+            *(
+                f"{key}: the setting {_text(value)} of `hpc-router set` ends"
+                for key, value in self.settings.items()
+                if key in self.keys
+            ),
             *(f"{name} is added" for name in sorted(new.keys() - old.keys())),
             *(f"{name} is removed: its replicas drain" for name in sorted(old.keys() - new.keys())),
             *(f"{name}: each of its jobs is replaced" for name in self.replaced),
@@ -81,8 +93,8 @@ class Change:
 def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None, previous: bool = False) -> Change:
     """Returns the change that these overrides make, checked as `plan` does. `previous`: the overrides apply to the
     config before the last `apply`. Without overrides and `previous`, the change only moves the run to this version of
-    the package. Raises ConfigError for an invalid config, for a key that cannot change, and for overrides that change
-    nothing."""
+    the package. Raises ConfigError for an invalid config, for one that a setting of `hpc-router set` does not fit, for
+    a key that cannot change, and for overrides that change nothing."""
     before = frozen.read(run.config)
     base = frozen.read(run.previous_config) if previous else before
     after = with_requested(base, overrides, config_dir=config_dir)
@@ -93,10 +105,17 @@ def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | Non
     ]
     if fixed:
         raise ConfigError("\n".join(fixed))
+    settings = settings_in(run.read_desired())
     if not keys and (overrides or previous or config_dir is not None):
-        raise ConfigError(f"the config of {run.path} already has these values: nothing to apply")
+        in_force = "".join(
+            f"; {key} is set to {_text(value)} at present: `hpc-router set {key}=` restores the config's value"
+            for key, value in settings.items()
+        )
+        raise ConfigError(f"the config of {run.path} already has these values: nothing to apply{in_force}")
     make_plan(after, run=run)
-    return Change(run, before, after, keys, _replaced(before, after))
+    change = Change(run, before, after, keys, _replaced(before, after), settings)
+    _check_settings(change)
+    return change
 
 
 def _replaced(before: Deployment, after: Deployment) -> list[str]:
@@ -104,6 +123,21 @@ def _replaced(before: Deployment, after: Deployment) -> list[str]:
     old, new = revisions(before), revisions(after)
     names = [name for name in old.keys() & new.keys() if old[name] != new[name]]
     return sorted(names, key=lambda name: (name == ROUTER, name))
+
+
+def _check_settings(change: Change) -> None:
+    """Raises ConfigError if a setting that stays is invalid in the new config: the router could then use none of
+    them."""
+    kept = change.kept_settings()
+    for key, value in kept.items():
+        try:
+            with_settings(change.after, {key: value})
+        except ConfigError as error:
+            raise ConfigError(
+                f"the setting {key}={_text(value)} does not fit the new config: {error}; "
+                f"`hpc-router set {key}=` restores the config's value"
+            ) from error
+    with_settings(change.after, kept)
 
 
 def write_change(change: Change) -> ControlLoop:
@@ -114,7 +148,7 @@ def write_change(change: Change) -> ControlLoop:
     with exclusive(run.config_claim):
         _check_config_is(run, change.before)
         # The config last: until then the loop ignores the wanted revisions, so an interrupted `apply` changes nothing.
-        want_config(run, change.before, change.after, observed)
+        want_config(run, change.before, change.after, observed, changed=change.keys)
         replace_text(run.previous_config, frozen.to_yaml(change.before))
         replace_text(run.config, frozen.to_yaml(change.after))
     if change.before.experts != change.after.experts or change.before.policy != change.after.policy:

@@ -6,7 +6,7 @@ lacks a key, the value of the config applies.
 
 import getpass
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from hpc_router.config.parsing import bounds_of, check_values
 from hpc_router.config.revision import revisions
 from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.errors import ConfigError, suggest
+from hpc_router.router.settings import KEY, settings_in
 from hpc_router.state.run_directory import RunDir
 
 
@@ -100,9 +101,12 @@ def _overlapping(deployment: Deployment) -> Iterator[str]:
         yield from (name for name, expert in hosts(deployment.experts).items() if not expert.resources.gpus)
 
 
-def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Observed) -> None:
+def want_config(
+    run: RunDir, before: Deployment, after: Deployment, observed: Observed, *, changed: Collection[str]
+) -> None:
     """Records that `apply` replaces the config `before` by `after`. Jobs of another revision are then outdated, and
-    earlier failures no longer count. A replica count set by `scale` stays unless the new config changes that count."""
+    earlier failures no longer count. A replica count set by `scale` stays unless the new config changes that count, and
+    a value set by `set` unless its key is one of `changed`."""
     unchanged = {
         name
         for name in before.experts.keys() & after.experts.keys()
@@ -111,8 +115,9 @@ def want_config(run: RunDir, before: Deployment, after: Deployment, observed: Ob
 
     def changes(desired: Mapping[str, Any]) -> dict[str, Any]:
         kept = {name: count for name, count in _counts(desired.get("replicas")).items() if name in unchanged}
+        settings = {key: value for key, value in settings_in(desired).items() if key not in changed}
         wanted = {"revisions": revisions(after), "version": __version__}
-        return {**wanted, "replicas": kept, "forgiven": _newest_ended(observed)}
+        return {**wanted, "replicas": kept, KEY: settings, "forgiven": _newest_ended(observed)}
 
     run.change_desired(changes)
 

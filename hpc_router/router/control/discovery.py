@@ -1,7 +1,8 @@
 """Keeps the replica table current: reads the registry and probes every endpoint.
 
 The registry says which replicas exist. A probe says whether the process there answers and is the expected one: an agent
-proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request.
+proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request. One
+that only takes connections may be slow or hang; it is used while no other replica serves its experts.
 
 If a replica's beats stop while its probes pass, its file system has stalled, so silence ejects no replica. A replica
 leaves the table when its owner withdraws its record. Nothing here knows the workers.
@@ -21,7 +22,7 @@ from hpc_router import backoff
 from hpc_router.background_tasks import OnFailure, restarting
 from hpc_router.config.schema import RouterConfig
 from hpc_router.net.auth import replica_key
-from hpc_router.router.control.prober import Prober
+from hpc_router.router.control.prober import EXTERNAL_PROBE_S, Prober
 from hpc_router.router.replicas.health import EjectionRules, Incident, Verdict, can_eject
 from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
@@ -36,6 +37,9 @@ SILENT_BEATS: Final = 4
 """Number of intervals by which the beat of a silent replica is late."""
 _EJECTED_PROBE_MAX_S: Final = 15.0
 """Maximum interval in seconds between two probes of an ejected replica."""
+_SLOW: Final = 4
+"""Factor of the time that a probe waits for an external endpoint which other replicas stand in for, so that a slow one
+comes back."""
 
 
 @dataclass(slots=True)
@@ -55,6 +59,7 @@ class _ReplicaWatch:
     """The probe task of one endpoint, and the data that it uses.
 
     `recheck` is set to request a probe now. `served_at`: time at which the replica last answered a request.
+    `answer_s`: duration in seconds of its last answer to a probe.
     `task_failures`: for each background task of its agent, the number of failures at the last probe.
     """
 
@@ -62,6 +67,7 @@ class _ReplicaWatch:
     recheck: asyncio.Event
     beats: Beats
     served_at: float = -math.inf
+    answer_s: float = 0.0
     task_failures: dict[str, int] = field(default_factory=dict)
 
 
@@ -244,32 +250,44 @@ class Discovery:
         return base * random.uniform(0.8, 1.2)  # spreads the probes of many replicas
 
     async def _judge(self, replica: Replica) -> None:
-        """Probes the replica and acts on the result. A late probe is ignored if an external endpoint answered requests
-        meanwhile."""
-        started_at = self.clock()
+        """Probes the replica and acts on the result. An unanswered probe of an external endpoint is ignored if it has
+        answered requests meanwhile, and ejects it only if other replicas stand in for it."""
+        started_at, watch = self.clock(), self._watches[replica.name]
         assert self._prober is not None
-        result = await self._prober.probe(replica)
-        if result is Incident.PROBE_LATE and self._has_served(replica, since=started_at):
+        result = await self._prober.probe(replica, external_s=self._external_limit_s(replica, watch))
+        if result is Incident.PROBE_UNANSWERED and watch.served_at >= started_at:
             replica.trouble = None
             return
-        if isinstance(result, Incident):
+        if result is Incident.PROBE_UNANSWERED and not self._is_dispensable(replica):
+            result = Event.SAYS_READY  # it takes connections, and the alternative is no replica at all
+        elif isinstance(result, Incident):
             self._record(replica, result)
             return
-        self._record(replica, Incident.PROBE_OK)
-        if result is Event.SAYS_READY and replica.health.is_excluded(self.clock()):
-            return
-        if not replica.recent_error:
-            replica.trouble = None
+        else:
+            watch.answer_s = self.clock() - started_at
+            self._record(replica, Incident.PROBE_OK)
+            if result is Event.SAYS_READY and replica.health.is_excluded(self.clock()):
+                return
+            if not replica.recent_error:
+                replica.trouble = None
         self._apply(replica, result)
         if replica.state is RoutingState.READY:
             self.table.offer(replica, ignore_avoid=True)
             if self.on_ready is not None:
                 self.on_ready(replica)
 
-    def _has_served(self, replica: Replica, *, since: float) -> bool:
-        """Returns whether the replica is an external endpoint that has answered requests since the time `since`."""
-        watch = self._watches.get(replica.name)
-        return replica.record.kind is RecordKind.EXTERNAL and watch is not None and watch.served_at >= since
+    def _external_limit_s(self, replica: Replica, watch: _ReplicaWatch) -> float:
+        """Returns how long a probe waits for the response of an external endpoint: twice as long as the last one took,
+        and longer if it is not ready and can be dispensed with."""
+        slow = replica.state is not RoutingState.READY and self._is_dispensable(replica)
+        return max(EXTERNAL_PROBE_S * (_SLOW if slow else 1), 2 * watch.answer_s)
+
+    def _is_dispensable(self, replica: Replica) -> bool:
+        """Returns whether each of the replica's experts has another ready replica."""
+        return all(
+            any(other.state is RoutingState.READY for other in self.table.of(expert) if other is not replica)
+            for expert in replica.record.serves
+        )
 
     def _report_task_failures(self, replica: Replica, failures: Mapping[str, tuple[int, str]]) -> None:
         watch = self._watches.get(replica.name)

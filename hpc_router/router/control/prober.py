@@ -26,7 +26,7 @@ from hpc_router.state.registry import RecordKind, State
 from hpc_router.state.run_directory import RunDir
 
 EXTERNAL_PROBE_S: Final = 15.0
-"""Timeout in seconds of an external endpoint's response to a probe. Connecting has `router.probe_timeout_s`."""
+"""Usual timeout in seconds of an external endpoint's response to a probe. Connecting has `router.probe_timeout_s`."""
 _EVENTS: Final = {state.value: Event(f"says_{state}") for state in State}
 
 
@@ -49,19 +49,20 @@ class Prober:
     on_task_failures: Callable[[Replica, Mapping[str, tuple[int, str]]], None]
     session: aiohttp.ClientSession = field(default_factory=_new_session)
 
-    async def probe(self, replica: Replica) -> Event | Incident:
-        """Returns the state that the endpoint reports, or how the probe failed."""
+    async def probe(self, replica: Replica, *, external_s: float) -> Event | Incident:
+        """Returns the state that the endpoint reports, or how the probe failed. `external_s`: timeout in seconds of the
+        response, if the endpoint is an external one."""
         external, url = replica.record.kind is RecordKind.EXTERNAL, replica.record.url
         path = replica.record.probe if external else protocol.HEALTH
         probed = f"connection to {url}" if path is None else f"GET {protocol.url_at(url, path)}"
         try:
-            return await (self._probe_external(replica) if external else self._probe_agent(replica))
+            return await (self._probe_external(replica, external_s) if external else self._probe_agent(replica))
         except TimeoutError as error:
             connecting = path is None or isinstance(error, aiohttp.ConnectionTimeoutError)
-            limit_s = EXTERNAL_PROBE_S if external and not connecting else self.timeout_s
+            limit_s = external_s if external and not connecting else self.timeout_s
             what = "no connection" if external and connecting else "no answer"
             replica.trouble = f"{probed}: {what} within {limit_s:g} s"
-            return Incident.PROBE_LATE
+            return Incident.PROBE_UNANSWERED if external and not connecting else Incident.PROBE_LATE
         except aiohttp.ClientResponseError as error:
             replica.trouble = f"{probed} answers with status {error.status}"
             return Incident.PROBE_FAILED
@@ -70,7 +71,7 @@ class Prober:
             connected = isinstance(error, aiohttp.ClientError) and not isinstance(error, aiohttp.ClientConnectorError)
             if isinstance(error, OSError) and not connected:
                 return Incident.PROBE_FAILED
-            return Incident.PROBE_LATE if external else Incident.PROBE_FAILED
+            return Incident.PROBE_UNANSWERED if external else Incident.PROBE_FAILED
 
     async def _probe_agent(self, replica: Replica) -> Event | Incident:
         challenge = new_token()
@@ -84,7 +85,7 @@ class Prober:
         self.on_task_failures(replica, health.task_failures)
         return _EVENTS.get(health.state, Incident.PROBE_FAILED)
 
-    async def _probe_external(self, replica: Replica) -> Event:
+    async def _probe_external(self, replica: Replica, limit_s: float) -> Event:
         """Probes an external endpoint with its current token. Any HTTP response means that it is ready, unless its
         headers say otherwise."""
         with contextlib.suppress(ConfigError, TimeoutError):  # the token may be replaced at any time
@@ -94,7 +95,7 @@ class Prober:
         if record.probe is None:
             return await self._probe_port(replica)
         headers = {"Authorization": f"Bearer {replica.key}"} if replica.key else {}
-        timeout = aiohttp.ClientTimeout(total=EXTERNAL_PROBE_S, sock_connect=self.timeout_s)
+        timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=self.timeout_s)
         url = protocol.url_at(record.url, record.probe)
         async with self.session.get(url, headers=headers, allow_redirects=False, timeout=timeout) as response:
             if protocol.DRAINING_HEADER in response.headers or protocol.STARTING_HEADER in response.headers:

@@ -17,7 +17,8 @@ from typing import Final
 from hpc_router import backoff
 
 MAX_LATE_PROBES: Final = 3
-"""Number of unanswered probes in a row that eject a replica. The network may be the cause of fewer."""
+"""Number of unanswered probes in a row that eject a replica. The network may be the cause of fewer. They eject an
+external endpoint only while other replicas serve its experts."""
 
 
 class Incident(StrEnum):
@@ -28,6 +29,7 @@ class Incident(StrEnum):
     ANSWERED = "answered"  # a request succeeded after earlier ones had failed
     PROBE_OK = "probe_ok"  # the replica passed the challenge, whatever state it reported
     PROBE_LATE = "probe_late"  # no response within the timeout
+    PROBE_UNANSWERED = "probe_unanswered"  # an external endpoint took the connection, and gave no valid response
     PROBE_FAILED = "probe_failed"  # connection refused, wrong identity, or an invalid response
 
 
@@ -78,7 +80,7 @@ class ReplicaHealth:
             case Incident.NO_CONNECTION:
                 self.connect_errors += 1
                 return Verdict.EJECT if self.connect_errors >= rules.connect_errors else Verdict.KEEP
-            case Incident.PROBE_LATE:
+            case Incident.PROBE_LATE | Incident.PROBE_UNANSWERED:
                 self.late_probes += 1
                 self.failed_probes += 1
                 return Verdict.EJECT if self.late_probes >= MAX_LATE_PROBES else Verdict.KEEP

@@ -30,9 +30,9 @@ _LOST: Final = 502
 response."""
 _LOCAL_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
 """Errors of failed connections whose cause is this machine, so that they say nothing about the replica."""
-_MAX_ENGINES_LOST: Final = 2
-"""Maximum number of engines that may end while they have the same request. The request may be the cause, and must not
-crash all engines of its expert."""
+MAX_ENGINES_LOST: Final = 2
+"""Maximum number of attempts whose engine or connection may end before the response begins. The request may be the
+cause, and must neither crash all engines of its expert nor be generated again and again."""
 _MAX_ERROR_BYTES: Final = 2**20
 _BARE_PHRASES: Final = ("Not Found", "Method Not Allowed")
 _MAX_QUOTED_BYTES: Final = 200
@@ -106,7 +106,7 @@ class AttemptReview:
             self.health.state_reported(replica, Event.SAYS_STARTING)
             begun = status == _LOST
             routed.engines_lost += begun
-            if routed.engines_lost >= _MAX_ENGINES_LOST:
+            if routed.engines_lost >= MAX_ENGINES_LOST:
                 return await self._error_response(routed, reservation, upstream)
         elif status == _BUSY or (status == _AWAY and b"retry-after" in headers):
             self.metrics.failovers.add(replica.name, _BUSY if status == _BUSY else "busy")

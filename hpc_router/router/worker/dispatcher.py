@@ -40,7 +40,13 @@ from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.replica import Replica, Reservation, RoutingState
 from hpc_router.router.replicas.sessions import not_found
 from hpc_router.router.replicas.table import QueueFullError, ReplicaLostError, ReplicaTable
-from hpc_router.router.worker.attempt_review import AttemptReview, HealthReporter, RetryError, error_result
+from hpc_router.router.worker.attempt_review import (
+    MAX_ENGINES_LOST,
+    AttemptReview,
+    HealthReporter,
+    RetryError,
+    error_result,
+)
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, ErrorResponses
 from hpc_router.router.worker.retry_budget import RetryBudget
 from hpc_router.router.worker.routed_request import REVIEWED_STATUSES, RequestResult, RoutedRequest
@@ -226,6 +232,10 @@ class Dispatcher:
                 self.review.record_failure(routed, reservation, error)
                 if isinstance(error, UpstreamAbortedError):  # the next attempt may fail in the same way
                     routed.error_result = error_result(routed, reservation, _failure_reply(replica, error))
+                elif not isinstance(error, UpstreamConnectError) and routed.method != "GET":  # a GET generates nothing
+                    routed.engines_lost += 1
+                    if routed.engines_lost >= MAX_ENGINES_LOST:
+                        return error_result(routed, reservation, _failure_reply(replica, error))
                 raise RetryError(begun=not isinstance(error, UpstreamConnectError) or error.sent) from error
             self.health.recheck(replica)
             await self._end_with_error(routed, expert, relay, _failure_reply(replica, error))

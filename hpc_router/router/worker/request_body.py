@@ -25,6 +25,8 @@ MAX_COMMAS: Final = 8_000_000
 per object or list, 1 us per key (counted by its colon) and 0.05 us per number."""
 MAX_DIGITS: Final = 400
 """Maximum number of digits of an integer: the time to decode one grows with the square of its length."""
+_BYTE_ORDER_MARK: Final = "\ufeff"
+"""Some programs begin a UTF-8 text with it, and Python's `json.loads`, which engines use, skips it."""
 _space = re.compile(r"[ \t\n\r]*").match
 
 
@@ -149,7 +151,7 @@ def _parse_text(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
 def _parse_members(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     """Returns the members of an object, and the text span of each value. Raises ValueError, IndexError or
     RecursionError."""
-    at = _skip_space(text, 0)
+    at = _skip_space(text, text.startswith(_BYTE_ORDER_MARK))
     if text[at : at + 1] != "{":
         raise ValueError("it does not start with '{'")
     fields: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from hpc_router.state.registry import split_replica
 
 _NAMED: Final = RouteReason.NAMED
 _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
+_TRUE_WORDS: Final = ("true", "t", "yes", "y", "on", "1")
 
 
 UNKNOWN_ENDPOINT: Final = ApiEndpoint("", "", api_format_of(""))
@@ -35,6 +36,12 @@ def endpoint_of(request: Request) -> ApiEndpoint:
     """Returns the API endpoint of the request."""
     path = request.path.rstrip("/")
     return ApiEndpoint(path, f"{path}?{request.query}" if request.query else path, api_format_of(path))
+
+
+def is_true(value: object) -> bool:
+    """Returns whether an engine reads `value` as true. vLLM reads truth values as pydantic does: numbers and words,
+    too. A value that is not valid is not true here; the engine decides about it."""
+    return value == 1 or (isinstance(value, str) and value.lower() in _TRUE_WORDS)
 
 
 @dataclass(slots=True)
@@ -57,7 +64,7 @@ class RequestRouting:
         if type(model) is not str or not model:
             model = call.model  # raises
         if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
-            raise BadRequestError("'stream' must be true or false", param="stream")
+            call.fields["stream"] = is_true(call.fields["stream"])
         session = None
         if endpoint.path == protocol.RESPONSES:
             session = session_id(request.headers)

@@ -92,7 +92,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     """Makes the error for a request whose `only` replica is not ready any more. If it is None, the client gets the
     error for a lost session."""
     engines_lost = 0
-    """Number of engines that ended while they had this request."""
+    """Number of attempts whose engine or connection ended before the response began."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Two `apply` at the same time: the one whose change is lost says so."""
+"""What `apply` says and keeps: of another `apply` at the same time, and of the values that `set` has set."""
 
 import threading
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.commands import apply
+from hpc_router.cluster.commands import set as set_
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.config import frozen
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.revision import revisions
 from hpc_router.errors import ConfigError
+from hpc_router.router.settings import settings_in
 from hpc_router.state.atomic_files import replace_text
 from hpc_router.state.run_directory import RunDir, make_run
 
@@ -111,3 +113,28 @@ def test_a_loop_with_an_earlier_config_takes_no_job_for_outdated(run: RunDir) ->
     control = ControlLoop(run)
     apply.write_change(apply.find_change(run, ["experts.math.engine.options.seed=1"], config_dir=None))
     assert control.preview().desired.revisions == {}
+
+
+def test_a_setting_ends_when_the_config_changes_its_key(run: RunDir) -> None:
+    set_.change(run, {"router.queue_timeout_s": "59", "router.ping_s": "9"}, [])
+    change = apply.find_change(run, ["router.queue_timeout_s=5"], config_dir=None)
+    assert "router.queue_timeout_s: the setting 59.0 of `hpc-router set` ends" in change.lines()
+    apply.write_change(change)
+    assert settings_in(run.read_desired()) == {"router.ping_s": 9.0}
+
+
+def test_values_that_the_config_has_already_are_refused_with_the_setting_that_hides_them(run: RunDir) -> None:
+    set_.change(run, {"router.queue_timeout_s": "59"}, [])
+    with pytest.raises(
+        ConfigError, match=r"router\.queue_timeout_s is set to 59\.0 at .*`hpc-router set router\.queue"
+    ):
+        apply.find_change(run, ["router.queue_timeout_s=30"], config_dir=None)
+
+
+def test_a_config_that_a_setting_does_not_fit_is_refused(run: RunDir) -> None:
+    """The router would use none of the settings, and `set` would refuse each further one."""
+    set_.change(run, {"policy.fallback": "math"}, [])
+    with pytest.raises(
+        ConfigError, match=r"the setting policy\.fallback=math does not fit .*`hpc-router set policy\.f"
+    ):
+        apply.find_change(run, ["~experts.math"], config_dir=None)

@@ -11,27 +11,31 @@ import pytest
 from aiohttp import web
 
 from hpc_router.net import protocol
-from hpc_router.router.control import prober
+from hpc_router.router.control import discovery
 from hpc_router.router.ipc.messages import REPORT_S
 from hpc_router.router.replicas.health import MAX_LATE_PROBES
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.state import registry
 from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
-from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, completion
+from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, completion, fake_replica
 from tests.router.support import chat, client_of, post, ready
 from tests.support.waiting import eventually
 
 NAME = "math-x0.g1"
+LIMIT_S = 0.3
+"""Time limit of a probe in one test. It is long enough for a busy machine, where an answer may be this much later."""
 
 
 @dataclass
 class Endpoint:
-    """Answers requests with `chat_status`, and probes with `status` and `body`; to None it gives no answer."""
+    """Answers requests with `chat_status`, and probes with `status` and `body` after `delay_s`; to None it gives no
+    answer."""
 
     status: int | None = 200
     body: bytes = b"{}"
     chat_status: int = 200
+    delay_s: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
     probed: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
@@ -45,6 +49,7 @@ class Endpoint:
             self.asked.append(request.path)
             return web.json_response(completion(), status=self.chat_status, headers=self.headers)
         self.probed.append(request.path)
+        await asyncio.sleep(self.delay_s)
         if self.status is None:
             await self.go_on.wait()
         return web.Response(status=self.status or 404, body=self.body, headers=self.headers)
@@ -143,23 +148,59 @@ async def test_a_late_answer_is_one_too(tmp_path: Path) -> None:
         await ready(router)
 
 
-async def test_probes_without_an_answer_eject_it_unless_requests_are_answered(
+async def test_probes_without_an_answer_leave_the_only_replica_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prober, "EXTERNAL_PROBE_S", 2 * REPORT_S)
-    run, endpoint = a_run(tmp_path), Endpoint()
+    """A server that answers one request at a time answers no probe during a long one."""
+    monkeypatch.setattr(discovery, "EXTERNAL_PROBE_S", 0.05)
+    run, endpoint = a_run(tmp_path), Endpoint(status=None)
     async with registered(run, endpoint), a_router(run, a_deployment()) as router:
         await ready(router)
-        endpoint.status = None
-        before = len(endpoint.probed)
-        while len(endpoint.probed) <= before + MAX_LATE_PROBES + 1:
-            assert await ask(router) == 200
-            await asyncio.sleep(0.05)
-        assert standing(router) is RoutingState.READY
-        await eventually(lambda: standing(router) is RoutingState.EJECTED)
+        await eventually(lambda: len(endpoint.probed) > 2 * MAX_LATE_PROBES)
         (replica,) = router.control.table.all()
-        assert replica.trouble is not None
-        assert replica.trouble == f"GET {endpoint.url}/v1/models: no answer within {2 * REPORT_S:g} s"
+        assert (standing(router), replica.trouble) == (
+            RoutingState.READY, f"GET {endpoint.url}/v1/models: no answer within 0.05 s",
+        )  # fmt: skip
+        assert await ask(router) == 200
+
+
+async def test_probes_without_an_answer_eject_it_while_another_replica_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "EXTERNAL_PROBE_S", 2 * REPORT_S)
+    run, endpoint = a_run(tmp_path), Endpoint()
+    async with registered(run, endpoint), a_router(run, a_deployment("math", pin_bound=None)) as router:
+        async with fake_replica(run, "math-0.g1"):
+            await ready(router, 2)
+            endpoint.status = None
+            before = len(endpoint.probed)
+            while len(endpoint.probed) <= before + MAX_LATE_PROBES + 1:
+                assert await ask(router) == 200
+                await asyncio.sleep(0.05)
+            assert standing(router) is RoutingState.READY, "it answers requests"
+            await eventually(lambda: standing(router) is RoutingState.EJECTED)
+            replica = router.control.table.get(NAME)
+            assert replica is not None
+            assert replica.trouble == f"GET {endpoint.url}/v1/models: no answer within {2 * REPORT_S:g} s"
+        await eventually(lambda: standing(router) is RoutingState.READY)  # the other replica is gone
+        assert await ask(router) == 200
+
+
+async def test_a_slow_answer_to_a_probe_brings_it_back_and_is_waited_for_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "EXTERNAL_PROBE_S", LIMIT_S)
+    run, endpoint = a_run(tmp_path), Endpoint(delay_s=2 * LIMIT_S)
+    async with (
+        fake_replica(run, "math-0.g1"),
+        a_router(run, a_deployment("math")) as router,
+    ):
+        await ready(router)
+        async with registered(run, endpoint):
+            await ready(router, 2)
+            before = len(endpoint.probed)
+            await eventually(lambda: len(endpoint.probed) > before + MAX_LATE_PROBES)
+            assert standing(router) is RoutingState.READY
 
 
 @pytest.mark.parametrize("probe", ["/v1/models", "/health", None])

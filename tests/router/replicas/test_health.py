@@ -59,8 +59,8 @@ def test_errors_during_an_exclusion_do_not_lengthen_it() -> None:
     assert health.excluded_until == 10.0
 
 
-def test_late_probes_in_a_row_eject_and_one_that_fails_does_at_once() -> None:
-    late = Incident.PROBE_LATE
+@pytest.mark.parametrize("late", [Incident.PROBE_LATE, Incident.PROBE_UNANSWERED])
+def test_late_probes_in_a_row_eject_and_one_that_fails_does_at_once(late: Incident) -> None:
     assert notes(ReplicaHealth(), *[late] * MAX_LATE_PROBES) == [Verdict.KEEP] * (MAX_LATE_PROBES - 1) + [Verdict.EJECT]
     assert notes(ReplicaHealth(), late, Incident.PROBE_OK, late, late) == [Verdict.KEEP] * 4
     assert notes(ReplicaHealth(), Incident.PROBE_FAILED) == [Verdict.EJECT]

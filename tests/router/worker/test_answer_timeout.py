@@ -10,7 +10,6 @@ from aiohttp import web
 
 from hpc_router.net import protocol
 from hpc_router.router.replicas.replica import RoutingState
-from hpc_router.router.worker.dispatcher import MAX_ATTEMPTS
 from tests.router.fakes import (
     FakeReplica,
     a_deployment,
@@ -20,7 +19,6 @@ from tests.router.fakes import (
     event,
     fake_replica,
     hang,
-    reset,
     stream,
 )
 from tests.router.support import all_gauges_zero, chat, post, ready
@@ -115,14 +113,3 @@ async def test_a_stream_that_pauses_too_long_names_the_key(tmp_path: Path) -> No
         error = json.loads(raw.removeprefix(event("a")).removeprefix(b"data: "))["error"]
         assert (error["type"], error["code"]) == ("timeout_error", "answer_timeout")
         assert "router.idle_timeout_s=0.1" in error["message"]
-
-
-async def test_a_refusal_counts_attempts_and_names_replicas(tmp_path: Path) -> None:
-    run = a_run(tmp_path)
-    async with (
-        fake_replica(run, "math-0.g1", reset),
-        a_router(run, a_deployment("math", probe_s=60)) as router,
-    ):
-        await ready(router)
-        status, body, _ = await post(router, chat())
-        assert (status, body["error"]["message"]) == (503, f"{MAX_ATTEMPTS} attempts failed, on math-0.g1")

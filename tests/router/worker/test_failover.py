@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hpc_router.errors import UpstreamConnectError
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.router.replicas.replica import RoutingState
-from tests.router.fakes import a_deployment, a_router, a_run, answer, fake_replica, refuse, reset
+from tests.router.fakes import Act, a_deployment, a_router, a_run, answer, fake_replica, refuse, reset, stream
 from tests.router.support import all_gauges_zero, chat, post, ready, standing, statuses
 from tests.support.waiting import eventually
 
@@ -19,12 +20,33 @@ async def test_the_only_replica_is_asked_again_once_it_has_been_probed(tmp_path:
     """Its connection broke, so nobody knows whether it lives: its probe says so, and there is nobody else."""
     run = a_run(tmp_path)
     async with (
-        fake_replica(run, "math-0.g1", reset, reset, answer) as fake,
+        fake_replica(run, "math-0.g1", reset, answer) as fake,
         a_router(run, a_deployment("math", probe_s=60)) as router,
     ):
         await ready(router)
         assert await statuses(router, 1) == [200]
-        assert len(fake.bodies) == 3
+        assert len(fake.bodies) == 2
+        await eventually(lambda: all_gauges_zero(router))
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize(
+    "act", [reset, stream([b"data: {"], then="reset"), stream([b"data: {"])], ids=["nothing", "reset", "cut"]
+)
+async def test_a_response_that_breaks_twice_before_it_begins_is_not_generated_a_third_time(
+    tmp_path: Path, act: Act, replicas: int
+) -> None:
+    """A proxy in front of an endpoint may cut each long answer, and each attempt costs a generation."""
+    run = a_run(tmp_path)
+    async with AsyncExitStack() as stack:
+        names = [f"math-{number}.g1" for number in range(replicas)]
+        fakes = [await stack.enter_async_context(fake_replica(run, name, act)) for name in names]
+        router = await stack.enter_async_context(a_router(run, a_deployment("math", probe_s=60)))
+        await ready(router, replicas)
+        status, body, _ = await post(router, chat(stream=True))
+        assert (status, body["error"]["code"]) == (502, "replica_failed")
+        assert "failed before it had finished: " in body["error"]["message"]
+        assert sum(len(fake.bodies) for fake in fakes) == 2
         await eventually(lambda: all_gauges_zero(router))
 
 

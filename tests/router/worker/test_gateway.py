@@ -255,7 +255,6 @@ async def test_errors_are_the_clients_own_exceptions(tmp_path: Path) -> None:
         (b"\xff", 400, "UTF-8"),
         ({"messages": [{"role": "user", "content": "x"}]}, 400, "'model' is missing"),
         (chat(model="nobody"), 404, "valid: auto, math"),
-        ({**chat(), "stream": "yes"}, 400, "'stream'"),
         (b'{"model": "math", "pad": "' + b"x" * 2**21 + b'"}', 413, "max_body_mb"),
     ],
 )
@@ -269,6 +268,33 @@ async def test_bad_requests_are_told_why(tmp_path: Path, body: Any, status: int,
         assert set(value["error"]) == {"message", "type", "param", "code"}
         assert says in value["error"]["message"]
         assert not fake.bodies
+        await eventually(lambda: all_gauges_zero(router))
+
+
+@pytest.mark.parametrize(
+    ("value", "streams"),
+    [
+        (True, True), (1, True), (1.0, True), ("true", True), ("True", True), ("on", True), ("1", True), ("y", True),
+        (None, False), (0, False), ("no", False), ("false", False), (2, False), ("maybe", False), ([], False),
+    ],
+)  # fmt: skip
+async def test_stream_is_read_as_engines_read_it(tmp_path: Path, value: object, streams: bool) -> None:
+    """vLLM takes the numbers and words of pydantic. Whatever it is, the engine gets it and decides whether it is valid;
+    here it decides whether the bytes pass as they come."""
+    run = a_run(tmp_path)
+    act = stream([b"one ", b"two"], then="hang", content_type="application/json")
+    async with fake_replica(run, "math-0.g1", act) as fake, a_router(run, a_deployment("math")) as router:
+        await ready(router)
+        async with aiohttp.ClientSession(headers={"authorization": f"Bearer {router.token}"}) as client:
+            call = asyncio.create_task(client.post(router.url + CHAT, json={**chat(), "stream": value}))
+            await eventually(lambda: fake.bodies)
+            assert json.loads(fake.bodies[0])["stream"] == value
+            if streams:
+                assert await (await call).content.readexactly(7) == b"one two"
+            else:
+                assert not call.done()
+            fake.go_on.set()
+            assert (await (await call).read()).endswith(b"two"[3 * streams :])
         await eventually(lambda: all_gauges_zero(router))
 
 

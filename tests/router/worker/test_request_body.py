@@ -79,7 +79,9 @@ def test_only_the_model_value_is_replaced(body: dict[str, Any], old: str, new: s
         (b'{"a": 1, "a": 2}', "stands twice"),
         (b'{"a": "\xff"}', "UTF-8"),
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
-        (b"\xef\xbb\xbf{}", "does not start"),
+        (b"\xef\xbb\xbf", "does not start"),
+        (b" \xef\xbb\xbf{}", "does not start"),
+        ('{"model": "math"}'.encode("utf-16"), "UTF-8"),
     ],
 )
 def test_what_is_no_object_is_refused_in_words(raw: bytes, says: str) -> None:
@@ -95,6 +97,15 @@ def test_what_only_the_walk_reads_is_no_different(body: dict[str, Any], old: str
     replaced = json.loads(decode(raw).body(new))
     assert math.isnan(replaced.pop("temperature"))
     assert replaced == {key: value for key, value in {**body, "model": new}.items() if key != "temperature"}
+
+
+@pytest.mark.parametrize("rest", [b'{"model":"math"}', b' {"a": 1, "model": "math"}', b'{"mode\\u006c":"math"}'])
+def test_a_byte_order_mark_is_passed_on(rest: bytes) -> None:
+    """As vLLM and `transformers serve` read it, whose `json.loads` skips it."""
+    raw = b"\xef\xbb\xbf" + rest
+    call = decode(raw)
+    assert (call.model, call.raw) == ("math", raw)
+    assert call.body("theirs") == raw.replace(b'"math"', b'"theirs"')
 
 
 def test_a_model_that_is_named_elsewhere_as_well() -> None:
