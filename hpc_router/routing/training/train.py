@@ -1,16 +1,17 @@
 """Trains an artefact from prompts: feature space, clusters, weights of terms, margin threshold, quality.
 
 Method *discovered*: balanced k-means over all prompts; a cluster gets the expert that its rows name most often.
-*exemplars*: one cluster per label, in the direction of the mean of its prompts, or for `distilled` features in the
-direction that separates it from the other labels. *measured*: discovered clusters; each gets the expert with the
+*exemplars*: one cluster per label. With `distilled` features it lies at the mean of its prompts plus its description
+(`label_directions`), with `lexical` features a ridge regression predicts the label, and with `cbtm` it lies at the mean
+of its prompts. *measured*: discovered clusters; each gets the expert with the
 highest correctness minus `weight` times its cost. The margin threshold comes from held-out prompts. The same rows,
 settings, package versions and one BLAS thread give the same bytes.
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, Literal
@@ -23,14 +24,17 @@ from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.evaluation import majority
-from hpc_router.routing.exemplars import margin_threshold
-from hpc_router.routing.features import Doubles, Floats, Ids, Mask
+from hpc_router.routing.exemplars import margin_threshold, usable_exemplars
+from hpc_router.routing.features import Doubles, Features, Floats, Ids, Mask
 from hpc_router.routing.training import feature_spaces
 from hpc_router.routing.training.dataset import Row, deduplicated, fingerprint, read_corpus, read_rows
+from hpc_router.routing.training.descriptions import read_descriptions
 from hpc_router.routing.training.encoder import Encoder, ProgressCallback
 from hpc_router.routing.training.feature_spaces import FeatureSpace
-from hpc_router.routing.training.kmeans import balanced_kmeans, centroids_of, discriminant_directions
+from hpc_router.routing.training.kmeans import balanced_kmeans, centroids_of
+from hpc_router.routing.training.label_directions import label_directions
 from hpc_router.routing.training.quality import Quality, estimate_quality
+from hpc_router.routing.training.ridge import label_space
 from hpc_router.routing.training.student import Student, distilled
 
 TrainMethod = Literal["discovered", "exemplars", "measured"]
@@ -41,6 +45,7 @@ MIN_PER_CLUSTER: Final = 2
 FOLDS: Final = 5
 ONE_FOLD_FROM: Final = 2000
 """Number of prompts from which one held-out fold is large enough to set the threshold."""
+_PATHS: Final = ("data", "corpus", "descriptions", "output", "encoder")
 _PACKAGES: Final = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers")
 
 
@@ -55,8 +60,20 @@ class TrainConfig:
     seed: int = bounded(0, 0, 2**32 - 1)
     encoder: str | None = None  # folder or hub id; required by features=distilled
     corpus: str | None = None  # further text for the student: JSON lines, or one passage per line
+    # method=exemplars with features=distilled: descriptions of the labels; a file, or a folder of expert files
+    descriptions: str | None = None
     output: str = ""
     weight: float = bounded(0.0, 0, 1e9)  # method=measured: how much correctness one unit of cost is worth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSet:
+    """What a training learns from. `left_out`: number of rows of the file that are not in `rows`."""
+
+    rows: Sequence[Row]
+    left_out: int = 0
+    corpus: Sequence[str] = ()
+    descriptions: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
@@ -65,9 +82,36 @@ def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
     path = Path(config.data)
     rows, left_out = deduplicated(read_rows(path), path=path, need_label=config.method == "exemplars")
     corpus = [] if config.corpus is None else read_corpus(Path(config.corpus))
+    descriptions: dict[str, str] = {}
+    if config.descriptions is not None:
+        descriptions = read_descriptions(Path(config.descriptions), labels={str(row.label) for row in rows})
+    given = TrainingSet(rows=rows, left_out=left_out, corpus=corpus, descriptions=descriptions)
+    return train_on(given, config=config, progress=progress)
+
+
+def train_exemplars(
+    exemplars: Mapping[str, Sequence[str]],
+    *,
+    descriptions: Mapping[str, str],
+    encoder: str,
+    progress: ProgressCallback,
+) -> Artefact:
+    """Trains an artefact from exemplars and descriptions of experts with a sentence encoder. Raises ConfigError as
+    `usable_exemplars` does."""
+    usable = usable_exemplars(exemplars, features=Features())
+    texts = [(name, text) for name in usable for text in usable[name]]
+    rows = [Row(line=n, id=n, text=text, expert=name) for n, (name, text) in enumerate(texts, 1)]
+    given = TrainingSet(rows=rows, descriptions={name: text for name, text in descriptions.items() if text})
+    config = TrainConfig(method="exemplars", features="distilled", encoder=encoder)
+    return train_on(given, config=config, progress=progress)
+
+
+def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallback) -> Artefact:
+    """Trains an artefact from rows that are already read. Raises ConfigError for unusable rows."""
+    rows = given.rows
     clusters = _cluster_count(config, rows)
     texts = [row.text for row in rows]
-    space = _feature_space(config, texts, corpus, progress)
+    space = _feature_space(config, given, progress)
     progress("clusters", 0, 1)
     names, assignment, directions = _clustered(config, rows, space, clusters)
     measured = config.method == "measured"
@@ -85,13 +129,20 @@ def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
         "cluster_share": {name: round(float(share), 6) for name, share in zip(names, shares, strict=True)},
     }
     training: dict[str, object] = {
-        "data": {"sha256": fingerprint(rows), "rows": len(rows), "left_out": left_out, "corpus": len(corpus)},
-        "settings": {k: v for k, v in asdict(config).items() if k not in ("data", "corpus", "output", "encoder")},
+        "data": {
+            "sha256": fingerprint(rows),
+            "rows": len(rows),
+            "left_out": given.left_out,
+            "corpus": len(given.corpus),
+        },
+        "settings": {k: v for k, v in asdict(config).items() if k not in _PATHS},
         "scores": scores,
         "packages": _packages(config),
     }
     if isinstance(space, Student):
         training["encoder"] = space.encoder
+    if given.descriptions:
+        training["descriptions"] = dict(given.descriptions)
     if quality is not None:
         training["quality"] = quality.to_json(names)
     discriminative = _discriminative(artefact.terms, artefact.idf)
@@ -106,6 +157,12 @@ def _check_settings(config: TrainConfig) -> None:
     if config.features == "distilled" and not config.encoder:
         raise ConfigError(
             "features=distilled needs encoder=PATH, a sentence encoder that transformers can load", key="encoder"
+        )
+    if config.descriptions is not None and (config.method, config.features) != ("exemplars", "distilled"):
+        raise ConfigError(
+            f"descriptions={config.descriptions} needs method=exemplars and features=distilled, which place a label "
+            "with the help of a sentence encoder",
+            key="descriptions",
         )
     if config.clusters < 2 and config.method != "exemplars":
         raise ConfigError(f"clusters={config.clusters}: a classifier needs 2 or more", key="clusters")
@@ -137,13 +194,26 @@ def _cluster_count(config: TrainConfig, rows: Sequence[Row]) -> int:
     return config.clusters
 
 
-def _feature_space(
-    config: TrainConfig, texts: Sequence[str], corpus: Sequence[str], progress: ProgressCallback
-) -> FeatureSpace:
+def _label_names(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(sorted({str(row.label) for row in rows}))
+
+
+def _feature_space(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> FeatureSpace:
+    texts = [row.text for row in given.rows]
     if config.features == "distilled":
-        encoder = Encoder(str(config.encoder))
-        return distilled(texts, corpus=corpus, encoder=encoder, seed=config.seed, progress=progress)
+        return distilled(
+            texts,
+            corpus=given.corpus,
+            encoder=Encoder(str(config.encoder)),
+            seed=config.seed,
+            progress=progress,
+            descriptions=[given.descriptions.get(name, "") for name in _label_names(given.rows)],
+        )
     try:
+        if config.method == "exemplars" and config.features == "lexical":
+            names = _label_names(given.rows)
+            labels = np.array([names.index(str(row.label)) for row in given.rows])
+            return label_space(texts, labels, count=len(names), seed=config.seed)
         fit = feature_spaces.cbtm if config.features == "cbtm" else feature_spaces.lexical
         return fit(texts, seed=config.seed)
     except ImportError as error:
@@ -157,7 +227,7 @@ def _clustered(
 ) -> tuple[tuple[str, ...], Ids, Floats]:
     """Returns the names of the clusters, the cluster of each row, and the direction of each cluster in the space."""
     if config.method == "exemplars":
-        names = tuple(sorted({str(row.label) for row in rows}))
+        names = _label_names(rows)
         assignment = np.array([names.index(str(row.label)) for row in rows])
         if isinstance(space, Student):
             space.labels = assignment
@@ -170,14 +240,10 @@ def _clustered(
 
 
 def _directions(config: TrainConfig, space: FeatureSpace, assignment: Ids, used: Mask, *, clusters: int) -> Floats:
-    """Returns the direction of each cluster, computed from the prompts in the mask `used`.
-
-    With exemplars and a student, these are the directions that separate the labels, because an encoder's vectors
-    contain more than the domain.
-    """
+    """Returns the direction of each cluster, computed from the prompts in the mask `used`."""
     vectors, assignment = space.vectors[used], assignment[used]
     if config.method == "exemplars" and isinstance(space, Student):
-        return discriminant_directions(vectors, assignment, clusters=clusters)
+        return label_directions(vectors, assignment, descriptions=space.descriptions, count=clusters)
     return centroids_of(vectors, assignment, clusters=clusters, spherical=space.spherical)
 
 

@@ -22,7 +22,9 @@ from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.features import Floats, counts_of
 from hpc_router.routing.training import feature_spaces, student
-from hpc_router.routing.training.kmeans import MAX_LOAD_FACTOR, balanced_kmeans, discriminant_directions
+from hpc_router.routing.training.kmeans import MAX_LOAD_FACTOR, balanced_kmeans
+from hpc_router.routing.training.label_directions import discriminant_directions
+from hpc_router.routing.training.ridge import SOLVER_TOLERANCE, STRENGTHS, label_space, ridge_regression
 from hpc_router.routing.training.train import TrainConfig, train
 from tests.routing.training.encoders import WordSums
 from tests.routing.training.samples import SHARED, WORDS, prompts, write_jsonl
@@ -128,9 +130,9 @@ def test_the_solver_matches_the_direct_solution() -> None:
     """Compares with the normal equations solved directly in double precision, within the training tolerance."""
     rows = sparse.diags_array(STUDENT.weight) @ STUDENT.rows
     targets = (STUDENT.targets * STUDENT.weight[:, None]).astype(np.float32)
-    result = student.ridge_regression(rows, targets, strength=student.RIDGE)
+    result = ridge_regression(rows, targets, strength=student.RIDGE)
     largest = np.abs(STUDENT_REGRESSION).max()
-    assert np.abs(result - STUDENT_REGRESSION).max() < 10 * student.SOLVER_TOLERANCE * largest
+    assert np.abs(result - STUDENT_REGRESSION).max() < 10 * SOLVER_TOLERANCE * largest
 
 
 def test_variants_mix_words_of_a_text_with_other_words() -> None:
@@ -153,6 +155,33 @@ def test_held_out_prompts_do_not_influence_the_weights() -> None:
     other = replace(STUDENT, targets=np.where(derived[:, None], 1.0, STUDENT.targets).astype(np.float32))
     assert np.array_equal(other.fold(STUDENT_CENTROIDS, held_out=out), STUDENT.fold(STUDENT_CENTROIDS, held_out=out))
     assert not np.array_equal(other.fold(STUDENT_CENTROIDS), STUDENT.fold(STUDENT_CENTROIDS))
+
+
+def test_lexical_exemplars_learn_the_label_from_words_and_pairs() -> None:
+    """The words of both labels are the same; only their order differs, which only pairs of words show."""
+    rng = np.random.default_rng(0)
+    first, second = ["alpha beta", "gamma delta"], ["beta alpha", "delta gamma"]
+    filler = [f"word{n}" for n in range(30)]
+    texts = [
+        " ".join([*rng.choice(filler, 4), pair, *rng.choice(filler, 4)])
+        for pairs in (first, second)
+        for pair in pairs * 30
+    ]
+    labels = np.repeat([0, 1], 60)
+    space = label_space(texts, labels, count=2, seed=0)
+    classifier = _classifier(space, np.eye(2, dtype=np.float32))
+    assert [classifier.classify(f"word1 {pair} word2").cluster for pair in (*first, *second)] == ["a", "a", "b", "b"]
+
+
+def test_held_out_prompts_do_not_influence_lexical_exemplars() -> None:
+    labels = np.arange(len(TEXTS)) % 3
+    space = label_space(TEXTS, labels, count=3, seed=0)
+    assert space.strength in STRENGTHS
+    out = np.arange(len(TEXTS)) == 4
+    changed = replace(space, vectors=np.where(out[:, None], 1 - space.vectors, space.vectors))
+    eye = np.eye(3, dtype=np.float32)
+    assert np.array_equal(changed.fold(eye, held_out=out), space.fold(eye, held_out=out))
+    assert not np.array_equal(changed.fold(eye), space.fold(eye))
 
 
 def test_discriminant_directions_separate_a_cluster_from_the_others() -> None:
@@ -211,7 +240,7 @@ def _direct_solution(rows: Any, targets: NDArray[np.floating[Any]], *, strength:
 def _classifier(space: feature_spaces.FeatureSpace, directions: Floats) -> Classifier:
     from hpc_router.routing.training.train import _artefact
 
-    names = ("a", "b", "c")
+    names = ("a", "b", "c")[: len(directions)]
     return Classifier(_artefact(TrainConfig(), space, names, names, directions))
 
 
