@@ -15,6 +15,8 @@ from hpc_router.routing.training.feature_spaces import frequent_vocabulary, smoo
 
 STRENGTHS: Final = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FOLDS: Final = 5
+ENOUGH_TEXTS: Final = 200
+"""Number of prompts from which a term of a single prompt is left out."""
 SOLVER_STEPS: Final = 80
 SOLVER_TOLERANCE: Final = 1e-3
 
@@ -44,32 +46,43 @@ class RidgeSpace:
 
 def label_space(texts: Sequence[str], labels: Ids, *, count: int, seed: int) -> RidgeSpace:
     """Fits the space to prompts and their labels, 0 to `count` - 1."""
-    vocabulary = frequent_vocabulary(texts, features=Features(ngrams=2), min_texts=2 if len(texts) > 200 else 1)
+    min_texts = 1 if len(texts) < ENOUGH_TEXTS else 2
+    vocabulary = frequent_vocabulary(texts, features=Features(ngrams=2), min_texts=min_texts)
     counts = counts_of(texts, vocabulary=vocabulary)
     idf = smooth_idf(counts)
     rows = tfidf_rows(counts, idf)
     vectors, weight = np.eye(count, dtype=np.float32)[labels], np.ones(len(texts))
-    fold = np.random.default_rng([seed, 2]).permutation(len(texts)) % FOLDS
-    right = [_held_out_right(rows, vectors, weight, fold, strength=strength) for strength in STRENGTHS]
+    fold = random_folds(len(texts), seed=seed)
+
+    def share_right(strength: float) -> float:
+        predicted = held_out_predictions(rows, vectors, weight, fold, strength=strength).argmax(axis=1)
+        return float(np.mean(predicted == labels))
+
     return RidgeSpace(
         vocabulary=vocabulary,
         idf=idf,
         rows=rows,
         vectors=vectors,
         weight=weight,
-        strength=STRENGTHS[int(np.argmax(right))],
+        strength=max(STRENGTHS, key=share_right),
     )
 
 
-def _held_out_right(rows: Any, vectors: Floats, weight: Doubles, fold: Ids, *, strength: float) -> float:
-    """Returns the share of the prompts whose label a training without their fold predicts."""
-    right = 0
-    for number in range(FOLDS):
+def random_folds(count: int, *, seed: int) -> Ids:
+    """Returns the fold of each of `count` prompts, 0 to FOLDS - 1."""
+    return np.random.default_rng([seed, 2]).permutation(count) % FOLDS
+
+
+def held_out_predictions(rows: Any, vectors: Floats, weight: Doubles, fold: Ids, *, strength: float) -> Floats:
+    """Returns the vectors (prompts x dimensions) that trainings without the prompt's fold predict, minus a constant
+    per dimension and fold."""
+    rows = rows.tocsr()
+    predicted = np.zeros_like(vectors)
+    for number in np.unique(fold):
         held_out = fold == number
         solution = _solution(rows, vectors, np.where(held_out, 0.0, weight), strength=strength)
-        predicted = (rows[held_out] @ solution).argmax(axis=1)
-        right += int(np.count_nonzero(predicted == vectors[held_out].argmax(axis=1)))
-    return right / len(fold)
+        predicted[held_out] = rows[held_out] @ solution
+    return predicted
 
 
 def _solution(rows: Any, targets: Floats, weight: Doubles, *, strength: float) -> Floats:

