@@ -114,7 +114,7 @@ class Artefact:
         return {
             "schema": SCHEMA if self.soft is None else SOFT_SCHEMA,
             "method": self.method,
-            "features": asdict(self.features),
+            "features": _features_content(self.features),
             "norm": self.norm,
             "clusters": list(self.clusters),
             "experts": list(self.experts),
@@ -256,10 +256,19 @@ def _validate_soft(artefact: Artefact, soft: SoftDecision) -> None:
         raise ValueError(f"training.quality must have {shape[0]} clusters x {shape[1]} experts")
 
 
+def _features_content(features: Features) -> dict[str, object]:
+    """Returns the settings as JSON values, without the text version if it is 1, as artefacts of before have them."""
+    content = asdict(features)
+    if features.text_version == 1:
+        del content["text_version"]
+    return content
+
+
 def _features(value: object) -> Features:
     if not isinstance(value, dict):
         raise TypeError("features must be an object")
-    types = {"kind": str, "fold_numbers": bool, "window_bytes": int, "ngrams": int, "prefix": int}
+    types = {"kind": str, "fold_numbers": bool, "window_bytes": int, "ngrams": int, "prefix": int, "text_version": int}
+    value = {"text_version": 1, **value}
     if value.keys() != {entry.name for entry in fields(Features)}:
         raise ValueError(f"features must have exactly these keys: {', '.join(types)}")
     for key, expected in types.items():

@@ -3,7 +3,8 @@
 The nearest cluster of a prompt is uncertain where words alone decide, so the expected score of an expert is a mean over
 the prompt's nearest clusters: sum of softmax(sharpness * value) * measured rate. A ridge regression predicts the
 membership of the clusters. Clusters come from k-means; if the rows name their domains, the domains themselves are
-tried, too. Held-out rows show which clusters and which sharpness decide best; the simplest setting within one standard
+tried, too. Held-out rows show which clusters and which sharpness decide best: a random fifth of the rows each time, and
+then all rows of some domains, because prompts of other sources come, too. The simplest setting within one standard
 error of the best one is taken. A row weighs one over the root of the size of its domain, so that the largest data set
 does not decide alone.
 """
@@ -21,18 +22,20 @@ from hpc_router.routing.training.encoder import ProgressCallback
 from hpc_router.routing.training.feature_spaces import SvdSpace, lexical
 from hpc_router.routing.training.kmeans import balanced_kmeans
 from hpc_router.routing.training.quality import correctness, estimate_quality, mean_costs, smoothed_rates
-from hpc_router.routing.training.ridge import FOLDS, RidgeSpace, held_out_predictions, random_folds
-from hpc_router.routing.training.validation import counts_to_try, first_within_error, row_weights
+from hpc_router.routing.training.ridge import RidgeSpace, held_out_predictions, random_folds
+from hpc_router.routing.training.validation import counts_to_try, domain_folds, first_within_error, row_weights
 
 SHARPNESS: Final = (2.0, 4.0, 8.0, 16.0, 32.0)
 STRENGTH: Final = 0.3
 NEAREST: Final = 4
+COUNTS: Final = (8, 16, 32)
+"""Numbers of k-means clusters that are tried if none is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftClusters:
     """`assignment`: cluster of each row. `held_out_score`: weighted mean score of the chosen experts on held-out
-    rows."""
+    rows, those of held-out domains included."""
 
     names: tuple[str, ...]
     assignment: Ids
@@ -54,21 +57,29 @@ def soft_clusters(
     experts, correct = correctness(rows)
     cost = mean_costs(rows, experts)
     importance = row_weights(rows)
-    fold = random_folds(len(rows), seed=seed)
+    splits = [random_folds(len(rows), seed=seed), *domain_folds(rows)]
     settings: list[tuple[tuple[str, ...], Ids, float]] = []
     gains: list[Doubles] = []
     candidates = list(_candidates(rows, base, clusters=clusters, seed=seed))
     for number, (names, assignment) in enumerate(candidates):
         progress("clusterings", number, len(candidates))
         membership = np.eye(len(names), dtype=np.float32)[assignment]
-        values = held_out_predictions(base.rows, membership, importance, fold, strength=STRENGTH)
-        rates = [
-            smoothed_rates(correct[fold != f], assignment[fold != f], base.vectors[fold != f], clusters=len(names))
-            for f in range(FOLDS)
-        ]
-        for sharpness in SHARPNESS:
-            settings.append((names, assignment, sharpness))
-            gains.append(_held_out_gains(values, rates, fold, correct, sharpness=sharpness, penalty=weight * cost))
+        by_sharpness = np.zeros((len(SHARPNESS), len(rows)))
+        for fold in splits:
+            values = held_out_predictions(base.rows, membership, importance, fold, strength=STRENGTH)
+            rates = []
+            for part in range(int(fold.max()) + 1):
+                known = fold != part
+                empty = np.bincount(assignment[known], minlength=len(names)) == 0
+                values[np.ix_(~known, empty)] = -np.inf
+                rates.append(
+                    smoothed_rates(correct[known], assignment[known], base.vectors[known], clusters=len(names))
+                )
+            for s, sharpness in enumerate(SHARPNESS):
+                gain = _held_out_gains(values, rates, fold, correct, sharpness=sharpness, penalty=weight * cost)
+                by_sharpness[s] += gain / len(splits)
+        settings += [(names, assignment, sharpness) for sharpness in SHARPNESS]
+        gains += list(by_sharpness)
     progress("clusterings", len(candidates), len(candidates))
     chosen = first_within_error(gains, importance)
     names, assignment, sharpness = settings[chosen]
@@ -109,7 +120,7 @@ def _candidates(
     domains = sorted({row.domain for row in rows if row.domain is not None})
     if clusters is None and len(domains) >= 2 and all(row.domain is not None for row in rows):
         yield tuple(domains), np.array([domains.index(str(row.domain)) for row in rows])
-    for count in counts_to_try(len(rows)) if clusters is None else (clusters,):
+    for count in counts_to_try(len(rows), COUNTS) if clusters is None else (clusters,):
         _, assignment = balanced_kmeans(base.vectors, clusters=count, seed=seed)
         yield tuple(f"cluster-{number}" for number in range(count)), assignment
 

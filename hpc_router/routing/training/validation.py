@@ -6,20 +6,31 @@ from typing import Final
 
 import numpy as np
 
-from hpc_router.routing.features import Doubles, Floats
+from hpc_router.routing.features import Doubles, Floats, Ids
 from hpc_router.routing.training.dataset import Row
 from hpc_router.routing.training.kmeans import balanced_kmeans
 from hpc_router.routing.training.quality import correctness, mean_costs, smoothed_rates
 from hpc_router.routing.training.ridge import FOLDS, random_folds
 
 COUNTS: Final = (8, 16, 32, 64)
+MIN_DOMAINS: Final = 3
+"""Minimum number of domains of which some are held out."""
 MIN_PER_CLUSTER: Final = 20
 """Minimum mean number of rows in a cluster, for the numbers of clusters that are tried."""
 
 
-def counts_to_try(rows: int) -> tuple[int, ...]:
+def counts_to_try(rows: int, counts: Sequence[int] = COUNTS) -> tuple[int, ...]:
     """Returns the numbers of clusters that are tried for a number of rows, in ascending order."""
-    return tuple(count for count in COUNTS if count * MIN_PER_CLUSTER <= rows) or (2,)
+    return tuple(count for count in counts if count * MIN_PER_CLUSTER <= rows) or (2,)
+
+
+def domain_folds(rows: Sequence[Row]) -> list[Ids]:
+    """Returns one split in which all rows of a domain are in the same fold; none for rows of fewer than three
+    domains."""
+    domains = sorted({str(row.domain) for row in rows})
+    if len(domains) < MIN_DOMAINS or any(row.domain is None for row in rows):
+        return []
+    return [np.array([domains.index(str(row.domain)) % FOLDS for row in rows])]
 
 
 def measured_cluster_count(rows: Sequence[Row], vectors: Floats, *, weight: float, seed: int) -> int:

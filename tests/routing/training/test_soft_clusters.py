@@ -1,6 +1,7 @@
 """Training of soft clusters: measured quality without an encoder."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from hpc_router.cli.classify import evaluate
 from hpc_router.cli.main import main
 from hpc_router.routing.classifier import Classifier
-from hpc_router.routing.training.dataset import Row
+from hpc_router.routing.training.dataset import Row, read_rows
+from hpc_router.routing.training.feature_spaces import lexical
+from hpc_router.routing.training.soft_clusters import _candidates
 from hpc_router.routing.training.train import TrainConfig, train
-from hpc_router.routing.training.validation import counts_to_try, first_within_error, row_weights
+from hpc_router.routing.training.validation import counts_to_try, domain_folds, first_within_error, row_weights
 from tests.routing.training.samples import WORDS, prompts, write_jsonl
 
 BEST = {"astronomy": "a", "cooking": "b", "sailing": "c"}
@@ -50,16 +53,16 @@ def test_the_expert_that_was_right_for_such_prompts_is_chosen(tmp_path: Path) ->
     assert train(config(data), progress=quiet).version == artefact.version
 
 
-def test_domains_serve_as_clusters_where_the_rows_name_them(tmp_path: Path) -> None:
-    named = write_jsonl(tmp_path / "named.jsonl", measured_rows())
-    assert train(config(named), progress=quiet).clusters == ("astronomy", "cooking", "sailing")
-    rows = measured_rows()
-    for row in rows:
-        del row["domain"]
-    unnamed = train(config(write_jsonl(tmp_path / "unnamed.jsonl", rows)), progress=quiet)
-    assert unnamed.clusters[0] == "cluster-0"
-    given = train(config(named, clusters=5), progress=quiet)
-    assert len(given.clusters) == 5
+def test_the_domains_that_the_rows_name_are_tried_as_clusters(tmp_path: Path) -> None:
+    rows = read_rows(write_jsonl(tmp_path / "named.jsonl", measured_rows(each=20)))
+    base = lexical([row.text for row in rows], seed=0)
+    (names, assignment), *others = _candidates(rows, base, clusters=None, seed=0)
+    assert names == ("astronomy", "cooking", "sailing")
+    assert [names[c] for c in assignment] == [row.domain for row in rows]
+    assert [len(names) for names, _ in others] == [2]
+    unnamed = [replace(row, domain=None) for row in rows]
+    assert [len(names) for names, _ in _candidates(unnamed, base, clusters=None, seed=0)] == [2]
+    assert [len(names) for names, _ in _candidates(rows, base, clusters=5, seed=0)] == [5]
 
 
 def test_with_shuffled_results_the_choice_is_no_better_than_the_best_expert(tmp_path: Path) -> None:
@@ -101,6 +104,16 @@ def test_a_row_of_a_large_domain_weighs_less() -> None:
     weight = row_weights(rows)
     assert weight.mean() == pytest.approx(1)
     assert weight[-1] / weight[0] == pytest.approx(2)
+
+
+def test_whole_domains_are_held_out_where_there_are_three_or_more() -> None:
+    def rows(*domains: str | None) -> list[Row]:
+        return [Row(line=n, id=n, text="x", domain=domain) for n, domain in enumerate(domains)]
+
+    assert domain_folds(rows("a", "b", "a")) == []
+    assert domain_folds(rows("a", "b", "c", None)) == []
+    (fold,) = domain_folds(rows(*"abcdefab"))
+    assert fold.tolist() == [0, 1, 2, 3, 4, 0, 0, 1]
 
 
 def test_clusters_that_are_tried_have_enough_rows() -> None:

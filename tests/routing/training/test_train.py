@@ -272,6 +272,8 @@ def _classifier(space: feature_spaces.FeatureSpace, directions: Floats) -> Class
 
 CBTM_CENTROIDS = balanced_kmeans(CBTM.vectors, clusters=3, seed=0, spherical=False)[0]
 LEXICAL_CENTROIDS = balanced_kmeans(LEXICAL.vectors, clusters=3, seed=0)[0]
+# scikit-learn splits words at combining marks and takes a run of Han as one word, as version 1 does.
+CBTM.vocabulary = replace(CBTM.vocabulary, features=replace(CBTM.vocabulary.features, text_version=1))
 CBTM_CLASSIFIER = _classifier(CBTM, CBTM_CENTROIDS)
 LEXICAL_CLASSIFIER = _classifier(LEXICAL, LEXICAL_CENTROIDS)
 STUDENT_CENTROIDS = balanced_kmeans(STUDENT.vectors, clusters=3, seed=0)[0]
