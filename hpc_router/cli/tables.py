@@ -57,7 +57,8 @@ def plan_text(plan: "Plan") -> RenderableType:
     summary = Text(
         f"policy {policy.kind}, fallback {policy.fallback or 'none'}, cluster {plan.deployment.cluster.kind}"
     )
-    parts: list[RenderableType] = [summary, Text(), table]
+    training = [] if plan.classifier is None else [Text(plan.classifier)]
+    parts: list[RenderableType] = [summary, *training, Text(), table]
     for replica in plan.replicas:
         parts += [
             Text(),
@@ -203,6 +204,8 @@ class UpProgress:
 
     def begin(self, run: RunDir, plan: "Plan") -> None:
         self._console.print(f"run {run.path}", highlight=False, soft_wrap=True)
+        if plan.classifier is not None and not run.classifier.is_dir():
+            self._console.print(plan.classifier, highlight=False, soft_wrap=True)
         for warning in plan.warnings:
             self._console.print(Text(f"note: {warning}", style="yellow"))
 

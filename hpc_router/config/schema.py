@@ -157,7 +157,8 @@ class ExpertConfig:
     # Name of the expert whose engine serves this one as a LoRA adapter. An adapter has no jobs of its own.
     adapter_of: str | None = None
     revision: str | None = None  # branch, tag or commit of a model on the hub; null: its main branch
-    description: str = ""  # a note for people; no component reads it
+    # Domain of the expert in a sentence. Where a sentence encoder is installed, the classifier is trained with it.
+    description: str = ""
     replicas: int = bounded(1, 0, MAX_REPLICAS)  # number of engines with this model, each with its own resources
     capacity: int = bounded(256, 1, 10**6)  # maximum number of requests in flight per replica
     # Maximum number of requests in flight on all replicas together; further ones wait. Null: the sum of the capacities.

@@ -4,7 +4,8 @@ Every training method writes this format, and `classifier` reads it. The value o
     sum over its terms of weights[term, cluster]  /  length  +  offset[cluster]
 `weights` combines all linear steps of the training in one table. With norm `terms` the length is that of the prompt's
 TF-IDF row, sqrt(sum of idf^2); with norm `space` it is that of the prompt's vector, |sum of space[term]|. Offsets are
-0, or -|centroid|^2 / 2 if the nearest centroid wins. The files contain no pickles and no timestamps, so the same
+0, or -|centroid|^2 / 2 if the nearest centroid wins. With `soft` clusters the values only weight the measured quality
+of the experts (`classifier`). The files contain no pickles and no timestamps, so the same
 training gives the same bytes. They are read and checked completely instead of memory-mapped, because a stalled or
 replaced file on a shared file system would crash the router. This module must not know policies or deployments.
 """
@@ -26,8 +27,11 @@ from safetensors.numpy import load, save
 
 from hpc_router.errors import ArtefactError
 from hpc_router.routing.features import Features
+from hpc_router.routing.quality import Quality, stored_quality
 
 SCHEMA = 2
+SOFT_SCHEMA = 3
+"""Schema of artefacts with soft clusters, which versions that know schema 2 alone would decide wrongly."""
 MANIFEST = "artefact.json"
 TABLES = "tables.safetensors"
 NORM_TERMS = "terms"
@@ -42,6 +46,16 @@ _TENSORS: Final = (
     ("offsets", "offsets", "float32"),
     ("space", "space", "float32"),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftDecision:
+    """How soft clusters decide: the `nearest` clusters of a prompt weigh softmax(`sharpness` * value), and one unit of
+    an expert's cost is worth `cost_weight` of correctness."""
+
+    sharpness: float
+    nearest: int
+    cost_weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,6 +82,8 @@ class Artefact:
     space: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     norm: str = NORM_TERMS
     training: Mapping[str, object] = field(default_factory=dict)
+    soft: SoftDecision | None = None
+    """How the measured quality in `training` decides; None if each cluster belongs to one expert."""
 
     def __post_init__(self) -> None:
         if not self.offsets.size:
@@ -84,19 +100,26 @@ class Artefact:
         return bytes(save({_VOCABULARY: vocabulary, **arrays}))
 
     @cached_property
+    def quality(self) -> Quality | None:
+        """Returns the measured quality of the experts by cluster; None unless trained with method=measured."""
+        return stored_quality(self.training, self.clusters)
+
+    @cached_property
     def version(self) -> str:
         """Returns a hash of the whole content, including the table of experts."""
         return _version(self._content())
 
     def _content(self) -> dict[str, object]:
+        soft = {} if self.soft is None else {"soft": asdict(self.soft)}
         return {
-            "schema": SCHEMA,
+            "schema": SCHEMA if self.soft is None else SOFT_SCHEMA,
             "method": self.method,
-            "features": asdict(self.features),
+            "features": _features_content(self.features),
             "norm": self.norm,
             "clusters": list(self.clusters),
             "experts": list(self.experts),
             "margin_threshold": self.margin_threshold,
+            **soft,
             "tables_sha256": hashlib.sha256(self.tables).hexdigest(),
             "training": dict(self.training),
         }
@@ -160,10 +183,10 @@ def _read_manifest(path: Path) -> dict[str, object]:
     if not isinstance(manifest, dict):
         raise ArtefactError(f"{path} is damaged: not a JSON object; train the artefact again")
     schema = manifest.get("schema")
-    if schema != SCHEMA:
-        newer = isinstance(schema, int) and schema > SCHEMA
+    if schema not in (SCHEMA, SOFT_SCHEMA):
+        newer = isinstance(schema, int) and schema > SOFT_SCHEMA
         advice = "update hpc_router" if newer else "train the artefact again"
-        raise ArtefactError(f"{path} has schema {schema!r}; this version reads {SCHEMA}: {advice}")
+        raise ArtefactError(f"{path} has schema {schema!r}; this version reads {SCHEMA} and {SOFT_SCHEMA}: {advice}")
     content = {key: value for key, value in manifest.items() if key != "version"}
     if manifest.get("version") != _version(content):
         raise ArtefactError(f"{path} is damaged or was edited by hand: its version does not match its content")
@@ -188,6 +211,7 @@ def _parse(manifest: Mapping[str, object], tensors: Mapping[str, NDArray[np.gene
         terms=tuple(text.split("\n")) if text else (),
         norm=_value(manifest, "norm", str, "string"),
         training=training if isinstance(training, dict) else {},
+        soft=_soft(manifest.get("soft")),
         **arrays,
     )
 
@@ -212,18 +236,56 @@ def _validate(artefact: Artefact) -> None:
             raise ValueError(f"tensor '{name}' has values that are not finite (NaN or infinity)")
     if not np.isfinite(artefact.margin_threshold):
         raise ValueError("margin_threshold is not a finite number")
+    if artefact.soft is not None:
+        _validate_soft(artefact, artefact.soft)
+
+
+def _validate_soft(artefact: Artefact, soft: SoftDecision) -> None:
+    if not (np.isfinite(soft.sharpness) and soft.sharpness > 0 and np.isfinite(soft.cost_weight) and soft.nearest >= 1):
+        raise ValueError("soft must have a positive sharpness, nearest of 1 or more, and a finite cost_weight")
+    if artefact.offsets.any():
+        raise ValueError("soft clusters have no offsets")
+    try:
+        quality = artefact.quality
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"training.quality is not complete: {error!r}") from error
+    if quality is None:
+        raise ValueError("soft clusters need training.quality")
+    shape = len(artefact.clusters), len(quality.experts)
+    if quality.rate.shape != shape or quality.cost.shape != shape[1:] or not np.isfinite(quality.rate).all():
+        raise ValueError(f"training.quality must have {shape[0]} clusters x {shape[1]} experts")
+
+
+def _features_content(features: Features) -> dict[str, object]:
+    """Returns the settings as JSON values, without the text version if it is 1, as artefacts of before have them."""
+    content = asdict(features)
+    if features.text_version == 1:
+        del content["text_version"]
+    return content
 
 
 def _features(value: object) -> Features:
     if not isinstance(value, dict):
         raise TypeError("features must be an object")
-    types = {"kind": str, "fold_numbers": bool, "window_bytes": int, "ngrams": int, "prefix": int}
+    types = {"kind": str, "fold_numbers": bool, "window_bytes": int, "ngrams": int, "prefix": int, "text_version": int}
+    value = {"text_version": 1, **value}
     if value.keys() != {entry.name for entry in fields(Features)}:
         raise ValueError(f"features must have exactly these keys: {', '.join(types)}")
     for key, expected in types.items():
         if type(value[key]) is not expected:
             raise TypeError(f"features.{key} must be of type {expected.__name__}")
     return Features(**value)
+
+
+def _soft(value: object) -> SoftDecision | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or value.keys() != {entry.name for entry in fields(SoftDecision)}:
+        raise ValueError(f"soft must have exactly these keys: {', '.join(e.name for e in fields(SoftDecision))}")
+    for key, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, int if key == "nearest" else (int, float)):
+            raise TypeError(f"soft.{key} must be a number")
+    return SoftDecision(**value)
 
 
 def _value(manifest: Mapping[str, object], key: str, types: type | tuple[type, ...], name: str) -> Any:

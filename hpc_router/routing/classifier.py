@@ -3,7 +3,12 @@
 The score of a cluster is the cosine between prompt and cluster. With `distilled` features, the score is the cosine that
 the sentence encoder is predicted to give, minus the mean for that kind of text. The margin is the score's distance to
 the best cluster of another expert. Clusters of the same expert do not compete, and an expert outside the deployment
-counts as no expert. The classifier only measures; the policy decides what a small margin means. The classifier has no
+counts as no expert.
+
+With soft clusters (`artefact.SoftDecision`), the score of an expert is its expected quality, the mean of its measured
+rates in the prompt's nearest clusters, and the margin is the distance to the next expert of the deployment.
+
+The classifier only measures; the policy decides what a small margin means. The classifier has no
 state and does no I/O. After the sum (`term_sums`) it uses Python lists, because numpy calls cost more on the request
 path.
 """
@@ -15,6 +20,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from hpc_router.routing.artefact import NORM_SPACE, Artefact
+from hpc_router.routing.soft_scores import SoftScores
 from hpc_router.routing.term_sums import TermSums
 
 _EXCLUDED: Final = -math.inf
@@ -47,12 +53,17 @@ class Classifier:
     """A classifier for one deployment. `experts` has the expert of each cluster."""
 
     def __init__(
-        self, artefact: Artefact, *, experts: Collection[str] | None = None, margin_threshold: float | None = None
+        self,
+        artefact: Artefact,
+        *,
+        experts: Collection[str] | None = None,
+        margin_threshold: float | None = None,
+        cost_weight: float | None = None,
     ) -> None:
         """Prepares the tables of an artefact.
 
         `experts`: the experts of this deployment; None: all experts of the artefact. `margin_threshold`: None: the
-        threshold of the artefact.
+        threshold of the artefact. `cost_weight`: how much quality one unit of cost is worth; None: as in the training.
         """
         self.artefact = artefact
         self.margin_threshold = artefact.margin_threshold if margin_threshold is None else margin_threshold
@@ -69,6 +80,9 @@ class Classifier:
             wide_lanes=self._in_space,  # a length in the space can be close to zero
         )
         self._offsets: list[float] | None = artefact.offsets.tolist() if artefact.offsets.any() else None
+        self._soft: SoftScores | None = None
+        if artefact.soft is not None and artefact.quality is not None:
+            self._soft = SoftScores(artefact.quality, artefact.soft, experts=experts, cost_weight=cost_weight)
         # For each cluster: all clusters of the same expert.
         self._same_expert = [[d for d, b in enumerate(self.experts) if a == b] for a in self.experts]
 
@@ -79,6 +93,9 @@ class Classifier:
     def classify(self, text: str) -> Classification:
         """Returns the best cluster of the text and its margin."""
         values, length, known = self._values(text)
+        if self._soft is not None:
+            cluster, expert, score, margin, runner_up = self._soft.choose(values, length)
+            return Classification(self.artefact.clusters[cluster], expert, score, margin, runner_up, known)
         top = max(values)
         best = values.index(top)  # the first one wins a tie
         for cluster in self._same_expert[best]:
@@ -108,9 +125,30 @@ class Classifier:
         values, length, _ = self._values(text)
         return values if self._offsets is not None else [value / length for value in values]
 
-    def explain(self, text: str, *, limit: int = 10) -> tuple[Term, ...]:
-        """Returns the terms that contributed most to the margin, the largest absolute weight first."""
+    def expected_quality(self, text: str) -> dict[str, float]:
+        """Returns the expected quality of each expert for the text; empty without measured quality."""
+        quality = self.artefact.quality
+        if quality is None:
+            return {}
         values, length, _ = self._values(text)
+        if self._soft is not None:
+            return self._soft.expected(values, length)
+        rates = quality.rate[values.index(max(values))].tolist()
+        return dict(zip(quality.experts, rates, strict=True))
+
+    def explain(self, text: str, *, limit: int = 10) -> tuple[Term, ...]:
+        """Returns the terms that contributed most to the margin, the largest absolute weight first.
+
+        With soft clusters, the weight of a term is its effect on the margin to the first order.
+        """
+        values, length, _ = self._values(text)
+        if self._soft is not None:
+            gradient = self._soft.gradient(values, length)
+            effects = (
+                Term(term, sum(slope * columns[c] for c, slope in gradient.items()) / length)
+                for term, columns in self._terms.by_term(text).items()
+            )
+            return tuple(sorted((t for t in effects if t.weight), key=lambda term: -abs(term.weight))[:limit])
         best = values.index(max(values))
         for cluster in self._same_expert[best]:
             values[cluster] = _EXCLUDED

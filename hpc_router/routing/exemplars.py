@@ -3,7 +3,8 @@
 The settings were as good as the best ones in tests with exemplars of one source and prompts of others: single terms
 with five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df),
 which nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
-exemplars. A term is discriminative if it occurs in the exemplars of at most half of the experts, rounded up. The
+exemplars. A term is discriminative if it has a letter and occurs in the exemplars of at most half of the experts,
+rounded up: digits and punctuation alone say nothing of a topic. The
 training uses neither randomness nor BLAS, so the same prompts give the same bits. A generalist fallback expert needs no
 exemplars and is not part of the artefact.
 """
@@ -53,7 +54,7 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
         terms=vocabulary.terms,
         weights=np.ascontiguousarray((centroids * idf).T, np.float32),
         idf=idf.astype(np.float32),
-        discriminative=_discriminative(counts, label=label, clusters=len(names)),
+        discriminative=_discriminative(vocabulary.terms, counts, label=label, clusters=len(names)),
         training={
             "data": {"sha256": fingerprint, "prompts": {name: len(usable[name]) for name in names}},
             "settings": {"lost_share": FALSE_REJECTION_RATE, "folds": min(len(texts), MAX_FOLDS)},
@@ -166,7 +167,10 @@ def _cross_validated(counts: TermCounts, *, label: Ids, clusters: int) -> tuple[
     return scores.argmax(axis=1), ranked[:, -1] - ranked[:, -2]
 
 
-def _discriminative(counts: TermCounts, *, label: Ids, clusters: int) -> NDArray[np.uint8]:
+def _discriminative(terms: Sequence[str], counts: TermCounts, *, label: Ids, clusters: int) -> NDArray[np.uint8]:
     pairs = set(zip(label[counts.text].tolist(), counts.term.tolist(), strict=True))
     clusters_with = Counter(term for _, term in pairs)
-    return np.array([clusters_with[term] <= (clusters + 1) // 2 for term in range(counts.terms)], np.uint8)
+    most = (clusters + 1) // 2
+    return np.array(
+        [clusters_with[n] <= most and any(map(str.isalpha, term)) for n, term in enumerate(terms)], np.uint8
+    )

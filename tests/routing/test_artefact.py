@@ -110,7 +110,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tables empty": (lambda f: (f / TABLES).write_bytes(b""), "damaged"),
     "tables truncated": (lambda f: truncate(f / TABLES), "damaged"),
     "one bit flipped": (lambda f: flip(f / TABLES), "damaged"),
-    "newer schema": (lambda f: edit(f, schema=3), "schema 3.*update hpc_router"),
+    "newer schema": (lambda f: edit(f, schema=4), "schema 4.*update hpc_router"),
     "no schema": (lambda f: edit(f, schema=None), "schema None.*train"),
     "unknown norm": (lambda f: edit(f, norm="student"), "norm is 'student'"),
     "unknown features": (lambda f: edit(f, features={"kind": "lexical"}), "features must have exactly"),

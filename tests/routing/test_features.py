@@ -1,10 +1,12 @@
 """Splitting a text into terms, in several scripts."""
 
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing.features import Features, clip
+from hpc_router.routing.features import _UNSPACED_RUN, Features, clip, clip_ends
 
 ANY_TEXT = st.text(st.characters(), max_size=300)
 
@@ -21,7 +23,12 @@ def tokens(text: str, **options: object) -> list[str]:
         ("int32 1999 1999", ["int00", "0000"]),
         ("  \n\t ", []),
         ("", []),
-        ("病人python函数", ["病", "人", "python", "函", "数"]),
+        ("病人发烧python函 数", ["病人", "人发", "发烧", "python", "函", "数"]),
+        ("カタカナ、ひら", ["カタ", "タカ", "カナ", "、", "ひら"]),
+        ("ภาษาไทย abc", ["ภา", "าษ", "ษา", "าไ", "ไท", "ทย", "abc"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("مُحَمَّد", ["مُحَمَّد"]),
+        ("q\u0307x می\u200cخواهم", ["q\u0307x", "میخواهم"]),
         ("Ünïcode ΣΑΣ Привет!", ["ünïcode", "σας", "привет", "!"]),
         ("inﬂuence ｆｕｌｌ e\u0301", ["influence", "full", "é"]),
         ("∫ √2", ["∫", "√", "0"]),
@@ -49,9 +56,45 @@ def test_cbtm_gives_words_with_repeats() -> None:
 
 
 def test_only_the_window_is_read() -> None:
-    assert tokens("abcde fgh", window_bytes=5) == ["abcde"]
-    assert tokens("ééé", window_bytes=5) == ["éé"]
-    assert tokens("…abcde fgh", window_bytes=8) == ["abcde", "."]
+    assert tokens("abcde fgh", window_bytes=5, text_version=1) == ["abcde"]
+    assert tokens("ééé", window_bytes=5, text_version=1) == ["éé"]
+    assert tokens("…abcde fgh", window_bytes=8, text_version=1) == ["abcde", "."]
+
+
+def test_both_ends_of_a_long_text_are_read() -> None:
+    text = f"first {'x ' * 3000}last"
+    assert {"first", "last"} <= {*tokens(text, window_bytes=40)}
+    assert {"éins", "zwöi"} <= {*tokens(f"éins {'ö ' * 3000}zwöi", window_bytes=40)}
+    assert "last" not in tokens(text, window_bytes=40, text_version=1)
+
+
+def test_version_1_takes_single_characters_and_splits_at_marks() -> None:
+    """Artefacts of before have the terms that this gives."""
+    assert tokens("病人python函数 हि", text_version=1) == ["病", "人", "python", "函", "数", "ह", "ि"]
+
+
+@settings(deadline=None)
+@given(ANY_TEXT, st.sampled_from(["lexical", "cbtm"]))
+def test_the_versions_agree_where_there_are_neither_marks_nor_unspaced_scripts(text: str, kind: str) -> None:
+    old, new = (Features(kind=kind, prefix=0, text_version=version) for version in (1, 2))
+    special = any(unicodedata.category(c)[0] == "M" or c in "\u200c\u200d" for c in unicodedata.normalize("NFKD", text))
+    if not special and not _UNSPACED_RUN.search(unicodedata.normalize("NFKC", text)):
+        assert new.terms(text) == old.terms(text)
+
+
+@settings(deadline=None)
+@given(ANY_TEXT, st.integers(1, 50))
+def test_both_ends_fit_the_window(text: str, window_bytes: int) -> None:
+    clean = text.encode("utf-8", "ignore").decode()
+    clipped = clip_ends(text, window_bytes=window_bytes)
+    assert len(clipped.encode()) <= window_bytes
+    if len(clean.encode()) <= window_bytes and len(text) <= window_bytes:
+        assert clipped == clean
+
+
+def test_cbtm_gives_pairs_of_characters_and_whole_words_with_marks() -> None:
+    result = Features(kind="cbtm", prefix=0).terms("病人发烧, हिन्दी (it’s)")
+    assert result == ["病人", "人发", "发烧", "हिन्दी", "it"]
 
 
 @settings(deadline=None)

@@ -171,3 +171,9 @@ def test_the_order_starts_with_the_choice_and_has_no_duplicates(
     assert set(order) <= experts | ({fallback} - {None})
     assert order[:1] == (() if decision.expert is None else (decision.expert,))
     assert (decision.expert is None) == (not experts and fallback is None)
+
+
+@pytest.mark.parametrize("text", ["Что это (пример)?", "(1) [2] {3}!", "17 + 4 = ?"])
+def test_brackets_and_digits_alone_are_no_known_terms(text: str) -> None:
+    """The exemplars of `code` have brackets and those of `math` have digits, but neither shows the topic."""
+    assert by_classifier().select(text, ready=READY).reason is RouteReason.NO_KNOWN_TERMS

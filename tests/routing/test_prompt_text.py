@@ -148,7 +148,7 @@ def test_of_several_fields_the_field_of_the_api_is_read(first: str, text: str) -
 def test_later_turns_do_not_change_a_full_window() -> None:
     first = "x" * 50
     assert prompt_text({"messages": [user(first), user("later")]}, window=50) == first
-    assert prompt_text({"messages": [user(first), user("later")]}, window=49) == "x" * 49
+    assert prompt_text({"messages": [user(first), user("later")]}, window=49) == f"{'x' * 24} {'x' * 24}"
     assert prompt_text({"messages": [user(first), user("later")]}, window=54) == first + "\nlat"
 
 
@@ -185,3 +185,15 @@ def test_any_json_gives_a_short_text(body: object, window: int) -> None:
 )
 def test_the_first_user_message_identifies_the_conversation(fields: dict[str, object], text: str | None) -> None:
     assert first_user_message(fields) == text
+
+
+@pytest.mark.parametrize("field", ["prompt", "input", "messages"])
+def test_the_end_of_a_long_message_counts(field: str) -> None:
+    """A question after a long paste. With further turns the text stays the same, and so does the expert."""
+    text = f"Look at this. {'line of a log ' * 1000} Which drug lowers a fever?"
+    value = text if field != "messages" else [user(text)]
+    read = prompt_text({field: value}, first=field)
+    assert read.startswith("Look at this.")
+    assert read.endswith("Which drug lowers a fever?")
+    if field == "messages":
+        assert prompt_text({"messages": [user(text), user("And for children?")]}) == read

@@ -22,13 +22,13 @@ from hpc_router.cluster.control_loop.slots import all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.cluster.launchers.select import check_reach
 from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
-from hpc_router.cluster.planning.plan import Plan, exemplars_of, make_plan
+from hpc_router.cluster.planning.classifier_training import needs_training, trained_classifier
+from hpc_router.cluster.planning.plan import Plan, make_plan
 from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
 from hpc_router.cluster.signals import Interrupted, explaining_interrupt, interrupt_event
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.net.http_client import Unreachable, call_blocking
-from hpc_router.routing import exemplars
 from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import RecordKind, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
@@ -102,12 +102,11 @@ def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
 def train_classifier(run: RunDir, deployment: Deployment, *, replace: bool = False) -> None:
     """Trains the classifier from the experts' exemplars, if the run needs one and has none. `replace`: also if it has
     one."""
-    policy, present = deployment.policy, run.classifier.is_dir() and not replace
-    if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or present:
+    if not needs_training(deployment) or (run.classifier.is_dir() and not replace):
         return
     try:
         with private_umask():
-            exemplars.train(exemplars_of(deployment)).write(run.classifier)
+            trained_classifier(deployment, progress=lambda *_: None).write(run.classifier)
     except ArtefactError:
         if not run.classifier.is_dir():  # another `up` may have written it in the meantime
             raise

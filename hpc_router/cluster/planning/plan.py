@@ -26,6 +26,7 @@ from hpc_router.cluster.launchers.slurm.node_fit import allocation_faults, site_
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, setup_faults
 from hpc_router.cluster.launchers.slurm.sbatch_test import NOT_CHECKED, check_submission
 from hpc_router.cluster.launchers.slurm.sinfo import SlurmSite, ask_site
+from hpc_router.cluster.planning.classifier_training import exemplars_of, training_text
 from hpc_router.cluster.planning.config_faults import build_engines, own_faults, own_warnings
 from hpc_router.cluster.planning.engine_flags import check_flags
 from hpc_router.cluster.planning.handover_plan import HandoverPlan, handover_plans
@@ -92,6 +93,8 @@ class Plan:
     jobs: tuple[BatchJob, ...] = ()
     warnings: tuple[str, ...] = ()
     handovers: tuple[HandoverPlan, ...] = ()
+    classifier: str | None = None
+    """What the classifier will be trained from; None if `up` trains none."""
 
     def to_json(self) -> dict[str, Any]:
         scripts = {replica: script_without_secrets(job) for job in self.jobs for replica in job.replicas}
@@ -100,6 +103,7 @@ class Plan:
             "cluster": self.deployment.cluster.kind,
             "policy": self.deployment.policy.kind,
             "fallback": self.deployment.policy.fallback,
+            "classifier": self.classifier,
             "gpus": sum(r.request.resources.gpus * r.request.resources.nodes for r in self.replicas),
             "replicas": [{**r.to_json(), "script": scripts.get(r.request.replica)} for r in self.replicas],
             "sbatch": [
@@ -165,7 +169,7 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
     if faults:
         raise ConfigError("\n".join(faults))
     handovers = handover_plans(deployment, read_estimates(run), site)
-    return Plan(deployment, replicas, jobs, tuple(warnings), tuple(handovers))
+    return Plan(deployment, replicas, jobs, tuple(warnings), tuple(handovers), training_text(deployment))
 
 
 def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
@@ -277,8 +281,3 @@ def _replicas(deployment: Deployment, run: RunDir, engines: Mapping[str, Engine]
         replicas = [Slot(name, str(number)).replica(1) for number in range(expert.replicas)]
         for request in job_requests(run, deployment, replicas, exclude=exclude):
             yield ReplicaPlan(name, request, EnginePlan(argv, environment), tuple(engine.serves()))
-
-
-def exemplars_of(deployment: Deployment) -> dict[str, list[str]]:
-    """Returns the exemplars of the experts that have any."""
-    return {name: list(expert.exemplars) for name, expert in deployment.experts.items() if expert.exemplars}

