@@ -33,6 +33,7 @@ Precision = Literal["bf16", "fp8", "awq"]
 SimulatedGpu = Literal["h100-sxm", "h200-sxm", "a100-sxm", "l40s"]
 RouterPlace = Literal["job", "here"]
 VllmDevice = Literal["cuda", "cpu"]
+VllmFrontend = Literal["python", "rust"]
 
 
 @dataclass
@@ -48,6 +49,7 @@ class VllmOptions:
     # Maximum rank of an adapter; null: the largest rank of the adapter folders, and 16 for an adapter on the hub.
     max_lora_rank: int | None = bounded(None, 1, 8192)
     device: VllmDevice = "cuda"  # device that the engine's vLLM was built for
+    frontend: VllmFrontend = "python"  # the engine's HTTP server; rust needs less CPU and serves fewer paths
     kv_cache_gb: int = bounded(1, 1, 16384)  # size of the KV cache in GB; used only with device cpu
     # Further options by their long names, such as {"enable-prefix-caching": true, "seed": 1}.
     extra: dict[str, Any] = field(default_factory=dict, metadata={WORDS: True})

@@ -52,6 +52,8 @@ class EngineInfo:
     quantization: str | None = None
     tensor_parallel_size: int | None = None
     pipeline_parallel_size: int | None = None
+    frontend: str | None = None
+    """vLLM's HTTP server: python or rust."""
     max_model_len: int | None = None
     """Maximum number of tokens of prompt and response together."""
     priority: bool | None = None
@@ -133,7 +135,7 @@ def _check_types(record: Record) -> None:
     accepts_ok = all(isinstance(item, str) for item in record.accepts or ())
     generation_ok = isinstance(record.generation, int) and not isinstance(record.generation, bool)
     url_ok = isinstance(record.url, str) and _URL.fullmatch(record.url) is not None
-    texts_ok = isinstance(record.nonce, str | None) and isinstance(record.probe, str | None)
+    texts_ok = all(isinstance(text, str | None) for text in (record.nonce, record.probe, record.engine.frontend))
     if not (serves_ok and numbers_ok and engine_ok and accepts_ok and generation_ok and url_ok and texts_ok):
         raise RegistryError(f"record {record.replica!r} has a value of the wrong type")
     split_replica(record.replica)

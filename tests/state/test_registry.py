@@ -43,7 +43,7 @@ CONTRACT_KEYS = {
 }
 ENGINE_KEYS = {
     *("kind", "version", "model", "revision", "quantization", "tensor_parallel_size", "pipeline_parallel_size"),
-    *("max_model_len", "priority", "prefix_caching"),
+    *("max_model_len", "priority", "prefix_caching", "frontend"),
 }
 
 

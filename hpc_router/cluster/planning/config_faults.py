@@ -9,6 +9,7 @@ from hpc_router.config.adapters import adapters_of, host_of, hosts
 from hpc_router.config.schema import Deployment, ExpertConfig
 from hpc_router.errors import ArtefactError, ConfigError, HpcRouterError, StagingError
 from hpc_router.expert.engines import Engine, build_engine
+from hpc_router.expert.engines.vllm import RUST_FRONTEND
 from hpc_router.expert.staging.model_files import list_files, local_models
 from hpc_router.expert.staging.node_disk import GB
 from hpc_router.routing import artefact
@@ -35,6 +36,7 @@ def own_faults(
     returned by `build_engines`."""
     yield from _machine_faults(deployment)
     yield from _policy_faults(deployment, exemplars)
+    yield from _variable_faults(deployment)
     python = deployment.cluster.python
     if python is not None and not executable(python):
         yield f"cluster.python={python}: not an executable file (valid: a Python interpreter that has hpc_router)"
@@ -53,6 +55,15 @@ def _machine_faults(deployment: Deployment) -> Iterator[str]:
     if sum(asked.values()) > gpus:
         each = ", ".join(f"{name} {count}" for name, count in asked.items())
         yield f"cluster.gpus={gpus}: all replicas together need {sum(asked.values())} GPUs ({each})"
+
+
+def _variable_faults(deployment: Deployment) -> Iterator[str]:
+    """Yields faults of a variable that would choose the front end of vLLM, whose options are then not checked."""
+    experts = {name: e for name, e in hosts(deployment.experts).items() if e.engine.kind == "vllm"}
+    given = {"cluster.env": deployment.cluster.env} if experts else {}
+    for key, env in (given | {f"experts.{name}.engine.env": e.engine.env for name, e in experts.items()}).items():
+        if RUST_FRONTEND in env:
+            yield f"{key}.{RUST_FRONTEND}: not a variable to set; use experts.<name>.engine.options.frontend"
 
 
 def _expert_faults(name: str, expert: ExpertConfig, adapters: Mapping[str, str], *, in_image: bool) -> Iterator[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.config.schema import ClusterConfig, ExpertConfig
-from hpc_router.expert.engine_process.process import ENGINE_GRACE_S, Command
+from hpc_router.expert.engine_process.process import Command
 from hpc_router.expert.engines import Engine, Place, engine_environment, version_command
+from hpc_router.expert.engines.base import ENGINE_GRACE_S
 from hpc_router.expert.engines.container import command_in_container
 
 VERSION_TIMEOUT_S: Final = 20.0
@@ -43,7 +44,7 @@ class EngineCommands:
             self._environment(place),
             place,
             self.log,
-            grace_s=ENGINE_GRACE_S if place.ranks is None else RANK_GRACE_S,
+            grace_s=self.engine.grace_s if place.ranks is None else RANK_GRACE_S,
         )
 
     async def version(self, place: Place) -> str | None:

@@ -11,6 +11,7 @@ from typing import Final, Self
 
 from hpc_router.expert.engine_process.guard import is_subreaper, kill_descendants
 from hpc_router.expert.engines import EngineFailure, Place, classify
+from hpc_router.expert.engines.base import ENGINE_GRACE_S
 from hpc_router.expert.engines.failure import Sign
 from hpc_router.state.io_thread import FileThread, OutputLog
 
@@ -18,8 +19,6 @@ logger = logging.getLogger(__name__)
 
 GUARD: Final = Path(__file__).with_name("guard.py")
 TAIL_BYTES: Final = 128 * 1024
-ENGINE_GRACE_S: Final = 10.0
-"""Seconds from SIGTERM to SIGKILL for an engine without requests in flight."""
 OUTPUT_S: Final = 2.0
 """Time limit in seconds for reading the rest of the output of an engine that has ended."""
 KILL_S: Final = 30.0

@@ -21,6 +21,8 @@ from hpc_router.state.registry import EngineInfo
 
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS")
+ENGINE_GRACE_S: Final = 10.0
+"""Seconds from SIGTERM to SIGKILL for an engine without requests in flight."""
 INSIDE: Final = Path(__file__).with_name("inside")
 """Folder of this package's scripts that run in the engine's interpreter."""
 
@@ -98,6 +100,10 @@ class Engine(Protocol):
     @property
     def signs(self) -> Sequence[Sign]:
         """Returns log lines that show why the engine failed, the most specific first."""
+
+    @property
+    def grace_s(self) -> float:
+        """Returns the seconds from SIGTERM to SIGKILL when no request is in flight."""
 
     def serves(self) -> Mapping[str, str]:
         """Returns for each expert the model name that its requests to the engine need."""

@@ -8,6 +8,7 @@ from typing import Final
 from hpc_router.config.schema import ExpertConfig, SimOptions
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.base import (
+    ENGINE_GRACE_S,
     AdapterEngine,
     Place,
     checked_flags,
@@ -62,6 +63,7 @@ class SimEngine(AdapterEngine):
     accepts = ("text", "tools", "embeddings")
     packages: Sequence[str] = ("hpc-router",)
     signs: Sequence[Sign] = _SIGNS
+    grace_s = ENGINE_GRACE_S
 
     def info(self) -> EngineInfo:
         roofline_options = self.options.roofline

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from hpc_router.config.schema import ExpertConfig, TransformersOptions
-from hpc_router.expert.engines.base import INSIDE, Place, checked_flags, flags, interpreter, one_node_only
+from hpc_router.expert.engines.base import (
+    ENGINE_GRACE_S,
+    INSIDE,
+    Place,
+    checked_flags,
+    flags,
+    interpreter,
+    one_node_only,
+)
 from hpc_router.expert.engines.failure import HUB, OPTION, TORCH, Sign, signs
 from hpc_router.state.job_records import FailureReason
 from hpc_router.state.registry import EngineInfo
@@ -43,6 +51,7 @@ class TransformersEngine:
     accepts = None
     packages: Sequence[str] = ("transformers",)
     signs: Sequence[Sign] = _SIGNS
+    grace_s = ENGINE_GRACE_S
 
     @property
     def python(self) -> str:

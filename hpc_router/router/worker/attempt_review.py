@@ -17,11 +17,13 @@ from hpc_router.relay.downstream.interface import Response, json_response
 from hpc_router.relay.upstream.interface import UpstreamResponse
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.replica import Event, Replica, Reservation
+from hpc_router.router.worker import rust_frontend
 from hpc_router.router.worker.routed_request import MISSING_STATUSES, RETRY_STATUSES, RequestResult, RoutedRequest
 from hpc_router.state.registry import RecordKind
 
 logger = logging.getLogger(__name__)
 
+_REFUSED: Final = 400
 _BUSY: Final = 429
 _AWAY: Final = 503
 _FAILED: Final = 500
@@ -93,6 +95,8 @@ class AttemptReview:
             raise UpstreamConnectError("the replica refused the router's key")
         if status in MISSING_STATUSES:
             return await self._review_missing(routed, reservation, upstream)
+        if status == _REFUSED:
+            return await self._review_refused(routed, reservation, upstream)
         if status not in RETRY_STATUSES:
             return None
         routed.avoid |= {replica}
@@ -113,7 +117,10 @@ class AttemptReview:
             routed.error_result = await self._error_response(routed, reservation, upstream)
         else:
             self.metrics.failovers.add(replica.name, status)
-            routed.error_result = await self._error_response(routed, reservation, upstream)
+            routed.error_result = result = await self._error_response(routed, reservation, upstream)
+            unsupported = self._unsupported_field(routed, reservation, result)
+            if unsupported is not None:
+                return unsupported
             if status == _FAILED and any(seen == _FAILED for _, _, seen in routed.failed_attempts):
                 return routed.error_result  # two replicas fail in the same way: the request is the cause
             routed.failed_attempts += ((replica, reservation.expert, status),)
@@ -126,29 +133,69 @@ class AttemptReview:
         """Returns the result for a 404 or 405 of an engine. An error in the format of the API is returned unchanged.
         Any other means that the engine does not serve the path: raises RetryError if another replica of the expert,
         which may have another engine, can be tried."""
-        replica, expert = reservation.replica, reservation.expert
+        replica = reservation.replica
         if replica.recent_error:
             self.health.request_succeeded(replica)
         result = await self._error_response(routed, reservation, upstream)
         assert result.response is not None
         if _is_api_error(result.response.body):
             return result
-        engine = replica.record.engine.kind or replica.record.url
-        path, said = routed.endpoint.path, result.response.body[:_MAX_QUOTED_BYTES].decode(errors="replace")
-        message = f"the engine of {expert!r} ({engine}) does not serve {routed.method} {path} ({result.status}: {said})"
-        fault = ErrorReply(404, "invalid_request_error", "unsupported_operation", message)
+        said = result.response.body[:_MAX_QUOTED_BYTES].decode(errors="replace")
+        answered = f"{result.status}: {said}" if said else str(result.status)
+        what = f"does not serve {routed.method} {routed.endpoint.path} ({answered})"
+        fault = ErrorReply(404, "invalid_request_error", "unsupported_operation", f"{_engine_of(reservation)} {what}")
+        return self._unsupported(routed, reservation, fault)
+
+    async def _review_refused(
+        self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
+    ) -> RequestResult | None:
+        """Returns the result for a 400 of an engine, or None to relay it. Raises RetryError like `_unsupported`."""
+        replica = reservation.replica
+        if replica.recent_error:
+            self.health.request_succeeded(replica)
+        if not rust_frontend.has_rust_frontend(replica.record.engine):
+            return None
+        result = await self._error_response(routed, reservation, upstream)
+        return self._unsupported_field(routed, reservation, result) or result
+
+    def _unsupported_field(
+        self, routed: RoutedRequest, reservation: Reservation, result: RequestResult
+    ) -> RequestResult | None:
+        """Returns the result if the error `result` has its cause in a field that the Rust front end cannot serve, else
+        None. Raises RetryError like `_unsupported`."""
+        if result.response is None or not rust_frontend.has_rust_frontend(reservation.replica.record.engine):
+            return None
+        refused = rust_frontend.refused_field(routed.call.fields, status=result.status, body=result.response.body)
+        if refused is None:
+            return None
+        param, what = refused
+        message = f"{_engine_of(reservation)} {what}"
+        fault = ErrorReply(400, "invalid_request_error", "unsupported_value", message, param)
+        return self._unsupported(routed, reservation, fault)
+
+    def _unsupported(self, routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
+        """Returns the result for a request that the engine cannot serve. Raises RetryError if another replica of the
+        expert, which may have another engine, can be tried."""
+        replica, expert, table = reservation.replica, reservation.expert, routed.dispatcher.table
         result = error_result(routed, reservation, fault)
         routed.avoid |= {replica}
-        if routed.only is None and routed.dispatcher.table.has_ready(expert, routed.avoid):
+        if rust_frontend.has_rust_frontend(replica.record.engine):
+            routed.avoid |= {
+                other for other in table.of(expert) if rust_frontend.has_rust_frontend(other.record.engine)
+            }
+        if routed.only is None and table.has_ready(expert, routed.avoid):
             routed.error_result = result
             raise RetryError(begun=False)
         return result
 
     def report_failures(self, routed: RoutedRequest, expert: str) -> None:
         """Reports the replicas of this expert that failed the request, after another replica of the expert has served
-        it."""
+        it. A constrained request that a Rust front end fails with 500 is not reported: earlier requests are the cause,
+        and the replica serves all others."""
+        constrained = rust_frontend.is_constrained(routed.call.fields)
         for replica, of, seen in routed.failed_attempts:
-            if of == expert:
+            excused = constrained and seen == _FAILED and rust_frontend.has_rust_frontend(replica.record.engine)
+            if of == expert and not excused:
                 what = f" answered {seen}" if isinstance(seen, int) else f": {seen}"
                 self.health.request_failed(replica, f"{replica.record.url}{what}")
         routed.failed_attempts = ()
@@ -183,6 +230,14 @@ def error_result(routed: RoutedRequest, reservation: Reservation, fault: ErrorRe
     response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
     response.head += routed.routing_headers(reservation)
     return RequestResult(fault.status, reservation.expert, routed.reason_at(reservation.expert), response)
+
+
+def _engine_of(reservation: Reservation) -> str:
+    """Returns the name of the reserved engine for a message."""
+    record = reservation.replica.record
+    kind = record.engine.kind or record.url
+    kind += f", {rust_frontend.NAME}" if rust_frontend.has_rust_frontend(record.engine) else ""
+    return f"the engine of {reservation.expert!r} ({kind})"
 
 
 def _is_api_error(body: bytes) -> bool:

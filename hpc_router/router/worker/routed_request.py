@@ -41,7 +41,7 @@ RETRY_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 """Statuses after which another replica is tried."""
 MISSING_STATUSES: Final = frozenset({404, 405})
 """Statuses of an engine that may not serve the path at all."""
-REVIEWED_STATUSES: Final = RETRY_STATUSES | MISSING_STATUSES | {401}
+REVIEWED_STATUSES: Final = RETRY_STATUSES | MISSING_STATUSES | {400, 401}
 """Statuses that `AttemptReview` checks before the client gets the response."""
 _SESSION: Final = protocol.SESSION_HEADER.encode()
 _CONTENT_ENCODING: Final = b"content-encoding"

@@ -112,6 +112,21 @@ def test_the_folder_of_an_adapter_must_exist(tmp_path: Path) -> None:
     ]
 
 
+def test_a_variable_may_not_choose_the_front_end_of_vllm() -> None:
+    """Its options would not be checked. Other engines do not know the variable."""
+    env = {"VLLM_USE_RUST_FRONTEND": "1"}
+    wrong = deployment(
+        a=ExpertConfig(model="org/name", engine=EngineConfig(kind="vllm", env=env)),
+        b=ExpertConfig(model="org/name", engine=EngineConfig(kind="vllm", options={"frontend": "rust"})),
+    )
+    wrong.cluster.env = env
+    said = ".VLLM_USE_RUST_FRONTEND: not a variable to set; use experts.<name>.engine.options.frontend"
+    assert faults(wrong) == [f"cluster.env{said}", f"experts.a.engine.env{said}"]
+    other = deployment(a=ExpertConfig(model="m", engine=EngineConfig(kind="sim")))
+    other.cluster.env = env
+    make_plan(other)
+
+
 @pytest.mark.parametrize("model", ["org/name", "name", "org/name-1.5_x"])
 def test_a_hub_id_is_no_path(model: str) -> None:
     make_plan(deployment(a=ExpertConfig(model=model, engine=EngineConfig(kind="transformers"))), ask_engines=False)

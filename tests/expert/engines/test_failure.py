@@ -54,6 +54,22 @@ VLLM = [
         "torch.distributed.DistNetworkError: port: 4000, code: -98, name: EADDRINUSE, message: in use",
     ),
     (FailureReason.PORT_TAKEN, "zmq.error.ZMQError: Address already in use (addr='tcp://10.0.0.1:4000')"),
+    (FailureReason.BAD_OPTION, "The following arguments are not implemented in Rust frontend yet:"),
+    (
+        FailureReason.BAD_OPTION,
+        """error: invalid value '{"dtype": "bfloat16"}' for '--args-json <JSON>': invalid JSON arguments""",
+    ),
+    (FailureReason.BAD_OPTION, "  tool parser `zzz` is not registered (choose from: deepseek_v3, hermes)"),
+    (
+        FailureReason.WEIGHTS,
+        "  tokenizer error: local model directory 'm' does not contain a supported tokenizer file (tokenizer.json)",
+    ),
+    (
+        FailureReason.INTERPRETER,
+        "FileNotFoundError: VLLM_RUST_FRONTEND_PATH=auto but the vllm-rs binary was not found at /e/vllm/vllm-rs.",
+    ),
+    (FailureReason.INTERPRETER, "PermissionError: [Errno 13] Permission denied: '/e/vllm/vllm-rs'"),
+    (FailureReason.KILLED, "RuntimeError: Process RustFrontend (PID: 15110) died with exit code -9"),
 ]
 TRANSFORMERS = [
     (FailureReason.OUT_OF_MEMORY, "RuntimeError: DefaultCPUAllocator: not enough memory: you tried to allocate"),

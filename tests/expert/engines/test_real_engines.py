@@ -1,5 +1,6 @@
 """The agent with real engines and a tiny model, from start to drain; the same steps for each engine."""
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from hpc_router.config.schema import ClusterConfig, Deployment, EngineConfig, EngineKind, ExpertConfig, PolicyConfig
-from hpc_router.expert.engines import Place, build_engine
+from hpc_router.expert.engines import Place, build_engine, engine_environment
 from hpc_router.expert.staging.model_files import list_files
 from hpc_router.net import protocol
 from hpc_router.state.job_records import FailureReason, JobPhase
@@ -135,3 +136,26 @@ def test_its_own_interpreter_judges_the_flags(
     answer = subprocess.run(command, check=False, capture_output=True, text=True)
     assert answer.returncode == status, answer.stderr
     assert ("no-such-flag" in answer.stderr) == bool(extra)
+
+
+REFUSED = "the Rust front end does not have the options middleware, root_path"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"root-path": "/x", "middleware": ["a.b"]}, REFUSED),
+        ({"tool-call-parser": "olmo3"}, "tool parser `olmo3` is not registered"),
+    ],
+)
+def test_the_rust_front_end_judges_the_flags_too(extra: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """The Python front end has these options and this parser. Flags that it accepts are checked by every `up`."""
+    config = expert_of("vllm", {**CPU, "extra": extra, "frontend": "rust"}, model=tmp_path)
+    engine, place = build_engine("math", config), Place(tmp_path)
+    command = engine.check_command(place)
+    assert command is not None
+    environment = engine_environment(engine, config, place, inherited={"PATH": os.defpath})
+    (tmp_path / "tmp").mkdir()
+    answer = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert (answer.returncode, answer.stderr.splitlines()[-1].startswith(message)) == (2, True), answer.stderr

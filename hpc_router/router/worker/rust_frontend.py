@@ -1,0 +1,42 @@
+"""Requests that vLLM's Rust front end refuses or fails although the replica is healthy.
+
+The front end's response decides, so that a version that learns more needs no change here. This module finds the cause
+of a refusal in the request, because the front end's own text does not always name it. docs/rust-frontend.md has a list.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from hpc_router.state.registry import EngineInfo
+
+NAME: Final = "Rust front end"
+_NO_TOOL_PARSER: Final = b"tool parsing is disabled"
+_FREE_CHOICES: Final = (None, "auto", "none")
+"""Values of `tool_choice` that leave the text of the response free."""
+
+
+def has_rust_frontend(engine: EngineInfo) -> bool:
+    return engine.frontend == "rust"
+
+
+def refused_field(fields: Mapping[str, Any], *, status: int, body: bytes) -> tuple[str, str] | None:
+    """Returns the request field that the front end cannot serve and what to do about it; None if the response has
+    another cause. `status`, `body`: of the front end's response."""
+    prompts, count = fields.get("prompt"), fields.get("n")
+    if status == 500 and _NO_TOOL_PARSER in body:
+        return "tools", "was started without a tool parser: engine.options.extra needs tool-call-parser"
+    if status != 400:
+        return None
+    if isinstance(prompts, list) and not all(type(token) is int for token in prompts):
+        return "prompt", "takes one prompt per request, and not a list of prompts"
+    if type(count) is int and count > 1:
+        return "n", f"makes one answer per request, and not n={count}"
+    return None
+
+
+def is_constrained(fields: Mapping[str, Any]) -> bool:
+    """Returns whether the form of the response is constrained. The first such request decides which forms an engine
+    behind the Rust front end can serve from then on; it answers 500 to the others."""
+    form = fields.get("response_format")
+    free = form is None or (isinstance(form, dict) and form.get("type") == "text")
+    return not free or fields.get("structured_outputs") is not None or fields.get("tool_choice") not in _FREE_CHOICES
