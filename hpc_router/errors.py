@@ -74,6 +74,19 @@ class UnauthorizedError(RoutingError):
     """The request has no token or a wrong one."""
 
 
+class OwnerOnlyError(RoutingError):
+    """The path is for the deployment's owner, and the request has the token of another user."""
+
+
+class ExpertForbiddenError(RoutingError):
+    """The token may not use this expert."""
+
+
+class RateLimitedError(RoutingError):
+    """The request would exceed a limit of its token, which `param` names: requests, tokens or concurrency. Without
+    `retry_after_s`, the request alone exceeds the limit, so that sending it again does not help."""
+
+
 class OriginNotAllowedError(RoutingError):
     """A web page whose origin is not in `router.allowed_origins` may not read responses."""
 

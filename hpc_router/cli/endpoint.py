@@ -1,4 +1,4 @@
-"""The verbs that use the endpoint: `route`, `chat`, `url`, `token`, `env`, `connect`."""
+"""The verbs that use the endpoint: `route`, `chat`, `url`, `env`, `connect`."""
 
 import argparse
 import asyncio
@@ -135,19 +135,6 @@ def url(arguments: argparse.Namespace) -> int:
         return print_value({"url": tunnel.url, "ssh": list(tunnel.argv), "proven": tunnel.unproven is None})
     sys.stderr.writelines(f"{note}\n" for note in tunnel.notes())
     return print_lines([tunnel.line])
-
-
-def add_token(verbs: "Verbs[Parser]") -> None:
-    add_verb(verbs, token)
-
-
-def token(arguments: argparse.Namespace) -> int:
-    r"""print the owner's token
-
-    curl --noproxy '*' -H @<(printf 'Authorization: Bearer %s\n' "$(hpc-router token)") \
-         "$(hpc-router url)/v1/models"     # bash; every user of a node can read its command lines
-    """
-    return print_lines([find_run(arguments.run).token()])
 
 
 def add_env(verbs: "Verbs[Parser]") -> None:

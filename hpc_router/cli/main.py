@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from hpc_router.cli import benchmark, classifier, deployment, doctor, endpoint, observation, operation
+from hpc_router.cli import access, benchmark, classifier, deployment, doctor, endpoint, observation, operation
 from hpc_router.cli.parser import Parser, Verbs, parse_arguments
 from hpc_router.errors import ConfigError, HpcRouterError
 
@@ -26,7 +26,7 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "route": endpoint.add_route,
     "chat": endpoint.add_chat,
     "url": endpoint.add_url,
-    "token": endpoint.add_token,
+    "token": access.add_token,
     "env": endpoint.add_env,
     "connect": endpoint.add_connect,
     "scale": operation.add_scale,

@@ -63,10 +63,12 @@ def parse_arguments(
     return body, arguments
 
 
-def add_verb(verbs: "Verbs[Parser]", body: Body, *, details: str = "", run: bool = True, json: bool = False) -> Parser:
+def add_verb(
+    verbs: "Verbs[Parser]", body: Body, *, details: str = "", run: bool = True, json: bool = False, task: bool = False
+) -> Parser:
     """Adds a verb, or a task of one, and returns its parser. The name is the last word of the name of `body`; the help
     is the docstring of `body`: a summary, an empty line, examples. `details` follows the summary. `run` and `json` add
-    `--run` and `--json`."""
+    `--run` and `--json`. `task`: a task of a verb that has `--run` as well, which may then stand before the task."""
     summary, _, examples = (inspect.getdoc(body) or "").partition("\n\n")
     parser = verbs.add_parser(
         body.__name__.strip("_").rpartition("_")[2],
@@ -77,7 +79,8 @@ def add_verb(verbs: "Verbs[Parser]", body: Body, *, details: str = "", run: bool
     )
     parser.set_defaults(body=body)
     if run:
-        parser.add_argument("--run", type=Path, metavar="DIR", help=_RUN_HELP)
+        default = argparse.SUPPRESS if task else None
+        parser.add_argument("--run", type=Path, metavar="DIR", default=default, help=_RUN_HELP)
     if json:
         parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -12,9 +12,11 @@ from rich.text import Text
 
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.status import process_problems
+from hpc_router.cluster.commands.user_tokens import table_row
 from hpc_router.cluster.commands.why import Cause
 from hpc_router.cluster.control_loop.slots import Attempt
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.user_tokens import UserToken
 
 if TYPE_CHECKING:
     from hpc_router.cluster.planning.plan import Plan
@@ -35,6 +37,13 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
+    return table
+
+
+def token_table(tokens: Sequence[UserToken], *, now: float) -> RenderableType:
+    table = _table("id", "user", "expires", "limits", "experts")
+    for token in tokens:
+        table.add_row(*table_row(token, now=now))
     return table
 
 

@@ -30,12 +30,14 @@ class ErrorReply:
 @dataclass(frozen=True, slots=True)
 class ApiFormat:
     """The format of one API. `prompt_field`: the request field that is read first. `error_body`, `error_event`: make
-    the two forms of an error. `abort_detector`: detects aborted responses."""
+    the two forms of an error. `abort_detector`: detects aborted responses. `delta_mark`: bytes that each event with a
+    part of the response contains."""
 
     prompt_field: str
     error_body: Callable[[ErrorReply], dict[str, Any]]
     error_event: Callable[[ErrorReply], bytes]
     abort_detector: type[aborted_responses.AbortDetector]
+    delta_mark: bytes = b'"delta":'
 
 
 def api_format_of(path: str) -> ApiFormat:
@@ -94,14 +96,23 @@ def _named_event(data: dict[str, Any]) -> bytes:
     return b"event: error\ndata: " + json.dumps(data).encode() + b"\n\n"
 
 
-_ANTHROPIC: Final = ApiFormat("messages", _anthropic_body, _anthropic_event, aborted_responses.MessagesAbortDetector)
-_STORED_RESPONSE: Final = ApiFormat("input", _openai_body, _responses_event, aborted_responses.ChoicesAbortDetector)
+_DELTA: Final = b'.delta"'  # the end of `type` of the events of /v1/responses
+_ANTHROPIC: Final = ApiFormat(
+    "messages", _anthropic_body, _anthropic_event, aborted_responses.MessagesAbortDetector, b'"content_block_delta"'
+)
+_STORED_RESPONSE: Final = ApiFormat(
+    "input", _openai_body, _responses_event, aborted_responses.ChoicesAbortDetector, _DELTA
+)
 """The format for requests with the id of a response in their path. A response that was cancelled before it was stored
 is not an aborted response to such a request."""
 _FORMATS: Final[Mapping[str, ApiFormat]] = {
     protocol.CHAT: ApiFormat("messages", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),
-    protocol.COMPLETIONS: ApiFormat("prompt", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),
+    protocol.COMPLETIONS: ApiFormat(
+        "prompt", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector, b'"text":'
+    ),
     protocol.EMBEDDINGS: ApiFormat("input", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),
-    protocol.RESPONSES: ApiFormat("input", _openai_body, _responses_event, aborted_responses.ResponsesAbortDetector),
+    protocol.RESPONSES: ApiFormat(
+        "input", _openai_body, _responses_event, aborted_responses.ResponsesAbortDetector, _DELTA
+    ),
     protocol.MESSAGES: _ANTHROPIC,
 }

@@ -21,6 +21,7 @@ from hpc_router.relay.sse import (
     EventTooLargeError,
     UnfinishedEventError,
 )
+from hpc_router.relay.stream_summary import StreamSummary
 from hpc_router.relay.upstream.interface import CHUNK_END, ChunkWriter, UpstreamResponse
 
 _EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
@@ -45,14 +46,21 @@ class ResponseRelay:
 
     `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed
-    like any other body.
+    like any other body. `summary` gets the response as well, if it is given.
     """
 
-    __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "events", "response", "status")
+    __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "_summary", "events", "response", "status")
 
     def __init__(
-        self, request: Request, limits: RelayLimits, abort_detector: type[AbortDetector], *, stream: bool
+        self,
+        request: Request,
+        limits: RelayLimits,
+        abort_detector: type[AbortDetector],
+        *,
+        stream: bool,
+        summary: StreamSummary | None = None,
     ) -> None:
+        self._summary = summary
         self._request = request
         self._limits = limits
         self._abort_detector = abort_detector
@@ -77,6 +85,7 @@ class ResponseRelay:
         whole = upstream.complete_body
         if whole is not None and len(whole) <= SHORT_BYTES:
             self._abort_detector().check_body(whole)
+            self._summarise(whole)
             self.response = Response(self.status, head, whole)
             return
         unbuffered = self._stream and upstream.length is None and 200 <= self.status < 300
@@ -87,6 +96,7 @@ class ResponseRelay:
         if self._request.response_started:
             return
         self._abort_detector().check_body(body.buffered)
+        self._summarise(body.buffered)
         if len(body.buffered) <= SHORT_BYTES:
             self.response = Response(self.status, head, bytes(body.buffered))
         else:  # the reservation ends only when the client has read most of it
@@ -97,8 +107,14 @@ class ResponseRelay:
         """Returns the sink for the events of a stream. The caller ends the stream with `end_events` or continues it
         with `relay_events`."""
         self.status = status
-        self.events = EventStream(self._request, status, head, self._limits, self._abort_detector())
+        if self._summary is not None:
+            self._summary.streamed = True
+        self.events = EventStream(self._request, status, head, self._limits, self._abort_detector(), self._summary)
         return self.events
+
+    def _summarise(self, body: bytes | bytearray) -> None:
+        if self._summary is not None:
+            self._summary.body = bytes(body)
 
     def end_events(self) -> None:
         """Ends the stream after the upstream body has ended without an error. Raises the same errors as `relay`."""
@@ -162,13 +178,20 @@ class EventStream:
 
     __slots__ = (
         "_abort_detector", "_chunk_writer", "_head", "_limits", "_mark", "_ping_timer", "_request", "_splitter",
-        "_started",
+        "_started", "_summary",
     )  # fmt: skip
 
     def __init__(
-        self, request: Request, status: int, head: bytes, limits: RelayLimits, abort_detector: AbortDetector
+        self,
+        request: Request,
+        status: int,
+        head: bytes,
+        limits: RelayLimits,
+        abort_detector: AbortDetector,
+        summary: StreamSummary | None,
     ) -> None:
         self._request = request
+        self._summary = summary
         self._head = status, head
         self._limits = limits
         self._abort_detector = abort_detector
@@ -192,6 +215,8 @@ class EventStream:
             self._abort_detector.check_events(events)
         if not self._started:
             self._start()
+        if self._summary is not None:
+            self._summary.add(events)
         return self._request.write(events)
 
     def chunk_writer(self) -> ChunkWriter | None:
@@ -213,6 +238,8 @@ class EventStream:
         if not self._started:
             self._start()
         if last:
+            if self._summary is not None:
+                self._summary.add(last)
             self._request.write(last)
 
     def stop_pings(self) -> None:
@@ -223,6 +250,8 @@ class EventStream:
         self._request.start_response(*self._head, length=None)
         self._started = True
         write = self._request.write_chunk
+        if self._summary is not None and write is not None:
+            write = self._summary.counting(write)
         self._chunk_writer = None if write is None else ChunkWriter(write, _EVENT_CHUNK_ENDS, self._mark)
         self._schedule_ping()
 

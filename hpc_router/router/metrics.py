@@ -45,6 +45,9 @@ class CounterCollector(Collector):
         counts = self._counts
         counts[labels] = counts.get(labels, 0) + 1
 
+    def add_many(self, count: int, *labels: object) -> None:
+        self._counts[labels] = self._counts.get(labels, 0) + count
+
     def items(self) -> Iterator[tuple[tuple[str, ...], int]]:
         for labels, count in self._counts.items():
             yield tuple(map(str, labels)), count
@@ -158,6 +161,12 @@ class Metrics:
         )
         self.task_failures = CounterCollector(
             "hpc_router_background_task_failures", "Background tasks that failed and were started again.", ("task",)
+        )
+        self.limit_refusals = CounterCollector(
+            "hpc_router_limit_refusals", "Requests refused by a limit of their token.", ("limit",)
+        )
+        self.tokens = CounterCollector(
+            "hpc_router_tokens", "Generated tokens of requests with a limit of tokens.", ("expert", "kind")
         )
         self._gone: dict[str, float] = {}  # replica that has left -> time at which that was noticed
         self._counted: dict[str, CounterCollector | HistogramCollector] = {

@@ -13,9 +13,10 @@ state and does no I/O. After the sum (`term_sums`) it uses Python lists, because
 path.
 """
 
+import copy
 import math
 from collections.abc import Collection
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 
@@ -68,6 +69,7 @@ class Classifier:
         self.artefact = artefact
         self.margin_threshold = artefact.margin_threshold if margin_threshold is None else margin_threshold
         self.experts = tuple(name if experts is None or name in experts else None for name in artefact.experts)
+        self._excluded: tuple[int, ...] = ()  # clusters that are never chosen
         self._clusters = len(artefact.clusters)
         self._in_space = artefact.norm == NORM_SPACE
         by_frequency = np.argsort(artefact.idf, kind="stable")
@@ -85,6 +87,13 @@ class Classifier:
             self._soft = SoftScores(artefact.quality, artefact.soft, experts=experts, cost_weight=cost_weight)
         # For each cluster: all clusters of the same expert.
         self._same_expert = [[d for d, b in enumerate(self.experts) if a == b] for a in self.experts]
+
+    def limited_to(self, experts: Collection[str]) -> Self:
+        """Returns a classifier that never chooses a cluster of another expert of the deployment. It shares the
+        tables. At least one of the experts must have a cluster."""
+        limited = copy.copy(self)
+        limited._excluded = tuple(c for c, name in enumerate(self.experts) if name is not None and name not in experts)
+        return limited
 
     @property
     def version(self) -> str:
@@ -172,4 +181,6 @@ class Classifier:
         length = (math.hypot(*sums[clusters + 2 :]) if self._in_space else math.sqrt(sums[clusters])) or 1.0
         if self._offsets is not None:
             values = [value / length + offset for value, offset in zip(values, self._offsets, strict=True)]
+        for cluster in self._excluded:
+            values[cluster] = _EXCLUDED
         return values, length, int(sums[clusters + 1])

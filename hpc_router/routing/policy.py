@@ -9,7 +9,7 @@ it (the fallback, else the best expert). `unavailable`: the prompt's cluster has
 expert is ready. `policy`: the prompt had no influence. Only the router sets `named` and `spilled`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple, Protocol
@@ -99,6 +99,9 @@ class Policy(Protocol):
     def order(self, decision: Decision) -> tuple[str, ...]:
         """Returns the experts to try one after the other: the chosen expert, then its substitutes."""
 
+    def limited_to(self, experts: Collection[str]) -> "Policy":
+        """Returns a policy that chooses in the same way among these experts only."""
+
 
 def versions(policy: Policy) -> tuple[str | None, str | None]:
     """Returns the artefact versions of a policy and of its shadow."""
@@ -147,6 +150,13 @@ class ClassifierPolicy:
             order = self._orders[key] = _distinct(decision.expert, best, decision.runner_up, self._fallback)
         return order
 
+    def limited_to(self, experts: Collection[str]) -> Policy:
+        fallback = self._fallback if self._fallback in experts else None
+        if not any(name in experts for name in self._classifier.experts if name is not None):
+            return ModelField(fallback=fallback)
+        shadow = None if self.shadow is None else self.shadow.limited_to(experts)
+        return ClassifierPolicy(self._classifier.limited_to(experts), fallback=fallback, shadow=shadow)
+
 
 class RoundRobin:
     """A policy that chooses the ready experts in turn, sorted by name. The set of ready experts may change between
@@ -156,8 +166,10 @@ class RoundRobin:
     weighs_load = True
     shadow = None
 
-    def __init__(self, *, fallback: str | None = None) -> None:
+    def __init__(self, *, fallback: str | None = None, experts: Collection[str] | None = None) -> None:
+        """`experts`: the only experts that it may choose; None: all."""
         self._fallback = fallback
+        self._experts = experts
         self._last = ""
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
@@ -172,14 +184,22 @@ class RoundRobin:
     def order(self, decision: Decision) -> tuple[str, ...]:
         return _distinct(decision.expert, self._fallback)
 
+    def limited_to(self, experts: Collection[str]) -> Policy:
+        return type(self)(fallback=self._fallback if self._fallback in experts else None, experts=experts)
+
+    def _usable(self, ready: Mapping[str, int]) -> Mapping[str, int]:
+        experts = self._experts
+        return ready if experts is None else {name: count for name, count in ready.items() if name in experts}
+
     def _candidates(self, ready: Mapping[str, int]) -> list[str]:
-        return sorted(ready)
+        return sorted(self._usable(ready))
 
 
 class LeastInFlight(RoundRobin):
     """A policy that chooses the ready expert with the fewest requests in flight. In a tie, the experts take turns."""
 
     def _candidates(self, ready: Mapping[str, int]) -> list[str]:
+        ready = self._usable(ready)
         least = min(ready.values(), default=0)
         return sorted(name for name, count in ready.items() if count == least)
 
@@ -203,6 +223,9 @@ class ModelField:
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         return _distinct(decision.expert)
+
+    def limited_to(self, experts: Collection[str]) -> Policy:
+        return ModelField(fallback=self._fallback if self._fallback in experts else None)
 
 
 def build_policy(

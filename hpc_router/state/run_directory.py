@@ -67,6 +67,11 @@ class RunDir:
         return self.path / "squeue.json"
 
     @property
+    def tokens_json(self) -> Path:
+        """Returns the path of the file with the users' tokens (see `user_tokens`)."""
+        return self.path / "tokens.json"
+
+    @property
     def previous_config(self) -> Path:
         """Returns the path of the config before the last `apply`."""
         return self.path / "config.previous.yaml"

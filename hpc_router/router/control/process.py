@@ -29,6 +29,7 @@ from hpc_router.router.control.predecessor import Predecessor, handover_page
 from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.router.control.replica_stats import ReplicaStats, increase, totals_by_replica
 from hpc_router.router.control.status import status
+from hpc_router.router.control.token_watcher import TokenWatcher
 from hpc_router.router.control.workers import WorkerConnection, Workers
 from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
@@ -46,6 +47,7 @@ from hpc_router.state.io_thread import FileThread
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Record, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.user_tokens import UserToken
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class ControlProcess:
     table: ReplicaTable = field(init=False)
     discovery: Discovery = field(init=False)
     config_watcher: ConfigWatcher = field(init=False)
+    token_watcher: TokenWatcher = field(init=False)
     registry_file: RegistryFile = field(init=False)
     workers: Workers = field(init=False)
     continuity: Continuity = field(init=False)
@@ -103,11 +106,17 @@ class ControlProcess:
             on_failure=self.task_failed, on_agent_failure=self._agent_task_failed,
         )  # fmt: skip
         self.config_watcher = ConfigWatcher(self.run, self.base, self.files, self._reconfigure, self.task_failed)
+        self.token_watcher = TokenWatcher(self.run, self.files, self._tokens_changed, self.task_failed)
 
     @asynccontextmanager
     async def watching(self, present: Mapping[int, socket.socket]) -> AsyncIterator[None]:
         """Discovers and probes replicas within the block. `present`: sockets to the workers that are running
         already."""
+        async with self.token_watcher.watching(), self._watching(present):
+            yield
+
+    @asynccontextmanager
+    async def _watching(self, present: Mapping[int, socket.socket]) -> AsyncIterator[None]:
         for worker, sock in present.items():
             await self.workers.attach(worker, sock)
         await self.workers.greeted(present)
@@ -295,6 +304,9 @@ class ControlProcess:
             self.discovery.configure(deployment.router)
             self.table.bounds = queue_limits(deployment)
             self.workers.configure(settings)
+
+    def _tokens_changed(self, tokens: tuple[UserToken, ...]) -> None:
+        self.workers.set_tokens(messages.UserTokensChanged(tokens))
 
     def _settings(self) -> messages.Settings:
         deployment = self.deployment

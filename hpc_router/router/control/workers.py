@@ -76,8 +76,9 @@ class Workers:
     """The connections to all workers, and what the workers know together.
 
     `experts`: the configured experts, which have a queue column even without a replica. `seeds`: the replicas that the
-    workers knew when this process started. `informed` is set with the first snapshot. `on_unknown_session` is awaited
-    when a session is looked up that no worker has served.
+    workers knew when this process started. `tokens`: the users' tokens; None before they are read, and the workers then
+    keep those that they have. `informed` is set with the first snapshot. `on_unknown_session` is awaited when a session
+    is looked up that no worker has served.
     """
 
     table: ReplicaTable
@@ -87,6 +88,7 @@ class Workers:
     experts: Iterable[str] = ()
     sessions: Sessions = field(default_factory=Sessions)
     seeds: dict[str, Replica] = field(default_factory=dict)
+    tokens: messages.UserTokensChanged | None = None
     on_unknown_session: Callable[[], Awaitable[None]] | None = None
     informed: asyncio.Event = field(default_factory=asyncio.Event)
     all: list[WorkerConnection] = field(init=False)
@@ -134,6 +136,11 @@ class Workers:
         """Sends the settings to all workers, now and when a worker is attached."""
         self.settings = settings
         self.notify(settings)
+
+    def set_tokens(self, tokens: messages.UserTokensChanged) -> None:
+        """Sends the users' tokens to all workers, now and when a worker is attached."""
+        self.tokens = tokens
+        self.notify(tokens)
 
     async def metrics(self) -> list[messages.MetricsDump]:
         """Returns the counts of each worker, including those of its predecessors."""
@@ -222,6 +229,8 @@ class Workers:
         for session, turn in hello.turns:
             self._learn(connection, session, turn)
         connection.notify(self.settings)
+        if self.tokens is not None:
+            connection.notify(self.tokens)
         if hello.replicas is not None and self._snapshot is None:
             self._seed(hello.replicas)
             self.table.queue_columns = {**hello.queue_columns, **self.table.queue_columns}

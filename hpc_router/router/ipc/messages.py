@@ -19,6 +19,7 @@ from hpc_router.router.replicas.health import Incident
 from hpc_router.router.replicas.replica import Event
 from hpc_router.router.replicas.sessions import Turn
 from hpc_router.router.replicas.snapshot import ReplicaSnapshot
+from hpc_router.state.user_tokens import UserToken
 
 REPORT_S: Final = 1.0
 """Interval in seconds at which a worker reports its metrics."""
@@ -201,6 +202,13 @@ class Settings(Message):
     artefact: str | None
     shadow: str | None
     scaled_to_zero: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class UserTokensChanged(Message):
+    """All valid tokens of users other than the owner."""
+
+    tokens: tuple[UserToken, ...]
 
 
 @dataclass(frozen=True, slots=True)

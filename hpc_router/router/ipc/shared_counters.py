@@ -4,6 +4,9 @@ Each worker writes only its own row, and only aligned cells of 8 bytes, which a 
 No decision combines two cells, so the order in which stores become visible (aarch64) does not matter. The supervisor
 clears the row of a worker that has ended. The control process assigns the columns; it reuses a column only after it has
 used all others, and only when every worker's cell in that column is zero.
+
+The counts of users' tokens are in a second table, whose columns follow from a token's slot. There only the requests in
+flight of a worker that has ended are cleared; its counts of the present minute remain for its successor.
 """
 
 import mmap
@@ -12,6 +15,7 @@ from typing import Final
 
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.replicas.replica import NO_COLUMN
+from hpc_router.state.user_tokens import SLOTS
 
 COLUMNS: Final = 2**13
 IN_FLIGHT: Final = 1
@@ -20,6 +24,8 @@ CUT_OFF: Final = 2
 """Column with the number of requests that a worker cut off after `router.drain_s`."""
 _FIRST: Final = 3
 _CELL: Final = 8
+TOKEN_COUNTS: Final = 3
+"""Number of cells per slot of a user's token: requests in flight, requests and tokens of the present minute."""
 
 
 class Counters:
@@ -29,6 +35,7 @@ class Counters:
     def __init__(self, *, workers: int) -> None:
         self.workers = workers
         self._cells = memoryview(mmap.mmap(-1, (workers + 1) * COLUMNS * _CELL)).cast("q")
+        self._token_cells = memoryview(mmap.mmap(-1, workers * TOKEN_COUNTS * SLOTS * _CELL)).cast("q")
         self._own = self._row(workers)  # row of the control process; its first cell is the next column to assign
         if not self._own[NO_COLUMN]:
             self._own[NO_COLUMN] = _FIRST
@@ -40,6 +47,15 @@ class Counters:
         """Returns the rows of all workers except this one."""
         return tuple(self._row(other) for other in range(self.workers) if other != worker)
 
+    def token_row(self, worker: int) -> Cells:
+        """Returns the worker's row of the counts of users' tokens: first the requests in flight of all slots, then the
+        other counts."""
+        return self._token_row(worker)
+
+    def token_others(self, worker: int) -> Sequence[Cells]:
+        """Returns the rows of the counts of users' tokens of all workers except this one."""
+        return tuple(self._token_row(other) for other in range(self.workers) if other != worker)
+
     def all(self) -> Sequence[Cells]:
         return tuple(map(self._row, range(self.workers)))
 
@@ -47,8 +63,9 @@ class Counters:
         return sum(row[column] for row in self.all())
 
     def clear(self, worker: int) -> None:
-        """Sets the row of a worker that has ended to zero."""
+        """Sets the row of a worker that has ended to zero, and its requests in flight by token."""
         self._row(worker)[:] = memoryview(bytes(COLUMNS * _CELL)).cast("q")
+        self._token_row(worker)[:SLOTS] = memoryview(bytes(SLOTS * _CELL)).cast("q")
 
     def allocate(self, used: Collection[int]) -> int:
         """Returns a column that is not in `used` and has only zeros. Only the control process calls this; its successor
@@ -67,6 +84,10 @@ class Counters:
     def nonzero(self) -> int:
         """Returns the number of cells in all workers' rows that are not zero."""
         return sum(1 for worker in range(self.workers) for count in self.counts(worker) if count)
+
+    def _token_row(self, worker: int) -> memoryview:
+        size = TOKEN_COUNTS * SLOTS
+        return self._token_cells[worker * size : (worker + 1) * size]
 
     def _row(self, worker: int) -> memoryview:
         return self._cells[worker * COLUMNS : (worker + 1) * COLUMNS]

@@ -7,7 +7,7 @@ Only experts whose replicas have a walltime are measured.
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -45,7 +45,7 @@ class Lifetimes:
         """Records the duration of a complete response of the expert. `fields`: the request body."""
         samples = self._samples.setdefault(expert, _Samples())
         samples.duration_s.append(elapsed_s)
-        if tokens := _max_tokens(fields):
+        if tokens := max_tokens_of(fields):
             samples.per_token_s.append(elapsed_s / tokens)
 
     def expected_s(self, expert: str, fields: dict[str, object]) -> float:
@@ -53,7 +53,7 @@ class Lifetimes:
         samples = self._samples.get(expert)
         if samples is None:
             return 0.0
-        tokens = _max_tokens(fields)
+        tokens = max_tokens_of(fields)
         if tokens and samples.per_token_s:
             return tokens * _percentile(samples.per_token_s)
         return _percentile(samples.duration_s)
@@ -74,7 +74,8 @@ def outliving(replicas: Sequence[Replica], needed_s: float) -> Sequence[Replica]
     return fitting or sorted(open_, key=lambda replica: left_s(replica, now))[-1:]
 
 
-def _max_tokens(fields: dict[str, object]) -> int | None:
+def max_tokens_of(fields: Mapping[str, object]) -> int | None:
+    """Returns the maximum length of the response that a request body states, in tokens; None without a valid one."""
     value = next((value for key in _KEYS if (value := fields.get(key)) is not None), None)
     return value if type(value) is int and value > 0 else None
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from hpc_router.background_tasks import restarting
+from hpc_router.router.access.user_access import UserTokens
 from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.rpc import ChannelClosedError, RpcPeer
 from hpc_router.router.metrics import Metrics
@@ -34,13 +35,15 @@ class ControlClient:
     """The worker's end of the connection, and the state that the control process sends to the worker.
 
     `ejects_at_once`: whether the first failed connection ejects a replica. `informed` is set after the first snapshot,
-    `released` once no new clients come. `on_settings` is called after `settings` has changed.
+    `released` once no new clients come. `on_settings` is called after `settings` has changed. `users`: the tokens of
+    users other than the owner.
     """
 
     table: ReplicaTable
     sessions: Sessions
     metrics: Metrics
     ejects_at_once: bool = True
+    users: UserTokens = field(default_factory=UserTokens)
     informed: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
     serving: bool = False
@@ -166,6 +169,8 @@ class ControlClient:
                 self.settings = message
                 if self.on_settings is not None:
                     self.on_settings()
+            case messages.UserTokensChanged(tokens):
+                self.users.update(tokens)
             case messages.Inherit(metrics, turns):
                 self.metrics.absorb(metrics)
                 for session, turn in turns:

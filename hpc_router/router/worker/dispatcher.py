@@ -105,11 +105,15 @@ class Dispatcher:
             result = await self._attempts(routed)
         except asyncio.CancelledError:
             self.metrics.cancelled.add(routed.phase)
+            routed.left = True
             raise
         except DownstreamGoneError:
             raise
         except Exception as error:  # noqa: BLE001  # logged and reported to the client
             return self.errors.response_to(error, routed.request, routed.request_id)
+        finally:
+            if routed.charge is not None:
+                routed.settle()
         self.metrics.requests.add(result.expert, result.reason.value, result.status)
         return result.response
 

@@ -11,10 +11,13 @@ from hpc_router.errors import (
     AnswerTimeoutError,
     BadRequestError,
     BodyTooLargeError,
+    ExpertForbiddenError,
     HpcRouterError,
     MethodNotAllowedError,
     OriginNotAllowedError,
     OverloadedError,
+    OwnerOnlyError,
+    RateLimitedError,
     RequestTimeoutError,
     ResponseNotFoundError,
     RoutingError,
@@ -38,6 +41,8 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
     BadRequestError: (400, "invalid_request_error"),
     UnauthorizedError: (401, "authentication_error"),
     OriginNotAllowedError: (403, "permission_error"),
+    OwnerOnlyError: (403, "permission_error"),
+    ExpertForbiddenError: (403, "permission_error"),
     UnknownModelError: (404, "invalid_request_error"),
     UnknownPathError: (404, "invalid_request_error"),
     ResponseNotFoundError: (404, "invalid_request_error"),
@@ -45,6 +50,7 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
     RequestTimeoutError: (408, "invalid_request_error"),
     BodyTooLargeError: (413, "invalid_request_error"),
     OverloadedError: (429, "rate_limit_error"),
+    RateLimitedError: (429, "rate_limit_error"),
     UpstreamError: (502, "upstream_error"),
     UnavailableError: (503, "service_unavailable"),
     AnswerTimeoutError: (504, "timeout_error"),
@@ -74,6 +80,8 @@ class ErrorResponses:
         status, kind = next(((s, k) for e, (s, k) in STATUS.items() if isinstance(error, e)), (500, "internal_error"))
         logger.info("%s: %s %r refused with %d: %s", request_id, request.method, request.path[:200], status, error)
         self.metrics.requests.add("", "", status)
+        if isinstance(error, RateLimitedError | ExpertForbiddenError):
+            self.metrics.limit_refusals.add("experts" if isinstance(error, ExpertForbiddenError) else error.param)
         response = _error_response(status, kind, error, request_id, path=request.path)
         if isinstance(error, DrainingError):
             response.add(protocol.DRAINING_HEADER, "1")
@@ -88,7 +96,8 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
         response.add("retry-after", str(min(max(1, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)))
     if isinstance(error, MethodNotAllowedError):
         response.add("allow", ", ".join(error.allowed))
-    if isinstance(error, AnswerTimeoutError | ScaledToZeroError):
+    too_large = isinstance(error, RateLimitedError) and retry_after_s is None
+    if too_large or isinstance(error, AnswerTimeoutError | ScaledToZeroError):
         response.add("x-should-retry", "false")  # obeyed by the openai and anthropic clients
     return response
 

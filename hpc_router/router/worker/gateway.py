@@ -20,6 +20,7 @@ from hpc_router.errors import (
     MethodNotAllowedError,
     OriginNotAllowedError,
     OverloadedError,
+    OwnerOnlyError,
     UnauthorizedError,
     UnknownPathError,
 )
@@ -35,6 +36,7 @@ from hpc_router.relay.downstream.interface import (
 )
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
+from hpc_router.router.access.user_access import UserAccess, UserTokens
 from hpc_router.router.ipc.messages import GetExposition, GetHandover, GetStatus
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import queue_limits
@@ -57,11 +59,18 @@ _OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready", protocol.HANDOVER})
 """Paths that need no owner's token. The handover path checks the replica key instead."""
 _WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
 """Paths that are served while the router drains."""
+_OWNER_PATHS: Final = frozenset({"/status", protocol.METRICS})
+"""Paths that only the owner's token opens."""
 _FAST_PATHS: Final = frozenset(protocol.POST_PATHS) - {protocol.RESPONSES}
 """Paths whose requests can be served without a task."""
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
 _REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
+
+_NO_TOKEN: Final = "this router wants a token as `Authorization: Bearer ...` or `x-api-key: ...`"
+_UNKNOWN_TOKEN: Final = (
+    f"{_NO_TOKEN}: that of this run's owner, or one that `hpc-router token create` has made and that is not revoked"
+)
 
 Handler = Callable[[Request, str], Awaitable[Response | None]]
 
@@ -69,7 +78,7 @@ Handler = Callable[[Request, str], Awaitable[Response | None]]
 @dataclass(slots=True, eq=False)
 class Gateway:
     """The handler of all requests of a worker. `token`: the owner's token; None turns authentication off. `key`: signs
-    the challenges of `/health`. `link`: the connection to the control process."""
+    the challenges of `/health`. `link`: the connection to the control process. `users`: the tokens of other users."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -80,6 +89,7 @@ class Gateway:
     token: str | None
     replica: str
     key: str
+    users: UserTokens = field(default_factory=UserTokens)
     in_flight: InFlight = field(default_factory=InFlight)
     started_at: float = field(default_factory=time.time)
     cross_origin: CrossOrigin = field(default_factory=CrossOrigin)
@@ -134,11 +144,16 @@ class Gateway:
         if self.in_flight.closing:
             request.keep_alive = False
             endpoint = None
+        access: UserAccess | None = None
         if body is None or endpoint is None or len(body) > LONG_BODY_BYTES:
-            return self._respond(request, request_id)
+            access, endpoint = self._users_endpoint(request)
+            if endpoint is None or body is None or len(body) > LONG_BODY_BYTES:
+                return self._respond(request, request_id)
         try:
             self._admit()
-            routed = self.routing.route(request, request_id, decode(body), endpoint)
+            routed = self.routing.route(request, request_id, decode(body), endpoint, access)
+            if access is not None:
+                self.routing.charge(routed, access)
             routed.start()
         except Exception as error:  # noqa: BLE001  # logged and reported to the client
             return _ready(self.dispatcher.errors.response_to(error, request, request_id))
@@ -155,11 +170,31 @@ class Gateway:
             return self.dispatcher.errors.response_to(error, request, request_id)
 
     def _simple_endpoint(self, request: Request) -> ApiEndpoint | None:
-        """Returns the endpoint if requests with this head are authorized and can be routed without waiting, else None.
-        The result is cached with the head."""
-        simple = request.method == "POST" and request.path in _FAST_PATHS and self._is_authorized(request.headers)
-        endpoint = request.headers.cached[self] = endpoint_of(request) if simple else None
+        """Returns the endpoint if requests with this head have the owner's token and can be routed without waiting,
+        else None. The result is cached with the head; for a user's token, the endpoint is cached with its access."""
+        cached = request.headers.cached
+        if request.method != "POST" or request.path not in _FAST_PATHS:
+            cached[self] = None
+            return None
+        try:
+            access = self._authorize(request.headers)
+        except UnauthorizedError:
+            return None
+        endpoint = endpoint_of(request)
+        if access is not None:
+            cached[self], cached[access] = None, endpoint
+            return None
+        cached[self] = endpoint
         return endpoint
+
+    def _users_endpoint(self, request: Request) -> tuple[UserAccess | None, ApiEndpoint | None]:
+        """Returns the access and the endpoint of a head with a user's token, as `_simple_endpoint` has cached them; no
+        endpoint if the request needs a task."""
+        cached = request.headers.cached
+        access: UserAccess | None = cached.get(self.users)
+        if access is None or self.in_flight.closing or access.expires_at <= time.time():
+            return None, None
+        return access, cached.get(access)
 
     def _find_route(self, request: Request) -> Handler:
         """Returns the handler of the request. Raises an error for the client if the request is not authorized or not
@@ -167,10 +202,8 @@ class Gateway:
         path = request.path.rstrip("/") or "/"
         if self.cross_origin.is_preflight(request.method, request.headers):
             return self._preflight
-        if path not in _OPEN_PATHS and not self._is_authorized(request.headers):
-            raise UnauthorizedError(
-                "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
-            )
+        if path not in _OPEN_PATHS and self._authorize(request.headers) is not None and path in _OWNER_PATHS:
+            raise OwnerOnlyError(f"{path} needs the token of the deployment's owner")
         if self.draining and path not in _WHILE_DRAINING:
             raise DrainingError(f"{self.replica} is draining; ask its successor", retry_after_s=RETRY_AFTER_S)
         method = "GET" if request.method == "HEAD" else request.method
@@ -192,15 +225,29 @@ class Gateway:
             return dict.fromkeys(protocol.STORED_METHODS[stored[2]], self._stored_response)
         return {method: handler for (method, at), handler in self.routes.items() if at == path}
 
-    def _is_authorized(self, headers: Headers) -> bool:
-        """Returns whether the headers carry the owner's token. Success is cached with the headers."""
-        token = self.token
-        if token is None or token in headers.cached:
-            return True
-        if not equal_secrets(bearer_token(headers.text("authorization")) or headers.text("x-api-key"), token):
-            return False
-        headers.cached[token] = True
-        return True
+    def _authorize(self, headers: Headers) -> UserAccess | None:
+        """Returns what the token in the headers allows; None for the owner's token, which allows everything. The token
+        is looked up once per head; whether it is still valid is checked each time. Raises UnauthorizedError."""
+        token, cached = self.token, headers.cached
+        if token is None or token in cached:
+            return None
+        access: UserAccess | None = cached.get(self.users)
+        if access is None or access.revoked:
+            given = bearer_token(headers.text("authorization")) or headers.text("x-api-key")
+            if equal_secrets(given, token):
+                cached[token] = True
+                return None
+            access = self.users.find(given)
+            if access is None:
+                raise UnauthorizedError(_NO_TOKEN if not given else _UNKNOWN_TOKEN)
+            cached[self.users] = access
+        if access.expires_at <= time.time():
+            raise UnauthorizedError("this token has expired; the deployment's owner can create another one")
+        return access
+
+    def _access(self, request: Request) -> UserAccess | None:
+        """Returns the access of an authorized request; None for the owner."""
+        return request.headers.cached.get(self.users)
 
     async def _preflight(self, request: Request, request_id: str) -> Response:
         """Responds to a CORS preflight: whether the page may send a request. Browsers send it without a token."""
@@ -237,13 +284,18 @@ class Gateway:
 
     async def _models(self, request: Request, request_id: str) -> Response:
         return json_response(
-            {"object": "list", "data": [self._model_card(name) for name in self.routing.model_names()]}
+            {
+                "object": "list",
+                "data": [self._model_card(name) for name in self.routing.model_names(self._access(request))],
+            }
         )
 
     async def _model(self, request: Request, request_id: str) -> Response:
-        name = request.path.removeprefix(protocol.MODELS + "/")
+        name, access = request.path.removeprefix(protocol.MODELS + "/"), self._access(request)
         if name not in self.routing.model_names():
-            raise self.routing.unknown(name)
+            raise self.routing.unknown(name, access)
+        if access is not None and name != "auto":
+            access.check_expert(name)
         return json_response(self._model_card(name))
 
     async def _route(self, request: Request, request_id: str) -> Response:
@@ -251,7 +303,8 @@ class Gateway:
         call = await self._read_call(request)
         if not any(name in call.fields for name in PROMPT_FIELDS):
             raise BadRequestError(f"the body has no prompt (valid fields: {', '.join(PROMPT_FIELDS)})", param="prompt")
-        explanation = self.routing.policy.explain(self.routing.prompt(call), ready=self.table.ready())
+        policy = self.routing.policy_for(self._access(request))
+        explanation = policy.explain(self.routing.prompt(call), ready=self.table.ready())
         return json_response(explanation.to_dict(id=request_id))
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
@@ -263,7 +316,10 @@ class Gateway:
                 session = session_id(request.headers)
                 if session is not None:
                     await self.link.recall(session)
-            routed = self.routing.route(request, request_id, call, endpoint_of(request))
+            access = self._access(request)
+            routed = self.routing.route(request, request_id, call, endpoint_of(request), access)
+            if access is not None:
+                self.routing.charge(routed, access)
             return await self.dispatcher.respond(routed)
 
     async def _stored_response(self, request: Request, request_id: str) -> Response | None:
@@ -272,7 +328,11 @@ class Gateway:
             session = session_id(request.headers)
             if session is not None:
                 await self.link.recall(session)
-            return await self.dispatcher.respond(await self.routing.route_stored(request, request_id, session))
+            access = self._access(request)
+            routed = await self.routing.route_stored(request, request_id, session, access)
+            if access is not None:
+                self.routing.charge(routed, access)
+            return await self.dispatcher.respond(routed)
 
     def _admit(self) -> None:
         """Raises OverloadedError if the router serves as many requests as `router.max_in_flight` allows."""

@@ -18,6 +18,7 @@ from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import Upstream, UpstreamTimeouts
+from hpc_router.router.access.user_access import UserTokens
 from hpc_router.router.ipc.messages import Settings
 from hpc_router.router.ipc.shared_counters import CUT_OFF, IN_FLIGHT, Counters
 from hpc_router.router.metrics import Metrics
@@ -53,7 +54,8 @@ async def control_client(deployment: Deployment, counters: Counters, worker: int
     table = ReplicaTable(
         config.pin_bound, queue_limits(deployment), cells=counters.row(worker), peers=counters.others(worker)
     )
-    link = ControlClient(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1)
+    users = UserTokens(counters.token_row(worker), counters.token_others(worker))
+    link = ControlClient(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1, users=users)
     try:
         yield link
     finally:
@@ -85,7 +87,7 @@ async def serving(
         gateway = Gateway(
             deployment, link.table, routing, dispatcher, link.metrics, link,
             token=identity.token, replica=identity.replica, key=identity.key, started_at=identity.started_at,
-            in_flight=in_flight,
+            users=link.users, in_flight=in_flight,
         )  # fmt: skip
         max_body = int(config.max_body_mb * 2**20)
         async with listen(gateway.handle, sock, max_body=max_body, cross_origin=gateway.cross_origin) as listener:

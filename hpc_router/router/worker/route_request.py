@@ -1,16 +1,19 @@
 """Chooses the experts of a request: by its model name, by its session, or for `auto` by the policy."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 from urllib.parse import parse_qs
 
 from hpc_router.config.schema import Deployment
-from hpc_router.errors import BadRequestError, UnknownModelError, suggest
+from hpc_router.errors import BadRequestError, ExpertForbiddenError, UnknownModelError, suggest
 from hpc_router.net import protocol
 from hpc_router.relay.api_formats import api_format_of
 from hpc_router.relay.downstream.interface import Request
+from hpc_router.relay.stream_summary import StreamSummary
+from hpc_router.router.access.request_traits import traits_of
+from hpc_router.router.access.user_access import UserAccess
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import should_spill
 from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
@@ -55,10 +58,20 @@ class RequestRouting:
     dispatcher: Dispatcher
     metrics: Metrics
     sessions: Sessions
+    _limited: tuple[Policy | None, dict[frozenset[str], Policy]] = field(default_factory=lambda: (None, {}))
 
-    def route(self, request: Request, request_id: str, call: ApiCall, endpoint: ApiEndpoint) -> RoutedRequest:
-        """Returns the request with its experts. Raises BadRequestError, UnknownModelError or
-        PreviousResponseNotFoundError."""
+    def route(
+        self,
+        request: Request,
+        request_id: str,
+        call: ApiCall,
+        endpoint: ApiEndpoint,
+        access: UserAccess | None = None,
+    ) -> RoutedRequest:
+        """Returns the request with its experts. `access`: what the user's token allows; None: everything.
+
+        Raises BadRequestError, UnknownModelError, ExpertForbiddenError or PreviousResponseNotFoundError.
+        """
         started = time.perf_counter()
         model = call.fields.get("model")
         if type(model) is not str or not model:
@@ -71,6 +84,8 @@ class RequestRouting:
             continued = self.sessions.continued(session, call.fields, self.table, model=model)
             if continued is not None:
                 turn, replica = continued
+                if access is not None:
+                    access.check_expert(turn.expert)
                 reason = turn.reason if model == "auto" else RouteReason.NAMED
                 routed = RoutedRequest(
                     self.dispatcher, request, request_id, call, endpoint, (turn.expert,), reason, started
@@ -79,17 +94,41 @@ class RequestRouting:
                 return routed
         if model != "auto":
             if model not in self.deployment.experts and not self.table.of(model):
-                raise self.unknown(model)
+                raise self.unknown(model, access)
+            if access is not None:
+                access.check_expert(model)
             experts: tuple[str, ...] = (model,)
             reason = _NAMED
         else:
-            experts, reason = self._choose_experts(call, endpoint)
+            experts, reason = self._choose_experts(call, endpoint, access)
         routed = RoutedRequest(self.dispatcher, request, request_id, call, endpoint, experts, reason, started)
         if session is not None:
             routed.on_success = partial(self.sessions.answered, session)
         return routed
 
-    async def route_stored(self, request: Request, request_id: str, session: str | None) -> RoutedRequest:
+    def charge(self, routed: RoutedRequest, access: UserAccess) -> None:
+        """Charges the request to the limits of its token. Raises RateLimitedError."""
+        endpoint = routed.endpoint
+        traits = traits_of(endpoint.path, routed.call.fields, user=access.token.user)
+        routed.charge = charge = access.charge(traits, routed.experts[0])
+        if charge.counted:
+            routed.summary = StreamSummary(endpoint.api_format.delta_mark)
+
+    def policy_for(self, access: UserAccess | None) -> Policy:
+        """Returns the policy for the experts that the token allows."""
+        policy = self.policy
+        if access is None or access.experts is None:
+            return policy
+        if self._limited[0] is not policy:
+            self._limited = policy, {}
+        limited = self._limited[1].get(access.experts)
+        if limited is None:
+            limited = self._limited[1][access.experts] = policy.limited_to(access.experts)
+        return limited
+
+    async def route_stored(
+        self, request: Request, request_id: str, session: str | None, access: UserAccess | None = None
+    ) -> RoutedRequest:
         """Returns a request for a stored response with the replica that has the response. Raises as
         `StoredResponses.find`."""
         started = time.perf_counter()
@@ -101,6 +140,8 @@ class RequestRouting:
         replica = await StoredResponses(self.table, self.dispatcher.client).find(response_id, turn=turn)
         own = split_replica(replica.name)[0]  # the expert that owns the job, if several share an engine
         expert = turn.expert if turn is not None and turn.is_at(replica) else own
+        if access is not None:
+            access.check_expert(expert)
         fields = {
             "model": replica.record.serves.get(expert),
             "stream": parse_qs(request.query).get("stream") == ["true"],
@@ -112,7 +153,9 @@ class RequestRouting:
         routed.only, routed.lost_error = replica, partial(not_found, response_id)
         return routed
 
-    def _choose_experts(self, call: ApiCall, endpoint: ApiEndpoint) -> tuple[tuple[str, ...], RouteReason]:
+    def _choose_experts(
+        self, call: ApiCall, endpoint: ApiEndpoint, access: UserAccess | None
+    ) -> tuple[tuple[str, ...], RouteReason]:
         """Returns the experts to try in order, as the policy decides, and the reason for the first one."""
         if endpoint.path in protocol.INCOMPARABLE_PATHS:
             raise BadRequestError(
@@ -120,8 +163,13 @@ class RequestRouting:
                 "name one",
                 param="model",
             )
-        decision = self._decide(self.prompt(call, first=endpoint.api_format.prompt_field))
-        experts = self.policy.order(decision)
+        policy = self.policy if access is None else self.policy_for(access)
+        decision = self._decide(policy, self.prompt(call, first=endpoint.api_format.prompt_field))
+        experts = policy.order(decision)
+        if not experts and access is not None and access.experts is not None:
+            raise ExpertForbiddenError(
+                f"'auto' can choose none of the experts of this token{suggest('', access.experts)}", param="model"
+            )
         if not experts:
             raise UnknownModelError(
                 "no expert is available for model 'auto', and policy.fallback is not set" + suggest("", self.experts()),
@@ -159,9 +207,9 @@ class RequestRouting:
             return call.text
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
 
-    def _decide(self, text: str) -> Decision:
+    def _decide(self, policy: Policy, text: str) -> Decision:
         """Returns the policy's decision and counts it, and whether the shadow agrees."""
-        policy, metrics = self.policy, self.metrics
+        metrics = self.metrics
         started = time.perf_counter()
         decision = policy.select(text, ready=self.table.ready() if policy.weighs_load else {})
         metrics.decision.add(time.perf_counter() - started)
@@ -177,9 +225,12 @@ class RequestRouting:
     def experts(self) -> set[str]:
         return self.table.experts() | set(self.deployment.experts)
 
-    def model_names(self) -> list[str]:
-        return ["auto", *sorted(self.experts())]
+    def model_names(self, access: UserAccess | None = None) -> list[str]:
+        """Returns the names of the models that the token allows."""
+        experts = self.experts()
+        return ["auto", *sorted(experts if access is None else access.allowed(experts))]
 
-    def unknown(self, name: str) -> UnknownModelError:
+    def unknown(self, name: str, access: UserAccess | None = None) -> UnknownModelError:
         """Returns the error for a model name that does not exist."""
-        return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, self.model_names())}", param="model")
+        valid = self.model_names(access)
+        return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, valid)}", param="model")

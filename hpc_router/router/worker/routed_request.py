@@ -21,12 +21,14 @@ from hpc_router.relay.downstream.interface import (
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
+from hpc_router.relay.stream_summary import StreamSummary
 from hpc_router.relay.upstream.interface import (
     PendingRequest,
     ResponseCallback,
     UpstreamTimeouts,
     request_line,
 )
+from hpc_router.router.access.user_access import Charge, TokenSource
 from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
 from hpc_router.router.replicas.replica import Replica, Reservation
 from hpc_router.router.worker.request_body import ApiCall
@@ -93,6 +95,12 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     error for a lost session."""
     engines_lost = 0
     """Number of attempts whose engine or connection ended before the response began."""
+    charge: Charge | None = None
+    """What the request has taken of the limits of a user's token; None for the owner's requests."""
+    summary: StreamSummary | None = None
+    """What is known of the response, if its tokens are limited."""
+    left = False
+    """Whether the client has disconnected."""
 
     def __init__(
         self,
@@ -153,6 +161,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     def cancel(self) -> None:
         if self.sent is not None:
             self.sent.cancel()
+        self.left = True
         self._release()
         self.dispatcher.metrics.cancelled.add(self.phase)
 
@@ -161,7 +170,35 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.relay.events.stop_pings()
         if self.reservation is not None:
             self.reservation.release()
+        if self.charge is not None:
+            self.settle()
         self.dispatcher.in_flight.leave()
+
+    def settle(self) -> None:
+        """Ends the charge of the request: its place is free, and the tokens that it has generated replace those that it
+        had reserved."""
+        charge, summary, self.charge = self.charge, self.summary, None
+        if charge is None:
+            return
+        if summary is None:
+            charge.end(None)
+            return
+        generated, source = self._generated(summary)
+        charge.end(generated)
+        if source is not None:
+            count = charge.reserved if generated is None else generated
+            self.dispatcher.metrics.tokens.add_many(count, charge.expert, source)
+
+    def _generated(self, summary: StreamSummary) -> tuple[int | None, TokenSource | None]:
+        """Returns the number of generated tokens, and its source; None and RESERVED if the engine may have generated
+        any number. A request that the engine refused, or that no engine has begun, has generated none."""
+        if summary.accepted:
+            if (stated := summary.stated_tokens()) is not None:
+                return stated, TokenSource.USAGE
+            return (summary.chunks, TokenSource.CHUNKS) if summary.streamed else (None, TokenSource.RESERVED)
+        if self.left and self.phase == "before_first_byte":
+            return None, TokenSource.RESERVED
+        return 0, None
 
     def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
         dispatcher, reservation = self.dispatcher, self.reservation
@@ -174,6 +211,10 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), status)
         self.measure(reservation)
         reservation.release()
+        if self.charge is not None:
+            if self.summary is not None:
+                self.summary.body = body
+            self.settle()
         dispatcher.in_flight.leave()
         self.request.respond(status, head, body)
         return True
@@ -209,7 +250,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     def new_relay(self) -> ResponseRelay:
         stream = self.call.fields.get("stream") is True
         detector = self.endpoint.api_format.abort_detector
-        return ResponseRelay(self.request, self.dispatcher.relay_limits, detector, stream=stream)
+        limits = self.dispatcher.relay_limits
+        return ResponseRelay(self.request, limits, detector, stream=stream, summary=self.summary)
 
     def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:
         """Records that the response goes to the client, and returns the header lines for it."""
@@ -217,6 +259,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if status not in REVIEWED_STATUSES and replica.recent_error:
             dispatcher.health.request_succeeded(replica)
         if 200 <= status < 300:
+            if self.summary is not None:
+                self.summary.accepted = True
             if self.failed_attempts:
                 dispatcher.review.report_failures(self, expert)
             if self.on_success is not None:

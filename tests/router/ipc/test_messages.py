@@ -34,6 +34,7 @@ from hpc_router.router.ipc.messages import (
     Sync,
     TaskFailed,
     TurnAnswered,
+    UserTokensChanged,
     decode,
     encode,
     reply_value,
@@ -45,6 +46,7 @@ from hpc_router.router.replicas.sessions import Turn
 from hpc_router.router.replicas.snapshot import snapshot_of
 from hpc_router.routing.policy import RouteReason
 from hpc_router.state.registry import RecordKind, State
+from hpc_router.state.user_tokens import TokenLimits, UserToken
 from tests.router.support import replica, table_of
 
 TURN = Turn("math", "math-0.g1", "http://127.0.0.1:1", None, RouteReason.UNAVAILABLE, at=1.5)
@@ -61,6 +63,12 @@ MESSAGES: list[Message] = [
     Snapshot(4, REPLICAS, {"math": 5}, {"code": 7.5}),
     Inherit(METRICS, (("session", TURN),)), ReplicaWell("math-0.g1"), Release(), GetMetrics(), Sync(),
     Settings(PolicyConfig(), RouterConfig(workers=2, queue_timeout_s=1.5), "v1", None, {"law": "base"}),
+    UserTokensChanged(
+        (
+            UserToken("0a1b2c3d", "alice", "0" * 64, 5, 1.5, 7.5, TokenLimits(requests=3, concurrency=2), ("math", "law")),
+            UserToken("0a1b2c3e", "bob", "1" * 64, 6, 1.5),
+        )
+    ),
     Reply([1, None]), Failure("ValueError: x"),
 ]  # fmt: skip
 

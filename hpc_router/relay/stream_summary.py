@@ -1,0 +1,70 @@
+"""Finds how many tokens a response has: as its `usage` states, else by the events of a stream that carry a part of it.
+
+Only requests whose tokens are limited have a summary. Each event is searched for a few bytes, and the last two writes
+are kept; JSON is decoded once, at the end. A model cannot state another usage in its text, because JSON is parsed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from hpc_router.relay.sse import payloads
+
+
+class StreamSummary:
+    """What is known of one response. `accepted`: whether its status is 2xx; `streamed`: whether it consists of events;
+    `chunks`: number of events with a part of it; `body`: a complete response that is not a stream. `delta_mark`: see
+    `ApiFormat`."""
+
+    __slots__ = ("_delta_mark", "_last", "_second_last", "accepted", "body", "chunks", "streamed")
+
+    def __init__(self, delta_mark: bytes) -> None:
+        self._delta_mark = delta_mark
+        self.accepted = self.streamed = False
+        self.chunks = 0
+        self.body: bytes | bytearray | None = None
+        self._last = self._second_last = b""
+
+    def add(self, events: bytes) -> None:
+        """Counts events as they are written to the client, with or without the framing of HTTP chunks."""
+        self.chunks += events.count(self._delta_mark)
+        self._second_last, self._last = self._last, events
+
+    def counting(self, write: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
+        """Returns a function that counts events and writes them."""
+
+        def write_counted(events: bytes) -> bool:
+            self.add(events)
+            return write(events)
+
+        return write_counted
+
+    def stated_tokens(self) -> int | None:
+        """Returns the number of generated tokens that the response states; None if it states none."""
+        if self.body is not None:
+            return stated_tokens(self.body)
+        stated = [stated_tokens(data) for data in payloads(self._second_last + self._last) if b'"usage"' in data]
+        return next((count for count in reversed(stated) if count is not None), None)
+
+
+def stated_tokens(data: bytes | bytearray) -> int | None:
+    """Returns the number of generated tokens in the `usage` of a JSON text: of a complete response, or of an event."""
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    usage = _usage_in(value)
+    if usage is None and isinstance(value, dict):
+        usage = _usage_in(value.get("response"))
+    if usage is None:
+        return None
+    count = usage.get("completion_tokens", usage.get("output_tokens"))
+    if count is None and "prompt_tokens" in usage:
+        return 0
+    return count if type(count) is int and count >= 0 else None
+
+
+def _usage_in(value: object) -> dict[str, Any] | None:
+    usage = value.get("usage") if isinstance(value, dict) else None
+    return usage if isinstance(usage, dict) else None

@@ -1,0 +1,37 @@
+"""The properties of a request that limits and scheduling depend on, read from its head and body only if they are
+needed."""
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from hpc_router.net import protocol
+from hpc_router.router.replicas.lifetime import max_tokens_of
+
+_GENERATE: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.EMBEDDINGS}
+
+
+class RequestTraits(NamedTuple):
+    """`user`: the user of the token. `generates`: whether its response is generated tokens. `choices`: number of
+    responses that it asks for. `max_tokens`: the maximum length of each in tokens; None if it states none."""
+
+    user: str
+    generates: bool
+    choices: int = 1
+    max_tokens: int | None = None
+
+
+def traits_of(path: str, fields: Mapping[str, Any], *, user: str) -> RequestTraits:
+    """Returns the traits of a request. `fields`: its body. Values that an engine would refuse count as missing."""
+    if path not in _GENERATE:
+        return RequestTraits(user, False)
+    choices = 1
+    if "n" in fields or "best_of" in fields:
+        choices = max(_count(fields.get("n")), _count(fields.get("best_of")))
+    prompt = fields.get("prompt")
+    if type(prompt) is list and prompt and type(prompt[0]) is not int:
+        choices *= len(prompt)  # a list of prompts
+    return RequestTraits(user, True, choices, max_tokens_of(fields))
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int and value > 0 else 1
