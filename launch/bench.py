@@ -170,7 +170,7 @@ def _print_results(rows: Sequence[MeasuredPoint], origin: Provenance, path: Path
     if limit is not None:
         print(limit)
     print(f"records: {path}")
-    failed = [row.point.name for row in rows if not row.figures.succeeded]
+    failed = [row.point.name for row in rows if not row.figures.succeeded and not row.figures.exceeded]
     if failed:
         sys.stderr.write(f"hpc-router: no request succeeded with {', '.join(failed)}\n")
     return 1 if failed else 0
