@@ -5,6 +5,7 @@ crossed out, and the legend explains the mark. Every axis has a unit, and every 
 CPUs or GPUs.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from analysis.results import EVIDENCE, LoadPoint, Series, Value
+from analysis.results import EVIDENCE, LoadPoint, Series, Value, rate_limit
 
 WIDTH_IN: Final = 5.0
+LEGEND_CHARACTERS: Final = 46
 STYLES: Final = (
     ("#000000", "-", "o"),
     ("#0072B2", "--", "s"),
@@ -81,6 +83,7 @@ CURVES: Final = (
     Curve("itl", "Inter-token latency: median, thin: p99", "ms per token", "itl_s.p50", "itl_s.p99", 1e3),
     Curve("e2e", "End-to-end latency: median, thin: p99", "s", "e2e_s.p50", "e2e_s.p99"),
     Curve("goodput", "Goodput: responses within the limits", "requests/s", "goodput_per_s", log=False),
+    Curve("good_share", "Requests within the limits", "% of the measured requests", "good_share", scale=100, log=False),
     Curve("router", "Time to first token added by the router", "ms, difference of medians", "router.ttft_s.added_s",
           scale=1e3, log=False),
     Curve("router_share", "The router's share of the time to first token", "% of the median", "router.ttft_s.share",
@@ -99,12 +102,15 @@ def _curve(curve: Curve, series: Sequence[Series]) -> Drawing | None:
         return None
     evidence, by = series[0].evidence, series[0].by
     with mpl.rc_context(RC):
-        figure, axes = _panel(curve.title, evidence, rows=len(lines))
+        legend_lines = sum(_legend_label(one.name).count("\n") + 1 for one, _ in lines)
+        figure, axes = _panel(curve.title, evidence, rows=legend_lines)
         has_invalid = False
         for number, (one, values) in enumerate(lines):
             if values:
                 upper = one.values(curve.upper, scale=curve.scale) if curve.upper else []
                 has_invalid |= _line(axes, one.name, number, values, upper)
+        if curve.key == "good_share":
+            _mark_limits(axes, series)
         _load_axis(axes, by, sorted({point.load for _, values in lines for point, _ in values}))
         positive = all(value.mean > 0 for _, values in lines for _, value in values)
         if curve.log and positive:
@@ -131,7 +137,8 @@ def _line(
     colour, line, marker = STYLES[number % len(STYLES)]
     loads, means = [point.load for point, _ in values], [v.mean for _, v in values]
     face = colour if number // len(STYLES) % 2 == 0 else "white"  # hollow markers when the styles repeat
-    axes.plot(loads, means, color=colour, linestyle=line, marker=marker, markerfacecolor=face, label=name, zorder=3)
+    label = _legend_label(name)
+    axes.plot(loads, means, color=colour, linestyle=line, marker=marker, markerfacecolor=face, label=label, zorder=3)
     intervals = [(point.load, v.mean, v.half) for point, v in values if v.half is not None]
     if intervals:
         at, mean, half = zip(*intervals, strict=True)
@@ -146,6 +153,17 @@ def _line(
                   markeredgecolor=colour, zorder=4)  # fmt: skip
         axes.plot(at, mean, linestyle="none", marker="x", markersize=7, color="black", zorder=5)
     return bool(invalid)
+
+
+def _mark_limits(axes: Any, series: Sequence[Series]) -> None:
+    """Draws the target of a search, and the highest rate that reaches it."""
+    limits = [found for one in series if (found := rate_limit(one)) is not None]
+    for share in sorted({found.share for found in limits}):
+        axes.axhline(100 * share, color="black", linewidth=0.9, linestyle=":", label=f"target: {100 * share:g} %")
+    for found in limits:
+        if found.rate_per_s is not None:
+            label = f"highest rate: {found.rate_per_s:g} per s"
+            axes.axvline(found.rate_per_s, color="#555555", linewidth=0.9, linestyle="--", label=label)
 
 
 def balance(series: Sequence[Series]) -> Drawing | None:
@@ -209,6 +227,11 @@ def _legend(axes: Any, has_invalid: bool) -> None:
     if has_invalid:
         axes.plot([], [], linestyle="none", marker="x", color="black", label="crossed out: INVALID, do not use")
     axes.figure.legend(loc="outside lower left", ncols=1, frameon=False, handlelength=4.5)
+
+
+def _legend_label(name: str) -> str:
+    """Breaks a name into lines that fit beside the sample of a legend."""
+    return textwrap.fill(name, LEGEND_CHARACTERS, break_on_hyphens=False)
 
 
 def _wrapped(name: str) -> str:

@@ -13,7 +13,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from analysis.results import EVIDENCE, NoResultsError, Record, Series, Value, read, saturation, series_of
+from analysis.results import (
+    EVIDENCE,
+    LoadPoint,
+    NoResultsError,
+    Record,
+    Series,
+    Value,
+    rate_limit,
+    read,
+    saturation,
+    series_of,
+)
 
 _CSS: Final = """
 :root { color-scheme: light; }
@@ -22,22 +33,33 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; marg
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .2rem 0 .6rem; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .4rem; border-bottom: 2px solid #111; padding-bottom: .2rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
-p, li { max-width: 75ch; }
+p, li { max-width: 75ch; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid #bbb; padding: .4rem; break-inside: avoid; }
 figure svg { width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; }
+.table { container-type: inline-size; }
 table { border-collapse: collapse; font-size: .87rem; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ccc; white-space: nowrap; }
-th { border-bottom: 2px solid #111; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #ccc; vertical-align: bottom; }
+th { border-bottom: 2px solid #111; }
+th:first-child, td:first-child { text-align: left; min-width: 7rem; overflow-wrap: anywhere; }
 .label { border: 2px solid #111; padding: .1rem .5rem; font-weight: 700; font-size: .85rem; white-space: nowrap; }
 .invalid { text-decoration: line-through; }
 .warning { border: 3px double #111; padding: .5rem .8rem; margin: 1rem 0; }
 code { font-size: .9em; overflow-wrap: anywhere; }
 details { margin: .4rem 0; }
-@media print { .scroll { overflow: visible; } }
 """
+_CARDS_CSS: Final = """
+@container (max-width: WIDTH) {
+  .CLASS, .CLASS tbody, .CLASS tr, .CLASS td { display: block; }
+  .CLASS thead { display: none; }
+  .CLASS tr { border: 1px solid #bbb; padding: .2rem .5rem; margin: .4rem 0; }
+  .CLASS td, .CLASS td:first-child { border: 0; padding: .1rem 0; overflow: hidden; overflow-wrap: anywhere; }
+  .CLASS td:first-child { font-weight: 700; }
+  .CLASS td:not(:first-child)::before { content: attr(data-label); float: left; padding-right: .5rem; }
+}
+"""
+_CARD_WIDTHS: Final = (("few", 4, "27rem"), ("some", 7, "42rem"), ("many", 10**9, "62rem"))
+"""Classes of tables by their number of columns. In a narrower page each row becomes a card, so nothing is cut."""
 _LATENCIES: Final = (
     ("TTFT p50\nms", "ttft_s.p50", 1e3),
     ("TTFT p99\nms", "ttft_s.p99", 1e3),
@@ -55,6 +77,13 @@ _RATES: Final = (
     ("goodput\nrequests/s", "goodput_per_s", 1.0),
     ("failed\n%", "failed_share", 100.0),
 )
+_CACHES: Final = (
+    ("cached\ntokens", "hit_tokens", 1.0),
+    ("cached\n% of prompts", "hit_share", 100.0),
+    ("Jain index\nof work", "least_jain", 1.0),
+    ("cancelled\n%", "cancelled_share", 100.0),
+)
+_QUANTILES: Final = ("mean", "p50", "p90")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(records: Sequence[Record], *, title: str, figures: Path | None = None) -> str:
     """Returns the HTML page, and saves the figures to a folder. Raises ModuleNotFoundError without matplotlib."""
-    all_records = [{**record, "failed_share": _failed_share(record)} for record in records]
+    all_records = [{**record, **_derived(record)} for record in records]
     series = series_of(all_records)
     parts = [_head(title, all_records), *_warnings(all_records, series)]
     for evidence, label in EVIDENCE.items():
@@ -94,8 +123,15 @@ def report(records: Sequence[Record], *, title: str, figures: Path | None = None
     return "\n".join(parts)
 
 
-def _failed_share(record: Record) -> float:
-    return float(record["failed"]) / record["requests"] if record["requests"] else 1.0
+def _derived(record: Record) -> dict[str, float]:
+    """Returns further values of a record. Records of earlier versions have no cancelled requests and no Jain index."""
+    requests, cancelled = record["requests"], record.get("cancelled", 0)
+    found = {"failed_share": float(record["failed"]) / requests if requests else 1.0}
+    if cancelled:
+        found["cancelled_share"] = cancelled / requests
+    if record.get("jain") and max(record["balance"].values(), default=1.0) > 1.0:
+        found["least_jain"] = min(record["jain"].values())
+    return found
 
 
 def _head(title: str, records: Sequence[Record]) -> str:
@@ -104,10 +140,13 @@ def _head(title: str, records: Sequence[Record]) -> str:
         for kind, label in EVIDENCE.items()
         if any(record["evidence"] == kind for record in records)
     )
+    cards = "".join(
+        _CARDS_CSS.replace("CLASS", name).replace("WIDTH", width).strip() + "\n" for name, _, width in _CARD_WIDTHS
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
-        f"<style>{_CSS}</style></head><body><h1>{html.escape(title)}</h1><p>{kinds}</p>"
+        f"<style>{_CSS}{cards}</style></head><body><h1>{html.escape(title)}</h1><p>{kinds}</p>"
     )
 
 
@@ -145,12 +184,16 @@ def _section(series: Sequence[Series], label: str, figures: Path | None) -> Iter
         yield f'<figure role="img" aria-label="{label}">{_svg(drawing)}</figure>'
     yield "</div>"
     yield _saturations(series)
+    yield _limits(series)
     yield (
         "<p>The tables show means over repeats, with several repeats ± half of the 95&nbsp;% confidence interval "
         "(Student's t).</p>"
     )
     yield _table("Latencies", _LATENCIES, series)
     yield _table("Rates", _RATES, series)
+    yield _table("Prefix caches and balance", _CACHES, series)
+    yield _groups("By class of the load", "classes", "class", series)
+    yield _groups("By turn of the conversation", "turns", "turn", series)
     yield _balances(series)
 
 
@@ -180,34 +223,90 @@ def _saturations(series: Sequence[Series]) -> str:
         load = _load(one, result.load) if result.reached else f"not reached up to {_load(one, one.points[-1].load)}"
         gpus = str(one.gpus) if one.gpus else "-"
         per_gpu = f"{result.tokens_per_s / one.gpus:,.0f}" if one.gpus else "-"
-        rows.append(f"<tr><td>{html.escape(one.name)}</td><td>{gpus}</td><td>{load}</td>"
-                    f"<td>{result.tokens_per_s:,.0f}</td><td>{per_gpu}</td></tr>")  # fmt: skip
+        rows.append([html.escape(one.name), gpus, load, f"{result.tokens_per_s:,.0f}", per_gpu])
     if not rows:
         return ""
     return (
         "<h3>Saturation</h3><p>The lowest load with at least 90&nbsp;% of the highest throughput; valid points "
-        'only.</p><div class="scroll"><table><thead><tr><th>deployment</th><th>GPUs</th><th>saturates at</th>'
-        "<th>tokens/s at that load</th><th>tokens/s per GPU</th></tr></thead><tbody>"
-        + "".join(rows)
-        + "</tbody></table></div>"
+        "only.</p>" + _grid(("deployment", "GPUs", "saturates at", "tokens/s at that load", "tokens/s per GPU"), rows)
     )
+
+
+def _limits(series: Sequence[Series]) -> str:
+    rows = []
+    for one in series:
+        found = rate_limit(one)
+        if found is None:
+            continue
+        highest, failing = (("-" if rate is None else f"{rate:g}") for rate in (found.rate_per_s, found.failing_per_s))
+        goodput = "-" if found.goodput_per_s is None else _number(found.goodput_per_s)
+        saturated = "yes" if found.exceeded else "no"
+        name = html.escape(one.name)
+        rows.append([name, f"{100 * found.share:g}", highest, goodput, failing, saturated])
+    if not rows:
+        return ""
+    columns = ("deployment", "target\n% within limits", "highest rate\nper s", "goodput there\nrequests/s",
+               "lowest rate that fails\nper s", "over-saturated\nthere")  # fmt: skip
+    text = "<p>The highest rate at which the share of requests within the limits of bench.good reaches the target.</p>"
+    return f"<h3>Highest rate</h3>{text}{_grid(columns, rows)}"
+
+
+def _groups(title: str, key: str, column: str, series: Sequence[Series]) -> str:
+    """Returns the table of the latencies of each class of the load, or of each turn; empty without such groups."""
+    rows, marks = [], []
+    for one in series:
+        for point in one.points:
+            names = {name: None for record in point.records for name in record.get(key) or {}}
+            for name in names:
+                at = f"{key}.{name}"
+                cells = [point.value(f"{at}.count"), *(point.value(f"{at}.ttft_s.{p}", scale=1e3) for p in _QUANTILES),
+                         point.value(f"{at}.e2e_s.p50"), point.value(f"{at}.hit_share", scale=100)]  # fmt: skip
+                rows.append([html.escape(one.name), _point_load(point), html.escape(name), *map(_value, cells)])
+                marks.append(not point.valid)
+    if not rows:
+        return ""
+    columns = ("deployment", _load_name(series), column, "requests", "TTFT mean\nms",
+               "TTFT p50\nms", "TTFT p90\nms", "E2E p50\ns", "cached\n% of prompts")  # fmt: skip
+    return f"<h3>{title}</h3>{_grid(columns, rows, marks)}"
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], invalid: Sequence[bool] = ()) -> str:
+    """Returns an HTML table. `columns`: plain text with line breaks. `rows`: HTML. `invalid`: rows to cross out."""
+    kind = next(name for name, most, _ in _CARD_WIDTHS if len(columns) <= most)
+    head = "".join(f"<th>{html.escape(name).replace(chr(10), '<br>')}</th>" for name in columns)
+    labels = [html.escape(name.replace("\n", " "), quote=True) for name in columns]
+    body = []
+    for number, row in enumerate(rows):
+        mark = ' class="invalid"' if number < len(invalid) and invalid[number] else ""
+        cells = (
+            f'<td data-label="{label}">{f"<span{mark}>{cell}</span>" if mark and place else cell}</td>'
+            for place, (label, cell) in enumerate(zip(labels, row, strict=True))
+        )
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="table">{table.replace("<table>", f"<table class={chr(34)}{kind}{chr(34)}>", 1)}</div>'
 
 
 def _table(title: str, columns: Sequence[tuple[str, str, float]], series: Sequence[Series]) -> str:
     used = [c for c in columns if any(one.values(c[1]) for one in series)]
-    head = "".join(f"<th>{html.escape(name).replace(chr(10), '<br>')}</th>" for name, _, _ in used)
-    rows = []
+    rows, marks = [], []
     for one in series:
         for point in one.points:
-            mark = "" if point.valid else ' class="invalid"'
-            cells = "".join(f"<td{mark}>{_value(point.value(key, scale=scale))}</td>" for _, key, scale in used)
-            name = f"{html.escape(one.name)}</td><td>{point.load:g}</td><td>{len(point.records)}"
-            rows.append(f"<tr><td>{name}</td>{cells}</tr>")
-    load = "users" if series[0].by == "users" else "requests/s"
-    return (
-        f'<h3>{title}</h3><div class="scroll"><table><thead><tr><th>deployment</th><th>'
-        f"{load}</th><th>repeats</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+            cells = [_value(point.value(key, scale=scale)) for _, key, scale in used]
+            rows.append([html.escape(one.name), _point_load(point), str(len(point.records)), *cells])
+            marks.append(not point.valid)
+    if not used:
+        return ""
+    names = ("deployment", _load_name(series), "repeats", *(name for name, _, _ in used))
+    return f"<h3>{title}</h3>{_grid(names, rows, marks)}"
+
+
+def _point_load(point: LoadPoint) -> str:
+    return f"{point.load:g}"
+
+
+def _load_name(series: Sequence[Series]) -> str:
+    return "users" if series[0].by == "users" else "requests/s"
 
 
 def _balances(series: Sequence[Series]) -> str:
@@ -215,15 +314,17 @@ def _balances(series: Sequence[Series]) -> str:
     for one in series:
         point = one.points[-1]
         for expert in sorted({name for record in point.records for name in record["balance"]}):
-            share, busiest = point.value(f"experts.{expert}", scale=100), point.value(f"balance.{expert}")
-            rows.append(f"<tr><td>{html.escape(one.name)}</td><td>{point.load:g}</td><td>{html.escape(expert)}</td>"
-                        f"<td>{_value(share)}</td><td>{_value(busiest)}</td></tr>")  # fmt: skip
-    load = "users" if series[0].by == "users" else "requests/s"
+            values = (
+                point.value(f"experts.{expert}", scale=100),
+                point.value(f"balance.{expert}"),
+                point.value(f"jain.{expert}"),
+            )
+            rows.append([html.escape(one.name), _point_load(point), html.escape(expert), *map(_value, values)])
+    columns = ("deployment", _load_name(series), "expert", "share\n%", "busiest\nreplica", "Jain index\nof work")
     return (
         "<details><summary>Balance per expert at the highest load</summary><p>Busiest replica: its requests over the "
-        'mean of all replicas of the expert that answered; 1 is balanced.</p><div class="scroll"><table><thead><tr>'
-        f"<th>deployment</th><th>{load}</th><th>expert</th><th>share<br>%</th><th>busiest<br>replica</th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
+        "mean of all replicas of the expert that answered; 1 is balanced. Jain index: of the tokens that each of them "
+        f"computed; 1 is balanced.</p>{_grid(columns, rows)}</details>"
     )
 
 
@@ -236,6 +337,9 @@ def _definitions() -> str:
         "<li><b>E2E</b>: from the start of a request to the end of its stream.</li>"
         "<li><b>Router adds</b>: the median through the router less the median of requests sent directly to its "
         "replicas, per expert, in the same run.</li>"
+        "<li><b>Cached</b>: prompt tokens that the engines took from their prefix caches.</li>"
+        "<li><b>Jain index of work</b>: of the tokens that the replicas of an expert computed; in the table, of the "
+        "expert with the lowest.</li>"
         "<li><b>Goodput</b>: responses per second within the limits of bench.good.</li></ul>"
         "<p>docs/bench.md has the full definitions.</p>"
     )
@@ -268,7 +372,7 @@ def _load(one: Series, load: float) -> str:
 def _value(value: Value | None) -> str:
     if value is None:
         return "-"
-    return _number(value.mean) if value.half is None else f"{_number(value.mean)} ± {_number(value.half)}"
+    return _number(value.mean) if value.half is None else f"{_number(value.mean)} ±&nbsp;{_number(value.half)}"
 
 
 def _number(value: float) -> str:

@@ -192,3 +192,35 @@ def saturation(series: Series) -> Saturation | None:
     growth = last / previous if previous > 0 else math.inf
     flat = last_load > previous_load and growth <= 1.1
     return Saturation(load, value, flat or load < last_load)
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """The result of a search for the highest rate. `share`: the target. `rate_per_s`: the highest rate that reaches it,
+    with its `goodput_per_s`; None if no rate does. `failing_per_s`: the lowest higher rate that does not; None if none
+    was measured. `exceeded`: whether that one was over-saturated."""
+
+    share: float
+    rate_per_s: float | None
+    goodput_per_s: float | None
+    failing_per_s: float | None
+    exceeded: bool
+
+
+def rate_limit(series: Series) -> RateLimit | None:
+    """Returns the highest rate whose goodput target holds; None if the series is not of a search."""
+    records = [(point.load, record) for point in series.points for record in point.records]
+    if series.by != "rate_per_s" or not any(record["bench"].get("search") for _, record in records):
+        return None
+    share = float(records[0][1]["bench"]["search_share"])
+    failing = [(load, record) for load, record in records if record["exceeded"] or record["good_share"] < share]
+    load, failed = min(failing, key=lambda pair: pair[0], default=(None, None))
+    good = [(at, record) for at, record in records if (load is None or at < load)]
+    rate, best = max(good, key=lambda pair: pair[0], default=(None, None))
+    return RateLimit(
+        share,
+        rate,
+        None if best is None else float(best["goodput_per_s"]),
+        load,
+        bool(failed and failed["exceeded"]),
+    )

@@ -11,7 +11,7 @@ exit status is 1 if a measurement failed, or if no request of some point succeed
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ from hpc_router.bench.progress import progress
 from hpc_router.bench.prompts import BenchPrompt, built_in, read_prompts
 from hpc_router.bench.provenance import Provenance, provenance
 from hpc_router.bench.record import ResultFiles
+from hpc_router.bench.search import limit_text, next_rate, target_holds
 from hpc_router.bench.store import Store
 from hpc_router.bench.sweep import DeploymentSweep, measure_missing
 from hpc_router.bench.table import table
@@ -89,14 +90,29 @@ def measure_run(run: RunDir, config: BenchConfig, prompts: list[BenchPrompt]) ->
     deployment = resolved(run)
     results = ResultFiles(run.path / "bench" if config.output is None else Path(config.output).absolute(), config.raw)
     rows: list[MeasuredPoint] = []
-    points = points_of(config)
     with point_measurement(run, config, prompts, deployment=deployment, shared=run.path) as measurement:
         origin = provenance(run, deployment, code=Path(__file__).parent)
-        for point in points:
-            with progress(_console(), config, point, done=len(rows), total=len(points)):
+        for point, total in _points(config, rows):
+            with progress(_console(), config, point, done=len(rows), total=total):
                 rows.append(measurement.measure(point))
             results.add(rows[-1], config=config, origin=origin)
-    return _print_results(rows, origin, results.path)
+    return _print_results(
+        rows, origin, results.path, None if config.search is None else limit_text(_measured(rows, config), config)
+    )
+
+
+def _points(config: BenchConfig, rows: Sequence[MeasuredPoint]) -> Iterator[tuple[Point, int]]:
+    """Yields each point with the number of points as far as it is known. A search decides after each one."""
+    if config.search is None:
+        points = points_of(config)
+        yield from ((point, len(points)) for point in points)
+        return
+    while (rate := next_rate(_measured(rows, config), config)) is not None:
+        yield Point(rate_per_s=rate), len(rows) + 1
+
+
+def _measured(rows: Sequence[MeasuredPoint], config: BenchConfig) -> dict[float, bool]:
+    return {row.point.rate_per_s or 0.0: target_holds(row.figures, config) for row in rows}
 
 
 def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
@@ -128,7 +144,8 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> 
     sys.stdout.flush()
     with UpProgress(Console(stderr=True)) as reporter:
         rows = measure_missing(sweep, reporter=reporter, context=context, origin=origin)
-    return _print_results(rows, origins[0], store.folder)
+    limit = None if config.search is None else limit_text(sweep.measured_rates(), config)
+    return _print_results(rows, origins[0], store.folder, limit)
 
 
 def swept(call: Call) -> int:
@@ -148,10 +165,12 @@ def swept(call: Call) -> int:
     return report.main([str(folder), "--out", str(folder / "report.html")])
 
 
-def _print_results(rows: Sequence[MeasuredPoint], origin: Provenance, path: Path) -> int:
+def _print_results(rows: Sequence[MeasuredPoint], origin: Provenance, path: Path, limit: str | None) -> int:
     _console().print(table(rows, simulated=origin.simulated))
+    if limit is not None:
+        print(limit)
     print(f"records: {path}")
-    failed = [row.point.name for row in rows if not row.figures.succeeded]
+    failed = [row.point.name for row in rows if not row.figures.succeeded and not row.figures.exceeded]
     if failed:
         sys.stderr.write(f"hpc-router: no request succeeded with {', '.join(failed)}\n")
     return 1 if failed else 0

@@ -54,13 +54,44 @@ class ValidityLimits:
 
 
 @dataclass
+class LoadClass:
+    """One class of conversations. Lengths are words, which a real engine counts as more tokens."""
+
+    weight: float = bounded(1.0, 1e-6, 10**6)  # share of the conversations, relative to the other classes
+    turns: Lengths = field(default_factory=lambda: Lengths(mean=1))  # messages of the user in a conversation
+    think_s: float = bounded(0.0, 0, DAY_S)  # mean pause of the user between a response and the next message
+    input_words: Lengths = field(default_factory=Lengths)  # length of each message of the user
+    output_tokens: Lengths = field(default_factory=Lengths)  # `max_tokens` of each request, and words of its answer
+    system_words: Lengths | None = None  # length of the system prompt; null: no system prompt
+    system_prompts: int = bounded(1, 1, 10**6)  # number of different system prompts
+    zipf: float = bounded(1.0, 0, 10)  # exponent of their popularity: the k-th one has the weight k ** -zipf
+    tool_turns: Lengths | None = None  # agent loops: tool calls after each message of the user; null: none
+    tool_words: Lengths = field(default_factory=Lengths)  # length of each result of a tool
+    tool_s: float = bounded(0.0, 0, DAY_S)  # mean time that a tool takes
+    cancel_share: float = bounded(0.0, 0, 1)  # share of the requests that the client cancels while they stream
+
+
+@dataclass
 class BenchConfig:
     """One run of the load generator. By default a closed loop: a user waits for a response before its next request."""
 
     users: list[int] = field(default_factory=lambda: [1, 4])  # closed loop: numbers of users; one point each, in order
     # Open loop: rates in requests per second, arriving as a Poisson process; one point each. Null: closed loop.
     rates: list[float] | None = field(default=None, metadata=within(1e-6, 10**6))
-    trace: str | None = None  # open loop: file of JSON lines with arrival times `at_s` in seconds; one point
+    trace: str | None = None  # open loop: file of arrival times, or of requests in Mooncake's format; one point
+    trace_speed: float = bounded(1.0, 1e-3, 10**4)  # factor by which the trace is replayed faster
+    trace_block: int = bounded(512, 1, 10**5)  # words per hashed block of a trace; fewer shorten all its requests
+    # Classes of conversations, by name; empty: single prompts. `rates` are then conversations per second.
+    classes: dict[str, LoadClass] = field(default_factory=dict)
+    conversations: int = bounded(256, 1, 10**6)  # number of different conversations; they are repeated after the last
+    # goodput: open loop; instead of all `rates`, find the highest rate whose goodput target holds.
+    search: Literal["goodput"] | None = None
+    search_share: float = bounded(0.95, 0, 1)  # the target: share of the measured requests within `good`
+    search_step: float = bounded(1.1, 1.01, 10)  # the search ends when a failing rate is at most this times a good one
+    search_points: int = bounded(12, 1, 1000)  # maximum number of measured rates
+    # Open loop: maximum number of requests in flight, beyond which a point ends as over-saturated; null: with a search
+    # twice what fits within `good`, else none.
+    most_in_flight: int | None = bounded(None, 1, 10**6)
     # Open loop: maximum number of requests in flight; further ones wait, and the wait is part of their latency.
     connections: int = bounded(2000, 1, MAX_CONNECTIONS)
     think_s: float = bounded(0.0, 0, DAY_S)  # closed loop: mean pause of a user before its next request
@@ -120,6 +151,8 @@ def check(config: BenchConfig) -> None:
             raise _invalid(name, path, "a file with one JSON object per line")
     _check_lengths("input_words", config.input_words)
     _check_lengths("output_tokens", config.output_tokens)
+    _check_classes(config)
+    _check_search(config)
     taken = sorted(RESERVED_FIELDS & config.extra.keys())
     if taken:
         raise ConfigError(f"bench.extra.{taken[0]}: the load generator sets this field", key="bench.extra")
@@ -137,8 +170,31 @@ def _check_open_loop(config: BenchConfig) -> None:
         )
     if config.load_jobs > 1 and config.trace is not None:
         raise ConfigError("bench.trace needs a single load job (valid: bench.load_jobs=1)", key="bench.load_jobs")
+    if config.classes and config.trace is not None:
+        raise ConfigError("bench.classes and bench.trace: set only one of them", key="bench.classes")
     if config.rates == []:
         raise _invalid("rates", config.rates, "numbers above 0, such as [0.5,2,8]")
+
+
+def _check_classes(config: BenchConfig) -> None:
+    for name, one in config.classes.items():
+        for key in ("turns", "input_words", "output_tokens", "system_words", "tool_turns", "tool_words"):
+            _check_lengths(f"classes.{name}.{key}", getattr(one, key))
+    given = [key for key in ("input_words", "output_tokens") if getattr(config, key) is not None]
+    if config.classes and (given or config.think_s):
+        key = f"bench.{given[0]}" if given else "bench.think_s"
+        raise ConfigError(f"{key}: each of bench.classes has its own", key=key)
+    if config.classes and config.direct:
+        raise ConfigError("bench.direct: not with bench.classes (valid: bench.direct=false)", key="bench.direct")
+
+
+def _check_search(config: BenchConfig) -> None:
+    if config.search is None:
+        return
+    if config.rates is None or len(config.rates) != 1:
+        raise _invalid("rates", config.rates, "one rate to begin with, such as [1], because of bench.search")
+    if config.repeats > 1:
+        raise _invalid("repeats", config.repeats, "1, because of bench.search")
 
 
 def _check_lengths(name: str, lengths: Lengths | None) -> None:

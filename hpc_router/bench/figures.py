@@ -22,6 +22,11 @@ CUT: Final = "cut"
 failure."""
 
 
+CANCELLED: Final = "cancelled"
+"""Error of a request that the client cancelled while it streamed, as the load said. It is no failure, and neither its
+latencies nor its goodput count."""
+
+
 class MeasurementPart(StrEnum):
     """The part of the load in which a request began."""
 
@@ -34,7 +39,8 @@ class MeasurementPart(StrEnum):
 class Observation:
     """One observed request.
 
-    `content_s`: arrival times of the events with content. `tokens`, `prompt_tokens`: numbers reported by the engine.
+    `content_s`: arrival times of the events with content. `tokens`, `prompt_tokens`, `cached_tokens`: numbers reported
+    by the engine. `load_class`, `turn`: of its conversation.
     `question`: index of the request body in the workload. `error`: kind of error; None if the request succeeded.
     """
 
@@ -45,12 +51,15 @@ class Observation:
     content_s: Sequence[float] = ()
     tokens: int | None = None
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     question: int | None = None
     status: int | None = None
     expert: str | None = None
     replica: str | None = None
     reason: str | None = None
     domain: str | None = None
+    load_class: str | None = None
+    turn: int | None = None
     error: str | None = None
 
     @property
@@ -118,6 +127,17 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupFigures:
+    """The figures of some of the successful requests. `hit_share`: share of their prompt tokens that the engine took
+    from its prefix cache; None if it does not say."""
+
+    count: int
+    ttft_s: Percentiles | None
+    e2e_s: Percentiles | None
+    hit_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """The figures of one measurement point. `tokens` and rates refer to the window, and all others to the measured
     requests."""
@@ -145,6 +165,13 @@ class Figures:
     good_share: float = 0.0  # share of the measured requests within the goodput limits
     goodput_per_s: float = 0.0  # responses within the goodput limits that ended in the window
     medians: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # per expert: ttft_s, tpot_s, e2e_s
+    cancelled: int = 0  # measured requests that the client cancelled
+    exceeded: bool = False  # over-saturated: the load ended early, because too many requests were in flight
+    hit_tokens: int | None = None  # prompt tokens from prefix caches; None if no engine says so
+    hit_share: float | None = None  # of all prompt tokens of the requests whose engine says so
+    jain: Mapping[str, float] = field(default_factory=dict)  # per expert: Jain index of its replicas' computed tokens
+    classes: Mapping[str, GroupFigures] = field(default_factory=dict)  # per class of the load
+    turns: Mapping[str, GroupFigures] = field(default_factory=dict)  # per turn of a conversation, from 1
 
 
 NO_LIMITS: Final = GoodputLimits(ttft_s=None, tpot_s=None, e2e_s=None)
@@ -161,11 +188,19 @@ def meets(one: Observation, limits: GoodputLimits) -> bool:
     )
 
 
-def figures(observations: Sequence[Observation], window: Window, limits: GoodputLimits = NO_LIMITS) -> Figures:
+def figures(
+    observations: Sequence[Observation],
+    window: Window,
+    limits: GoodputLimits = NO_LIMITS,
+    *,
+    exceeded: bool = False,
+) -> Figures:
     """Returns the figures of the observed requests. `limits`: the latency limits for goodput."""
     measured = [o for o in observations if o.part is MeasurementPart.MEASURED]
     good = [o for o in measured if o.error is None]
-    errors = Counter(o.error for o in measured if o.error is not None)
+    cancelled = sum(o.error == CANCELLED for o in measured)
+    errors = Counter(o.error for o in measured if o.error not in (None, CANCELLED))
+    counted = [o for o in good if o.cached_tokens is not None and o.prompt_tokens]
     experts = Counter(o.expert or UNKNOWN for o in good)
     replicas = Counter(o.replica or UNKNOWN for o in good)
     reasons = Counter(o.reason or UNKNOWN for o in good)
@@ -180,7 +215,7 @@ def figures(observations: Sequence[Observation], window: Window, limits: Goodput
         window_s=window.length_s,
         requests=len(measured),
         succeeded=len(good),
-        failed=len(measured) - len(good),
+        failed=len(measured) - len(good) - cancelled,
         errors=dict(sorted(errors.items())),
         experts=_shares(experts),
         replicas=_shares(replicas),
@@ -197,10 +232,49 @@ def figures(observations: Sequence[Observation], window: Window, limits: Goodput
         counted_by=_counted_by(good),
         prompt_tokens=Percentiles.of(o.prompt_tokens for o in good if o.prompt_tokens is not None),
         output_tokens=Percentiles.of(o.token_count for o in good),
-        good_share=len(within) / len(measured) if measured else 0.0,
+        good_share=len(within) / (len(measured) - cancelled) if len(measured) > cancelled else 0.0,
         goodput_per_s=per_s(sum(meets(o, limits) for o in ended)),
         medians={name: _medians([o for o in good if (o.expert or UNKNOWN) == name]) for name in sorted(experts)},
+        cancelled=cancelled,
+        exceeded=exceeded,
+        hit_tokens=sum(o.cached_tokens or 0 for o in counted) if counted else None,
+        hit_share=_hit_share(good),
+        jain=_jain(good),
+        classes=_groups((o.load_class, o) for o in good),
+        turns=_groups((None if o.turn is None else str(o.turn), o) for o in good),
     )
+
+
+def _groups(pairs: Iterable[tuple[str | None, Observation]]) -> dict[str, GroupFigures]:
+    found: dict[str, list[Observation]] = {}
+    for name, one in pairs:
+        if name is not None:
+            found.setdefault(name, []).append(one)
+    return {
+        name: GroupFigures(
+            len(seen), Percentiles.of(o.ttft_s for o in seen), Percentiles.of(o.e2e_s for o in seen), _hit_share(seen)
+        )
+        for name, seen in sorted(found.items(), key=lambda item: (len(item[0]), item[0]))
+    }
+
+
+def _hit_share(good: Sequence[Observation]) -> float | None:
+    pairs = [(o.cached_tokens, o.prompt_tokens) for o in good if o.cached_tokens is not None and o.prompt_tokens]
+    return sum(cached for cached, _ in pairs) / sum(prompt for _, prompt in pairs) if pairs else None
+
+
+def _jain(good: Sequence[Observation]) -> dict[str, float]:
+    """Returns for each expert Jain's index of the tokens that its replicas computed: 1 if all computed the same.
+    Ignores replicas without a succeeded request."""
+    work: dict[str, Counter[str]] = {}
+    for o in good:
+        tokens = max(0, (o.prompt_tokens or 0) - (o.cached_tokens or 0)) + o.token_count
+        work.setdefault(o.expert or UNKNOWN, Counter())[o.replica or UNKNOWN] += tokens
+    return {
+        name: each.total() ** 2 / (len(each) * sum(value * value for value in each.values()))
+        for name, each in sorted(work.items())
+        if each.total()
+    }
 
 
 def _shares(counted: Counter[str]) -> dict[str, float]:
@@ -247,7 +321,7 @@ def _tokens_in(window: Window, observations: Sequence[Observation]) -> float:
     mean = sum(o.tokens or 0 for o in counted) / events if events else 1.0
     total = 0.0
     for o in observations:
-        if o.content_s and o.error in (None, CUT):
+        if o.content_s and o.error in (None, CUT, CANCELLED):
             per_event = mean if o.tokens is None else o.tokens / len(o.content_s)
             total += per_event * sum(window.contains(at_s) for at_s in o.content_s)
     return total

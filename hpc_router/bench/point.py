@@ -113,7 +113,7 @@ class PointMeasurement:
     def _figures(self, load: LoadResult) -> Figures:
         window = Window(load.window.start_s / self.slowdown, load.window.end_s / self.slowdown)
         observations = load.observations if self.slowdown == 1.0 else faster(load.observations, self.slowdown)
-        return figures(observations, window, self.config.good)
+        return figures(observations, window, self.config.good, exceeded=load.exceeded)
 
     def _measures_direct(self, point: Point, notes: list[str]) -> bool:
         """Returns whether to measure without the router. Adds a note if that is configured but not possible."""

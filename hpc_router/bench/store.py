@@ -44,6 +44,9 @@ _NOT_IN_KEY: Final = (
     "trust",
     "drain_s",
     "retry",
+    "search",
+    "search_step",
+    "search_points",
 )
 """Keys of `bench` that do not change the measurement of one point."""
 
@@ -66,7 +69,11 @@ class Store:
         """Returns whether the point is finished. With `valid`, returns whether it also has valid figures."""
         if not valid:
             return self.path(key).exists()
-        return bool((read_json(self.path(key)) or {}).get("valid"))
+        return bool((self.read(key) or {}).get("valid"))
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """Returns the record of a finished point; None for any other."""
+        return read_json(self.path(key))
 
     def add(self, key: str, record: Mapping[str, Any], raw: list[dict[str, Any]] | None) -> None:
         """Stores a finished point. Writes the raw requests first, because the record marks the point as finished."""

@@ -13,6 +13,7 @@ from hpc_router.bench.point import MeasuredPoint, point_measurement
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.provenance import Provenance
 from hpc_router.bench.record import raw_lines, record
+from hpc_router.bench.search import next_rate
 from hpc_router.bench.store import Store
 from hpc_router.bench.workload import Point, points_of
 from hpc_router.cluster.commands.down import down
@@ -38,11 +39,30 @@ class DeploymentSweep:
     prompts: Sequence[BenchPrompt]
 
     def points(self) -> list[tuple[str, Point]]:
-        """Returns all points, each with its key in the store."""
-        return [(self.store.key(self.deployment, self.config, p), p) for p in points_of(self.config)]
+        """Returns all points, each with its key in the store. With `search`, the measured ones and the next one."""
+        if self.config.search is None:
+            return [self._with_key(point) for point in points_of(self.config)]
+        measured = self.measured_rates()
+        rate = next_rate(measured, self.config)
+        rates = [*measured, *([] if rate is None else [rate])]
+        return [self._with_key(Point(rate_per_s=rate)) for rate in rates]
+
+    def measured_rates(self) -> dict[float, bool]:
+        """Returns for each stored rate of a search whether its target held."""
+        measured: dict[float, bool] = {}
+        while (rate := next_rate(measured, self.config)) is not None:
+            record = self.store.read(self._with_key(Point(rate_per_s=rate))[0])
+            if record is None:
+                break
+            measured[rate] = not record["exceeded"] and record["good_share"] >= self.config.search_share
+        return measured
 
     def missing(self) -> list[tuple[str, Point]]:
-        return [(key, point) for key, point in self.points() if not self.store.has(key, valid=self.config.retry)]
+        valid = self.config.retry and self.config.search is None
+        return [(key, point) for key, point in self.points() if not self.store.has(key, valid=valid)]
+
+    def _with_key(self, point: Point) -> tuple[str, Point]:
+        return self.store.key(self.deployment, self.config, point), point
 
 
 def measure_missing(
@@ -81,11 +101,14 @@ def _measure(sweep: DeploymentSweep, run: RunDir, context: PointContext, origin:
     with point_measurement(
         run, config, sweep.prompts, deployment=asdict(sweep.deployment), shared=run.path / "load"
     ) as measurement:
-        for key, point in missing:
+        while missing:
+            key, point = missing.pop(0)
             with context(point, done + len(measured)):
                 found = measurement.measure(point)
             sweep.store.add(
                 key, record(key, found, config=config, origin=origin), raw_lines(key, found) if config.raw else None
             )
             measured.append(found)
+            if config.search is not None:
+                missing = sweep.missing()
     return measured

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpc_router.bench.figures import Percentiles
+from hpc_router.bench.figures import GroupFigures, Percentiles
 from hpc_router.bench.point import MeasuredPoint
 
 
@@ -43,10 +43,25 @@ def _remarks(row: MeasuredPoint) -> Iterator[Text]:
     if found.failed:
         errors = ", ".join(f"{count} {kind}" for kind, count in found.errors.items())
         yield Text(f"{at}{found.failed} of {found.requests} requests failed: {errors}", style="red")
+    if found.cancelled:
+        yield Text(f"{at}{found.cancelled} requests were cancelled by the client")
+    if found.hit_share is not None:
+        yield Text(f"{at}prefix caches had {found.hit_share:.0%} of the prompt tokens")
+    if found.jain and max(found.balance.values(), default=1.0) > 1.0:
+        yield Text(f"{at}Jain index of the work " + "  ".join(f"{k} {v:.3f}" for k, v in found.jain.items()))
+    for kind, groups in (("class", found.classes), ("turn", found.turns)):
+        if len(groups) > 1:
+            yield Text(f"{at}TTFT ms p50/p90/p99 by {kind}: " + "  ".join(map(_group, groups.items())))
     for reason in row.invalid:
         yield Text(f"{at}INVALID: {reason}", style="bold red")
     for note in row.notes:
         yield Text(f"{at}{note}", style="yellow")
+
+
+def _group(item: tuple[str, GroupFigures]) -> str:
+    name, found = item
+    hits = "" if found.hit_share is None else f" ({found.hit_share:.0%} cached)"
+    return f"{name}: {_percentiles(found.ttft_s, scale=1e3)}{hits}"
 
 
 def _overhead(row: MeasuredPoint) -> str:

@@ -32,6 +32,9 @@ class Conditions:
 
 def invalid_reasons(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> Iterator[str]:
     """Yields the reasons why the figures are invalid; no reasons if they are valid."""
+    if figures.exceeded:
+        yield "over-saturated: more requests were in flight than engines that keep up would have, and the load ended"
+        return
     failed = figures.failed / figures.requests if figures.requests else 0.0
     if failed > limits.error_share:
         yield f"{failed:.1%} of the measured requests failed (at most {limits.error_share:.1%})"

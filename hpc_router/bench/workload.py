@@ -7,18 +7,18 @@ tokens are added later.
 """
 
 import json
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
-from hpc_router.bench.config import BenchConfig, Lengths
+from hpc_router.bench.config import BenchConfig
+from hpc_router.bench.conversations import DomainWords, Message, conversations, draw_length
 from hpc_router.bench.prompts import BenchPrompt
+from hpc_router.bench.traces import TracedText, read_trace
 from hpc_router.errors import ConfigError
-from hpc_router.state.atomic_files import lines_of
 
 POOL_SIZE: Final = 2048
 """Number of different requests if their lengths are random."""
@@ -65,10 +65,24 @@ def points_of(config: BenchConfig) -> list[Point]:
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """The body of a request. `domain`: the domain of its prompt; None if it is not known."""
+    """The body of a request. `domain`: the domain of its prompt; None if it is not known. `load_class`, `turn`: of its
+    conversation."""
 
     body: bytes
     domain: str | None
+    load_class: str | None = None
+    turn: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChainStep:
+    """A request of a conversation. `request`: index into the bodies. `leave_events`: events after which the client
+    disconnects; 0: never. `last`: the conversation ends with it."""
+
+    request: int
+    leave_events: int = 0
+    pause_s: float = 0.0
+    last: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +90,8 @@ class Workload:
     """The requests of one load generator.
 
     `measured_order`, `unmeasured_order`: indices into `bodies`. `count`: number of measured requests, None for all in
-    the window. `arrivals_s`: seconds since the load began; None for a closed loop of `connections` users.
+    the window. `arrivals_s`: seconds since the load began; None for a closed loop of `connections` users. `chains`:
+    conversations, which replace both orders and `think_s`; one begins at each arrival.
     """
 
     bodies: Sequence[RequestBody]
@@ -86,10 +101,17 @@ class Workload:
     count: int | None = None
     arrivals_s: Sequence[float] | None = None
     think_s: Sequence[float] | None = None
+    chains: Sequence[ChainStep] | None = None
 
 
 def workload(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, *, job: int = 0) -> Workload:
     """Returns the requests of load generator number `job` (from 0) of `config.load_jobs`."""
+    if config.classes:
+        return _conversations(config, prompts, point, job)
+    if config.trace is not None:
+        traced = _traced(config, prompts, point)
+        if traced is not None:
+            return traced
     bodies = list(_bodies(config, prompts))
     stream = f"{config.seed}:{point.repeat}:{job}"
     return Workload(
@@ -123,27 +145,16 @@ def http_request(body: bytes, *, host: str, path: str, token: str) -> bytes:
     return head.encode() + body
 
 
-def request_body(config: BenchConfig, text: str, *, max_tokens: int) -> dict[str, Any]:
+def request_body(config: BenchConfig, messages: Sequence[Message], *, max_tokens: int) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": config.model,
-        "messages": [{"role": "user", "content": text}],
+        "messages": messages,
         "max_tokens": max_tokens,
         "stream": True,
     }
     if config.usage:
         body["stream_options"] = {"include_usage": True}
     return body | config.extra
-
-
-def draw_length(source: random.Random, lengths: Lengths) -> int:
-    """Draws a random length, at least 1."""
-    if lengths.kind == "fixed":
-        return max(1, round(lengths.mean))
-    if lengths.kind == "uniform":
-        return source.randint(lengths.low, lengths.high)
-    # A log-normal distribution with mean m has mu = ln m - sigma^2/2.
-    drawn = lengths.mean * source.lognormvariate(-lengths.sigma * lengths.sigma / 2, lengths.sigma)
-    return min(lengths.high, max(lengths.low, round(drawn)))
 
 
 def resize(text: str, word_count: int) -> str:
@@ -161,8 +172,59 @@ def _bodies(config: BenchConfig, prompts: Sequence[BenchPrompt]) -> Iterator[Req
             prompt.text if config.input_words is None else resize(prompt.text, draw_length(source, config.input_words))
         )
         tokens = config.max_tokens if config.output_tokens is None else draw_length(source, config.output_tokens)
-        body = json.dumps(request_body(config, text, max_tokens=tokens), separators=(",", ":")).encode()
-        yield RequestBody(body, prompt.domain)
+        yield RequestBody(_encoded(config, [{"role": "user", "content": text}], tokens), prompt.domain)
+
+
+def _encoded(config: BenchConfig, messages: Sequence[Message], max_tokens: int) -> bytes:
+    return json.dumps(request_body(config, messages, max_tokens=max_tokens), separators=(",", ":")).encode()
+
+
+def _conversations(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, job: int) -> Workload:
+    """Returns a load of conversations. No two points share a text other than a system prompt, so a cache that is warm
+    from one point does not favour the next."""
+    own = f"{config.seed}:{point.name}:{job}"
+    bodies: list[RequestBody] = []
+    chains: list[ChainStep] = []
+    made = conversations(config.classes, prompts, count=config.conversations, shared=str(config.seed), own=own)
+    for one in made:
+        for step in one.steps:
+            chains.append(ChainStep(len(bodies), step.leave_after, step.pause_s, last=step is one.steps[-1]))
+            encoded = _encoded(config, step.messages, step.max_tokens)
+            bodies.append(RequestBody(encoded, one.domain, one.load_class, step.turn))
+    return Workload(
+        bodies,
+        (),
+        (),
+        config.connections if point.users is None else share_of(point.users, job, config.load_jobs),
+        None if config.requests is None else share_of(config.requests, job, config.load_jobs),
+        None if point.users is not None else _arrivals(config, point, own),
+        chains=chains,
+    )
+
+
+def _traced(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> Workload | None:
+    """Returns the requests of a trace that has them; None for a trace of arrival times alone."""
+    assert config.trace is not None
+    assert config.duration_s is not None
+    until_s = config.warmup_s + config.duration_s + EXTRA_ARRIVALS_S
+    found = [one for one in read_trace(Path(config.trace)) if one.at_s / config.trace_speed < until_s]
+    if not found:
+        raise ConfigError(f"bench.trace={config.trace}: no arrival in the first {until_s:g} s", key="bench.trace")
+    if found[0].hash_ids is None:
+        return None
+    text = TracedText(DomainWords(prompts).all, seed=f"{config.seed}:{point.repeat}", block_words=config.trace_block)
+    bodies = [
+        RequestBody(_encoded(config, [{"role": "user", "content": text.prompt(one)}], text.output_tokens(one)), None)
+        for one in found
+    ]
+    return Workload(
+        bodies,
+        (),
+        (),
+        config.connections,
+        arrivals_s=[one.at_s / config.trace_speed for one in found],
+        chains=[ChainStep(number) for number in range(len(bodies))],
+    )
 
 
 def request_order(count: int, stream: str) -> list[int]:
@@ -176,7 +238,7 @@ def _arrivals(config: BenchConfig, point: Point, stream: str) -> list[float]:
     until_s = config.warmup_s + config.duration_s + EXTRA_ARRIVALS_S
     if point.rate_per_s is None:
         assert config.trace is not None
-        return read_trace(Path(config.trace))
+        return [one.at_s / config.trace_speed for one in read_trace(Path(config.trace))]
     source, rate = random.Random(f"{stream}:arrivals"), point.rate_per_s / config.load_jobs
     gaps = (source.expovariate(rate) for _ in range(int(until_s * rate * 2) + 100))
     return [at_s for at_s in accumulate(gaps) if at_s < until_s]
@@ -187,20 +249,3 @@ def _think_times(config: BenchConfig, stream: str) -> list[float]:
     if config.think == "fixed":
         return [config.think_s]
     return [source.expovariate(1 / config.think_s) for _ in range(THINK_TIMES)]
-
-
-def read_trace(path: Path) -> list[float]:
-    """Returns the arrival times of a file in seconds, sorted. Raises ConfigError with file and line."""
-    found: list[float] = []
-    for number, line in lines_of(path):
-        try:
-            value: Mapping[str, Any] = json.loads(line)
-            at_s = float(value["at_s"])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ConfigError(f'{path}:{number}: no number at "at_s" (valid: {{"at_s": 1.5}})') from error
-        if not math.isfinite(at_s):
-            raise ConfigError(f'{path}:{number}: "at_s" is {at_s}, not a finite number')
-        found.append(at_s)
-    if not found or min(found) < 0:
-        raise ConfigError(f"bench.trace={path}: {'no arrival' if not found else 'arrivals before 0 s'}")
-    return sorted(found)

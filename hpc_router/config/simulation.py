@@ -20,6 +20,13 @@ from hpc_router.errors import ConfigError
 
 PRECISION: Final[Mapping[str | None, Precision]] = {None: "bf16", "fp8": "fp8", "awq": "awq", "awq_marlin": "awq"}
 """vLLM's quantization method -> precision of the simulated weights."""
+KEPT_FLAGS: Final = frozenset(
+    {
+        *("enable-prefix-caching", "no-enable-prefix-caching", "block-size", "num-gpu-blocks-override"),
+        "enable-prompt-tokens-details",
+    }
+)
+"""Flags of vLLM that the simulated engine has under the same names."""
 
 
 def simulated(deployment: Deployment) -> Deployment:
@@ -51,8 +58,9 @@ def _expert(name: str, config: ExpertConfig, simulate: Simulate) -> ExpertConfig
         gpus_per_node=max(1, config.resources.gpus),
         slowdown=simulate.slowdown,
     )
+    kept = {name: value for name, value in options.extra.items() if name.lstrip("-").replace("_", "-") in KEPT_FLAGS}
     return replace(
         config,
-        engine=EngineConfig(kind="sim", options={"roofline": asdict(roofline)}),
+        engine=EngineConfig(kind="sim", options={"roofline": asdict(roofline), **({"extra": kept} if kept else {})}),
         resources=ResourceConfig(),
     )

@@ -94,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--capacity", int, default.capacity, "N", "requests that run at once; others wait")
     add("--max-tokens-default", int, default.max_tokens_default, "N", "mean length of an answer that ends by itself")
     add("--max-model-len", int, default.max_model_len, "N", "longest prompt plus answer, in words")
+    caching = default.enable_prefix_caching
+    parser.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=caching,
+        help=f"do not compute again what is in the KV cache (default {'on' if caching else 'off'})",
+    )  # fmt: skip
+    add("--block-size", int, default.block_size, "N", "tokens per block of the KV cache")
+    add("--num-gpu-blocks-override", int, None, "N", "blocks of the KV cache; none: what fits on the GPU")
+    parser.add_argument(
+        "--enable-prompt-tokens-details", action="store_true", help="name cached prompt tokens in the usage of answers"
+    )
     add("--embedding-dimensions", int, default.embedding_dimensions, "N", "length of embedding vectors")
     add("--keepalive-s", float, default.keepalive_s, "S", "idle connections are closed after this time")
     add(
@@ -129,6 +139,10 @@ def _config(arguments: argparse.Namespace) -> SimConfig:
         capacity=arguments.capacity,
         max_tokens_default=arguments.max_tokens_default,
         max_model_len=arguments.max_model_len,
+        enable_prefix_caching=arguments.enable_prefix_caching,
+        block_size=arguments.block_size,
+        num_gpu_blocks_override=arguments.num_gpu_blocks_override,
+        enable_prompt_tokens_details=arguments.enable_prompt_tokens_details,
         embedding_dimensions=arguments.embedding_dimensions,
         keepalive_s=arguments.keepalive_s,
         drain_s=arguments.drain_s,

@@ -6,10 +6,12 @@ cannot be made up is counted, so that a benchmark can tell whether the machine, 
 
 import asyncio
 from collections.abc import AsyncIterator
+from collections.abc import Sequence as Values
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from hpc_router.sim.continuous_batching import Batch, Sequence
+from hpc_router.sim.kv_cache import BlockPool
 from hpc_router.sim.latency import Clock
 from hpc_router.sim.roofline import RooflineEngine
 
@@ -23,6 +25,10 @@ class BatchSlot:
     produced: int = 0
     awaited: int = 0
     token_ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.sequence.blocks.cached_tokens
 
     async def first(self, prompt_tokens: int, *, running: int) -> None:
         await self._token()
@@ -41,20 +47,22 @@ class BatchLoop:
     """The loop that runs the steps. `step_s`: predicted duration of all steps. `lost_s`: delay that was not made up.
     Both in seconds."""
 
-    def __init__(self, engine: RooflineEngine, clock: Clock) -> None:
+    def __init__(self, engine: RooflineEngine, clock: Clock, pool: BlockPool) -> None:
         self._engine, self._clock = engine, clock
         self._slowdown = engine.options.slowdown
-        self.batch = Batch(engine.kv_tokens, engine.max_seqs, engine.max_tokens)
+        self.batch = Batch(pool, engine.max_seqs, engine.max_tokens)
         self._slots: dict[Sequence, BatchSlot] = {}
         self._has_work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.step_s = self.lost_s = 0.0
 
     @asynccontextmanager
-    async def slot(self, prompt_tokens: int) -> AsyncIterator[BatchSlot]:
+    async def slot(
+        self, prompt_tokens: int, hashes: Values[int] = (), *, reads: bool = True
+    ) -> AsyncIterator[BatchSlot]:
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        sequence = self.batch.add(prompt_tokens)
+        sequence = self.batch.add(prompt_tokens, hashes, reads=reads)
         slot = self._slots[sequence] = BatchSlot(sequence)
         self._has_work.set()
         try:

@@ -1,10 +1,15 @@
 """The settings of a simulated engine, with all defaults, for the command line and for tests."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError
 from hpc_router.sim.faults import Rule
+from hpc_router.sim.roofline import BLOCK
+
+KV_TOKENS: Final = 524_288
+"""Tokens in the KV cache without a roofline: about those of Llama 3 8B on one GPU of 80 GB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +28,11 @@ class SimConfig:
     capacity: int | None = None
     max_tokens_default: int = 16  # mean length of an answer that ends by itself
     max_model_len: int = 131_072
+    enable_prefix_caching: bool = True  # vLLM's default for models that generate text
+    block_size: int = BLOCK  # tokens per block of the KV cache
+    # Blocks of the KV cache; None: what fits beside the roofline's model, or else KV_TOKENS. As in vLLM, one is unused.
+    num_gpu_blocks_override: int | None = None
+    enable_prompt_tokens_details: bool = False  # say in `usage` how many prompt tokens were cached
     embedding_dimensions: int = 64
     keepalive_s: float = 75.0
     # Seconds for which running requests may finish after SIGTERM; 0 ends them at once with `abort`.
@@ -39,10 +49,12 @@ class SimConfig:
         for name in ("ttft_s", "itl_s", "jitter", "load_s", "keepalive_s", "drain_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}: {getattr(self, name)} is not a finite number of 0 or more")
-        for name in ("capacity", "max_tokens_default", "max_model_len", "embedding_dimensions"):
+        for name in ("capacity", "max_tokens_default", "max_model_len", "embedding_dimensions", "block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: {value} is less than 1")
+        if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 3:
+            raise ConfigError(f"num_gpu_blocks_override: {self.num_gpu_blocks_override} is less than 3")
 
     @property
     def model(self) -> str:

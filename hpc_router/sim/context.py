@@ -8,6 +8,7 @@ from hpc_router.sim.batch_loop import BatchLoop
 from hpc_router.sim.config import SimConfig
 from hpc_router.sim.fault_injection import Crash
 from hpc_router.sim.fault_schedule import FaultSchedule
+from hpc_router.sim.kv_cache import BlockPool
 from hpc_router.sim.latency import Clock, LatencyModel
 from hpc_router.sim.request_log import RequestLog
 from hpc_router.sim.response_store import ResponseStore
@@ -21,6 +22,7 @@ class EngineContext:
     config: SimConfig
     clock: Clock
     latency: LatencyModel
+    pool: BlockPool
     crash: Crash
     admission: AdmissionQueue
     faults: FaultSchedule

@@ -7,9 +7,11 @@ sequence gives back its blocks and is computed again later (preemption by recomp
 """
 
 from collections import deque
+from collections.abc import Sequence as Values
 from dataclasses import dataclass, field
 
-from hpc_router.sim.roofline import BLOCK, SequenceStep
+from hpc_router.sim.kv_cache import BlockPool, SequenceBlocks
+from hpc_router.sim.roofline import SequenceStep
 
 
 @dataclass(slots=True, eq=False)
@@ -17,9 +19,9 @@ class Sequence:
     """A request in the batch. `computed`: tokens in the KV cache. `produced`: tokens of the answer."""
 
     prompt: int
+    blocks: SequenceBlocks
     computed: int = 0
     produced: int = 0
-    blocks: int = 0
     running: bool = False
 
     @property
@@ -32,27 +34,23 @@ class Sequence:
 class Batch:
     """The sequences of one engine, and the blocks of its KV cache."""
 
-    kv_tokens: int
+    pool: BlockPool
     max_seqs: int
     max_tokens: int
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
-    used_blocks: int = 0
     preempted: int = 0
     _step: list[tuple[Sequence, int]] = field(default_factory=list)
-
-    @property
-    def blocks(self) -> int:
-        return self.kv_tokens // BLOCK
 
     @property
     def idle(self) -> bool:
         return not self.running and not self.waiting
 
-    def add(self, prompt_tokens: int) -> Sequence:
+    def add(self, prompt_tokens: int, hashes: Values[int] = (), *, reads: bool = True) -> Sequence:
         """Adds a sequence with a prompt of this length. A prompt larger than the whole cache is cut, so that the
-        sequence can run."""
-        one = Sequence(max(1, min(prompt_tokens, self.kv_tokens - BLOCK)))
+        sequence can run. `hashes`, `reads`: see `SequenceBlocks`."""
+        most = self.pool.tokens - self.pool.block_size
+        one = Sequence(max(1, min(prompt_tokens, most)), SequenceBlocks(self.pool, hashes, reads))
         self.waiting.append(one)
         return one
 
@@ -75,13 +73,15 @@ class Batch:
                 budget -= new
         while self.waiting and budget > 0 and len(self.running) < self.max_seqs:
             one = self.waiting[0]
-            new = min(one.needed, budget)
-            if not self._fits(one, new):
+            found = one.blocks.find(one.needed)
+            if not one.blocks.fits(min(one.needed, self.pool.tokens), found):
                 break
             self.waiting.popleft()
             self.running.append(one)
             one.running = True
-            self._take(one, new)
+            one.computed = one.blocks.begin(one.needed, found)
+            new = min(one.needed - one.computed, budget)
+            one.blocks.grow(one.computed + new)
             self._step.append((one, new))
             budget -= new
         self._step = [(one, new) for one, new in self._step if one.running]
@@ -103,12 +103,12 @@ class Batch:
     def _make_room(self, one: Sequence, new: int) -> bool:
         """Takes blocks for a running sequence, and preempts the newest sequences if no block is free. Returns False if
         that preempted the sequence itself."""
-        while not self._fits(one, new):
+        while not one.blocks.fits(one.computed + new):
             newest = self.running[-1]
             self._preempt(newest)
             if newest is one:
                 return False
-        self._take(one, new)
+        one.blocks.grow(one.computed + new)
         return True
 
     def _preempt(self, one: Sequence) -> None:
@@ -118,18 +118,6 @@ class Batch:
         self.waiting.appendleft(one)
         self.preempted += 1
 
-    def _fits(self, one: Sequence, new: int) -> bool:
-        return self.used_blocks + self._blocks_needed(one, new) <= self.blocks
-
-    def _take(self, one: Sequence, new: int) -> None:
-        more = self._blocks_needed(one, new)
-        one.blocks += more
-        self.used_blocks += more
-
     def _free(self, one: Sequence) -> None:
-        self.used_blocks -= one.blocks
-        one.blocks = 0
+        one.blocks.release()
         one.running = False
-
-    def _blocks_needed(self, one: Sequence, new: int) -> int:
-        return max(0, -(-(one.computed + new) // BLOCK) - one.blocks)

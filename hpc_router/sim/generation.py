@@ -39,7 +39,7 @@ class Generation:
     `limit_name`: name of the field that set `max_tokens`. `literal`: the answer's text if the request determines it:
     JSON for a schema, or the arguments of the forced `tool`. `top_logprobs`, `prompt_logprobs`: number of alternatives,
     None if no log probabilities are requested. `previous_response_id`: id of the response that this one continues.
-    `store`: whether a later request can continue this response.
+    `store`: whether a later request can continue this response. `cache_salt`: separates prefixes in the prefix cache.
     """
 
     api: Api
@@ -61,6 +61,7 @@ class Generation:
     prompt_logprobs: int | None = None
     previous_response_id: str | None = None
     store: bool = False
+    cache_salt: str | None = None
     fault: object = None
 
     @property

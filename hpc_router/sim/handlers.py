@@ -5,8 +5,8 @@ A `status` fault is injected before the queue, like the refusal of an overloaded
 admitted request. The answer is chosen before the first token is due, so `streaming` handles only time and faults.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -20,6 +20,7 @@ from hpc_router.sim.context import EngineContext
 from hpc_router.sim.fault_injection import inject
 from hpc_router.sim.faults import EXPRESSIBLE, Fault, FaultKind, ResponseForm, parse_fault
 from hpc_router.sim.generation import Api, Embedding, Generation, ParsedPrompt
+from hpc_router.sim.kv_cache import SequenceBlocks, block_hashes
 from hpc_router.sim.latency import LatencySchedule, TokenSchedule
 from hpc_router.sim.logprobs import prompt_logprobs, token_logprobs
 from hpc_router.sim.messages_format import MessagesFormat
@@ -34,6 +35,7 @@ from hpc_router.sim.request_parsing import (
     token_limit,
 )
 from hpc_router.sim.response_formats import (
+    CachedTokens,
     Choice,
     CompletionsFormat,
     Envelope,
@@ -48,7 +50,7 @@ from hpc_router.sim.tokenizer import parse_detokenize, parse_tokenize
 from hpc_router.sim.tokens import Completion, complete_literal, complete_text, unit_vector
 
 FAULT_HEADER = "x-sim-fault"
-_FORMATS: Final[Mapping[Api, Callable[[Envelope, Generation], ResponseFormat]]] = {
+_FORMATS: Final[Mapping[Api, Callable[[Envelope, Generation, CachedTokens], ResponseFormat]]] = {
     Api.CHAT: CompletionsFormat,
     Api.TEXT: CompletionsFormat,
     Api.RESPONSE: ResponsesFormat,
@@ -165,10 +167,15 @@ class InferenceHandlers:
         send = answer_stream if generation.stream else answer_body
         async with (
             self._context.admission.admit(prompt_tokens=generation.prompt_tokens) as ticket,
-            self._schedule(generation.prompt_tokens, factor) as schedule,
+            self._schedule(
+                generation.prompt_tokens,
+                factor,
+                hashes=self._block_hashes(generation, choices[0]),
+                reads=generation.prompt_logprobs is None,
+            ) as schedule,
         ):
             running = self._running(request, generation, ticket, schedule=schedule, fault=fault)
-            form = _FORMATS[generation.api](envelope, generation)
+            form = _FORMATS[generation.api](envelope, generation, lambda: schedule.cached_tokens)
             if generation.store:
                 completion, body = choices[0].completion, partial(form.body, choices)
                 running.store = partial(
@@ -244,15 +251,43 @@ class InferenceHandlers:
         given = None if own else request.headers.get("x-request-id")
         name = given or f"{self._context.ids.getrandbits(128):032x}"
         created = int(self._context.clock.unix_s())
-        return Envelope(id=f"{prefix}{name}", created=created, model=self._config.answering(asked.model))
+        return Envelope(
+            id=f"{prefix}{name}",
+            created=created,
+            model=self._config.answering(asked.model),
+            prompt_details=self._config.enable_prompt_tokens_details,
+        )
 
-    def _schedule(self, prompt_tokens: int, factor: float) -> AbstractAsyncContextManager[TokenSchedule]:
-        """Returns the token schedule of one request. `factor` has no effect in a batch, because all requests share its
-        steps."""
+    def _block_hashes(self, generation: Generation, choice: Choice) -> list[int]:
+        """Returns the hashes of the request's blocks. The request is one sequence: all of its prompts, then its first
+        choice. Roles count as no tokens, so they are not hashed either."""
+        if not self._config.enable_prefix_caching:
+            return []
+        tokens = [
+            word
+            for prompt in generation.prompts
+            for word in (prompt.text if prompt.token_text is None else prompt.token_text).split()
+        ]
+        tokens += [piece.strip() for piece in choice.completion.generated]
+        adapter = generation.model if generation.model in self._config.adapters else None
+        return block_hashes(tokens, block_size=self._config.block_size, seed=(adapter, generation.cache_salt))
+
+    @asynccontextmanager
+    async def _schedule(
+        self, prompt_tokens: int, factor: float, *, hashes: Sequence[int] = (), reads: bool = True
+    ) -> AsyncIterator[TokenSchedule]:
+        """Yields the token schedule of one request. `factor` has no effect in a batch, because all requests share its
+        steps. `hashes`, `reads`: see `SequenceBlocks`."""
         context = self._context
         if context.batch is not None:
-            return context.batch.slot(prompt_tokens)
-        return nullcontext(LatencySchedule(context.latency, clock=context.clock, factor=factor))
+            async with context.batch.slot(prompt_tokens, hashes, reads=reads) as slot:
+                yield slot
+            return
+        blocks = SequenceBlocks(context.pool, hashes, reads)
+        try:
+            yield LatencySchedule(context.latency, clock=context.clock, factor=factor, blocks=blocks)
+        finally:
+            blocks.release()
 
     def _running(
         self,

@@ -72,7 +72,7 @@ class EngineHttpApi:
         self._metrics = EngineMetrics(
             context.admission.counts,
             model=context.config.model,
-            capacity=context.config.capacity,
+            pool=context.pool,
             steps=None if batch is None else lambda: (batch.step_s, batch.lost_s),
         )
         self._created = int(context.clock.unix_s())

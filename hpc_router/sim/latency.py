@@ -9,12 +9,15 @@ import random
 import time
 from typing import Protocol
 
+from hpc_router.sim.kv_cache import SequenceBlocks
+
 
 class LatencyModel(Protocol):
     """The interface of a latency model."""
 
-    def first_token_s(self, prompt_tokens: int, *, running: int) -> float:
-        """Returns the seconds from admission to the first token. `running` includes this request."""
+    def first_token_s(self, prompt_tokens: int, *, cached_tokens: int, running: int) -> float:
+        """Returns the seconds from admission to the first token. `cached_tokens`: prompt tokens that need not be
+        computed. `running` includes this request."""
 
     def next_token_s(self, *, running: int) -> float:
         """Returns the seconds between two tokens of one request while `running` requests share the engine."""
@@ -48,15 +51,19 @@ class RealClock:
 
 class JitteredLatency:
     """A latency model with log-normal latencies and two fixed means, independent of the load. `jitter`: sigma; 0 gives
-    the means."""
+    the means. The mean time to the first token falls in proportion to the cached tokens, at most to that of any other
+    token."""
 
     def __init__(self, *, ttft_s: float, itl_s: float, jitter: float, rng: random.Random) -> None:
         self._ttft_s, self._itl_s = ttft_s, itl_s
         self._jitter = jitter
         self._rng = rng
 
-    def first_token_s(self, prompt_tokens: int, *, running: int) -> float:
-        return self._spread(self._ttft_s)
+    def first_token_s(self, prompt_tokens: int, *, cached_tokens: int, running: int) -> float:
+        if not cached_tokens:
+            return self._spread(self._ttft_s)
+        computed_s = self._ttft_s * (prompt_tokens - cached_tokens) / prompt_tokens
+        return self._spread(min(self._ttft_s, max(self._itl_s, computed_s)))
 
     def next_token_s(self, *, running: int) -> float:
         return self._spread(self._itl_s)
@@ -71,6 +78,10 @@ class JitteredLatency:
 class TokenSchedule(Protocol):
     """The times at which the tokens of one request are due."""
 
+    @property
+    def cached_tokens(self) -> int:
+        """Returns the number of prompt tokens from the prefix cache, which is known from the first token on."""
+
     async def first(self, prompt_tokens: int, *, running: int) -> None:
         """Waits until the first token is due."""
 
@@ -79,16 +90,27 @@ class TokenSchedule(Protocol):
 
 
 class LatencySchedule:
-    """A token schedule from a latency model. `factor` multiplies every latency."""
+    """A token schedule from a latency model. `factor` multiplies every latency. `blocks`: the blocks that the request
+    uses; it never waits for one, and what has no block is not cached."""
 
-    def __init__(self, latency: LatencyModel, *, clock: Clock, factor: float) -> None:
-        self._latency, self._clock, self._factor = latency, clock, factor
+    def __init__(self, latency: LatencyModel, *, clock: Clock, factor: float, blocks: SequenceBlocks) -> None:
+        self._latency, self._clock, self._factor, self._blocks = latency, clock, factor, blocks
         self._due_s = clock.now_s()
+        self._tokens = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._blocks.cached_tokens
 
     async def first(self, prompt_tokens: int, *, running: int) -> None:
-        await self._wait(self._latency.first_token_s(prompt_tokens, running=running))
+        cached_tokens = self._blocks.begin(prompt_tokens, self._blocks.find(prompt_tokens))
+        self._blocks.grow(prompt_tokens)
+        self._tokens = prompt_tokens
+        await self._wait(self._latency.first_token_s(prompt_tokens, cached_tokens=cached_tokens, running=running))
 
     async def next(self, *, running: int) -> None:
+        self._tokens += 1
+        self._blocks.grow(self._tokens)
         await self._wait(self._latency.next_token_s(running=running))
 
     async def _wait(self, delay_s: float) -> None:

@@ -8,15 +8,24 @@ from collections.abc import Sequence
 
 from hpc_router.sim.api_error import messages_error_body
 from hpc_router.sim.generation import Generation
-from hpc_router.sim.response_formats import PLACEHOLDER, Choice, Envelope, around_placeholder, encode, named_event
+from hpc_router.sim.response_formats import (
+    PLACEHOLDER,
+    CachedTokens,
+    Choice,
+    Envelope,
+    around_placeholder,
+    encode,
+    named_event,
+)
 from hpc_router.sim.tokens import Completion, json_bytes
 
 
 class MessagesFormat:
     """The format of /v1/messages, which also makes the events of its only block."""
 
-    def __init__(self, envelope: Envelope, generation: Generation) -> None:
+    def __init__(self, envelope: Envelope, generation: Generation, cached: CachedTokens) -> None:
         self._envelope, self._generation = envelope, generation
+        self._cached = cached if envelope.prompt_details else None
         delta = {"type": "text_delta", "text": PLACEHOLDER}
         if generation.tool is not None:
             delta = {"type": "input_json_delta", "partial_json": PLACEHOLDER}
@@ -80,10 +89,11 @@ class MessagesFormat:
         }
 
     def _usage(self, completion: Completion | None) -> dict[str, int]:
-        return {
-            "input_tokens": self._generation.prompt_tokens,
-            "output_tokens": 0 if completion is None else completion.tokens,
-        }
+        tokens, output = self._generation.prompt_tokens, 0 if completion is None else completion.tokens
+        if self._cached is None:
+            return {"input_tokens": tokens, "output_tokens": output}
+        cached = self._cached()  # as in Anthropic's API, input_tokens does not include them
+        return {"input_tokens": tokens - cached, "cache_read_input_tokens": cached, "output_tokens": output}
 
 
 def _stop_of(completion: Completion) -> dict[str, str | None]:

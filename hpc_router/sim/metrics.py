@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from hpc_router.sim.kv_cache import BlockPool
+
 
 class RequestPhase(StrEnum):
     """The phase in which a request was when it was aborted."""
@@ -54,10 +56,10 @@ class EngineMetrics(Collector):
         counts: RequestCounts,
         *,
         model: str,
-        capacity: int | None,
+        pool: BlockPool,
         steps: Callable[[], tuple[float, float]] | None = None,
     ) -> None:
-        self._counts, self._model, self._capacity, self._steps = counts, model, capacity, steps
+        self._counts, self._model, self._pool, self._steps = counts, model, pool, steps
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -68,8 +70,12 @@ class EngineMetrics(Collector):
         counts = self._counts
         yield self._gauge("vllm:num_requests_running", "Requests being computed.", value=counts.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting for a place.", value=counts.waiting)
-        share = counts.running / self._capacity if self._capacity else 0.0
-        yield self._gauge("vllm:kv_cache_usage_perc", "Simulated: running / capacity, 1 is full.", value=share)
+        pool = self._pool
+        yield self._gauge("vllm:kv_cache_usage_perc", "Blocks in use, 1 is full.", value=pool.used / pool.total)
+        yield self._cache_config()
+        yield self._counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", value=pool.queries)
+        yield self._counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", value=pool.hits)
+        yield self._counter("vllm:prompt_tokens_cached", "Prompt tokens that were not computed.", value=pool.hits)
         yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", value=counts.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", value=counts.generation_tokens)
         yield self._by_label(
@@ -89,6 +95,18 @@ class EngineMetrics(Collector):
         yield self._by_label(
             "hpc_router_sim_faults", "Faults injected.", label="kind", names=sorted(counts.faults), values=counts.faults
         )
+
+    def _cache_config(self) -> Metric:
+        pool = self._pool
+        labels = {
+            "block_size": str(pool.block_size),
+            "enable_prefix_caching": str(pool.caching),
+            "engine": "0",
+            "num_gpu_blocks": str(pool.total + 1),
+        }
+        family = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=list(labels))
+        family.add_metric(list(labels.values()), 1)
+        return family
 
     def _gauge(self, name: str, text: str, *, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=["engine", "model_name"])

@@ -47,6 +47,7 @@ def parse_chat(raw: bytes) -> Generation:
         echo=echo,
         top_logprobs=_top_logprobs(fields, top if logprobs else None),
         prompt_logprobs=_prompt_logprobs(fields, stream=stream, echoed=top if echo else None),
+        cache_salt=_cache_salt(fields),
         fault=fields.value("sim_fault"),
     )
 
@@ -74,6 +75,7 @@ def parse_completion(raw: bytes) -> Generation:
         echo=echo,
         top_logprobs=_top_logprobs(fields, top),
         prompt_logprobs=_prompt_logprobs(fields, stream=stream, echoed=top if echo else None),
+        cache_salt=_cache_salt(fields),
         fault=fields.value("sim_fault"),
     )
 
@@ -104,6 +106,7 @@ def parse_response(raw: bytes) -> Generation:
         top_logprobs=_top_logprobs(fields, (fields.count("top_logprobs") or 0) if logprobs else None),
         previous_response_id=fields.text("previous_response_id"),
         store=fields.value("store") is None or fields.flag("store"),
+        cache_salt=_cache_salt(fields),
         fault=fields.value("sim_fault"),
     )
 
@@ -223,6 +226,13 @@ def _check_count(count: int | None, kind: str, *, param: str) -> None:
     if number > MAX_LOGPROBS:
         message = f"Requested {kind} logprobs of {number}, which is greater than max allowed: {MAX_LOGPROBS}"
         raise ApiError(message, param=param)
+
+
+def _cache_salt(fields: RequestFields) -> str | None:
+    salt = fields.text("cache_salt")
+    if salt == "":
+        raise ApiError("Parameter 'cache_salt' must be a non-empty string if provided.", param="cache_salt")
+    return salt
 
 
 def _stop(value: object) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ simulated. `responses_format` and `messages_format` implement this module's prot
 import base64
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -20,6 +20,10 @@ from hpc_router.sim.tokens import Completion, json_bytes
 DONE: Final = b"data: [DONE]\n\n"
 OWNER: Final = "hpc_router-sim"
 PLACEHOLDER: Final = "<piece>"
+
+
+CachedTokens = Callable[[], int]
+"""Returns the number of prompt tokens that came from the prefix cache. It is known from the first token on."""
 
 
 def event(body: bytes) -> bytes:
@@ -44,11 +48,13 @@ def around_placeholder(event: bytes) -> tuple[bytes, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The fields that all chunks, or the body, of one response have in common."""
+    """The fields that all chunks, or the body, of one response have in common. `prompt_details`: whether `usage` says
+    how many prompt tokens were cached."""
 
     id: str
     created: int
     model: str
+    prompt_details: bool = False
 
     def wrap(self, kind: str, choices: Sequence[object], **more: object) -> dict[str, object]:
         """Returns a response or an event as JSON object. `choices` comes last, because an event is split at its last
@@ -114,15 +120,15 @@ class ResponseFormat(Protocol):
 class CompletionsFormat:
     """The format of chat and text completions."""
 
-    def __init__(self, envelope: Envelope, generation: Generation) -> None:
+    def __init__(self, envelope: Envelope, generation: Generation, cached: CachedTokens) -> None:
         self._envelope, self._generation = envelope, generation
+        self._cached = cached if envelope.prompt_details else None
 
     def events(self, index: int, choice: Choice) -> ChoiceEvents:
         return CompletionEvents(self._envelope, self._generation, index, choice)
 
     def end(self, choices: Sequence[Choice]) -> bytes:
-        usage = usage_event(self._envelope, self._generation, choices) if self._generation.include_usage else b""
-        return usage + DONE
+        return (self._usage_event(choices) if self._generation.include_usage else b"") + DONE
 
     def error(self, message: str) -> bytes:
         return error_event(message) + DONE
@@ -133,7 +139,18 @@ class CompletionsFormat:
         if generation.api is Api.CHAT and choices[0].prompt_logprobs is not None:
             more["prompt_logprobs"] = prompt_logprobs_json(choices[0].prompt_logprobs)
         made = [self._choice(index, choice) for index, choice in enumerate(choices)]
-        return encode(self._envelope.wrap(generation.api, made, **more, usage=_usage_of(generation, choices)))
+        return encode(self._envelope.wrap(generation.api, made, **more, usage=self._usage(choices)))
+
+    def _usage_event(self, choices: Sequence[Choice]) -> bytes:
+        kind = "text_completion" if self._generation.api is Api.TEXT else "chat.completion.chunk"
+        return event(encode(self._envelope.wrap(kind, [], usage=self._usage(choices))))
+
+    def _usage(self, choices: Sequence[Choice]) -> dict[str, object]:
+        tokens = sum(choice.completion.tokens for choice in choices)
+        made = usage(self._generation.prompt_tokens, completion_tokens=tokens)
+        if self._cached is not None:
+            made["prompt_tokens_details"] = {"cached_tokens": self._cached()}
+        return made
 
     def _choice(self, index: int, choice: Choice) -> dict[str, object]:
         completion = choice.completion
@@ -241,11 +258,6 @@ def usage(prompt_tokens: int, *, completion_tokens: int = 0) -> dict[str, object
     }
 
 
-def usage_event(envelope: Envelope, generation: Generation, choices: Sequence[Choice]) -> bytes:
-    kind = "text_completion" if generation.api is Api.TEXT else "chat.completion.chunk"
-    return event(encode(envelope.wrap(kind, [], usage=_usage_of(generation, choices))))
-
-
 def error_event(message: str) -> bytes:
     return event(error_body(message, status=500))
 
@@ -288,10 +300,6 @@ def _content(envelope: Envelope, generation: Generation, choice: Choice, *, inde
     function = {"name": generation.tool.name, "arguments": choice.completion.text}
     call = {"id": _call_id(envelope, index), "type": "function", "function": function}
     return {"message": {"role": "assistant", "content": None, "tool_calls": [call]}}
-
-
-def _usage_of(generation: Generation, choices: Sequence[Choice]) -> dict[str, object]:
-    return usage(generation.prompt_tokens, completion_tokens=sum(choice.completion.tokens for choice in choices))
 
 
 def _call_id(envelope: Envelope, index: int) -> str:

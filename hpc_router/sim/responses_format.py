@@ -10,15 +10,23 @@ from collections.abc import Sequence
 from hpc_router.sim.api_error import error_of
 from hpc_router.sim.generation import Generation
 from hpc_router.sim.logprobs import TokenLogprobs, chat_logprobs
-from hpc_router.sim.response_formats import PLACEHOLDER, Choice, Envelope, around_placeholder, encode, named_event
+from hpc_router.sim.response_formats import (
+    PLACEHOLDER,
+    CachedTokens,
+    Choice,
+    Envelope,
+    around_placeholder,
+    encode,
+    named_event,
+)
 from hpc_router.sim.tokens import Completion, json_bytes
 
 
 class ResponsesFormat:
     """The format of /v1/responses."""
 
-    def __init__(self, envelope: Envelope, generation: Generation) -> None:
-        self.envelope, self.generation = envelope, generation
+    def __init__(self, envelope: Envelope, generation: Generation, cached: CachedTokens) -> None:
+        self.envelope, self.generation, self._cached = envelope, generation, cached
 
     def events(self, index: int, choice: Choice) -> "ResponseEvents":
         return ResponseEvents(self, choice)
@@ -59,7 +67,7 @@ class ResponsesFormat:
         prompt_tokens = self.generation.prompt_tokens
         usage = {
             "input_tokens": prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self._cached(), "cache_write_tokens": 0},
             "output_tokens": completion.tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": prompt_tokens + completion.tokens,

@@ -17,11 +17,12 @@ from aiohttp import web
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.sim.admission import AdmissionQueue
 from hpc_router.sim.batch_loop import BatchLoop
-from hpc_router.sim.config import SimConfig
+from hpc_router.sim.config import KV_TOKENS, SimConfig
 from hpc_router.sim.context import EngineContext
 from hpc_router.sim.fault_injection import Crash, ResetOnAccept
 from hpc_router.sim.fault_schedule import FaultSchedule
 from hpc_router.sim.http_api import make_app
+from hpc_router.sim.kv_cache import BlockPool
 from hpc_router.sim.latency import Clock, JitteredLatency, LatencyModel, RealClock
 from hpc_router.sim.metrics import RequestCounts
 from hpc_router.sim.request_log import RequestLog
@@ -54,6 +55,8 @@ class SimServer:
         self.died = asyncio.Event()
         self._host, self._port = host, port
         clock = clock or RealClock()
+        roofline = None if config.roofline is None else RooflineEngine(config.roofline)
+        pool = _block_pool(config, roofline)
         self._context = EngineContext(
             config=config,
             clock=clock,
@@ -62,7 +65,8 @@ class SimServer:
             admission=AdmissionQueue(capacity=config.capacity),
             faults=FaultSchedule(config.faults, seed=config.seed),
             ids=random.Random(),  # not seeded, because replicas with the same seed must not share ids
-            batch=None if config.roofline is None else BatchLoop(RooflineEngine(config.roofline), clock),
+            pool=pool,
+            batch=None if roofline is None else BatchLoop(roofline, clock, pool),
         )
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
@@ -196,6 +200,14 @@ class SimServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+
+def _block_pool(config: SimConfig, roofline: RooflineEngine | None) -> BlockPool:
+    if config.num_gpu_blocks_override is not None:
+        blocks = config.num_gpu_blocks_override - 1  # vLLM's first block is a placeholder
+    else:
+        blocks = (KV_TOKENS if roofline is None else roofline.kv_tokens) // config.block_size
+    return BlockPool(max(2, blocks), config.block_size, config.enable_prefix_caching)
 
 
 def _default_latency(config: SimConfig) -> LatencyModel:

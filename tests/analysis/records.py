@@ -1,9 +1,9 @@
 """Result records in the form that `launch.bench` writes, with values chosen by the tests."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from hpc_router.bench.config import BenchConfig
+from hpc_router.bench.config import BenchConfig, read_config
 from hpc_router.bench.figures import MeasurementPart, Observation, Window, figures
 from hpc_router.bench.load.generator import LoadResult
 from hpc_router.bench.point import MeasuredPoint
@@ -11,6 +11,7 @@ from hpc_router.bench.provenance import Provenance
 from hpc_router.bench.record import record
 from hpc_router.bench.workload import Point
 
+LONG = "llama3_4x8b_2replicas_bf16 +experts.math.engine.options.extra={enable-prompt-tokens-details: true}"
 ORIGIN = Provenance(
     run="/runs/r",
     choices={"topology": "four_small"},
@@ -49,3 +50,21 @@ def result_record(
     point = MeasuredPoint(Point(users=users, repeat=repeat), load, figures(seen, load.window), invalid, None, added)
     origin = replace(ORIGIN, choices={"topology": topology})
     return record("p", point, config=BenchConfig(), origin=origin) | {"evidence": evidence}
+
+
+def searched(rate: float, *, good: bool) -> dict[str, Any]:
+    """Returns the record of a point of a search with conversations of two classes, on a deployment with a long name."""
+    seen = [
+        Observation(
+            part=MeasurementPart.MEASURED, user=n, started_s=1.0, ended_s=2.0, content_s=[1.1, 1.9], tokens=8,
+            prompt_tokens=123_456, cached_tokens=100_000, expert="math", replica=f"math-{n % 2}.g1",
+            load_class=("chat", "agent")[n % 2], turn=n % 12 + 1,
+        )
+        for n in range(60)
+    ]  # fmt: skip
+    found = asdict(figures(seen, Window(0.0, 10.0), exceeded=not good))
+    invalid = [] if good else ["over-saturated: more requests were in flight than engines that keep up would have"]
+    bench = asdict(read_config({"rates": [rate], "search": "goodput"}))
+    base = result_record(4, topology=LONG, added_s=0.00123)
+    point = {"users": None, "rate_per_s": rate, "bench": bench, "invalid": invalid, "valid": good}
+    return {**base, **found, "good_share": 0.99 if good else 0.2, **point}

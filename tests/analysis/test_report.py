@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis import report
 from analysis.figures import STYLES, balance, curves
-from analysis.results import series_of
-from tests.analysis.records import result_record
+from analysis.results import RateLimit, rate_limit, series_of
+from tests.analysis.records import LONG, result_record, searched
 
 RECORDS = [
     *(
@@ -116,3 +117,44 @@ def test_the_command_writes_page_and_figures(tmp_path: Path, capsys: pytest.Capt
     assert kinds == {".svg", ".png"}
     assert report.main([str(tmp_path / "figures")]) == 2
     assert "no result records" in capsys.readouterr().err
+
+
+SEARCH = [searched(rate, good=rate < 20) for rate in (1.0, 11.31, 22.63)]
+
+
+def test_a_search_has_its_highest_rate_and_its_knee() -> None:
+    [one] = series_of(SEARCH)
+    assert rate_limit(one) == RateLimit(0.95, 11.31, one.points[1].records[0]["goodput_per_s"], 22.63, exceeded=True)
+    [failing] = series_of(SEARCH[2:])
+    assert rate_limit(failing) == RateLimit(0.95, None, None, 22.63, exceeded=True)
+    [holding] = series_of(SEARCH[:2])
+    assert rate_limit(holding) == RateLimit(
+        0.95, 11.31, one.points[1].records[0]["goodput_per_s"], None, exceeded=False
+    )
+    assert rate_limit(series_of(RECORDS)[0]) is None
+    [drawing] = [drawing for drawing in curves([one]) if drawing.name.endswith("good_share")]
+    labels = [line.get_label() for line in drawing.figure.axes[0].get_lines()]
+    assert {"target: 95 %", "highest rate: 11.31 per s"} <= set(labels)
+
+
+def test_the_page_has_hits_balance_classes_and_turns_of_one_run() -> None:
+    text = report.report(SEARCH, title="t")
+    for heading in ("Highest rate", "Prefix caches and balance", "By class of the load", "By turn of the conversation"):
+        assert f"<h3>{heading}</h3>" in text
+    assert 'data-label="class">agent<' in text
+    assert 'data-label="turn">12<' in text
+    assert 'data-label="cached % of prompts">81<' in text
+    assert 'data-label="Jain index of work">1<' in text
+    plain = report.report(RECORDS, title="t")
+    assert "Highest rate" not in plain
+    assert "By turn" not in plain
+
+
+def test_a_legend_is_within_its_figure() -> None:
+    for drawing in curves(series_of([result_record(users, topology=LONG, added_s=0.1) for users in (1, 10)])):
+        canvas: Any = FigureCanvasAgg(drawing.figure)
+        canvas.draw()
+        [legend] = drawing.figure.legends
+        box, whole = legend.get_window_extent(canvas.get_renderer()), drawing.figure.bbox
+        assert 0 <= box.x0 <= box.x1 <= whole.x1
+        assert 0 <= box.y0 <= box.y1 <= whole.y1

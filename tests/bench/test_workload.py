@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.bench.config import Lengths, read_config
+from hpc_router.bench.conversations import draw_length
 from hpc_router.bench.overhead import split_users
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.workload import (
     Point,
-    draw_length,
     jobs_for,
     points_of,
     request_order,

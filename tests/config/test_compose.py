@@ -333,3 +333,12 @@ def test_a_comma_is_part_of_a_text(key: str, value: str) -> None:
     found = cluster.sbatch["mail-type"] if key.startswith("sbatch") else getattr(cluster, key)
     assert found == value
     assert with_overrides(load_deployment(["cluster=slurm"]), [f"cluster.{key}={value}"]).cluster == cluster
+
+
+def test_a_prediction_keeps_the_prefix_cache_s_flags() -> None:
+    extra = "{enable_prefix_caching: false, --block-size: 32, enforce-eager: true}"
+    overrides = ["topology=llama3_8b_4replicas_bf16", "cluster=local", "simulate.gpu=h100-sxm"]
+    [name] = load_deployment(overrides).experts
+    predicted = load_deployment([*overrides, f"+experts.{name}.engine.options.extra={extra}"])
+    kept = predicted.experts[name].engine.options["extra"]
+    assert kept == {"enable_prefix_caching": False, "--block-size": 32}

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hpc_router.config.schema import Roofline
 from hpc_router.sim.batch_loop import BatchLoop
 from hpc_router.sim.continuous_batching import Batch, Sequence
+from hpc_router.sim.kv_cache import BlockPool
 from hpc_router.sim.roofline import BLOCK, RooflineEngine
 from tests.sim.calls import SteppedClock
 
@@ -26,7 +27,7 @@ def steps(batch: Batch, wanted: dict[Sequence, int], most: int = 1000) -> int:
 
 
 def test_a_prompt_first_then_a_token_per_step() -> None:
-    batch = Batch(kv_tokens=1024, max_seqs=8, max_tokens=256)
+    batch = Batch(BlockPool(64), max_seqs=8, max_tokens=256)
     one = batch.add(100)
     assert [(p.new, p.context) for p in batch.plan()] == [(100, 0)]
     assert batch.finish() == [one]
@@ -34,7 +35,7 @@ def test_a_prompt_first_then_a_token_per_step() -> None:
 
 
 def test_prompts_are_cut_at_the_step_s_budget_and_decoding_goes_first() -> None:
-    batch = Batch(kv_tokens=4096, max_seqs=8, max_tokens=64)
+    batch = Batch(BlockPool(256), max_seqs=8, max_tokens=64)
     first = batch.add(10)
     batch.plan()
     batch.finish()
@@ -46,7 +47,7 @@ def test_prompts_are_cut_at_the_step_s_budget_and_decoding_goes_first() -> None:
 
 
 def test_first_come_first_served_up_to_the_most_sequences() -> None:
-    batch = Batch(kv_tokens=4096, max_seqs=2, max_tokens=256)
+    batch = Batch(BlockPool(256), max_seqs=2, max_tokens=256)
     a, b, c = (batch.add(10) for _ in range(3))
     batch.plan()
     assert batch.running == [a, b]
@@ -58,18 +59,18 @@ def test_first_come_first_served_up_to_the_most_sequences() -> None:
 
 def test_a_full_cache_sends_the_newest_back() -> None:
     """Two sequences of one block each, in a cache of three blocks: both grow, and one has to wait."""
-    batch = Batch(kv_tokens=3 * BLOCK, max_seqs=8, max_tokens=256)
+    batch = Batch(BlockPool(3), max_seqs=8, max_tokens=256)
     first, second = batch.add(BLOCK), batch.add(BLOCK)
     batch.plan()
     batch.finish()
     batch.plan()
     assert (batch.preempted, batch.running, list(batch.waiting)) == (1, [first], [second])
     assert steps(batch, {first: 4, second: 4}) > 0
-    assert batch.used_blocks == 0
+    assert batch.pool.used == 0
 
 
 def test_a_prompt_longer_than_the_cache_still_runs() -> None:
-    batch = Batch(kv_tokens=4 * BLOCK, max_seqs=8, max_tokens=1024)
+    batch = Batch(BlockPool(4), max_seqs=8, max_tokens=1024)
     one = batch.add(10_000)
     assert steps(batch, {one: 2}) == 2
 
@@ -82,10 +83,10 @@ def test_a_prompt_longer_than_the_cache_still_runs() -> None:
     tokens=st.integers(16, 300),
 )
 def test_all_end_and_nothing_is_lost(given_: list[tuple[int, int]], blocks: int, seqs: int, tokens: int) -> None:
-    batch = Batch(kv_tokens=blocks * BLOCK, max_seqs=seqs, max_tokens=max(tokens, seqs))
+    batch = Batch(BlockPool(blocks), max_seqs=seqs, max_tokens=max(tokens, seqs))
     wanted = {batch.add(prompt): answer for prompt, answer in given_}
     steps(batch, wanted, most=20_000)
-    assert (batch.used_blocks, batch.running, list(batch.waiting)) == (0, [], [])
+    assert (batch.pool.used, batch.running, list(batch.waiting)) == (0, [], [])
 
 
 class Yielding(SteppedClock):
@@ -100,13 +101,13 @@ async def test_tokens_come_when_steps_are_over() -> None:
     """Times are simulated seconds times the slowdown. A sequence that is removed frees its blocks."""
     clock = Yielding()
     engine = RooflineEngine(Roofline(slowdown=10.0))
-    work = BatchLoop(engine, clock)
+    work = BatchLoop(engine, clock, BlockPool(64))
     async with work.slot(100) as slot:
         await slot.first(100, running=1)
         first_s = clock.now_s()
         await slot.next(running=1)
         second_s = clock.now_s()
-    assert work.batch.used_blocks == 0
+    assert work.batch.pool.used == 0
     assert work.batch.idle
     await work.close()
     assert 10 * 0.006 < second_s - first_s < 10 * 0.008

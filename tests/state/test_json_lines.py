@@ -8,7 +8,7 @@ import pytest
 
 from analysis import classifiers, results
 from hpc_router.bench.prompts import read_prompts
-from hpc_router.bench.workload import read_trace
+from hpc_router.bench.traces import read_trace
 from hpc_router.config.parsing import bounds_of
 from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import ConfigError
@@ -48,7 +48,8 @@ def test_a_passage_of_a_corpus_is_a_line(tmp_path: Path) -> None:
 
 
 def test_a_trace_and_results_too(tmp_path: Path) -> None:
-    assert read_trace(written(tmp_path, {"at_s": 2, "note": ODD}, {"at_s": 1})) == [1.0, 2.0]
+    trace = read_trace(written(tmp_path, {"at_s": 2, "note": ODD}, {"at_s": 1}))
+    assert [one.at_s for one in trace] == [1.0, 2.0]
     with pytest.raises(results.NoResultsError, match=r"lines\.jsonl:1: not a result record"):
         results.read(written(tmp_path, {"note": ODD}))
 

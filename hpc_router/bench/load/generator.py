@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.figures import CUT, MeasurementPart, Observation, Window
+from hpc_router.bench.figures import CANCELLED, CUT, MeasurementPart, Observation, Window
 from hpc_router.bench.load.native import load as native
-from hpc_router.bench.load.native.records import FILLING, MEASURED, STREAM, UNKNOWN, Error
-from hpc_router.bench.workload import Workload, http_request
+from hpc_router.bench.load.native.records import FILLING, MEASURED, STEP, STREAM, UNKNOWN, Error, Table
+from hpc_router.bench.workload import ChainStep, Workload, http_request
 from hpc_router.errors import LaunchError
 from hpc_router.net.protocol import CHAT
 
@@ -31,6 +31,7 @@ _ERROR_KINDS: Final[Mapping[Error, str]] = {
     Error.UNFINISHED: "unfinished",
     Error.STREAM_ERROR: "stream_error",
     Error.TIMEOUT: "timeout",
+    Error.LEFT: CANCELLED,
 }
 
 
@@ -58,18 +59,21 @@ class LoadTarget:
 @dataclass(frozen=True, slots=True)
 class LoadResult:
     """The observations of one load. `cpu_share`, `wait_share`: shares of one core that the busiest generator used, and
-    for which it waited."""
+    for which it waited. `exceeded`: the load ended early, because too many requests were in flight."""
 
     started_at: float
     observations: Sequence[Observation]
     window: Window
     cpu_share: float
     wait_share: float
+    exceeded: bool = False
 
 
-def run_load(target: LoadTarget, config: BenchConfig, work: Workload, folder: Path) -> LoadResult:
+def run_load(
+    target: LoadTarget, config: BenchConfig, work: Workload, folder: Path, *, most_in_flight: int | None = None
+) -> LoadResult:
     """Sends the load, and blocks until all measured requests have ended. `folder`: a private folder for the program's
-    files."""
+    files. `most_in_flight`: number of requests in flight beyond which an open loop ends early."""
     host, port = target.address
     folder.mkdir(parents=True, exist_ok=True)
     requests = [http_request(one.body, host=f"{host}:{port}", path=CHAT, token=target.token) for one in work.bodies]
@@ -82,8 +86,10 @@ def run_load(target: LoadTarget, config: BenchConfig, work: Workload, folder: Pa
         seconds=load_s,
         count=work.count,
         arrivals_s=work.arrivals_s,
-        order=work.measured_order,
-        others=work.unmeasured_order,
+        order=None if work.chains is not None else work.measured_order,
+        others=None if work.chains is not None else work.unmeasured_order,
+        chains=None if work.chains is None else _chain_table(work.chains),
+        most_in_flight=most_in_flight,
         measure_s=config.warmup_s,
         think_s=work.think_s,
         ramp_s=config.warmup_s,
@@ -106,7 +112,13 @@ def run_load(target: LoadTarget, config: BenchConfig, work: Workload, folder: Pa
         window_of(config, seen),
         recorded.cpu_s / elapsed_s,
         float(recorded.summary["waited_s"]) / elapsed_s,
+        bool(recorded.summary["exceeded"]),
     )
+
+
+def _chain_table(chains: Sequence[ChainStep]) -> Table:
+    rows = [(one.request, one.leave_events, one.pause_s, one.last, 0) for one in chains]
+    return np.array(rows, dtype=STEP)
 
 
 def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
@@ -136,11 +148,14 @@ def observations(recorded: native.Recorded, work: Workload) -> Iterable[Observat
             content_s=content,
             tokens=None if row["tokens"] == UNKNOWN else int(row["tokens"]),
             prompt_tokens=None if row["prompt_tokens"] == UNKNOWN else int(row["prompt_tokens"]),
+            cached_tokens=None if row["cached_tokens"] == UNKNOWN else int(row["cached_tokens"]),
             status=int(row["status"]) or None,
             expert=_label(labels, row["label"]),
             replica=_label(labels, row["second"]),
             reason=_label(labels, row["third"]),
             domain=work.bodies[int(row["prompt"])].domain,
+            load_class=work.bodies[int(row["prompt"])].load_class,
+            turn=work.bodies[int(row["prompt"])].turn,
             question=int(row["prompt"]),
             error=_kind(row, part, content),
         )
@@ -178,9 +193,11 @@ def merged(loads: Sequence[LoadResult]) -> LoadResult:
         Window(first.window.start_s, max(load.window.end_s for load in loads)),
         max(load.cpu_share for load in loads),
         max(load.wait_share for load in loads),
+        any(load.exceeded for load in loads),
     )
 
 
 def from_json(value: Mapping[str, Any]) -> LoadResult:
     seen = [Observation(**{**one, "part": MeasurementPart(one["part"])}) for one in value["observations"]]
-    return LoadResult(value["started_at"], seen, Window(**value["window"]), value["cpu_share"], value["wait_share"])
+    shares = value["cpu_share"], value["wait_share"]
+    return LoadResult(value["started_at"], seen, Window(**value["window"]), *shares, value["exceeded"])

@@ -17,6 +17,7 @@ from typing import Any, Final
 from hpc_router.bench.config import read_config
 from hpc_router.bench.load.generator import LoadTarget, run_load
 from hpc_router.bench.prompts import BenchPrompt
+from hpc_router.bench.search import most_in_flight
 from hpc_router.bench.workload import Point, workload
 from hpc_router.errors import HpcRouterError
 from hpc_router.state.atomic_files import exists_now, replace_json
@@ -63,9 +64,12 @@ def _run(task: dict[str, Any], folder: Path, job: int) -> dict[str, Any]:
     config = read_config(task["config"])
     if job >= config.load_jobs:
         return {"idle": True}
-    work = workload(config, [BenchPrompt(**one) for one in task["prompts"]], Point(**task["point"]), job=job)
+    point = Point(**task["point"])
+    work = workload(config, [BenchPrompt(**one) for one in task["prompts"]], point, job=job)
+    most = None if point.rate_per_s is None else most_in_flight(config, point.rate_per_s / config.load_jobs)
     time.sleep(max(0.0, task["begin_at"] - time.time()))
-    return asdict(run_load(LoadTarget(task["url"], task["token"]), config, work, folder))
+    target = LoadTarget(task["url"], task["token"])
+    return asdict(run_load(target, config, work, folder, most_in_flight=most))
 
 
 def _ended(folder: Path) -> bool:

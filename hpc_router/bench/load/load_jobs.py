@@ -19,6 +19,7 @@ from hpc_router.bench.config import BenchConfig
 from hpc_router.bench.load.generator import LoadResult, LoadTarget, from_json, merged, run_load
 from hpc_router.bench.load.load_job_main import task
 from hpc_router.bench.prompts import BenchPrompt
+from hpc_router.bench.search import most_in_flight
 from hpc_router.bench.workload import Point, jobs_for, workload
 from hpc_router.errors import LaunchError
 from hpc_router.net.job_environment import without_job_variables
@@ -43,7 +44,8 @@ class InProcessLoad:
 
     def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
         """Sends the load and blocks until it has ended. Raises LaunchError."""
-        return run_load(target, config, workload(config, prompts, point), self._folder)
+        most = None if point.rate_per_s is None else most_in_flight(config, point.rate_per_s)
+        return run_load(target, config, workload(config, prompts, point), self._folder, most_in_flight=most)
 
 
 class SubmittedLoadJobs:

@@ -75,7 +75,6 @@ class SimEngine(AdapterEngine):
             tensor_parallel_size=None if roofline_options is None else roofline_options.tensor_parallel_size,
             pipeline_parallel_size=None if roofline_options is None else roofline_options.pipeline_parallel_size,
             priority=False,
-            prefix_caching=False,
         )
 
     def argv(self, place: Place) -> list[str]:

@@ -28,7 +28,7 @@ async def test_an_agent_from_its_record_to_its_exit(run: RunDir, scratch: Path) 
         assert (record.kind, record.replica, record.serves) == (RecordKind.EXPERT, REPLICA, {"math": "math"})
         assert (record.capacity, record.job_id) == (256, str(agent.process.pid))
         assert (record.engine.kind, record.engine.model, record.engine.max_model_len) == ("sim", "m", 131_072)
-        assert (record.engine.priority, record.engine.prefix_caching) == (False, False)
+        assert (record.engine.priority, record.engine.prefix_caching) == (False, True)
         assert record.accepts == ("text", "tools", "embeddings")
         assert record.load_s is not None
         assert 0 < record.load_s < GUARD_S

@@ -3,7 +3,7 @@
  *   load --requests FILE --records FILE (--tcp PORT [--host ADDRESS] | --unix PATH) --connections N
  *        [--seconds S] [--count M] [--arrivals FILE] [--order FILE] [--think FILE] [--ramp S] [--measure S]
  *        [--others FILE] [--leave-after-events K | --leave-after-ms T] [--events FILE] [--label HEADER[,HEADER...]]
- *        [--timeout S] [--drain S]
+ *        [--timeout S] [--drain S] [--chains FILE] [--most-in-flight N]
  *
  * --requests   Complete HTTP requests, each preceded by its length (32 bits). They are sent unchanged, in --order
  *              (32-bit indices) or in file order, and again from the start after the last one.
@@ -16,6 +16,12 @@
  *              are measured. The load continues until the last measured request has ended, and requests that are
  *              still running then are stopped. Measured requests are sent in --order, all others in the order of
  *              --others.
+ * --chains     Conversations: a list of `struct step`. A connection sends the steps of a chain one after the other, each
+ *              a pause after the previous response, and may disconnect after some events of a step. Closed loop: a
+ *              connection begins with the next chain when its chain has ended. Open loop: a chain begins at each
+ *              arrival, and a later step is due when its pause has passed. Needs --measure; replaces --order, --others,
+ *              --think and --leave-after-events.
+ * --most-in-flight  Open loop: ends the load as soon as more requests than this run or wait for a connection.
  * --leave-...  The client closes the connection after K events, or T milliseconds after the request began.
  * --label      Up to three response headers whose values are recorded.
  * --records    One `struct record` per request; --events: one `struct event` per event with content.
@@ -50,7 +56,14 @@ struct record {
     uint32_t prompt, connection, events;
     uint16_t status, label[HEADERS];
     uint8_t error, flags, padding[2];
-    uint32_t prompt_tokens, tokens; /* as reported by the engine */
+    uint32_t prompt_tokens, tokens, cached_tokens, reserved; /* as reported by the engine */
+};
+
+/* A request of a chain. `last`: the chain ends with it. `leave_events`: disconnect after so many events; 0: never. */
+struct step {
+    uint32_t request, leave_events;
+    double pause;
+    uint32_t last, reserved;
 };
 
 struct event {
@@ -65,6 +78,9 @@ struct user {
     uint32_t number;
     int fd;
     bool connected, active, writing, closes;
+    const struct step *step; /* the current step of its chain; NULL between chains */
+    uint32_t leave_events;
+    int64_t due_at; /* open loop: when the next step of its chain is due; 0 for the first one */
     size_t sent;
     int64_t activity_at;
     struct record record;
@@ -83,7 +99,8 @@ struct request {
 
 static struct {
     const char *requests, *records, *events, *unix_path, *host, *label;
-    const char *arrivals, *order, *others, *think;
+    const char *arrivals, *order, *others, *think, *chains;
+    double most_in_flight;
     double port, connections, seconds, count, ramp, measure, leave_events, leave_ms, timeout, drain;
 } options = {
     .host = "127.0.0.1", .connections = 1, .seconds = -1, .count = -1, .measure = -1, .timeout = 60, .drain = 30
@@ -93,6 +110,12 @@ static struct request *requests;
 static size_t request_count, order_count, others_count, think_count, arrival_count;
 static uint32_t *order, *others;
 static double *think, *arrivals;
+
+static const struct step *steps;
+static const struct step **chains; /* the first step of each */
+static size_t chain_count;
+static uint64_t chains_begun;
+static bool exceeded; /* --most-in-flight */
 
 static struct user *users;
 static uint32_t user_count;
@@ -288,6 +311,7 @@ static void read_usage(struct user *one, const char *line, size_t length)
     struct record *record = &one->record;
     record->tokens = count_after(line, length, "\"completion_tokens\":", 20, record->tokens);
     record->prompt_tokens = count_after(line, length, "\"prompt_tokens\":", 16, record->prompt_tokens);
+    record->cached_tokens = count_after(line, length, "\"cached_tokens\":", 16, record->cached_tokens);
 }
 
 static void read_line(struct user *one, const char *line, size_t length)
@@ -342,7 +366,7 @@ static void read_line(struct user *one, const char *line, size_t length)
 
 static bool disconnects_now(const struct user *one)
 {
-    return options.leave_events > 0 && one->record.events >= (uint32_t)options.leave_events;
+    return one->leave_events > 0 && one->record.events >= one->leave_events;
 }
 
 /* Handles bytes of the body; false if the request ended. */
@@ -572,22 +596,51 @@ static uint32_t prompt_of(uint64_t sequence, uint8_t part)
     return others_count ? others[turn % others_count] : (uint32_t)(turn % request_count);
 }
 
+/* Chooses the step that begins now. Returns when it was due. */
+static int64_t begin_step(struct user *one)
+{
+    int64_t due = arrivals ? one->due_at : one->record.begin;
+    if (!one->step) {
+        if (arrivals)
+            due = begun_at + (int64_t)(arrivals[chains_begun] * SECOND);
+        one->step = chains[chains_begun++ % chain_count];
+        one->due_at = 0;
+    }
+    one->leave_events = one->step->leave_events;
+    return due;
+}
+
+/* Ends the load if more requests are in flight than an engine that keeps up would have. */
+static void check_in_flight(void)
+{
+    if (options.most_in_flight > 0 && (double)(active_count + waiting) > options.most_in_flight)
+        stopping = exceeded = true;
+}
+
 static void begin(struct user *one)
 {
     uint64_t sequence = issued++;
+    bool counted = arrivals && !one->due_at; /* when it arrived */
     active_count++;
     memset(&one->record, 0, sizeof one->record);
     one->record.sequence = sequence;
     one->record.connection = one->number;
     one->record.begin = one->activity_at = now_ns();
-    one->record.due = arrivals ? begun_at + (int64_t)(arrivals[sequence] * SECOND) : one->record.begin;
+    one->leave_events = (uint32_t)options.leave_events;
+    if (chains)
+        one->record.due = begin_step(one);
+    else
+        one->record.due = arrivals ? begun_at + (int64_t)(arrivals[sequence] * SECOND) : one->record.begin;
     one->record.flags = flag_at(one->record.due);
-    one->record.prompt = prompt_of(sequence, one->record.flags);
-    one->record.prompt_tokens = one->record.tokens = UNKNOWN;
-    if (one->record.flags == MEASURED && !arrivals) {
-        measured_active++;
+    if (chains) {
+        one->record.prompt = one->step->request;
+        measured_begun += one->record.flags == MEASURED;
+    } else
+        one->record.prompt = prompt_of(sequence, one->record.flags);
+    one->record.prompt_tokens = one->record.tokens = one->record.cached_tokens = UNKNOWN;
+    measured_active += one->record.flags == MEASURED && !counted;
+    if (one->record.flags == MEASURED && !arrivals)
         all_measured_begun |= measured_begun == max_requests;
-    }
     one->active = true;
     one->sent = 0;
     one->part = HEAD;
@@ -615,6 +668,17 @@ static void schedule_next(struct user *one)
 {
     if (measuring && all_measured_begun && !measured_active)
         stopping = 1;
+    int64_t rest = one->record.error == CONNECT || one->record.error == HTTP_STATUS || one->record.error == DISCONNECTED
+                       ? SECOND / 10 /* no busy loop with a server that rejects every request */
+                       : 0;
+    if (one->step && !one->step->last && !stopping) {
+        one->step++;
+        one->due_at = now_ns() + (int64_t)(one->step->pause * SECOND) + rest;
+        timer_set(&one->timer, one->due_at);
+        return;
+    }
+    one->step = NULL;
+    one->due_at = 0;
     if (arrivals) {
         if (waiting && !stopping) {
             waiting--;
@@ -627,9 +691,7 @@ static void schedule_next(struct user *one)
         finished_users++;
         return;
     }
-    int64_t pause = think_count ? (int64_t)(think[one->record.sequence % think_count] * SECOND) : 0;
-    if (one->record.error == CONNECT || one->record.error == HTTP_STATUS || one->record.error == DISCONNECTED)
-        pause += SECOND / 10; /* no busy loop with a server that rejects every request */
+    int64_t pause = (think_count ? (int64_t)(think[one->record.sequence % think_count] * SECOND) : 0) + rest;
     timer_set(&one->timer, pause ? now_ns() + pause : 0);
 }
 
@@ -643,6 +705,7 @@ static void on_timer(struct timer *one, int64_t now)
             begin(&users[idle[--idle_count]]);
         else
             waiting++;
+        check_in_flight();
         if (arrived < arrival_count)
             timer_set(one, begun_at + (int64_t)(arrivals[arrived] * SECOND));
         return;
@@ -658,8 +721,10 @@ static void on_timer(struct timer *one, int64_t now)
     timer_clear(one);
     if (user->active)
         finish(user, LEFT);
-    else if (arrivals || may_begin())
+    else if (arrivals || may_begin()) {
         begin(user);
+        check_in_flight();
+    }
     else
         finished_users++;
 }
@@ -819,6 +884,22 @@ static uint32_t *read_order(const char *path, size_t *count)
     return found;
 }
 
+static void read_chains(void)
+{
+    size_t length;
+    steps = (const struct step *)(void *)map_file(options.chains, &length);
+    size_t count = length / sizeof *steps;
+    if (!count || length % sizeof *steps || !steps[count - 1].last)
+        refuse("not a list of chains", options.chains);
+    chains = resize(NULL, count * sizeof *chains);
+    for (size_t i = 0; i < count; i++) {
+        if (steps[i].request >= request_count)
+            refuse("index beyond the last request", options.chains);
+        if (!i || steps[i - 1].last)
+            chains[chain_count++] = &steps[i];
+    }
+}
+
 static void read_headers(void)
 {
     for (const char *at = options.label; at; at = (at = strchr(at, ',')) ? at + 1 : NULL) {
@@ -844,6 +925,7 @@ static void read_arguments(int count, char **arguments)
         {"--connections", NULL, &options.connections}, {"--seconds", NULL, &options.seconds},
         {"--count", NULL, &options.count},          {"--ramp", NULL, &options.ramp},
         {"--leave-after-events", NULL, &options.leave_events}, {"--leave-after-ms", NULL, &options.leave_ms},
+        {"--chains", &options.chains, NULL},        {"--most-in-flight", NULL, &options.most_in_flight},
         {"--timeout", NULL, &options.timeout},      {"--drain", NULL, &options.drain},
     };
     for (int i = 1; i < count; i += 2) {
@@ -867,6 +949,8 @@ static void read_arguments(int count, char **arguments)
         refuse("--connections", "between 1 and 100000");
     if (!options.arrivals && options.seconds < 0 && options.count < 0)
         refuse("missing argument", "--seconds, --count or --arrivals");
+    if (options.chains && (options.measure < 0 || options.leave_events > 0))
+        refuse("--chains", "with --measure, and without --leave-after-events");
     if (options.measure >= 0 && options.arrivals && options.seconds < 0)
         refuse("missing argument", "--seconds, beside --measure and --arrivals");
 }
@@ -902,9 +986,9 @@ static void print_summary(void)
     double cpu_s = (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
                    (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
     printf("{\"begun\":%lld,\"ended\":%lld,\"cpu_s\":%.6f,\"waited_s\":%.6f,\"requests\":%llu,\"connects\":%llu,\"idle_closed\":%llu,"
-           "\"unsolicited\":%llu,\"labels\":[",
+           "\"unsolicited\":%llu,\"exceeded\":%d,\"labels\":[",
            (long long)begun_at, (long long)now_ns(), cpu_s, waited_s(), (unsigned long long)finished,
-           (unsigned long long)connects, (unsigned long long)idle_closed, (unsigned long long)unsolicited);
+           (unsigned long long)connects, (unsigned long long)idle_closed, (unsigned long long)unsolicited, exceeded);
     for (uint16_t i = 0; i < label_count; i++)
         printf("%s\"%s\"", i ? "," : "", labels[i]);
     printf("]}\n");
@@ -912,7 +996,7 @@ static void print_summary(void)
 
 int main(int count, char **arguments)
 {
-    _Static_assert(sizeof(struct record) == 88 && sizeof(struct event) == 24, "records.py has the same layout");
+    _Static_assert(sizeof(struct record) == 96 && sizeof(struct step) == 24 && sizeof(struct event) == 24, "records.py has the same layout");
     read_arguments(count, arguments);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     read_requests();
@@ -920,6 +1004,8 @@ int main(int count, char **arguments)
         order = read_order(options.order, &order_count);
     if (options.others)
         others = read_order(options.others, &others_count);
+    if (options.chains)
+        read_chains();
     read_headers();
     if (options.think)
         think = read_doubles(options.think, &think_count);

@@ -44,6 +44,8 @@ class LoadSpec:
     others: Sequence[int] | None = None
     measure_s: float | None = None
     think_s: Sequence[float] | None = None
+    chains: Table | None = None  # conversations, as rows of STEP; instead of order, others and think_s
+    most_in_flight: int | None = None  # open loop: with more requests in flight, the load ends early
     ramp_s: float = 0.0
     leave_after_events: int | None = None
     leave_after_ms: float | None = None
@@ -68,6 +70,8 @@ class LoadSpec:
             "others": _listed(folder / "others", self.others, "u4"),
             "measure": self.measure_s,
             "think": _listed(folder / "think", self.think_s, "f8"),
+            "chains": _written(folder / "chains", self.chains),
+            "most-in-flight": self.most_in_flight,
             "ramp": self.ramp_s,
             "leave-after-events": self.leave_after_events,
             "leave-after-ms": self.leave_after_ms,
@@ -157,6 +161,13 @@ def write_requests(path: Path, requests: Sequence[bytes]) -> Path:
     with os.fdopen(descriptor, "wb") as stream:
         for request in requests:
             stream.write(struct.pack("<I", len(request)) + request)
+    return path
+
+
+def _written(path: Path, table: Table | None) -> Path | None:
+    if table is None:
+        return None
+    table.tofile(path)
     return path
 
 

@@ -55,8 +55,14 @@ REQUEST: Final = np.dtype(
         ("padding", "V2"),
         ("prompt_tokens", "u4"),
         ("tokens", "u4"),
+        ("cached_tokens", "u4"),
+        ("reserved", "V4"),
     ]
 )
+STEP: Final = np.dtype(
+    [("request", "u4"), ("leave_events", "u4"), ("pause_s", "f8"), ("last", "u4"), ("reserved", "u4")]
+)
+"""A request of a chain: `leave_events` 0 for no early disconnect, `last` 1 at the end of the chain."""
 EVENT: Final = np.dtype([("sequence", "u8"), ("at", "i8"), ("hop", "i8")])
 
 Table = NDArray[np.void]

@@ -1,0 +1,124 @@
+"""The conversations of a load: system prompts, turns, tool turns, pauses and cancellations. Pure functions of the seed.
+
+A request of a conversation contains everything that was said before it. The answers in this history are prepared
+texts, not those of the engine, so that every run sends the same bytes. All texts are random words of the prompts of one
+domain, so different conversations share a prefix only where they share a system prompt.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpc_router.bench.config import Lengths, LoadClass
+from hpc_router.bench.prompts import BenchPrompt
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationStep:
+    """One request of a conversation. `pause_s`: after the previous response. `turn`: number of the user's message, from
+    1. `leave_after`: events after which the client cancels; 0: never."""
+
+    messages: Sequence[Message]
+    max_tokens: int
+    pause_s: float
+    turn: int
+    leave_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation of one class of the load, about one domain."""
+
+    load_class: str
+    domain: str | None
+    steps: Sequence[ConversationStep]
+
+
+def draw_length(source: random.Random, lengths: Lengths) -> int:
+    """Draws a random length, at least 1."""
+    if lengths.kind == "fixed":
+        return max(1, round(lengths.mean))
+    if lengths.kind == "uniform":
+        return source.randint(lengths.low, lengths.high)
+    # A log-normal distribution with mean m has mu = ln m - sigma^2/2.
+    drawn = lengths.mean * source.lognormvariate(-lengths.sigma * lengths.sigma / 2, lengths.sigma)
+    return min(lengths.high, max(lengths.low, round(drawn)))
+
+
+class DomainWords:
+    """The words of the prompts, for each domain."""
+
+    def __init__(self, prompts: Sequence[BenchPrompt]) -> None:
+        words: dict[str | None, dict[str, None]] = {}
+        for prompt in prompts:
+            words.setdefault(prompt.domain, {}).update(dict.fromkeys(prompt.text.split()))
+        self._words = {domain: list(found) for domain, found in words.items()}
+        self.all = list(dict.fromkeys(word for found in self._words.values() for word in found))
+
+    @property
+    def domains(self) -> list[str | None]:
+        return list(self._words)
+
+    def text(self, source: random.Random, count: int, domain: str | None) -> str:
+        """Returns `count` random words of a domain."""
+        return " ".join(source.choices(self._words[domain], k=count))
+
+
+def conversations(
+    classes: Mapping[str, LoadClass], prompts: Sequence[BenchPrompt], *, count: int, shared: str, own: str
+) -> Iterator[Conversation]:
+    """Yields `count` conversations. `shared`: seed of the system prompts. `own`: seed of everything else."""
+    vocabulary, names = DomainWords(prompts), list(classes)
+    weights = [one.weight for one in classes.values()]
+    source = random.Random(f"{own}:conversations")
+    for _ in range(count):
+        name = source.choices(names, weights)[0]
+        yield _conversation(name, classes[name], vocabulary, source, shared=f"{shared}:{name}")
+
+
+def _conversation(
+    name: str, one: LoadClass, vocabulary: DomainWords, source: random.Random, *, shared: str
+) -> Conversation:
+    domain = source.choice(vocabulary.domains)
+    history: list[Message] = []
+    if one.system_words is not None:
+        ranks = range(1, one.system_prompts + 1)
+        family = source.choices(ranks, [rank**-one.zipf for rank in ranks])[0]
+        own = random.Random(f"{shared}:system:{family}")
+        text = vocabulary.text(own, draw_length(own, one.system_words), own.choice(vocabulary.domains))
+        history.append({"role": "system", "content": text})
+    steps: list[ConversationStep] = []
+
+    def say(pause_s: float, turn: int, call: int | None) -> None:
+        tokens = draw_length(source, one.output_tokens)
+        leave_after = source.randint(1, tokens) if source.random() < one.cancel_share else 0
+        steps.append(ConversationStep(tuple(history), tokens, pause_s, turn, leave_after))
+        text = vocabulary.text(source, tokens, domain)
+        history.append({"role": "assistant", "content": text} if call is None else _tool_call(call, text))
+
+    for turn in range(1, draw_length(source, one.turns) + 1):
+        history.append(
+            {"role": "user", "content": vocabulary.text(source, draw_length(source, one.input_words), domain)}
+        )
+        tools = 0 if one.tool_turns is None else draw_length(source, one.tool_turns)
+        pause_s = _pause(source, one.think_s) if turn > 1 else 0.0
+        for tool in range(tools):
+            call = len(history)
+            say(pause_s if tool == 0 else _pause(source, one.tool_s), turn, call)
+            text = vocabulary.text(source, draw_length(source, one.tool_words), domain)
+            history.append({"role": "tool", "tool_call_id": f"call_{call}", "content": text})
+        say(_pause(source, one.tool_s) if tools else pause_s, turn, None)
+    return Conversation(name, domain, steps)
+
+
+def _tool_call(number: int, text: str) -> Message:
+    function = {"name": "run", "arguments": f'{{"text": "{text}"}}'.replace("\\", "")}
+    call = {"id": f"call_{number}", "type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def _pause(source: random.Random, mean_s: float) -> float:
+    return source.expovariate(1 / mean_s) if mean_s else 0.0

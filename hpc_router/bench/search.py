@@ -1,0 +1,78 @@
+"""Finds the highest request rate whose goodput target holds. Pure functions of the rates measured so far.
+
+The rate is doubled until the target is missed, or halved until it holds, and then the interval is bisected, in
+proportion. The search continues from stored results, because it has no other state.
+"""
+
+import math
+from collections.abc import Mapping
+
+from hpc_router.bench.config import BenchConfig, Lengths
+from hpc_router.bench.figures import Figures
+
+_DIGITS = 4
+
+
+def next_rate(measured: Mapping[float, bool], config: BenchConfig) -> float | None:
+    """Returns the rate to measure next, and None at the end. `measured`: whether the target held, for each rate."""
+    assert config.rates is not None
+    if len(measured) >= config.search_points:
+        return None
+    if not measured:
+        return config.rates[0]
+    bad = min((rate for rate, held in measured.items() if not held), default=None)
+    good = max((rate for rate, held in measured.items() if held and (bad is None or rate < bad)), default=None)
+    if bad is None:
+        assert good is not None
+        return _rounded(2 * good)
+    if good is None:
+        return _rounded(bad / 2)
+    middle = _rounded(math.sqrt(good * bad))
+    return middle if bad / good > config.search_step and good < middle < bad else None
+
+
+def limit_text(measured: Mapping[float, bool], config: BenchConfig) -> str:
+    """Returns the result of a search in one sentence."""
+    target = f"{config.search_share:.0%} of the requests within bench.good"
+    bad = min((rate for rate, held in measured.items() if not held), default=None)
+    good = max((rate for rate, held in measured.items() if held and (bad is None or rate < bad)), default=None)
+    if good is None:
+        return f"no measured rate has {target}"
+    above = "no higher rate was measured" if bad is None else f"not at {bad:g}"
+    return f"highest rate with {target}: {good:g} per second ({above})"
+
+
+def target_holds(figures: Figures, config: BenchConfig) -> bool:
+    return bool(figures.requests) and not figures.exceeded and figures.good_share >= config.search_share
+
+
+def most_in_flight(config: BenchConfig, rate_per_s: float) -> int | None:
+    """Returns the number of requests in flight beyond which an engine does not keep up: by Little's law, twice the
+    arrivals in the time that `good` allows a response, plus ten. None without a limit on that time."""
+    if config.most_in_flight is not None or config.search is None:
+        return config.most_in_flight
+    good = config.good
+    seconds = good.e2e_s
+    if seconds is None and good.ttft_s is not None and good.tpot_s is not None:
+        seconds = good.ttft_s + good.tpot_s * _longest_answer(config)
+    if seconds is None:
+        return None
+    requests = max((_most(one.turns) * (1 + _most(one.tool_turns)) for one in config.classes.values()), default=1.0)
+    return math.ceil(2 * rate_per_s * seconds * requests) + 10
+
+
+def _most(lengths: Lengths | None) -> float:
+    if lengths is None:
+        return 0.0
+    return lengths.mean if lengths.kind == "fixed" else lengths.high
+
+
+def _longest_answer(config: BenchConfig) -> float:
+    lengths = [one.output_tokens for one in config.classes.values()]
+    if not lengths and config.output_tokens is not None:
+        lengths = [config.output_tokens]
+    return max(map(_most, lengths), default=config.max_tokens)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.{_DIGITS}g}")
