@@ -4,7 +4,7 @@ BIN := .venv/bin
 SCRIPTS = $(wildcard sbatch/* findings/*.sh) .ci/run .ci/engine-env .ci/client-env $(shell find hpc_router -name '*.sh')
 .DEFAULT_GOAL := help
 .PHONY: help venv engines demo check shellcheck format test test-long clean bench bench-peers .venv-transformers .venv-vllm \
-  .venv-train .venv-bench-peers clients
+  .venv-train .venv-bench-peers clients slurm-newest
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ engines: .venv-transformers .venv-vllm .venv-train ## the environments of the re
 
 clients: ## the clients that `make test-long` runs (2.5 GB)
 	PYTHON=$(PYTHON) .ci/client-env
+
+slurm-newest: .venv/.stamp # a root with the newest Slurm in the user's cache (460 MB); the tests say why where there is none
+	$(BIN)/python -m tests.slurm.releases newest
 
 bench-peers: .venv-bench-peers ## the routers from PyPI that `make bench` measures beside ours (100 MB)
 
@@ -49,7 +52,7 @@ shellcheck: # where it is installed; CI installs it
 	  echo 'shellcheck is not installed: the shell scripts were not checked'; \
 	fi
 
-test: .venv/.stamp engines ## all that this machine can run
+test: .venv/.stamp engines slurm-newest ## all that this machine can run
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -57,9 +60,13 @@ test: .venv/.stamp engines ## all that this machine can run
 	$(MAKE) --no-print-directory shellcheck
 	$(BIN)/pytest --numprocesses 2
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m '(e2e or slurm) and not long'
+	TEST_SLURM_RELEASE=newest $(BIN)/pytest tests/slurm --numprocesses 2 --dist loadfile -m 'newest and not long'
 
 test-long: test clients ## and what takes minutes
 	$(BIN)/pytest -m long
+	for release in trixie sid; do \
+	  TEST_SLURM_RELEASE=$$release $(BIN)/pytest tests/slurm --numprocesses 2 --dist loadfile -m slurm || exit 1; \
+	done
 
 format: .venv/.stamp
 	$(BIN)/ruff format .

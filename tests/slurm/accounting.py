@@ -1,12 +1,13 @@
 """Accounting of the test cluster: MariaDB, slurmdbd, and the entries that slurmctld needs before it starts.
 
-Rules: these start in this order, or slurmctld hangs. MariaDB listens only on a socket in a folder of root, so it needs
-no password. It does not write safely to disk, because the data are not kept.
+Rules: these start in this order, or slurmctld hangs. The database is created before slurmdbd starts: beside Debian 13's
+libmariadb, a slurmdbd that finds none creates it and then dies. MariaDB listens only on a socket in a folder of root
+and needs no password. It does not write safely to disk, because the data are not kept.
 """
 
 from collections.abc import Sequence
 
-from tests.slurm.configuration import ACCOUNT, Shape
+from tests.slurm.configuration import ACCOUNT, DATABASE, Shape
 from tests.slurm.host import Host, answers
 from tests.support.waiting import eventually_sync
 
@@ -15,13 +16,14 @@ def start_accounting(controller: Host, shape: Shape, *, users: Sequence[str]) ->
     """Starts accounting with `users` in the account ACCOUNT of a cluster that slurmdbd knows. munge is starting or
     up."""
     database = shape.database_socket
-    data, pid = database.with_name("data"), database.with_name("pid")
+    data, pid, first = (database.with_name(name) for name in ("data", "pid", "first.sql"))
+    first.write_text(f"CREATE DATABASE IF NOT EXISTS {DATABASE};\n")
     # fmt: off
     small = ["--no-defaults", "--user=root", f"--datadir={data}", "--innodb-log-file-size=8M"]
     controller.enter(["mariadb-install-db", *small, "--skip-test-db", "--skip-name-resolve",
                       "--auth-root-authentication-method=normal"])
     controller.daemon(["mariadbd", *small, "--skip-networking", "--skip-grant-tables", f"--socket={database}",
-                       f"--pid-file={pid}", "--innodb-flush-log-at-trx-commit=0"])
+                       f"--pid-file={pid}", f"--init-file={first}", "--innodb-flush-log-at-trx-commit=0"])
     # fmt: on
     eventually_sync(lambda: answers(database))
     eventually_sync(lambda: answers(shape.munge_socket))

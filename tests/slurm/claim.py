@@ -5,13 +5,19 @@ Rules: one `mkdir` creates the folder, so two starters never share it. The claim
 `/run/hpcr-slurm/NUMBER -> FOLDER`. It is created in one step before anything else outside the folder, and removed last,
 so the claim alone shows what a killed starter has left. `FOLDER/owner` names the process that must be alive for the
 cluster to be wanted. A cluster started by hand has no owner once it is up, and stays until `down`. Claiming and
-sweeping happen under a lock on the folder of claims. This module knows nothing of Slurm.
+sweeping happen under a lock on the folder of claims.
+
+Others may use the same names, for instance in a container with a /run of its own but this machine's network. A number
+is therefore free only if its bridge does not exist, and a bridge, user or freezer folder is removed only if it shows
+that it is of this cluster's folder: by its address, its home, its name. This module knows nothing of Slurm.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import pwd
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +28,7 @@ from tests.slurm.host import SlurmClusterError, booted, command, power_off, unpl
 
 CLAIMS: Final = Path("/run/hpcr-slurm")
 NUMBERS: Final = range(1, 251)
+DEVICES: Final = Path("/sys/class/net")
 SHARED: Final = Path("/var/tmp")
 PREFIX: Final = "hpcr-slurm-"
 PRIVATE: Final = (Path("/tmp"), Path("/dev/shm"))
@@ -38,18 +45,22 @@ def freezer() -> Path | None:
     return None
 
 
-def freezer_of(number: int) -> Path | None:
+def freezer_of(folder: Path) -> Path | None:
     root = freezer()
-    return None if root is None else root / f"hpcr{number}"
+    return None if root is None else root / f"hpcr-{_digest(folder)}"
 
 
-def make_freezer(number: int) -> Path:
+def make_freezer(folder: Path) -> Path:
     """Creates a freezer folder for a cluster, in which each of its hosts gets one."""
-    folder = freezer_of(number)
-    if folder is None:
+    frozen = freezer_of(folder)
+    if frozen is None:
         raise SlurmClusterError("this machine has no freezer of cgroup v1")
-    folder.mkdir(exist_ok=True)
-    return folder
+    frozen.mkdir()
+    return frozen
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256(os.fsencode(folder)).hexdigest()[:10]
 
 
 def bridge_of(number: int) -> str:
@@ -58,6 +69,22 @@ def bridge_of(number: int) -> str:
 
 def user_of(number: int) -> str:
     return f"hpcr-user{number}"
+
+
+def _address_of(folder: Path) -> str:
+    """The hardware address of the cluster's bridge: 02 stands for one that is given by hand."""
+    return ":".join(["02", *re.findall("..", _digest(folder))])
+
+
+def _has_bridge(number: int) -> bool:
+    return (DEVICES / bridge_of(number)).exists()
+
+
+def _is_bridge_of(number: int, folder: Path) -> bool:
+    try:
+        return (DEVICES / bridge_of(number) / "address").read_text().strip() == _address_of(folder)
+    except OSError:
+        return False
 
 
 def network_of(number: int) -> str:
@@ -96,22 +123,33 @@ def claims() -> dict[int, Path]:
 def claim(folder: Path) -> int:
     """Claims a number and creates its bridge and user, for a folder made by `make_folder`."""
     with _locked() as lock:
-        taken = claims()
-        number = next((number for number in NUMBERS if number not in taken), None)
-        if number is None:
-            raise SlurmClusterError(f"{len(NUMBERS)} clusters are up: {CLAIMS} lists them")
-        (CLAIMS / str(number)).symlink_to(folder)
-        bridge = bridge_of(number)
-        command(["ip", "link", "add", bridge, "type", "bridge"], inherit=(lock,))
-        command(["ip", "address", "add", f"{network_of(number)}.254/24", "dev", bridge])
-        command(["ip", "link", "set", bridge, "up"])
-        if _user_exists(number):  # /run is empty after a reboot, but /etc still has the user
-            command(["userdel", user_of(number)])
-        # fmt: off
-        command(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", str(folder / "home"),
-                 "--shell", "/bin/bash", user_of(number)], inherit=(lock,))
-        # fmt: on
-    return number
+        for number in NUMBERS:
+            if number in claims() or _has_bridge(number) or _has_user_in_use(number):
+                continue
+            (CLAIMS / str(number)).symlink_to(folder)
+            try:
+                _make(number, folder, lock)
+            except SlurmClusterError:
+                _remove(number, folder)
+                (CLAIMS / str(number)).unlink()
+                if _has_bridge(number):
+                    continue  # another starter was faster
+                raise
+            return number
+    raise SlurmClusterError(f"no number of {NUMBERS} is free: {CLAIMS} lists the clusters that are up")
+
+
+def _make(number: int, folder: Path, lock: int) -> None:
+    bridge = bridge_of(number)
+    command(["ip", "link", "add", bridge, "address", _address_of(folder), "type", "bridge"], inherit=(lock,))
+    command(["ip", "address", "add", f"{network_of(number)}.254/24", "dev", bridge])
+    command(["ip", "link", "set", bridge, "up"])
+    if _user(number) is not None:  # /run is empty after a reboot, but /etc still has the user
+        command(["userdel", user_of(number)])
+    # fmt: off
+    command(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", str(folder / "home"),
+             "--shell", "/bin/bash", user_of(number)], inherit=(lock,))
+    # fmt: on
 
 
 def release(folder: Path) -> bool:
@@ -120,6 +158,9 @@ def release(folder: Path) -> bool:
         numbers = [number for number, claimed in claims().items() if claimed == folder]
         for number in numbers:
             _remove(number, folder)
+            if folder.exists():
+                shutil.rmtree(folder)
+            (CLAIMS / str(number)).unlink()
     unclaimed = (folder / MARK).exists()  # its starter was killed before the claim, or the machine was rebooted
     if unclaimed:
         shutil.rmtree(folder)
@@ -130,21 +171,17 @@ def _remove(number: int, folder: Path) -> None:
     while hosts := booted(folder):  # repeated, because a running starter may boot another host meanwhile
         for pid in hosts.values():
             power_off(pid)
-    frozen = freezer_of(number)
+    frozen = freezer_of(folder)
     if frozen is not None and frozen.exists():
         for path in sorted((path for path in frozen.rglob("*") if path.is_dir()), reverse=True):
             path.rmdir()
         frozen.rmdir()
-    bridge, devices = bridge_of(number), Path("/sys/class/net")
-    for link in devices.glob(f"{bridge}[a-z]*"):
-        unplug(link.name)
-    if (devices / bridge).exists():
-        command(["ip", "link", "delete", bridge])
-    if _user_exists(number):
+    if _is_bridge_of(number, folder):
+        for link in DEVICES.glob(f"{bridge_of(number)}[a-z]*"):
+            unplug(link.name)
+        command(["ip", "link", "delete", bridge_of(number)])
+    if (user := _user(number)) is not None and Path(user.pw_dir) == folder / "home":
         command(["userdel", user_of(number)])
-    if folder.exists():
-        shutil.rmtree(folder)
-    (CLAIMS / str(number)).unlink()
 
 
 def make_folder(given: Path | None) -> Path:
@@ -194,5 +231,10 @@ def _identity(pid: int) -> str | None:
     return None if state == "Z" else f"{pid} {rest[18]}"
 
 
-def _user_exists(number: int) -> bool:
-    return any(user.pw_name == user_of(number) for user in pwd.getpwall())
+def _user(number: int) -> pwd.struct_passwd | None:
+    return next((user for user in pwd.getpwall() if user.pw_name == user_of(number)), None)
+
+
+def _has_user_in_use(number: int) -> bool:
+    user = _user(number)
+    return user is not None and Path(user.pw_dir).parent.exists()

@@ -1,11 +1,15 @@
 """A real Slurm on one machine, for tests and for manual use: `python -m tests.slurm.cluster up|down|status`.
 
-A controller, three GPU nodes and a CPU node, each a host of its own (host.py) on one bridge. Needs root and Debian's
-Slurm. On the machine it uses one claim, one bridge, one user, one folder and, with proctrack=cgroup, one folder of the
-freezer (claim.py); `down` removes all of them.
+A controller, three GPU nodes and a CPU node, each a host of its own (host.py) on one bridge. Needs root and either
+Debian's Slurm or, for the Slurm of a newer Debian (`release`), debootstrap (releases.py). On the machine it uses one
+claim, one bridge, one user, one folder and, with proctrack=cgroup, one folder of the freezer (claim.py); `down` removes
+all of them.
 
 All hosts share the machine's file system, except /tmp and /dev/shm. Files that jobs must see therefore lie outside
 these, for instance in `shared`. This clone and its environment are visible wherever they lie.
+
+With a release, this machine's processes use Slurm's commands of that release, in the first folder of `PATH` of
+`environment`: each enters the mounts of one more host.
 """
 
 import argparse
@@ -16,30 +20,50 @@ import shutil
 import socket
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from tests.slurm import claim
+from tests.slurm import claim, releases
 from tests.slurm.accounting import start_accounting
 from tests.slurm.configuration import CONTROLLER, LAST_BYTES, NODES, PARTITIONS, PROCTRACKS, Proctrack, Shape, gpus_of
 from tests.slurm.host import NAMESPACES, Host, SlurmClusterError, answers, booted, command
+from tests.slurm.init import LOGIN
 from tests.slurm.node import Node
 from tests.support.waiting import eventually_sync
 
-PROGRAMS: Final = (
-    *("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db"),
-    *("ip", "nsenter", "unshare", "setpriv", "setsid", "useradd"),
-)
+PROGRAMS: Final = ("ip", "nsenter", "unshare", "setpriv", "setsid", "useradd")
+OF_SLURM: Final = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "mariadb-install-db")
 BY_HAND: Final = Path("/var/tmp/hpcr-slurm")
-FOLDERS: Final = ("etc", "log", "run", "state", "spool", "munge", "database", "gpus", "home", "shared", "clone")
+FOLDERS: Final = (
+    "etc",
+    "log",
+    "run",
+    "state",
+    "spool",
+    "munge",
+    "database",
+    "gpus",
+    "home",
+    "shared",
+    "clone",
+    "root",
+    "bin",
+)
+ENTER_LOGIN: Final = """\
+#!/bin/sh
+exec nsenter --mount=/proc/{pid}/ns/mnt --wdns="$PWD" -- /usr/bin/{name} "$@"
+"""
 
 
-def lacking(proctrack: Proctrack = "linuxproc") -> str:
-    """What this machine lacks for a cluster, as text; empty if it lacks nothing."""
+def lacking(proctrack: Proctrack = "linuxproc", *, release: str | None = None) -> str:
+    """What this machine lacks for a cluster, as text; empty if it lacks nothing. Says nothing of whether the release
+    can be had."""
     if os.geteuid() != 0:
         return "root, for a Slurm test cluster"
-    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    needed = PROGRAMS if release or releases.chosen() else (*OF_SLURM, *PROGRAMS)
+    absent = [name for name in needed if shutil.which(name) is None]
     if absent:
         return f"{', '.join(absent)}, for a Slurm test cluster"
     try:
@@ -53,7 +77,8 @@ def lacking(proctrack: Proctrack = "linuxproc") -> str:
 
 class SlurmCluster:
     """A cluster for the time of `with SlurmCluster() as cluster:`. `folder`, if given, is new or empty and outside
-    /tmp."""
+    /tmp. `release`: `trixie` or `sid`, whose Slurm it has; None: what the environment names (releases.VARIABLE), else
+    the machine's."""
 
     def __init__(
         self,
@@ -62,9 +87,12 @@ class SlurmCluster:
         accounting: bool = True,
         node_cpus: int = 8,
         proctrack: Proctrack = "linuxproc",
+        release: str | None = None,
     ) -> None:
         self._given = folder
-        self._proctrack = proctrack
+        self.release = release or releases.chosen()
+        self._root: releases.Root | None = None
+        self.proctrack = proctrack
         self._accounting = accounting
         self._node_cpus = node_cpus
         self._hosts: dict[str, Host] = {}
@@ -83,6 +111,11 @@ class SlurmCluster:
     def environment(self) -> dict[str, str]:
         """Variables with which any process of the machine can use the cluster."""
         return environment_of(self.folder)
+
+    @cached_property
+    def version(self) -> tuple[int, int]:
+        """(24, 11) of Slurm 24.11.5."""
+        return releases.version_of(self.run(["sbatch", "--version"]))
 
     @property
     def shared(self) -> Path:
@@ -116,14 +149,17 @@ class SlurmCluster:
     def up(self, *, owned: bool) -> None:
         """Starts the cluster and waits until every node is idle. An owned cluster is swept once this process has ended
         without `down`."""
-        if lack := lacking(self._proctrack):
+        if lack := lacking(self.proctrack, release=self.release):
             raise SlurmClusterError(f"needs {lack}")
+        self._root = None if self.release is None else releases.root_of(self.release)
         claim.sweep()
         self.folder = claim.make_folder(self._given)
         try:
             self.number = claim.claim(self.folder)
             self._furnish()
             self._start()
+            if self._root is not None:
+                self._let_machine_in(self._root)
             if not owned:
                 claim.keep(self.folder)
         except BaseException:
@@ -151,12 +187,14 @@ class SlurmCluster:
             network=claim.network_of(self.number),
             accounting=self._accounting,
             node_cpus=self._node_cpus,
-            proctrack=self._proctrack,
+            proctrack=self.proctrack,
             outside=socket.gethostname(),
         )
         self._shape.write()
-        frozen = claim.make_freezer(self.number) if self._proctrack == "cgroup" else None
+        frozen = claim.make_freezer(self.folder) if self.proctrack == "cgroup" else None
         for name in LAST_BYTES:
+            if name == LOGIN and self._root is None:
+                continue
             self._hosts[name] = Host(
                 folder=self.folder,
                 name=name,
@@ -164,6 +202,7 @@ class SlurmCluster:
                 bridge=claim.bridge_of(self.number),
                 gpus=gpus_of(name),
                 freezer=frozen and frozen / name,
+                root=None if self._root is None else self._root.folder,
             )
 
     def _start(self) -> None:
@@ -183,16 +222,29 @@ class SlurmCluster:
         eventually_sync(lambda: answers((controller.address, 6817)))
         self.wait_idle()
 
+    def _let_machine_in(self, root: releases.Root) -> None:
+        """Gives this machine the commands of the release."""
+        login = self._hosts[LOGIN]
+        login.boot()
+        for name in root.clients:
+            script = self.folder / "bin" / name
+            script.write_text(ENTER_LOGIN.format(pid=login.pid, name=name))
+            script.chmod(0o755)
+
 
 def environment_of(folder: Path) -> dict[str, str]:
-    return {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
+    found = {"SLURM_CONF": str(folder / "etc" / "slurm.conf")}
+    if any((folder / "bin").iterdir()):
+        found["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
+    return found
 
 
-def _up(folder: Path, *, accounting: bool, node_cpus: int, proctrack: Proctrack) -> None:
-    cluster = SlurmCluster(folder, accounting=accounting, node_cpus=node_cpus, proctrack=proctrack)
+def _up(cluster: SlurmCluster) -> None:
     cluster.up(owned=False)
+    folder = cluster.folder
     pids = booted(folder)
     enter = shlex.join(cluster.controller.inside(["bash"]))
+    print(f"# {cluster.run(['sbatch', '--version']).strip()}")
     print(f"# up: nodes {', '.join(NODES)}, partitions {', '.join(PARTITIONS)}, second user {cluster.user}")
     print(f"# all nodes see {cluster.shared}; /tmp and /dev/shm are each node's own")
     print(f"# a shell on the controller's host, where names resolve: {enter}")
@@ -221,6 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     up.add_argument(
         "--proctrack", choices=PROCTRACKS, default="linuxproc", help="how Slurm tracks a job's processes (%(default)s)"
     )
+    up.add_argument(
+        "--release", choices=releases.RELEASES, help="of Debian, whose Slurm it has (default: the machine's)"
+    )
     down = verbs.add_parser("down", help="remove it without a trace, in whatever state it is")
     verbs.add_parser("status", help="all clusters of this machine")
     for verb in (up, down):
@@ -230,10 +285,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         match chosen.verb:
             case "up":
                 _up(
-                    chosen.dir.resolve(),
-                    accounting=not chosen.no_accounting,
-                    node_cpus=chosen.node_cpus,
-                    proctrack=chosen.proctrack,
+                    SlurmCluster(
+                        chosen.dir.resolve(),
+                        accounting=not chosen.no_accounting,
+                        node_cpus=chosen.node_cpus,
+                        proctrack=chosen.proctrack,
+                        release=chosen.release,
+                    )
                 )
             case "down":
                 print("# gone" if claim.release(chosen.dir.resolve()) else f"# nothing is up in {chosen.dir}")

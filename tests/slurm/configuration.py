@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from tests.slurm.init import LOGIN
+
 SLURMD_TIMEOUT_S: Final = 10
 GRACE_S: Final = 5
 KILL_WAIT_S: Final = 5
 CONTROLLER: Final = "ctl"
 ACCOUNT: Final = "test"
+DATABASE: Final = "slurm_acct"
 Proctrack = Literal["linuxproc", "cgroup"]
 PROCTRACKS: Final[tuple[Proctrack, ...]] = ("linuxproc", "cgroup")
 PARTITIONS: Final = ("batch", "urgent")
 GPUS: Final = 4
 MIB_PER_CPU: Final = 2000
-LAST_BYTES: Final = {CONTROLLER: 1, "n1": 11, "n2": 12, "n3": 13, "c1": 21}
-NODES: Final = tuple(name for name in LAST_BYTES if name != CONTROLLER)
+LAST_BYTES: Final = {CONTROLLER: 1, "n1": 11, "n2": 12, "n3": 13, "c1": 21, LOGIN: 31}
+NODES: Final = tuple(name for name in LAST_BYTES if name not in (CONTROLLER, LOGIN))
 
 
 def gpus_of(name: str) -> int:
@@ -137,7 +140,7 @@ AuthInfo=socket={self.munge_socket}
 StorageType=accounting_storage/mysql
 StorageHost=localhost
 StorageUser=root
-StorageLoc=slurm_acct
+StorageLoc={DATABASE}
 LogFile={self.folder}/log/slurmdbd.log
 PidFile={self.folder}/run/slurmdbd.pid
 """

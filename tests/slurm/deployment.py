@@ -31,7 +31,7 @@ LEAKED: Final = {
 _NOTE: Final = """\
 #!/bin/bash
 printf '%s\\t{name}\\t%s\\n' "$(date +%s.%N)" "$(tr '\\0' ' ' </proc/$PPID/cmdline)" >>{log}
-exec /usr/bin/{name} "$@"
+PATH=${{PATH//"{folder}:"/}} exec {name} "$@"
 """
 
 
@@ -61,13 +61,14 @@ class OnSlurm(Deployed):
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | self.cluster.environment | LEAKED | {"PATH": f"{self.tools}:{os.environ['PATH']}"}
+        found = os.environ | self.cluster.environment | LEAKED
+        return found | {"PATH": f"{self.tools}:{found['PATH']}"}
 
     def record_queries(self) -> None:
         self.tools.mkdir()
         for name in ASKING:
             tool = self.tools / name
-            tool.write_text(_NOTE.format(name=name, log=self.run.parent / "queries"))
+            tool.write_text(_NOTE.format(name=name, folder=self.tools, log=self.run.parent / "queries"))
             tool.chmod(0o755)
 
     def slurm_queries(self) -> list[SlurmQuery]:
@@ -134,6 +135,7 @@ class OnSlurm(Deployed):
 
     def nothing_left(self) -> None:
         eventually_sync(lambda: not self.queued(), within_s=30, every_s=0.5)  # Slurm cleans up after a job
+        eventually_sync(lambda: not any((self.run / "registry").iterdir()))  # a file system may show this late
         super().nothing_left()
 
 

@@ -1,9 +1,9 @@
 """A host of the test cluster, as the machine sees it: boot, power cut, network cut, commands on it.
 
 Rules: the process table is the only record. A host is the process with the command line `init.py FOLDER NAME GPUS
-CGROUP` that is number 1 of its namespace. No pid is written to a file, so no file can name another process by mistake,
-and `down` finds the hosts of a starter that was killed at any moment. All processes run inside a host, also munge and
-MariaDB, so only hosts and one bridge must be removed. This module knows nothing of Slurm.
+CGROUP ROOT` that is number 1 of its namespace. No pid is written to a file, so no file can name another process by
+mistake, and `down` finds the hosts of a starter that was killed at any moment. All processes run inside a host, also
+munge and MariaDB, so only hosts and one bridge must be removed. This module knows nothing of Slurm.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def booted(folder: Path) -> dict[str, int]:
             status = (process / "status").read_text()
         except OSError:
             continue  # it has ended meanwhile
-        if len(argv) == 7 and argv[1:3] == [os.fsencode(INIT), os.fsencode(folder)]:
+        if len(argv) == 8 and argv[1:3] == [os.fsencode(INIT), os.fsencode(folder)]:
             spaces = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()
             if spaces[-1] == "1" and "\nState:\tZ" not in status:
                 found[os.fsdecode(argv[3])] = int(process.name)
@@ -98,7 +98,8 @@ def unplug(link: str) -> None:
 @dataclass(kw_only=True)
 class Host:
     """One host. `bridge` names the switch that it is connected to; its link there is `bridge` + `name`. `freezer`: the
-    folder of cgroup v1's freezer that is the root of the host's own; None if it has no cgroups."""
+    folder of cgroup v1's freezer that is the root of the host's own; None if it has no cgroups. `root`: the root of
+    another release of Debian; None if it is the machine's."""
 
     folder: Path
     name: str
@@ -106,6 +107,7 @@ class Host:
     bridge: str
     gpus: int = 0
     freezer: Path | None = None
+    root: Path | None = None
     _starter: subprocess.Popen[bytes] | None = None
 
     @property
@@ -126,7 +128,8 @@ class Host:
             raise SlurmClusterError(f"{self.name} is up already")
         # fmt: off
         argv = ["unshare", *self._namespaces, "--fork", "--kill-child=SIGKILL", "--",
-                sys.executable, INIT, str(self.folder), self.name, str(self.gpus), "freezer" if self.freezer else "-"]
+                sys.executable, INIT, str(self.folder), self.name, str(self.gpus), "freezer" if self.freezer else "-",
+                str(self.root or "-")]
         # fmt: on
         if self.freezer is not None:  # the root of a new cgroup namespace is the cgroup of its creator
             self.freezer.mkdir(exist_ok=True)

@@ -7,27 +7,94 @@ It runs as a file, with any Python, and uses only the standard library.
 Mounts are private to the host: its own /proc, /tmp and /dev/shm, the cluster's /etc/slurm and /etc/hosts, null devices
 that Slurm uses as GPUs and, if it has cgroups, its own part of the freezer. All else is the machine's file system, with
 the cluster's shared folder and the clone that this file belongs to.
+
+With another release of Debian, ROOT is the host's root. What the host writes to it stays in its memory. The machine's
+folders that a Debian does not have of itself are at their places in it, and so are the clone, this interpreter and its
+environment. The host LOGIN only lends its mounts to commands of the machine, so it keeps the machine's /tmp and /proc.
 """
 
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 CLONE = Path(__file__).resolve().parents[2]
 OWN = ("/tmp", "/dev/shm")
+LOGIN = "login"
+OF_A_RELEASE = {
+    "bin",
+    "boot",
+    "etc",
+    "lib",
+    "lib32",
+    "lib64",
+    "libx32",
+    "lost+found",
+    "proc",
+    "run",
+    "sbin",
+    "usr",
+    "var",
+}
+OF_THE_MACHINE = ("/usr/local", "/var/tmp", "/etc/ssl")
+USERS = ("passwd", "group", "shadow")
 
 
 def mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True)
 
 
+def bind(path: str, root: Path) -> None:
+    """Makes a file or folder of this machine, with all that is mounted below it, visible below `root`."""
+    place = root / path.lstrip("/")
+    if Path(path).is_dir():
+        place.mkdir(parents=True, exist_ok=True)
+    else:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    mount("--rbind", path, str(place))
+
+
+def python_folders() -> list[str]:
+    """Where this interpreter is, beside its environment. One of Debian's own lies in /usr, which a release has, too."""
+    if sys.base_prefix != "/usr":
+        return [sys.prefix, sys.base_prefix]
+    return [sys.prefix, sysconfig.get_path("stdlib"), str(Path(sys.executable).resolve())]
+
+
+def enter_release(root: Path, folder: Path, *, login: bool) -> None:
+    """Makes `root`, under a layer in memory, the root of this process and of all that it starts."""
+    layer = folder / "root"
+    mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", str(layer))
+    upper, work, merged, left = (layer / name for name in ("upper", "work", "merged", "merged/mnt-of-the-machine"))
+    for made in (upper, work, merged):
+        made.mkdir()
+    upper.chmod(0o755)
+    mount("-t", "overlay", "-o", f"lowerdir={root},upperdir={upper},workdir={work}", "overlay", str(merged))
+    bound = [f"/{entry.name}" for entry in os.scandir("/") if entry.is_dir(follow_symlinks=False)]
+    bound = [path for path in bound if path[1:] not in OF_A_RELEASE] + [*OF_THE_MACHINE, *(["/proc"] if login else [])]
+    for path in (*bound, str(CLONE), *python_folders()):
+        if path in bound or not any(Path(path).is_relative_to(other) for other in bound):
+            bind(path, merged)
+    for name in USERS:
+        shutil.copy2(f"/etc/{name}", merged / "etc" / name)
+    left.mkdir()
+    os.chdir(merged)
+    subprocess.run(["pivot_root", ".", left.name], check=True)
+    os.chdir("/")
+    if not login:
+        mount("-t", "proc", "proc", "/proc")
+    subprocess.run(["umount", "--lazy", f"/{left.name}"], check=True)
+    mount("-t", "tmpfs", "tmpfs", str(folder / "bin"))  # the commands with which the machine enters the login host
+
+
 def furnish(folder: Path, name: str, gpus: int, *, freezer: bool) -> None:
     socket.sethostname(name)
-    mount("-t", "proc", "proc", "/proc")
     hidden = any(CLONE.is_relative_to(own) for own in OWN)
     if hidden:
         mount("--bind", str(CLONE), str(folder / "clone"))
@@ -40,14 +107,18 @@ def furnish(folder: Path, name: str, gpus: int, *, freezer: bool) -> None:
         mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/sys/fs/cgroup")
         Path("/sys/fs/cgroup/freezer").mkdir()
         mount("-t", "cgroup", "-o", "freezer", "cgroup", "/sys/fs/cgroup/freezer")
-    mount("--bind", str(folder / "etc"), "/etc/slurm")
-    mount("--bind", str(folder / "etc" / "hosts"), "/etc/hosts")
+    mount_configuration(folder)
     if gpus:
         devices = folder / "gpus"
         mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", str(devices))
         for index in range(gpus):
             os.mknod(devices / f"gpu{index}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
             (devices / f"gpu{index}").chmod(0o666)  # mknod's mode went through the umask
+
+
+def mount_configuration(folder: Path) -> None:
+    mount("--bind", str(folder / "etc"), "/etc/slurm")
+    mount("--bind", str(folder / "etc" / "hosts"), "/etc/hosts")
 
 
 def reap_for_ever() -> None:
@@ -61,9 +132,16 @@ def reap_for_ever() -> None:
 
 
 def main() -> None:
-    folder, name, gpus, cgroup = sys.argv[1:]
+    folder, name, gpus, cgroup, root = sys.argv[1:]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    furnish(Path(folder), name, int(gpus), freezer=cgroup == "freezer")
+    if root != "-":
+        enter_release(Path(root), Path(folder), login=name == LOGIN)
+    else:
+        mount("-t", "proc", "proc", "/proc")
+    if name == LOGIN:
+        mount_configuration(Path(folder))
+    else:
+        furnish(Path(folder), name, int(gpus), freezer=cgroup == "freezer")
     os.write(1, b"ready\n")  # fails if the starter was killed, because nothing would end this host
     quiet = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

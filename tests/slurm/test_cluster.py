@@ -62,7 +62,7 @@ def traces(folder: Path, number: int, processes: set[int]) -> list[str]:
     left += [name for _, name in socket.if_nameindex() if re.fullmatch(rf"hpcr{number}([a-z]\w*)?", name)]
     left += [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(folder) in line]
     left += [line for line in Path("/etc/passwd").read_text().splitlines() if line.startswith(f"hpcr-user{number}:")]
-    ours = [folder, claim.CLAIMS / str(number), *filter(None, [claim.freezer_of(number)])]
+    ours = [folder, claim.CLAIMS / str(number), *filter(None, [claim.freezer_of(folder)])]
     left += [str(path) for path in ours if path.exists() or path.is_symlink()]
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -118,6 +118,7 @@ def test_submitit_from_this_process(cluster: SlurmCluster, monkeypatch: pytest.M
     assert len({submitted.job_id.partition("_")[0] for submitted in array}) == 1
 
 
+@pytest.mark.newest
 def test_accounting_knows_how_a_job_ended(cluster: SlurmCluster) -> None:
     number = cluster.run(["sbatch", "--parsable", "--account=test", "--wrap=exit 3"]).strip()
     asked = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State,ExitCode,Account", "--jobs", number]

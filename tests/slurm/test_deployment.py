@@ -70,6 +70,7 @@ def nodes(deployed: OnSlurm) -> dict[str, str]:
     }
 
 
+@pytest.mark.newest
 def test_four_jobs_on_three_nodes_and_the_router_on_the_fourth(deployed: OnSlurm) -> None:
     where = nodes(deployed)
     assert where.pop("router-0") == "c1"
@@ -77,6 +78,7 @@ def test_four_jobs_on_three_nodes_and_the_router_on_the_fourth(deployed: OnSlurm
     assert len({deployed.job_id(f"{name}-0.g1") for name in EXPERTS}) == len(EXPERTS)
 
 
+@pytest.mark.newest
 def test_every_expert_answers_prompts_of_its_domain(deployed: OnSlurm) -> None:
     all_experts_answer(deployed)
 

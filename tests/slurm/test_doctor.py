@@ -96,6 +96,7 @@ def of(findings: Sequence[dict[str, Any]], *states: str) -> list[dict[str, Any]]
     return [finding for finding in findings if finding["state"] in states]
 
 
+@pytest.mark.newest
 def test_a_healthy_site(doctor: Doctor) -> None:
     """The test cluster has proctrack/linuxproc, which is the one note: from the configuration and as measured."""
     status, findings = doctor.run("experts.math.resources.gpus=1")

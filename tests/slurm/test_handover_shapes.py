@@ -44,7 +44,7 @@ SHAPES: Final = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [pytest.param("replicas_per_job", marks=pytest.mark.newest), "two nodes", "LoRA"])
 async def test_all_replicas_of_a_job_hand_over_together(cluster: SlurmCluster, shape: str) -> None:
     """After the first half of a walltime of two minutes."""
     hosts = ("base",) if shape == "LoRA" else ("math",) if shape == "two nodes" else ("math", "law")

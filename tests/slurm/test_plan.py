@@ -39,6 +39,7 @@ def test_the_site_as_it_is(cluster: SlurmCluster) -> None:
         assert all(kind.usable for kind in partition.kinds)
 
 
+@pytest.mark.newest
 def test_a_deployment_that_fits_has_no_faults(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = f"{{gpus: {GPUS}, cpus: 8, memory_gb: 15, walltime: 1-00:00:00, partition: urgent}}"
     assert plan(f"{MATH}={sizes}", "cluster.account=test", "cluster.qos=normal") == 0
@@ -165,6 +166,7 @@ def test_error_texts_of_this_slurm_are_known(options: str, key: str, cluster: Sl
     assert not is_temporary(str(caught.value))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("options", "reason", "hopeless"),
     [

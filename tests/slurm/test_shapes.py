@@ -222,6 +222,7 @@ def test_a_setup_line_that_fails_is_the_value_to_edit(cluster: SlurmCluster) -> 
     assert one.queued() == []
 
 
+@pytest.mark.newest
 def test_a_dependency_that_was_met_is_not_submitted_again(cluster: SlurmCluster) -> None:
     """Successors of all kinds are submitted without it: Slurm 24.11 and later refuse it once they have forgotten that
     job."""

@@ -88,7 +88,7 @@ def ended(deployed: OnSlurm, replica: str) -> Exit:
     return eventually_sync(deployed.job(replica).exit, every_s=0.1)
 
 
-@pytest.mark.parametrize("expert", ["code", "math"])
+@pytest.mark.parametrize("expert", [pytest.param("code", marks=pytest.mark.newest), "math"])
 def test_the_walltime_warning_cuts_no_answer(deployed: OnSlurm, expert: str) -> None:
     """Neither an engine nor one of its ranks ends, on one node and on two."""
     replica = deployed.newest(f"{expert}-0")
