@@ -28,6 +28,14 @@ def handovers(*attempts: Attempt, now: float = DUE) -> list[PlannedHandover]:
     return forecast(ONE, {MATH: attempts}, now, measured({MATH: attempts}))[1]
 
 
+def test_all_replicas_that_are_not_ready_are_listed() -> None:
+    """Also those of an expert that has a ready replica, whose own time is not forecast."""
+    observed = {MATH: (serving(), waiting(2, reason="Priority"))}
+    experts, _, starting = forecast(ONE, observed, BEGAN, measured(observed))
+    assert experts == {}
+    assert [(found.replica, found.reason) for found in starting] == [("math-0.g2", "Priority")]
+
+
 def test_a_waiting_job_is_expected_after_the_measured_times() -> None:
     job = waiting(2, reason="Priority")
     assert expected(job) == ExpectedReady(None, "math-0.g2", "Priority"), "it should be ready already"
