@@ -21,6 +21,7 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "up": deployment.add_up,
     "down": deployment.add_down,
     "status": observation.add_status,
+    "top": observation.add_top,
     "logs": observation.add_logs,
     "why": observation.add_why,
     "route": endpoint.add_route,

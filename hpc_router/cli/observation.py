@@ -1,10 +1,21 @@
-"""The verbs that show a deployment's state: `status`, `logs`, `why`."""
+"""The verbs that show a deployment's state: `status`, `top`, `logs`, `why`."""
 
 import argparse
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final
 
 from hpc_router.cli.output import print_value
-from hpc_router.cli.parser import Parser, Verbs, add_verb, count
+from hpc_router.cli.parser import Parser, Verbs, add_verb, count, interval
+from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import find_run
+
+ALL_LINES: Final = 10_000
+"""Height of the screen of `top` that is printed once, so that no row is cut."""
+
+RATES_S: Final = 1.1
+"""Time in seconds after which the router knows rates, if no one has looked before."""
 
 
 def add_status(verbs: "Verbs[Parser]") -> None:
@@ -22,6 +33,44 @@ def status(arguments: argparse.Namespace) -> int:
 
     value = status_of(find_run(arguments.run))
     return print_value(value if arguments.json else status_text(value))
+
+
+def add_top(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, top, json=True)
+    parser.add_argument(
+        "--sort", choices=("name", "requests", "waiting", "latency", "end"), default="name", help="order of the tables"
+    )
+    parser.add_argument(
+        "--interval", type=interval, default=2.0, metavar="S", help="seconds between two looks (default 2)"
+    )
+    parser.add_argument("--once", action="store_true", help="print one look; also without a terminal, and with --json")
+
+
+def top(arguments: argparse.Namespace) -> int:
+    """watch traffic, latency, queues and job ends
+
+    hpc-router top
+    hpc-router top --sort end --once
+    """
+    from hpc_router.cli.top import TopView, watch
+    from hpc_router.cluster.commands.status import ask_router
+
+    run, view = find_run(arguments.run), TopView(arguments.sort)
+
+    def read() -> Mapping[str, Any] | str:
+        _, value, trouble = ask_router(run, "/overview")
+        return trouble or value
+
+    if sys.stdout.isatty() and not (arguments.once or arguments.json):
+        watch(read, view, interval_s=arguments.interval)
+        return 0
+    value = read()
+    if not isinstance(value, str) and value["window_s"] is None:
+        time.sleep(RATES_S)
+        value = read()
+    if isinstance(value, str):
+        raise LaunchError(value)
+    return print_value(value if arguments.json else view.screen(value, height=ALL_LINES, interactive=False))
 
 
 def add_logs(verbs: "Verbs[Parser]") -> None:

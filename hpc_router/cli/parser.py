@@ -131,3 +131,11 @@ def number(text: str) -> float:
     if not 0 <= value <= 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number (valid: 0 to 10^9)")
     return value
+
+
+def interval(text: str) -> float:
+    """Returns a time in seconds."""
+    value = number(text)
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds (valid: 0.1 to 3600)")
+    return value

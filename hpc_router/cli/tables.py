@@ -33,28 +33,30 @@ _STYLE: Final[Mapping[str, str]] = {
 }
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def new_table(*columns: str) -> Table:
+    """Returns an empty table without lines between its cells."""
+    empty = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+        empty.add_column(column, overflow="fold")
+    return empty
 
 
 def token_table(tokens: Sequence[UserToken], *, now: float) -> RenderableType:
-    table = _table("id", "user", "expires", "limits", "experts")
+    table = new_table("id", "user", "expires", "limits", "experts")
     for token in tokens:
         table.add_row(*table_row(token, now=now))
     return table
 
 
-def _state(name: str) -> Text:
+def state_text(name: str) -> Text:
+    """Returns the name of a state in its colour."""
     return Text(name, style=_STYLE.get(name, ""))
 
 
 def plan_text(plan: "Plan") -> RenderableType:
     from hpc_router.cluster.planning.plan import script_without_secrets, without_secrets
 
-    table = _table("replica", "engine", "nodes", "GPUs", "CPUs", "memory")
+    table = new_table("replica", "engine", "nodes", "GPUs", "CPUs", "memory")
     for replica in plan.replicas:
         resources = replica.request.resources
         kind = plan.deployment.experts[replica.expert].engine.kind if replica.engine else "router"
@@ -100,16 +102,16 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
     router = value["router"]
     next_one = f"  standby {router['standby']}" if router["standby"] else ""
     where = f"  {router['url'] or '-'}  on {_text(router.get('node'))}{next_one}  run {value['run']}"
-    head = Text.assemble(("router  ", "bold"), _state(router["state"]), where)
-    table = _table("expert", "replica", "state", "in flight", "restarts", "engine", "node", "job", "left", "")
+    head = Text.assemble(("router  ", "bold"), state_text(router["state"]), where)
+    table = new_table("expert", "replica", "state", "in flight", "restarts", "engine", "node", "job", "left", "")
     for name, expert in value["experts"].items():
         if not expert["replicas"]:
-            table.add_row(name, "-", _state("stopped"), *[""] * 6, "no replicas wanted")
+            table.add_row(name, "-", state_text("stopped"), *[""] * 6, "no replicas wanted")
         for replica in expert["replicas"]:
             table.add_row(
                 name,
                 replica["replica"],
-                _state(replica["state"]),
+                state_text(replica["state"]),
                 _text(replica["in_flight"]),
                 str(replica["restarts"]),
                 _text(replica["engine"]),
@@ -149,7 +151,21 @@ def _left(ends_at: float | None) -> str:
     """Returns the time until the end of the walltime as text."""
     if ends_at is None:
         return "-"
-    minutes = max(0, int(ends_at - time.time())) // 60
+    return _minutes(max(0, int(ends_at - time.time())) // 60)
+
+
+def duration(seconds: float | None) -> str:
+    """Returns a duration as text with about two digits; empty without one."""
+    if seconds is None:
+        return ""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.0f} s"
+    return _minutes(int(seconds) // 60)
+
+
+def _minutes(minutes: int) -> str:
     if minutes < 90:
         return f"{minutes} min"
     hours = minutes // 60
@@ -171,7 +187,7 @@ def why_text(causes: Sequence[Cause]) -> RenderableType:
     parts: list[RenderableType] = []
     for cause in causes:
         view = cause.view
-        parts.append(Text.assemble((view.replica, "bold"), "  ", _state(view.state.value), f"  {cause.what}"))
+        parts.append(Text.assemble((view.replica, "bold"), "  ", state_text(view.state.value), f"  {cause.what}"))
         if view.reason is not None:
             parts.append(Text(f"  {view.reason.value}: {view.message or ''}"))
         parts += [Text(f"    | {line}", style="dim") for line in cause.lines]
@@ -181,12 +197,12 @@ def why_text(causes: Sequence[Cause]) -> RenderableType:
 
 
 def route_text(value: Mapping[str, Any]) -> RenderableType:
-    table = _table("expert", "reason", "cluster", "score", "margin", "runner-up")
+    table = new_table("expert", "reason", "cluster", "score", "margin", "runner-up")
     table.add_row(*(_text(value.get(k)) for k in ("expert", "reason", "cluster", "score", "margin", "runner_up")))
     terms = value.get("terms") or []
     if not terms:
         return table
-    weights = _table("term", "weight")
+    weights = new_table("term", "weight")
     for term in terms:
         weights.add_row(str(term["term"]), str(term["weight"]))
     return Group(table, Text(), weights)
@@ -220,9 +236,9 @@ class UpProgress:
 
     def show(self, shown: Sequence[ReplicaView]) -> None:
         if self._live is not None:
-            table = _table("replica", "state", "")
+            table = new_table("replica", "state", "")
             for view in shown:
-                table.add_row(view.replica, _state(view.state.value), _failure(view) or view.message or "")
+                table.add_row(view.replica, state_text(view.state.value), _failure(view) or view.message or "")
             self._live.update(table)
             return
         for view in shown:

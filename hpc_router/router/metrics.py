@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 
-_LATENCY_S: Final = (
+LATENCY_BOUNDS_S: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400, 259200,
 )  # fmt: skip
 """Bucket bounds in seconds. The last one exceeds the largest sum of `router.queue_timeout_s` and
@@ -110,6 +110,14 @@ class HistogramCollector(Collector):
             family.add_metric(key, list(zip(bounds, accumulate(counts), strict=True)), sums[key])
         yield family
 
+    def totals(self) -> dict[str, list[int]]:
+        """Returns the counts of the buckets by the first label, summed over the others."""
+        totals: dict[str, list[int]] = {}
+        for labels, (counts, _) in self._series.items():
+            before = totals.get(labels[0])
+            totals[labels[0]] = list(counts) if before is None else [a + b for a, b in zip(before, counts, strict=True)]
+        return totals
+
     def fold(self, last: str) -> None:
         """Moves the counts of series whose last label is `last` to the series where this label is empty."""
         for labels in [labels for labels in self._series if labels[-1] == last]:
@@ -139,7 +147,7 @@ class Metrics:
             "hpc_router_first_byte_seconds",
             "From the request's arrival to the first byte of its answer.",
             ("expert",),
-            bounds=_LATENCY_S,
+            bounds=LATENCY_BOUNDS_S,
         )
         self.before_attempt = HistogramCollector(
             "hpc_router_before_attempt_seconds",
@@ -148,7 +156,7 @@ class Metrics:
             bounds=(),
         )
         self.queued = HistogramCollector(
-            "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=_LATENCY_S
+            "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=LATENCY_BOUNDS_S
         )
         self.decision = HistogramCollector(
             "hpc_router_decision_seconds", "What choosing an expert took.", (), bounds=_DECISION_S

@@ -84,15 +84,15 @@ def replica_views(control: ControlLoop, seen: LoopPass) -> list[ReplicaView]:
     return [replace(v, state=DisplayedState.STOPPED) if v.state in not_running else v for v in shown]
 
 
-def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
-    """Asks the router for its `/status`. Returns its access, the answer, and the error; each is None or empty if
+def ask_router(run: RunDir, path: str = "/status") -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
+    """Asks the router for the object at `path`. Returns its access, the answer, and the error; each is None or empty if
     missing."""
     try:
         access = router_access(run)
     except LaunchError as error:
         return None, {}, str(error)
     try:
-        answer = call_blocking("GET", f"{access.url}/status", token=access.token)
+        answer = call_blocking("GET", f"{access.url}{path}", token=access.token)
     except Unreachable as error:
         return access, {}, f"the router does not answer at {access.url}: {error}"
     if answer.status != 200 or not isinstance(answer.body, dict):

@@ -52,21 +52,25 @@ class PlannedHandover:
 
 def forecast(
     observed: Observed, due: Mapping[str, Due], durations: Mapping[str, Durations], now: float
-) -> tuple[dict[str, ExpectedReady], list[PlannedHandover]]:
-    """Returns when each expert without a ready replica will have one, and the handovers. Pure. `due`: the handover of
-    each replica near its walltime. `durations`: measured times by expert."""
+) -> tuple[dict[str, ExpectedReady], list[PlannedHandover], list[ExpectedReady]]:
+    """Returns when each expert without a ready replica will have one, the handovers, and all replicas that are not
+    ready yet. Pure. `due`: the handover of each replica near its walltime. `durations`: measured times by expert."""
     expected: dict[str, ExpectedReady] = {}
+    starting: list[ExpectedReady] = []
     ready = {slot.expert for slot, attempts in observed.items() if any(a.ready for a in attempts)}
     for slot, attempts in sorted(observed.items()):
         newest = next((a for a in reversed(attempts) if a.live and not a.stop_requested), None)
-        if newest is None or slot.expert in ready:
+        if newest is None or newest.ready:
             continue
         found = _expected(newest, durations.get(slot.expert, Durations()), now)
+        starting.append(found)
+        if slot.expert in ready:
+            continue
         before = expected.get(slot.expert)
         if before is None or (found.ready_at is not None and found.ready_at < (before.ready_at or float("inf"))):
             expected[slot.expert] = found
     handovers = [_planned(observed, a, due[a.replica], durations, now) for a in _handing_over(observed, due, now)]
-    return expected, handovers
+    return expected, handovers, starting
 
 
 def _handing_over(observed: Observed, due: Mapping[str, Due], now: float) -> list[Attempt]:
@@ -143,10 +147,11 @@ class ForecastFiles:
         if estimates != self._estimates:
             self._estimates = estimates
             replace_json(self._run.estimates_json, estimates)
-        expected, handovers = forecast(observed, due, durations, now)
+        expected, handovers, starting = forecast(observed, due, durations, now)
         content = {
             "experts": {expert: asdict(found) for expert, found in expected.items()},
             "handovers": [asdict(planned) for planned in handovers],
+            "starting": [asdict(found) for found in starting],
         }
         since_s = time.monotonic() - self._written_at
         if content != self._forecast or since_s >= REFRESH_S:

@@ -25,6 +25,7 @@ from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.control.continuity import Continuity
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
+from hpc_router.router.control.overview import SAMPLE_S, CounterSample, RunFiles, Traffic, overview, read_run_files
 from hpc_router.router.control.predecessor import Predecessor, handover_page
 from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.router.control.replica_stats import ReplicaStats, increase, totals_by_replica
@@ -51,6 +52,8 @@ from hpc_router.state.user_tokens import UserToken
 
 logger = logging.getLogger(__name__)
 
+READ_S: Final = 0.5
+"""Maximum time in seconds that the overview waits for the run directory."""
 TAKE_OVER_S: Final = 5.0
 """Maximum time in seconds that a new router waits for the data of an older one."""
 
@@ -89,6 +92,11 @@ class ControlProcess:
     _departure_rates: dict[str, DepartureRate] = field(default_factory=dict)
     _stats: dict[str, ReplicaStats] = field(default_factory=dict)
     _training: tuple[str, Mapping[str, Any]] = ("", {})
+    _traffic: Traffic = field(default_factory=Traffic)
+    _run_files: RunFiles = field(default_factory=RunFiles)
+    _reading: asyncio.Future[RunFiles] | None = None
+    _overview: tuple[float, dict[str, Any]] | None = None
+    _overview_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         cluster = self.deployment.cluster
@@ -161,6 +169,8 @@ class ControlProcess:
         match call:
             case messages.GetStatus():
                 return self.status()
+            case messages.GetOverview():
+                return self.overview()
             case messages.GetHandover(skip):
                 return self.handover(skip)
             case messages.GetExposition():
@@ -179,11 +189,36 @@ class ControlProcess:
                 self.predecessor.found(await self.files.run(RegistryReader(self.run.registry).snapshot))
                 await self.predecessor.fetch()
 
-    async def status(self) -> dict[str, Any]:
-        """Returns the body of `GET /status`."""
+    async def overview(self) -> dict[str, Any]:
+        """Returns the body of `GET /overview`. Calls within `SAMPLE_S` get the same one, so that many open pages cost
+        little more than one."""
+        async with self._overview_lock:
+            now = asyncio.get_running_loop().time()
+            if self._overview is None or now - self._overview[0] >= SAMPLE_S:
+                counted = await self._counted()
+                self._traffic.add(CounterSample.of(counted, now))
+                await self._read_run_files()
+                status = await self.status(counted)
+                body = overview(status, self._traffic, self._run_files, self.deployment, at=time.time())
+                self._overview = now, body
+            return self._overview[1]
+
+    async def _read_run_files(self) -> None:
+        """Reads what the overview shows of the run directory. If the file system hangs, what was read before stays."""
+        if self._reading is None:
+            read = partial(read_run_files, self.run.forecast_json, self.run.events)
+            self._reading = asyncio.ensure_future(self.files.run(read))
+        await asyncio.wait({self._reading}, timeout=READ_S)
+        if self._reading.done():
+            with contextlib.suppress(OSError):
+                self._run_files = self._reading.result()
+            self._reading = None
+
+    async def status(self, counted: Metrics | None = None) -> dict[str, Any]:
+        """Returns the body of `GET /status`. `counted`: the counts of all workers if they are known already."""
         await self.workers.informed.wait()
         policy = self.deployment.policy
-        counted = await self._counted()
+        counted = counted or await self._counted()
         measured = await self._drift(counted)
         self.table.refresh_peer_counts(self.table.all())
         return status(

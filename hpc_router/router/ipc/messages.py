@@ -167,6 +167,11 @@ class GetStatus(Call[dict[str, Any]]):
 
 
 @dataclass(frozen=True, slots=True)
+class GetOverview(Call[dict[str, Any]]):
+    """The call for the body of `GET /overview`."""
+
+
+@dataclass(frozen=True, slots=True)
 class GetHandover(Call[dict[str, Any]]):
     """The call for the turns and counts that a successor takes over. `skip`: number of turns, newest first, to leave
     out."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
+from urllib.parse import parse_qs
 
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import (
@@ -37,11 +38,12 @@ from hpc_router.relay.downstream.interface import (
 from hpc_router.relay.headers import Headers
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.access.user_access import UserAccess, UserTokens
-from hpc_router.router.ipc.messages import GetExposition, GetHandover, GetStatus
+from hpc_router.router.ipc.messages import GetExposition, GetHandover, GetOverview, GetStatus
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import queue_limits
 from hpc_router.router.replicas.sessions import PARAM, session_id
 from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.worker import dashboard
 from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError
@@ -55,11 +57,11 @@ logger = logging.getLogger(__name__)
 
 LONG_BODY_BYTES: Final = 2**18
 """Length in bytes above which a body is decoded, and its prompt extracted, in a thread."""
-_OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready", protocol.HANDOVER})
-"""Paths that need no owner's token. The handover path checks the replica key instead."""
-_WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", protocol.METRICS}
+_OPEN_PATHS: Final = frozenset({protocol.HEALTH, "/ready", protocol.HANDOVER, "/dashboard"})
+"""Paths that need no owner's token. The handover path checks the replica key instead, and the page has no data."""
+_WHILE_DRAINING: Final = _OPEN_PATHS | {"/status", "/overview", protocol.METRICS}
 """Paths that are served while the router drains."""
-_OWNER_PATHS: Final = frozenset({"/status", protocol.METRICS})
+_OWNER_PATHS: Final = frozenset({"/status", "/overview", protocol.METRICS})
 """Paths that only the owner's token opens."""
 _FAST_PATHS: Final = frozenset(protocol.POST_PATHS) - {protocol.RESPONSES}
 """Paths whose requests can be served without a task."""
@@ -114,6 +116,8 @@ class Gateway:
             ("GET", "/ready"): self._ready,
             ("GET", protocol.HANDOVER): self._handover,
             ("GET", "/status"): self._status,
+            ("GET", "/overview"): self._overview,
+            ("GET", "/dashboard"): self._dashboard,
             ("GET", protocol.METRICS): self._metrics,
             ("GET", protocol.MODELS): self._models,
             ("POST", "/route"): self._route,
@@ -278,6 +282,19 @@ class Gateway:
 
     async def _status(self, request: Request, request_id: str) -> Response:
         return json_response(await self.link.call(GetStatus()))
+
+    async def _overview(self, request: Request, request_id: str) -> Response | None:
+        """Responds with the overview; with `?follow=true`, with one per line until the client leaves."""
+        follows = parse_qs(request.query, keep_blank_values=True).get("follow", ["false"])[-1]
+        if follows not in ("true", "false"):
+            raise BadRequestError(f"follow is {follows[:20]!r}; valid: true, false", param="follow")
+        if follows == "false" or request.method == "HEAD":
+            return json_response(await self.link.call(GetOverview()))
+        await dashboard.follow(request, lambda: self.link.call(GetOverview()), lambda: self.draining)
+        return None
+
+    async def _dashboard(self, request: Request, request_id: str) -> Response:
+        return dashboard.page()
 
     async def _metrics(self, request: Request, request_id: str) -> Response:
         return Response(200, _METRICS_HEAD, (await self.link.call(GetExposition())).encode())

@@ -21,7 +21,7 @@ OLD = replace(serving(), report=JobReport(JobState.ENDED), exit=ended(1, Failure
 
 def predicted(
     desired: Desired, observed: Observed, now: float
-) -> tuple[dict[str, ExpectedReady], list[PlannedHandover]]:
+) -> tuple[dict[str, ExpectedReady], list[PlannedHandover], list[ExpectedReady]]:
     durations = measured(observed)
     return forecast(observed, schedule(observed, desired.handovers, durations), durations, now)
 
@@ -33,6 +33,14 @@ def expected(*attempts: Attempt, now: float = BEGAN) -> ExpectedReady | None:
 
 def handovers(*attempts: Attempt, now: float = DUE) -> list[PlannedHandover]:
     return predicted(ONE, {MATH: attempts}, now)[1]
+
+
+def test_all_replicas_that_are_not_ready_are_listed() -> None:
+    """Also those of an expert that has a ready replica, whose own time is not forecast."""
+    observed = {MATH: (serving(), waiting(2, reason="Priority"))}
+    experts, _, starting = predicted(ONE, observed, BEGAN)
+    assert experts == {}
+    assert [(found.replica, found.reason) for found in starting] == [("math-0.g2", "Priority")]
 
 
 def test_a_waiting_job_is_expected_after_the_measured_times() -> None:

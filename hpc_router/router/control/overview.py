@@ -1,0 +1,264 @@
+"""Makes the body of `GET /overview`, which the dashboard and `hpc-router top` show: the router's state, and its traffic
+over the last minute. It contains no prompt and no secret.
+
+Rates and latencies come from the difference between two samples of the router's counters, so nothing is counted twice
+and nothing is measured while no one looks.
+"""
+
+import json
+import os
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Final
+
+from hpc_router.config.schema import Deployment
+from hpc_router.router.metrics import LATENCY_BOUNDS_S, Metrics
+from hpc_router.router.replicas.replica import RoutingState
+from hpc_router.router.settings import LIVE
+
+WINDOW_S: Final = 60.0
+"""Length of the time in seconds over which rates and latencies are measured."""
+SAMPLE_S: Final = 1.0
+"""Minimum interval between two samples, in seconds. Requests for the overview within it get the same body."""
+MAX_EVENTS: Final = 40
+"""Number of events that the overview lists, the newest first."""
+_EVENT_BYTES: Final = 2**15
+_EVENT_KEYS: Final = ("at", "kind", "replica", "expert", "reason", "by")
+_MAX_TEXT: Final = 300
+
+Requests = Mapping[tuple[str, str, str], int]
+"""Number of answered requests by expert, reason of the route, and status."""
+
+
+@dataclass(frozen=True, slots=True)
+class CounterSample:
+    """The counters at one time. `first_byte` and `queued`: the counts of each bucket of the histograms, by expert."""
+
+    at: float
+    requests: Requests
+    broken: Mapping[str, int]
+    first_byte: Mapping[str, Sequence[int]]
+    queued: Mapping[str, Sequence[int]]
+
+    @classmethod
+    def of(cls, counted: Metrics, at: float) -> "CounterSample":
+        requests = {(labels[0], labels[1], labels[2]): count for labels, count in counted.requests.items()}
+        broken = {labels[0]: count for labels, count in counted.broken.items()}
+        return cls(at, requests, broken, counted.first_byte.totals(), counted.queued.totals())
+
+
+EMPTY: Final = CounterSample(0.0, {}, {}, {}, {})
+
+
+@dataclass(slots=True)
+class Traffic:
+    """The samples of the last `WINDOW_S` seconds, the oldest first."""
+
+    _samples: deque[CounterSample] = field(default_factory=deque)
+
+    def add(self, sample: CounterSample) -> None:
+        """Adds a sample. Forgets the older ones if no one has looked for `WINDOW_S`, and if a counter has become
+        smaller, because a worker's counts were lost."""
+        if self._samples:
+            before = self._samples[-1]
+            if sample.at - before.at > WINDOW_S or _shrank(before, sample):
+                self._samples.clear()
+        self._samples.append(sample)
+        while len(self._samples) > 2 and sample.at - self._samples[1].at >= WINDOW_S:
+            self._samples.popleft()
+
+    @property
+    def window_s(self) -> float | None:
+        """Time in seconds between the first and the last sample; None with one sample, whose rates are unknown."""
+        elapsed_s = self._samples[-1].at - self._samples[0].at
+        return elapsed_s or None
+
+    def of_expert(self, expert: str) -> dict[str, Any]:
+        """Returns the rates per second and the latencies in seconds; null if they are unknown."""
+        first, last = self._ends()
+        answered = failed = 0
+        for key, count in last.requests.items():
+            if key[0] == expert:
+                more = count - first.requests.get(key, 0)
+                answered += more
+                failed += more if key[2] >= "500" else 0
+        failed += last.broken.get(expert, 0) - first.broken.get(expert, 0)
+        return {
+            "requests_per_s": self._per_s(answered),
+            "failed_per_s": self._per_s(failed),
+            "first_byte_s": _quantiles(first.first_byte.get(expert), last.first_byte.get(expert)),
+            "queue_s": _quantiles(first.queued.get(expert), last.queued.get(expert)),
+        }
+
+    def routes(self) -> list[dict[str, Any]]:
+        """Returns where requests went and why, the most frequent first. `requests`: in the window, or since the start
+        of the router with one sample."""
+        first, last = self._ends()
+        counts: dict[tuple[str, str], int] = {}
+        for key, count in last.requests.items():
+            if more := count - first.requests.get(key, 0):
+                counts[key[:2]] = counts.get(key[:2], 0) + more
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        return [{"expert": expert, "reason": reason, "requests": count} for (expert, reason), count in ordered]
+
+    def _ends(self) -> tuple[CounterSample, CounterSample]:
+        return (self._samples[0] if len(self._samples) > 1 else EMPTY), self._samples[-1]
+
+    def _per_s(self, count: int) -> float | None:
+        return None if self.window_s is None else round(count / self.window_s, 3)
+
+
+def _shrank(before: CounterSample, now: CounterSample) -> bool:
+    return any(now.requests.get(key, 0) < count for key, count in before.requests.items())
+
+
+def _quantiles(before: Sequence[int] | None, now: Sequence[int] | None) -> dict[str, float] | None:
+    """Returns the median and the 99th percentile of what was added to a histogram; None if nothing was added."""
+    if now is None:
+        return None
+    added = [b - a for a, b in zip(before or [0] * len(now), now, strict=True)]
+    if not any(added):
+        return None
+    return {"p50": _quantile(added, 0.5), "p99": _quantile(added, 0.99)}
+
+
+def _quantile(counts: Sequence[int], share: float) -> float:
+    """Returns a quantile in seconds. Values are taken as evenly spread within a bucket, as Prometheus's
+    `histogram_quantile` does; those above the last bound count as the last bound."""
+    ranks = list(accumulate(counts))
+    wanted = share * ranks[-1]
+    at = bisect_left(ranks, wanted)
+    if at >= len(LATENCY_BOUNDS_S):
+        return float(LATENCY_BOUNDS_S[-1])
+    low = LATENCY_BOUNDS_S[at - 1] if at else 0.0
+    below = ranks[at - 1] if at else 0
+    return round(low + (LATENCY_BOUNDS_S[at] - low) * (wanted - below) / counts[at], 4)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What the overview takes from the run directory. `forecast`: the content of `forecast.json`; `events`: the newest
+    first."""
+
+    forecast: Mapping[str, Any] = field(default_factory=dict)
+    events: Sequence[Mapping[str, Any]] = ()
+
+
+def read_run_files(forecast_json: Path, events_jsonl: Path) -> RunFiles:
+    """Reads both files; a missing or damaged one counts as empty. Raises OSError if the file system fails."""
+    try:
+        forecast = json.loads(forecast_json.read_bytes())
+    except (FileNotFoundError, ValueError):
+        forecast = {}
+    return RunFiles(forecast if isinstance(forecast, dict) else {}, _last_events(events_jsonl))
+
+
+def _last_events(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _EVENT_BYTES))
+            lines = file.read(_EVENT_BYTES).split(b"\n")
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in reversed(lines[1 if size > _EVENT_BYTES else 0 :]):  # the first line may have lost its start
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append({key: _short(event.get(key)) for key in _EVENT_KEYS})
+    return events[:MAX_EVENTS]
+
+
+def _short(value: Any) -> Any:
+    return value if value is None or isinstance(value, int | float) else str(value)[:_MAX_TEXT]
+
+
+def overview(
+    status: Mapping[str, Any], traffic: Traffic, files: RunFiles, deployment: Deployment, *, at: float
+) -> dict[str, Any]:
+    """Returns the body of `GET /overview`. `status`: the body of `GET /status`; `at`: Unix seconds."""
+    forecast = files.forecast
+    coming = forecast.get("experts")
+    expected = coming if isinstance(coming, dict) else {}
+    experts = [
+        {"expert": name, **entry, **traffic.of_expert(name), "expected": expected.get(name)}
+        for name, entry in status["experts"].items()
+    ]
+    handovers = _listed(forecast.get("handovers"))
+    return {
+        "at": round(at, 3),
+        "window_s": None if traffic.window_s is None else round(traffic.window_s, 1),
+        "attention": [*_router_problems(status["router"]), *_expert_problems(experts), *_handover_problems(handovers)],
+        "router": status["router"],
+        "policy": status["policy"],
+        "experts": experts,
+        "routes": traffic.routes(),
+        "starting": _listed(forecast.get("starting")),
+        "handovers": handovers,
+        "events": list(files.events),
+        "settings": dict(_settings(deployment)),
+    }
+
+
+def _router_problems(router: Mapping[str, Any]) -> Iterable[str]:
+    if router["draining"]:
+        yield "the router is draining"
+    if router["settings_trouble"]:
+        yield f"a change was not applied: {router['settings_trouble']}"
+    if router["write_trouble"]:
+        yield f"the run directory: {router['write_trouble']}"
+    for failure in router["task_failures"]:
+        yield f"the background task '{failure['task']}' failed: {failure['last_error'] or 'unknown error'}"
+
+
+def _expert_problems(experts: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    seen = set()
+    for one in experts:
+        if not one["ready"]:
+            coming = one["expected"]
+            waits = f": {coming['replica']}, {coming['reason'] or 'starting'}" if isinstance(coming, dict) else ""
+            yield f"{one['expert']} has no ready replica{waits}"
+        if one["waiting"]:
+            wait = "" if one["wait_s"] is None else f", for about {one['wait_s']:.1f} s"
+            yield f"{one['expert']}: {one['waiting']} requests wait for a replica{wait}"
+        if one["failed_per_s"]:
+            yield f"{one['expert']}: {one['failed_per_s']:.2g} failed requests per second"
+        for replica in one["replicas"]:  # an engine with adapters serves several experts
+            if replica["replica"] not in seen:
+                seen.add(replica["replica"])
+                yield from _replica_problems(replica)
+
+
+def _replica_problems(replica: Mapping[str, Any]) -> Iterable[str]:
+    if replica["state"] == RoutingState.EJECTED:
+        yield f"{replica['replica']} is ejected: {replica['trouble'] or 'unknown cause'}"
+    if replica["sick"]:
+        yield f"{replica['replica']} {replica['sick']}"
+    if replica["silent"]:
+        yield f"{replica['replica']} does not renew its record"
+
+
+def _handover_problems(handovers: Sequence[Any]) -> Iterable[str]:
+    for planned in handovers:
+        if isinstance(planned, dict) and planned.get("late_s"):
+            reason = f": {planned['reason']}" if planned.get("reason") else ""
+            yield f"the successor of {planned.get('replica')} will be {planned['late_s']:.0f} s late{reason}"
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _settings(deployment: Deployment) -> Iterable[tuple[str, Any]]:
+    """Yields the keys that `hpc-router set` changes, with their values."""
+    sections = {"policy": asdict(deployment.policy), "router": asdict(deployment.router)}
+    for key in LIVE:
+        section, _, name = key.partition(".")
+        yield key, sections[section][name]

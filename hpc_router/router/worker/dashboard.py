@@ -1,0 +1,69 @@
+"""The dashboard: an open page without data, and the stream of overviews that the page fetches with the owner's token.
+
+The page has no outside assets. Its content security policy allows its own script and style only, and connections to
+this router only, so that nothing in the data can run or leave.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from hpc_router.errors import HpcRouterError
+from hpc_router.relay.downstream.interface import Request, Response
+
+PERIOD_S: Final = 2.0
+"""Interval between two overviews of a stream, in seconds."""
+STALLED_S: Final = 30.0
+"""Time in seconds after which a page that reads nothing is disconnected."""
+_PAGE: Final = Path(__file__).with_name("dashboard.html").read_bytes()
+_STREAM_HEAD: Final = b"content-type: application/x-ndjson\r\ncache-control: no-store\r\n"
+
+
+def _hash_of(tag: bytes) -> str:
+    """Returns the content security policy's source for the page's only element `tag`."""
+    content = _PAGE.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
+
+
+_POLICY: Final = "; ".join(
+    (
+        "default-src 'none'",
+        f"script-src {_hash_of(b'script')}",
+        f"style-src {_hash_of(b'style')}",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+_PAGE_HEAD: Final = (
+    "content-type: text/html; charset=utf-8\r\ncache-control: no-store\r\nx-content-type-options: nosniff\r\n"
+    f"referrer-policy: no-referrer\r\ncontent-security-policy: {_POLICY}\r\n"
+).encode()
+
+
+def page() -> Response:
+    """Returns the page, which contains nothing of the deployment."""
+    return Response(200, _PAGE_HEAD, _PAGE)
+
+
+async def follow(
+    request: Request, overview: Callable[[], Awaitable[dict[str, Any]]], draining: Callable[[], bool]
+) -> None:
+    """Sends an overview per line every `PERIOD_S`, until the client leaves or the router drains. A line
+    `{"error": TEXT}` replaces an overview that the control process did not give. Raises DownstreamGoneError."""
+    request.start_response(200, _STREAM_HEAD, length=None)
+    while True:
+        try:
+            value = await overview()
+        except HpcRouterError as error:
+            value = {"error": str(error)}
+        if not request.write(json.dumps(value).encode() + b"\n"):
+            await request.drain(limit_s=STALLED_S)
+        if draining():
+            return
+        await asyncio.sleep(PERIOD_S)
