@@ -14,7 +14,7 @@ MAX_PAUSE_S: Final = 2.0
 
 class RetryState:
     """The attempts of one request. `recheck`: `registry.json` may be outdated, so the registry folder must be read.
-    `last_check`: result of the identity check because of which the last router did not get the request."""
+    `last_check`: the identity check that the last router did not pass; None if the router was not reached or drains."""
 
     def __init__(self, *, follow_s: float, now: float, replayable: bool) -> None:
         self._deadline = now + follow_s

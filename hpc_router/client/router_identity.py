@@ -112,7 +112,8 @@ class IdentityCache:
 
     def lookup(self, router: Record, *, since: float, now: float) -> IdentityCheck | None:
         """Returns the cached result for a request that began at `since`; None if the identity must be checked now. A
-        negative result is valid only for requests that waited for that check."""
+        positive result is valid for `PROOF_S` seconds, a negative one only for requests that began before the check
+        ended."""
         last = self._last
         if last is None or last.owner != _owner(router) or last.begun_at <= self._invalid_before:
             return None

@@ -182,7 +182,7 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
 
 
 def _hides_its_package(path: Path) -> bool:
-    """Whether a byte order mark is in front of the line `# @package ...`, which Hydra then does not find."""
+    """Returns whether the file has a byte order mark before its line `# @package ...`. Hydra then ignores that line."""
     with suppress(OSError), path.open("rb") as stream:
         first = stream.readline()
         return first.startswith(BOM_UTF8) and b"@package" in first

@@ -98,7 +98,7 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         self._adds_tokens = adds_tokens
         self._token, self._secret = run.token(), run.secret()
         self.files = FileThread("registry")
-        self._calls = FileThread("identity checks")  # of its own, because `files` may hang
+        self._calls = FileThread("identity checks")  # a separate thread, because `files` may hang
         self._look: asyncio.Task[Record | None] | None = None
         self._look_began_at = self._looked_at = -math.inf
         self.held = 0

@@ -13,7 +13,8 @@ from hpc_router.state.run_directory import RunDir
 from hpc_router.state.stamped_file import StampedFile
 
 MIN_CHANGE_S: Final = 1.0
-"""Minimum change in seconds that is published. Slurm prints whole seconds."""
+"""Minimum change of the end in seconds that is published. A smaller one is only rounding, because Slurm prints whole
+seconds."""
 
 
 class JobExpiry:

@@ -30,7 +30,7 @@ from hpc_router.state.stamped_file import Stamp, stamp_of
 
 SETTLED_S: Final = 2.0
 SAME_PASS_S: Final = 0.1
-"""Time in seconds within which a folder with an unchanged modification time is not read again."""
+"""Seconds after a read during which an unchanged folder is not read again."""
 _FIELDS: Final[Mapping[str, type]] = {
     "info": JobInfo,
     "submitter": Submitter,

@@ -180,8 +180,8 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The times at which a job was asked to stop: to drain (HTTP), to end (SIGTERM), and the last SIGKILL. `until_at`:
-    limit of the drain in Unix seconds, if it is later than `cluster.drain_s` allows."""
+    """The times in Unix seconds at which a job was asked to drain (HTTP) and to end (SIGTERM), and of the last SIGKILL.
+    `until_at`: time at which the drain must end, if that is later than `cluster.drain_s` allows."""
 
     drain_at: float | None = None
     cancel_at: float | None = None

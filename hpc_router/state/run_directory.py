@@ -216,7 +216,8 @@ def point_latest(runs: Path, run: RunDir) -> None:
 
 _umask_lock: Final = threading.Lock()
 _saved_umasks: Final[list[int]] = []
-"""The umasks that open `private_umask` blocks replaced; the first one is the umask outside of all blocks."""
+"""The umasks that were in force when `private_umask` blocks were entered. The first one is the umask outside of all
+blocks."""
 
 
 @contextlib.contextmanager
