@@ -62,8 +62,8 @@ def _openai_event(error: ErrorReply) -> bytes:
 
 
 def _responses_event(error: ErrorReply) -> bytes:
-    """Returns the event with its `type`, as all events of this API have one. The openai client raises on the `error`
-    key."""
+    """Returns an error as an event. It has a `type`, like all events of this API, and a key `error`, because of which
+    the openai client raises an exception."""
     flat = {"code": error.code, "message": error.message, "param": error.param}
     return _named_event({"type": "error", **flat, "error": _openai_error(error)})
 
@@ -96,8 +96,8 @@ def _named_event(data: dict[str, Any]) -> bytes:
 
 _ANTHROPIC: Final = ApiFormat("messages", _anthropic_body, _anthropic_event, aborted_responses.MessagesAbortDetector)
 _STORED_RESPONSE: Final = ApiFormat("input", _openai_body, _responses_event, aborted_responses.ChoicesAbortDetector)
-"""The format for requests with the id of a response in their path. A response that was cancelled before it was stored
-is not an aborted response to such a request."""
+"""The format for requests with the id of a stored response in their path. Its detector ignores the `status`, because a
+response that was cancelled earlier is a valid answer to such a request."""
 _FORMATS: Final[Mapping[str, ApiFormat]] = {
     protocol.CHAT: ApiFormat("messages", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),
     protocol.COMPLETIONS: ApiFormat("prompt", _openai_body, _openai_event, aborted_responses.ChoicesAbortDetector),

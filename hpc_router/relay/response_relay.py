@@ -40,8 +40,8 @@ class RelayLimits:
 
 
 class ResponseRelay:
-    """The object that relays the response to `request`. At the end, the request's handler returns `response`, which is
-    None for a streamed response.
+    """Relays the response to `request`. `response`: what the request's handler returns at the end; None for a streamed
+    response.
 
     `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed

@@ -4,9 +4,9 @@ A policy decides at once, from the prompt and from the ready experts with their 
 replicas, and it never waits. `select` may return an expert that is not ready; the router then tries the experts of
 `order`. `explain` makes the same decision without changing the policy's state.
 
-Reasons of a decision: `low_margin` and `no_known_terms` describe the prompt, and do not depend on the expert that gets
-it (the fallback, else the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no
-expert is ready. `policy`: the prompt had no influence. Only the router sets `named` and `spilled`.
+Reasons of a decision: `low_margin` and `no_known_terms` describe the prompt, whichever expert gets it (the fallback,
+else the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no expert is ready.
+`policy`: the prompt had no influence. `named` and `spilled` are set by the router and never by a policy.
 """
 
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ class Policy(Protocol):
 
     @property
     def shadow(self) -> "Policy | None":
-        """Returns a second policy, or None. It also decides for each prompt; its decisions are counted and have no
+        """The shadow: a second policy that also decides for each prompt, or None. Its decisions are counted and have no
         other effect."""
 
     @property

@@ -30,8 +30,8 @@ KEEP_ALIVE_S: Final = 4.0
 """Maximum time in seconds that an idle connection stays in the pool. It is shorter than the 5 s after which uvicorn,
 the server of both real engines, closes an idle connection."""
 STALE_S: Final = 1.0
-"""Time in seconds within which an exchange fails if the server had closed the pooled connection. After a later failure,
-the server may have started the request."""
+"""Maximum duration in seconds of a failed exchange for which the failure means that the server had closed the pooled
+connection. After more time, the server may have started to process the request."""
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
