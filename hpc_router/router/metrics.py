@@ -28,7 +28,8 @@ _DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2
 
 
 class CounterCollector(Collector):
-    """A counter without the library's lock and look-up of a child, which cost too much at each increment."""
+    """A counter without the lock and the look-up by label values of the Prometheus library, which cost too much at each
+    increment."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self._about = name, text, labels
@@ -66,7 +67,7 @@ class CounterCollector(Collector):
 
 
 class HistogramCollector(Collector):
-    """A histogram without the library's locks."""
+    """A histogram without the locks of the Prometheus library."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], *, bounds: Sequence[float]) -> None:
         """Creates a histogram. Observations may have more labels than `labels`; the exposition sums over the additional
@@ -200,7 +201,7 @@ def departures(dumped: Mapping[str, Any]) -> dict[str, int]:
 
 
 class Gauges(Collector):
-    """A collector of metrics that were read before."""
+    """Passes on metrics that were already computed, in the form that the Prometheus library requires."""
 
     def __init__(self, read: Sequence[Metric]) -> None:
         self._read = read

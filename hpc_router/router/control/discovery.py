@@ -1,10 +1,11 @@
 """Keeps the replica table current: reads the registry and probes every endpoint.
 
-The registry says which replicas exist. A probe says whether the process there answers and is the expected one: an agent
-proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request.
+The registry says which replicas exist. A probe says whether the process at the address answers and is the expected one:
+an agent proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a
+request.
 
-If a replica's beats stop while its probes pass, its file system has stalled, so silence ejects no replica. A replica
-leaves the table when its owner withdraws its record. Nothing here knows the workers.
+A replica whose heartbeats stop is not ejected while its probes succeed, because then only its file system has stalled.
+A replica leaves the table when its owner withdraws its record. This module does not know the workers.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 SILENT_BEATS: Final = 4
-"""Number of intervals by which the beat of a silent replica is late."""
+"""A replica is silent if its last heartbeat is older than this many heartbeat intervals."""
 _EJECTED_PROBE_MAX_S: Final = 15.0
 """Maximum interval in seconds between two probes of an ejected replica."""
 
@@ -67,8 +68,8 @@ class _ReplicaWatch:
 
 @dataclass(slots=True)
 class Discovery:
-    """The discovery and the probes of the replicas, within `async with`. It owns one background task for the registry
-    and one per endpoint. `on_snapshot` is called with all records after each read of the registry."""
+    """Discovers and probes the replicas within `async with`. It owns one background task for the registry and one per
+    endpoint. `on_snapshot` is called with all records after each read of the registry."""
 
     run: RunDir
     config: RouterConfig
@@ -244,8 +245,8 @@ class Discovery:
         return base * random.uniform(0.8, 1.2)  # spreads the probes of many replicas
 
     async def _judge(self, replica: Replica) -> None:
-        """Probes the replica and acts on the result. A late probe is ignored if an external endpoint answered requests
-        meanwhile."""
+        """Probes the replica and acts on the result. A probe that gets no response in time is ignored if an external
+        endpoint answered requests meanwhile."""
         started_at = self.clock()
         assert self._prober is not None
         result = await self._prober.probe(replica)

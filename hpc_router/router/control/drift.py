@@ -18,7 +18,7 @@ Counted = Iterable[tuple[tuple[str, ...], int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """The measured drift. A value is None if the training did not record what it is compared with."""
+    """The measured drift. A value is None if the training record lacks the value that it would be compared with."""
 
     decisions: int
     cluster_distance: float | None

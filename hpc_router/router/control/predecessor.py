@@ -1,8 +1,8 @@
-"""Takes over what an older router of the run knows, while both run: its session turns and its counts of continuity.
+"""Copies the session turns and the counts of `continuity` from an older router of the run while both routers run.
 
-An older router still serves when this one becomes the leader, and clients move over one by one. So its turns are
-fetched before this router is ready, then every second, and when this router does not know a session. The older router
-proves its identity first. The calls carry its replica key, which is valid at no other server.
+An older router still serves when this one becomes the leader, and clients move over one by one. So the turns are copied
+before this router is ready, then every second, and whenever a request names a session that this router does not know.
+The older router proves its identity first. The calls carry its replica key, which is valid at no other server.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> d
 
 @dataclass(slots=True)
 class Predecessor:
-    """The older router from which this one fetches turns and counts: the newest router with a lower generation.
+    """The older router from which turns and counts are copied: the newest router with a lower generation than this one.
     `replica`: name of this router. `secret`: the run's secret, from which the replica keys are derived."""
 
     replica: str

@@ -1,9 +1,8 @@
 """The control process: the part of a router that runs once, however many workers the router has.
 
-It discovers and probes the replicas, judges what workers observe of them, watches the settings, and answers `/status`
-and `/metrics` for all workers, so that each of them gives the same answer. It has no state that it could not get from
-its workers: its successor starts with what they know, and they continue with their last snapshot meanwhile. It serves
-no clients.
+It discovers and probes the replicas, judges their health from the workers' reports, watches the settings, and answers
+`/status` and `/metrics` for all workers, so that each of them gives the same answer. A control process that replaces a
+dead one gets all its state from the workers, which use their last snapshot until then. It serves no clients.
 """
 
 import asyncio
@@ -121,7 +120,7 @@ class ControlProcess:
                 self.workers.close()
 
     def leave(self) -> None:
-        """Tells the registry file and the workers that the router's record is withdrawn, so that no new clients
+        """Updates `registry.json` and the workers after the router's record was withdrawn, so that no new clients
         come."""
         self.registry_file.leave()
         self.workers.release()

@@ -1,9 +1,9 @@
 """The control process's connections to its workers.
 
-Each worker gets the settings and, after each change, the snapshot of all replicas. It reports its observations, session
-turns and counts. The counts and turns of a worker are kept here for its successor, and what the workers know of the
-replicas seeds a control process that has just started. What follows from an observation or a count is decided by the
-owner (`WorkerEvents`).
+Each worker gets the settings and, after each change, the snapshot of all replicas. It reports its observations of
+replicas, its session turns and its counts. The counts and turns are kept here for the worker's successor. A control
+process that has just started gets the states of the replicas from the workers. The owner (`WorkerEvents`) decides how
+to react to observations and counts.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 class WorkerEvents(Protocol):
-    """The owner's handlers of what the workers report."""
+    """The functions by which the owner handles the workers' reports."""
 
     def observed(self, observation: messages.ReplicaObservation) -> None: ...
     def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None: ...

@@ -17,7 +17,7 @@ from typing import Final
 from hpc_router import backoff
 
 MAX_LATE_PROBES: Final = 3
-"""Number of unanswered probes in a row that eject a replica. The network may be the cause of fewer."""
+"""A replica is ejected after this many unanswered probes in a row. Fewer may be caused by the network."""
 
 
 class Incident(StrEnum):
@@ -106,7 +106,7 @@ class ReplicaHealth:
 
 
 def can_eject(*, others: Collection[tuple[bool, bool]], share: float) -> bool:
-    """Returns whether an expert can spare one of its replicas. `others`: for each other replica, (is ready, is
-    excluded)."""
+    """Returns whether an expert can do without one more of its replicas. `others`: for each other replica, (is ready,
+    is excluded). `share`: maximum share of the replicas that may be excluded."""
     excluded = sum(is_excluded for _, is_excluded in others)
     return any(ready for ready, _ in others) and excluded + 1 <= share * (len(others) + 1)

@@ -17,7 +17,8 @@ from hpc_router.errors import BadRequestError
 
 _MODEL: Final = b'"model"'
 _MAX_PREFIX_BYTES: Final = 16
-"""Maximum number of bytes before the first member of a body."""
+"""Maximum number of bytes before `"model"` for which the short check in `_is_top_level` is made: that they are only the
+opening brace."""
 MAX_CONTAINERS: Final = 1_000_000
 MAX_COLONS: Final = 500_000
 MAX_COMMAS: Final = 8_000_000
