@@ -26,7 +26,8 @@ CANNOT_RUN = 127
 KILL_PAUSE_S = 0.01
 TRACKER_GRACE_S = 5.0
 HANDLED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-"""Signals that do not end the guard, because the agent decides when the engine ends. It acts on the first two."""
+"""Signals that do not end the guard, because the agent decides when the engine ends. The guard acts on the first two
+and ignores the others."""
 
 
 def main() -> int:
