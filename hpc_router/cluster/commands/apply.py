@@ -165,7 +165,8 @@ def outdated(seen: LoopPass) -> list[Attempt]:
 
 
 def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
-    """Returns what the rollout still waits for, as text; empty when every slot has a ready job of the new config."""
+    """Returns the jobs that the rollout still waits for, as text; empty when every slot has a ready job of the new
+    config."""
     if left:
         return f"{len(left)} jobs left with the old config: {', '.join(a.replica for a in left)}"
     waiting = [str(slot) for slot in seen.desired.slots() if not any(a.ready for a in seen.observed.get(slot, ()))]

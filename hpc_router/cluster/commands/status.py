@@ -1,4 +1,4 @@
-"""The value of `status`: the observed jobs, merged with the router's own `/status` if it answers.
+"""Builds the result of `status`: the observed jobs, merged with the router's own `/status` if it answers.
 
 Files show the state of jobs even when no router runs. Only the router knows requests in flight and ejected replicas.
 """

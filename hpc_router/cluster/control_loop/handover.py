@@ -22,7 +22,7 @@ MAX_SAMPLES: Final = 20
 WARNING_EARLY_S: Final = 60.0
 """Slurm may send its warning up to this many seconds early (sbatch's manual, `--signal`)."""
 MAX_LIFE_SHARE: Final = 0.5
-"""The earliest handover, as a share of the time between ready and the end of the walltime."""
+"""Earliest time of a handover, as a share of the time from ready to the end of the walltime."""
 
 
 @dataclass(frozen=True, slots=True)

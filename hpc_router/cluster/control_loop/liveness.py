@@ -2,8 +2,8 @@
 
 Such an agent is lost, and its job may have ended. The agent hangs if its job still runs after HUNG_BEATS intervals, or
 at once if its node neither accepts nor refuses a connection: the node is then off, and Slurm marks it down much later.
-Neither sign is enough alone, because a stalled file system stops beats and a busy node answers late. Beats are timed by
-this process's own clock, so an observer finds nothing in its first intervals.
+Neither sign is enough alone, because a stalled file system stops beats and a busy node answers late. This process
+measures the time since the last beat with its own clock, so it finds no lost agent in its first intervals.
 """
 
 import asyncio

@@ -30,7 +30,7 @@ QUICK_S: Final = 30.0
 MAX_SHARE: Final = 0.25
 """Maximum share of a partition's nodes that may be excluded, including those that a user has excluded."""
 ASK_AGAIN_S: Final = 300.0
-"""Pause in seconds after the limit was reached."""
+"""Seconds for which no further node is excluded, and sinfo is not called, after the limit was reached."""
 BY: Final = "control loop"
 _OF_THE_NODE: Final = frozenset({FailureReason.NODE_FAILED, FailureReason.CUDA})
 _QUICK: Final = frozenset({FailureReason.CRASHED, FailureReason.KILLED, FailureReason.VANISHED, FailureReason.TIMEOUT})

@@ -260,8 +260,8 @@ def _submit_next(
     after: str | None = None,
     tolerated: Set[FailureReason] = frozenset(),
 ) -> Iterator[Action]:
-    """Yields the submission of the next generation, after a pause if the attempts in `past` failed. Failures for a
-    `tolerated` reason never give the slot up."""
+    """Yields the submission of the next generation, after a pause if the attempts in `past` failed. A failure for one
+    of the `tolerated` reasons does not count towards giving up the slot."""
     ends = _consecutive_failures(past, forgiven=desired.forgiven.get(str(slot), 0))
     blamed = [end for end in ends if end.reason not in BLAMELESS and end.reason not in tolerated]
     if blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures):
