@@ -9,7 +9,8 @@ from hpc_router.bench.relay_cost.rounds import RelayRounds
 from hpc_router.bench.relay_cost.statistics import RoundSpread, across, ratio, slope_per_million, spread
 
 SAME_COST = 1.25
-"""Maximum cost of classifying a long prompt, as a ratio to the cost for a short one, at which both count as equal."""
+"""Maximum ratio of the cost of classifying a long prompt to that of a short one. Up to this ratio, both costs count as
+equal."""
 
 
 @dataclass(frozen=True, slots=True)
