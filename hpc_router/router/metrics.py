@@ -122,40 +122,49 @@ class Metrics:
     """The counters and histograms of one worker, or the sum over all workers."""
 
     def __init__(self) -> None:
-        self.requests = CounterCollector("hpc_router_requests", "Requests answered.", ("expert", "reason", "status"))
+        self.requests = CounterCollector(
+            "hpc_router_requests", "Number of answered requests.", ("expert", "reason", "status")
+        )
         self.failovers = CounterCollector(
-            "hpc_router_failovers", "Attempts that failed and went elsewhere.", ("replica", "cause")
+            "hpc_router_failovers", "Failed attempts that were retried on another replica.", ("replica", "cause")
         )
         self.retries_refused = CounterCollector(
-            "hpc_router_retries_refused", "Attempts that the budget had no retry for.", ()
+            "hpc_router_retries_refused", "Failed attempts that the retry budget did not allow to retry.", ()
         )
         self.broken = CounterCollector(
             "hpc_router_broken_responses", "Responses that failed after their first byte.", ("expert",)
         )
-        self.cancelled = CounterCollector("hpc_router_cancelled_requests", "Requests whose client left.", ("phase",))
+        self.cancelled = CounterCollector(
+            "hpc_router_cancelled_requests", "Requests whose client disconnected.", ("phase",)
+        )
         self.first_byte = HistogramCollector(
             "hpc_router_first_byte_seconds",
-            "From the request's arrival to the first byte of its answer.",
+            "Time from the arrival of a request to the first byte of its response.",
             ("expert",),
             bounds=_LATENCY_S,
         )
         self.before_attempt = HistogramCollector(
             "hpc_router_before_attempt_seconds",
-            "From the request's arrival until it was sent to the replica that answered; not exposed.",
+            "Time from the arrival of a request until it is sent to the replica that answers; not exposed.",
             (),
             bounds=(),
         )
         self.queued = HistogramCollector(
-            "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=_LATENCY_S
+            "hpc_router_queue_seconds",
+            "Waiting time of queued requests that got a replica.",
+            ("expert",),
+            bounds=_LATENCY_S,
         )
         self.decision = HistogramCollector(
-            "hpc_router_decision_seconds", "What choosing an expert took.", (), bounds=_DECISION_S
+            "hpc_router_decision_seconds", "Time to choose an expert for a request.", (), bounds=_DECISION_S
         )
         self.decided = CounterCollector(
             "hpc_router_decisions", "Decisions of a classifier.", ("artefact", "cluster", "reason")
         )
         self.shadowed = CounterCollector(
-            "hpc_router_shadow_decisions", "Decisions beside those of the shadow.", ("artefact", "shadow", "agreed")
+            "hpc_router_shadow_decisions",
+            "Decisions, by whether the shadow policy agrees.",
+            ("artefact", "shadow", "agreed"),
         )
         self.task_failures = CounterCollector(
             "hpc_router_background_task_failures", "Background tasks that failed and were started again.", ("task",)
@@ -215,20 +224,22 @@ def gauges(
 ) -> Iterator[Metric]:
     gauge = GaugeMetricFamily
     yield gauge("hpc_router_requests_in_flight", "Requests being served.", in_flight)
-    yield gauge("hpc_router_requests_bound", "Requests that may be served at once.", max_in_flight)
-    yield gauge("hpc_router_registry_age_seconds", "Since the registry was read.", registry_age_s)
-    yield gauge("hpc_router_workers", "Workers that serve.", workers)
+    yield gauge(
+        "hpc_router_requests_bound", "Maximum number of requests that are served at the same time.", max_in_flight
+    )
+    yield gauge("hpc_router_registry_age_seconds", "Time since the registry was last read.", registry_age_s)
+    yield gauge("hpc_router_workers", "Number of workers that serve.", workers)
     text = "Requests in flight on a replica."
     load = gauge("hpc_router_replica_requests_in_flight", text, labels=("replica",))
-    text = "Requests that a replica takes at once."
+    text = "Maximum number of requests in flight on a replica."
     capacity = gauge("hpc_router_replica_capacity", text, labels=("replica",))
     text = "Requests in flight on all replicas of an expert."
     expert_load = gauge("hpc_router_expert_requests_in_flight", text, labels=("expert",))
-    text = "Requests that may be in flight on them."
+    text = "Maximum number of requests in flight on all replicas of an expert."
     expert_bound = gauge("hpc_router_expert_requests_bound", text, labels=("expert",))
-    text = "Requests that may wait for a replica of an expert."
+    text = "Maximum number of requests that wait for a replica of an expert."
     waiting_bound = gauge("hpc_router_requests_waiting_bound", text, labels=("expert",))
-    states = gauge("hpc_router_replicas", "Replicas of an expert by standing.", labels=("expert", "standing"))
+    states = gauge("hpc_router_replicas", "Replicas of an expert by state.", labels=("expert", "standing"))
     text = "Requests that wait for a replica of an expert."
     waiting = gauge("hpc_router_requests_waiting", text, labels=("expert",))
     table.refresh_peer_counts(table.all())

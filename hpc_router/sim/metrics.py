@@ -69,7 +69,7 @@ class EngineMetrics(Collector):
         yield self._gauge("vllm:num_requests_running", "Requests being computed.", value=counts.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting for a place.", value=counts.waiting)
         share = counts.running / self._capacity if self._capacity else 0.0
-        yield self._gauge("vllm:kv_cache_usage_perc", "Simulated: running / capacity, 1 is full.", value=share)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Simulated: running requests / capacity; 1 is full.", value=share)
         yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", value=counts.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", value=counts.generation_tokens)
         yield self._by_label(
@@ -84,8 +84,12 @@ class EngineMetrics(Collector):
         )
         if self._steps is not None:
             step_s, lost_s = self._steps()
-            yield self._counter("hpc_router_sim_step_seconds", "Seconds that steps were to last.", value=step_s)
-            yield self._counter("hpc_router_sim_lost_seconds", "Seconds by which steps lagged.", value=lost_s)
+            yield self._counter(
+                "hpc_router_sim_step_seconds", "Predicted duration of all steps in seconds.", value=step_s
+            )
+            yield self._counter(
+                "hpc_router_sim_lost_seconds", "Seconds of delay that later steps did not make up.", value=lost_s
+            )
         yield self._by_label(
             "hpc_router_sim_faults", "Faults injected.", label="kind", names=sorted(counts.faults), values=counts.faults
         )

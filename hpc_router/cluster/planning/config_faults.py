@@ -124,7 +124,7 @@ def _never_chosen(deployment: Deployment) -> Iterator[str]:
         return
     if policy.artefact is None:
         chosen = {name for name, expert in deployment.experts.items() if expert.exemplars}
-        why, advice = "no exemplars", "they answer by name"
+        why, advice = "no exemplars", "requests can still name them"
     else:
         chosen = artefact.read_experts(Path(policy.artefact))
         why, advice = f"no cluster of policy.artefact={policy.artefact} is theirs", "`hpc-router classify assign`"

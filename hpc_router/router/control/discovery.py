@@ -183,7 +183,7 @@ class Discovery:
                 await self._apply_records(snapshot)
                 self.on_snapshot(snapshot)
             except OSError as error:
-                logger.warning("the registry cannot be read, the last records stand: %s", error)
+                logger.warning("the registry cannot be read, so its last records are used: %s", error)
             await asyncio.sleep(self.config.discovery_s)
 
     async def _apply_records(self, snapshot: Mapping[str, Record]) -> None:

@@ -82,7 +82,9 @@ class Predecessor:
                 while more:
                     response = await call(client, "GET", f"{record.url}{HANDOVER}?skip={skip}", token=key)
                     if response.status != 200 or not isinstance(response.body, dict):
-                        logger.warning("%s hands nothing over: %s", record.replica, response.message)
+                        logger.warning(
+                            "%s refused to hand over its session turns: %s", record.replica, response.message
+                        )
                         return
                     more = self._learn(response.body)
                     skip += PAGE

@@ -42,7 +42,7 @@ class QueueFullError(HpcRouterError):
     """The expert's queue has reached `router.max_waiting`. `serves`: whether the expert has a ready replica."""
 
     def __init__(self, expert: str, *, serves: bool) -> None:
-        super().__init__(f"as many requests wait for {expert} as router.max_waiting admits")
+        super().__init__(f"the queue of {expert} is full: as many requests wait as router.max_waiting allows")
         self.expert, self.serves = expert, serves
 
 

@@ -169,7 +169,7 @@ class Gateway:
             return self._preflight
         if path not in _OPEN_PATHS and not self._is_authorized(request.headers):
             raise UnauthorizedError(
-                "this router wants its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
+                "this router requires its owner's token as `Authorization: Bearer ...` or `x-api-key: ...`"
             )
         if self.draining and path not in _WHILE_DRAINING:
             raise DrainingError(f"{self.replica} is draining; ask its successor", retry_after_s=RETRY_AFTER_S)
@@ -278,7 +278,7 @@ class Gateway:
         """Raises OverloadedError if the router serves as many requests as `router.max_in_flight` allows."""
         if self.in_flight.total >= self.deployment.router.max_in_flight:
             raise OverloadedError(
-                f"{self.deployment.router.max_in_flight} requests are in flight, as many as are admitted",
+                f"{self.deployment.router.max_in_flight} requests are in flight, the limit of router.max_in_flight",
                 retry_after_s=self.table.longest_wait_s(),
             )
 

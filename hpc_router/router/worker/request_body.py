@@ -161,7 +161,7 @@ def _parse_members(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]
             at = _skip_space(text, _expect(text, at, ","))
         key, at = scanstring(text, _expect(text, at, '"'))
         if key in fields:
-            raise ValueError(f"the key {key[:40]!r} stands twice")
+            raise ValueError(f"the key {key[:40]!r} occurs twice")
         start = _skip_space(text, _expect(text, _skip_space(text, at), ":"))
         fields[key], end = _decode_value(text, start)
         spans[key] = (start, end)
