@@ -16,7 +16,7 @@ JOB_END: Final = "HPC_ROUTER_JOB_END"
 
 
 def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Returns the id of the Slurm job that this process runs in; None outside of a job."""
+    """Returns the id of the Slurm job that this process runs in; None if it runs in no job."""
     return environment.get(JOB_ID) or environment.get("SLURM_JOB_ID")
 
 

@@ -90,8 +90,8 @@ class Headers:
 
 
 def without_id(fields: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Returns the fields without `x-request-id`, and the (last) value of that field, which is empty if the field is
-    missing."""
+    """Returns the fields except `x-request-id`, and the last value of `x-request-id`; that value is empty if the field
+    is missing."""
     ids = [value for name, value in fields if name == REQUEST_ID]
     return ([field for field in fields if field[0] != REQUEST_ID], ids[-1]) if ids else (fields, b"")
 

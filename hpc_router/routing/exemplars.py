@@ -1,9 +1,9 @@
 """Trains an artefact from exemplars, about 20 prompts per expert: one centroid of TF-IDF rows per expert.
 
-The settings were as good as the best ones in tests with exemplars of one source and prompts of others: single terms
-with five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df),
-which nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
-exemplars. A term is discriminative if it occurs in the exemplars of at most half of the experts, rounded up. The
+Terms are single tokens and their five-character prefixes, because 20 prompts rarely repeat a pair of words. All digits
+count as equal. idf = ln((n + 1) / df) nearly removes a word that occurs in every exemplar. In tests with prompts of
+other sources than the exemplars, no other settings were better. The margin threshold comes from cross-validation over
+the exemplars. A term is discriminative if it occurs in the exemplars of at most half of the experts, rounded up. The
 training uses neither randomness nor BLAS, so the same prompts give the same bits. A generalist fallback expert needs no
 exemplars and is not part of the artefact.
 """

@@ -88,7 +88,7 @@ class Policy(Protocol):
 
     @property
     def version(self) -> str | None:
-        """Returns the version of the policy's artefact; None without an artefact."""
+        """Returns the version of the policy's artefact; None if the policy has no artefact."""
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
         """Chooses an expert for a prompt. `ready`: ready experts and their number of requests in flight."""
@@ -185,8 +185,8 @@ class LeastInFlight(RoundRobin):
 
 
 class ModelField:
-    """The policy for clients that name the expert. A request for `auto` gets the fallback; without a fallback, the
-    router sends 404."""
+    """The policy for clients that name the expert. A request for `auto` gets the fallback; if there is no fallback, the
+    router responds with 404."""
 
     version = None
     weighs_load = False

@@ -18,7 +18,8 @@ seconds."""
 
 
 class JobExpiry:
-    """A reader of the job's end in Unix seconds. The end is None outside of a Slurm job, and while it is unknown."""
+    """A reader of the job's end in Unix seconds. The end is None if this process runs in no Slurm job, and while the
+    end is unknown."""
 
     def __init__(self, run: RunDir, environment: Mapping[str, str]) -> None:
         self._job_id = current_job_id(environment)

@@ -103,8 +103,8 @@ def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | Non
 
 
 def write_change(change: Change) -> ControlLoop:
-    """Replaces the run's config and returns a control loop that rolls it out; any other loop of the run does so, too.
-    Raises ConfigError if another `apply` has changed the config in the meantime."""
+    """Replaces the run's config and returns a control loop that replaces the jobs; every control loop of the run now
+    does this. Raises ConfigError if another `apply` has changed the config in the meantime."""
     run = change.run
     observed = ControlLoop(run, read_only=True).preview(fresh=True).observed  # may wait for Slurm
     _check_config_is(run, change.before)
@@ -174,7 +174,7 @@ def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
 
 
 def _stopped(seen: LoopPass, attempt: Attempt) -> Exit | None:
-    """Returns the last failure of the attempt's successors if no further one will be submitted; else None."""
+    """Returns the last failure of the attempt's successors if no further successor will be submitted; else None."""
     forgiven = seen.desired.forgiven.get(str(attempt.slot), 0)
     newer = [a for a in seen.observed[attempt.slot] if a.generation > max(attempt.generation, forgiven)]
     ends = [a.exit for a in newer if a.exit is not None and not a.exit.ok]

@@ -34,8 +34,8 @@ MARGIN_S: Final = 30.0
 @dataclass(frozen=True, slots=True)
 class DrainResult:
     """What `drain` did. `asked`: replicas that got the drain call. `signalled`: replicas whose job got a signal
-    instead. `left`: replicas that had not ended in time; None without waiting. `successor`: the router that stays.
-    `excluded`: nodes on which no further job starts."""
+    instead. `left`: replicas that had not ended in time; None if `drain` did not wait. `successor`: the router that
+    stays. `excluded`: nodes on which no further job starts."""
 
     asked: tuple[str, ...]
     signalled: tuple[str, ...]

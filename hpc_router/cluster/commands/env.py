@@ -17,8 +17,8 @@ _PROXIES: Final = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
 def exports(run: RunDir, environment: Mapping[str, str]) -> tuple[list[str], str | None]:
-    """Returns lines for a POSIX shell, and a note for the user. Raises LaunchError if no router serves or proves its
-    identity.
+    """Returns lines for a POSIX shell, and a note for the user (None if there is nothing to note). Raises LaunchError
+    if no router serves or proves its identity.
 
     If `environment` names a proxy, the lines exclude the router from it, so that the requests and their token do not
     pass through the proxy.

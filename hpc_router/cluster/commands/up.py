@@ -100,8 +100,8 @@ def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
 
 
 def train_classifier(run: RunDir, deployment: Deployment, *, replace: bool = False) -> None:
-    """Trains the classifier from the experts' exemplars, if the run needs one and has none. `replace`: also if it has
-    one."""
+    """Trains the classifier from the experts' exemplars, if the run needs a classifier and has none. `replace`:
+    replaces one that the run has."""
     policy, present = deployment.policy, run.classifier.is_dir() and not replace
     if policy.kind != "classifier" or policy.artefact is not None or not deployment.experts or present:
         return
@@ -181,7 +181,7 @@ class _BringUp:
 
 
 def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
-    """Returns why no expert, or no router, can ever serve; None if both may."""
+    """Returns the reason if no router, or no expert, can ever serve; None if a router and an expert may still serve."""
     reasons = {view.replica: reason for view in shown if (reason := _cannot_become_ready(view)) is not None}
     experts = [view.replica for view in expert_views(shown)]
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)

@@ -53,8 +53,8 @@ class PlannedHandover:
 def forecast(
     desired: Desired, observed: Observed, now: float, durations: Mapping[str, Durations]
 ) -> tuple[dict[str, ExpectedReady], list[PlannedHandover]]:
-    """Returns when each expert without a ready replica will have one, and the handovers. Pure. `durations`: measured
-    times by expert."""
+    """Returns two forecasts: for each expert without a ready replica the time at which it will have one, and the
+    handovers that are due or in progress. Pure. `durations`: measured times by expert."""
     due = schedule(observed, desired.handovers, durations)
     expected: dict[str, ExpectedReady] = {}
     ready = {slot.expert for slot, attempts in observed.items() if any(a.ready for a in attempts)}

@@ -169,9 +169,9 @@ class RunObserver:
         return attempt
 
     def _explain(self, replica: str, report: JobReport) -> Attempt:
-        """Replaces the recorded reason of a job that drained without a request by Slurm's reason, because the job knows
-        only that it got a signal. Slurm may report its state later than the end. A job that Slurm has purged keeps its
-        own reason."""
+        """Returns the attempt of a job that drained although no request to drain is recorded. Slurm's reason for the
+        end replaces the recorded one, because the job knows only that it got a signal. Slurm may report its state later
+        than the end. A job that Slurm has purged keeps its own reason."""
         attempt, word = self._ended[replica], report.native_state or ""
         assert attempt.exit is not None
         final, reason, end = STATES.get(word) is JobState.ENDED, REASONS.get(word), attempt.exit

@@ -134,8 +134,8 @@ def _never_chosen(deployment: Deployment) -> Iterator[str]:
 
 
 def _ineffective(deployment: Deployment) -> Iterator[str]:
-    """Yields warnings about keys that have no effect: keys for batch scripts on a cluster without them, and a
-    simulation without an engine."""
+    """Yields warnings about keys that have no effect: keys for batch scripts if jobs have no batch script, and
+    `simulate.gpu` if no engine can be simulated."""
     gpu, engines = deployment.simulate.gpu, [expert.engine for expert in deployment.experts.values()]
     if gpu is not None and not any(engine.options.get("roofline") for engine in engines):
         yield f"simulate.gpu={gpu} has no effect: it replaces vLLM engines, and no expert has one"

@@ -40,7 +40,8 @@ class RunTarget:
 
     @property
     def planned(self) -> RunDir | None:
-        """Returns the run directory, even if it does not exist yet; None for a new run below `deployment.runs`."""
+        """Returns the run directory, which may not exist yet; None for a new run, whose path below `deployment.runs` is
+        not chosen yet."""
         return self.run or (RunDir(self.path.absolute()) if self.path is not None else None)
 
     def open(self) -> tuple[RunDir, bool]:

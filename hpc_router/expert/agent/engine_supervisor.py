@@ -93,7 +93,8 @@ class EngineSupervisor:
     _facts: _Facts = field(default_factory=_Facts)
 
     async def run(self) -> EngineFailure:
-        """Runs the engine. Returns a failure that no restart can repair, or the last of too many failures."""
+        """Runs the engine. Returns the failure after which the engine is not started again: no restart can repair it,
+        or there were too many."""
         while True:
             command = await self.strategy.next_command()
             if isinstance(command, EngineFailure):
@@ -198,7 +199,8 @@ class EngineSupervisor:
         return LoadedEngine(load_s, min(lengths, default=None), self._facts.prefix_caching)
 
     async def _served_models(self) -> dict[str, int | None] | None:
-        """Returns the models that the engine lists, with their `max_model_len`; None without a valid list."""
+        """Returns the models that the engine lists, with their `max_model_len`; None if the engine sends no valid
+        list."""
         try:
             cards = json.loads(await self._read(MODELS, limit=_MAX_LIST_BYTES))["data"]
             lengths = {card["id"]: card.get("max_model_len") for card in cards}

@@ -133,7 +133,8 @@ def kill_descendants() -> None:
 
 
 def _may_be_tracker(pid: int) -> bool:
-    """Returns whether a process can be a resource tracker; true before it has a command line, while it is started."""
+    """Returns whether the process may be one of Python's resource trackers. A process that is just being started has no
+    command line yet, so it may be."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -161,7 +161,8 @@ class Follower:
             self._engine.start(order.attempt, self._commands.at(replace(self._place, ranks=ranks)))
 
     async def _request_order(self, client: Upstream) -> RankOrder | None:
-        """Asks rank 0 for an order. Returns None without a valid response, and then reads rank 0's record again."""
+        """Asks rank 0 for an order. If there is no valid response, reads rank 0's record again, because rank 0 may have
+        a new address, and returns None."""
         if self._leader is None:
             records = await self._files.run_within_limit(self._reader.snapshot)
             self._leader = (records or {}).get(self._job.replica)

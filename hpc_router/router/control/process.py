@@ -239,7 +239,8 @@ class ControlProcess:
         return counted
 
     async def _drift(self, counted: Metrics) -> Drift | None:
-        """Returns the drift of the current artefact; None without one, or if its training record cannot be read."""
+        """Returns the drift of the current artefact; None if the policy has no artefact, or if its training record
+        cannot be read."""
         if self.artefact is None:
             return None
         if self._training[0] != self.artefact:

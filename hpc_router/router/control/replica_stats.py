@@ -50,12 +50,12 @@ class ReplicaStats:
 
     @property
     def first_byte_s(self) -> float | None:
-        """Mean time in seconds to the first byte; None with too few responses."""
+        """Mean time in seconds to the first byte; None if there were too few responses."""
         return self.seconds / self.answered if self.answered >= MIN_ANSWERS else None
 
     @property
     def error_share(self) -> float | None:
-        """Share of errors among the responses; None with too few."""
+        """Share of errors among the responses; None if there were too few responses."""
         total = self.answered + self.errors
         return self.errors / total if total >= MIN_ANSWERS else None
 

@@ -46,15 +46,15 @@ def status(
 
 
 def _queue(rate: DepartureRate | None, waiting: int, now: float) -> dict[str, float | None]:
-    """Returns the departures per second (null without a recent one) and the expected wait in seconds (null if the queue
-    is empty)."""
+    """Returns two values for the JSON: the departures per second (null if there was no recent departure) and the
+    expected wait in seconds (null if the queue is empty)."""
     per_s = None if rate is None else rate.per_s(now)
     wait_s = None if rate is None or not waiting else round(rate.wait_s(waiting, now), 3)
     return {"pace_per_s": None if per_s is None else round(per_s, 3), "wait_s": wait_s}
 
 
 def _recent(replica: Replica, all_of_expert: Sequence[Replica], stats: Mapping[str, ReplicaStats]) -> dict[str, Any]:
-    """Returns the recent statistics of the replica; a value is null with too few responses."""
+    """Returns the recent statistics of the replica; a value is null if there were too few responses."""
     one = stats.get(replica.name) or ReplicaStats()
     others = [known for r in all_of_expert if r is not replica and (known := stats.get(r.name)) is not None]
     return {

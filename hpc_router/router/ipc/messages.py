@@ -259,7 +259,7 @@ def encode(message: Message, number: int | None = None) -> bytes:
 
 
 def decode(data: bytes | bytearray) -> tuple[Message, int | None]:
-    """Returns the message, and the number of its call."""
+    """Returns the message and the number of the call that it makes or answers; None for a notification."""
     name, number, value = json.loads(data)
     message: Message = _restore(Message.types[name], value)
     return message, number

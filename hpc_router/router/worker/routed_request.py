@@ -89,8 +89,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     """Failed attempts: replica, expert, and status or connection error. They are reported as evidence of bad health
     only if another replica of the same expert serves the request."""
     lost_error: Callable[[str], RoutingError] | None = None
-    """Makes the error for a request whose `only` replica is not ready any more. If it is None, the client gets the
-    error for a lost session."""
+    """Makes the error for a request whose `only` replica is not ready any more. None: the client gets the error that
+    its session was lost."""
     engines_lost = 0
     """Number of engines that ended while they had this request."""
 
@@ -283,7 +283,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
     def slot(self) -> int | None:
         """Returns the affinity slot of the request's conversation (see `balancing`), from the session id or else from
-        the first user message; None without both."""
+        the first user message; None if the request has neither."""
         session = self.request.headers.get(_SESSION)
         if session is not None:
             return affinity_slot(session)

@@ -19,7 +19,8 @@ from hpc_router.errors import suggest
 
 
 def configured_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:
-    """Returns the config key that sets this option, and its value: the expert's own key, else the cluster's."""
+    """Returns the config key that sets the option `name`, and its value: the key of the resources at `at` if they set
+    it, else that of the cluster."""
     own, general = getattr(resources, name), getattr(cluster, name)
     if own is not None:
         return f"{at}.{name}", str(own)

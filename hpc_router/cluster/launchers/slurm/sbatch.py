@@ -153,7 +153,7 @@ def python_of(cluster: ClusterConfig) -> str:
 
 
 def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
-    """Returns the options of one job: those of its resources, and the cluster's where a resource option is not set."""
+    """Returns the options of one job. An option that its resources do not set is taken from the cluster."""
     values: dict[str, Any] = {}
     for item in fields(JobOptions):
         general, own = getattr(cluster, item.name), getattr(resources, item.name)
