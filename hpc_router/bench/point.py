@@ -116,7 +116,8 @@ class PointMeasurement:
         return figures(observations, window, self.config.good)
 
     def _measures_direct(self, point: Point, notes: list[str]) -> bool:
-        """Returns whether to measure without the router. Adds a note if that is configured but not possible."""
+        """Returns whether to measure without the router. Adds a note if `bench.direct` asks for this but it is not
+        possible."""
         if not self.config.direct:
             return False
         if self.slowdown != 1.0:

@@ -54,7 +54,7 @@ BODY_S: Final = 300.0
 VIEW_S: Final = 1.0
 """Seconds for which the last result of reading the registry is used, unless a request fails."""
 MAX_HELD: Final = 1024
-"""Number of requests that may wait for a router. Further ones get 503 at once."""
+"""Maximum number of requests that wait for a router. Further requests get 503 at once."""
 RETRY_AFTER_S: Final = 5
 _TO_ROUTER: Final = HOP_BY_HOP | {b"content-length", b"expect", b"host"}
 _FROM_A_BROWSER: Final = (b"origin", b"sec-fetch-site")
@@ -152,7 +152,7 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         return await relay_unchanged(request, response.upstream, on_progress=_ignore)
 
     async def report_leader(self) -> None:
-        """Finds the router that leads, and logs it, or that there is none."""
+        """Finds the router that leads and logs its name, or logs that no router leads."""
         if await self.find(recheck=True) is None:
             logger.info("no router leads; requests wait for one")
 

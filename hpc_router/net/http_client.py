@@ -31,7 +31,7 @@ class HttpResponse:
 
 
 class Unreachable(Exception):
-    """No response came within the time limit, or it is longer than `MAX_RESPONSE_BYTES`."""
+    """No response came within the time limit, or the response is longer than `MAX_RESPONSE_BYTES`."""
 
 
 @asynccontextmanager

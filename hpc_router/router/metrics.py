@@ -71,7 +71,7 @@ class HistogramCollector(Collector):
 
     def __init__(self, name: str, text: str, labels: Sequence[str], *, bounds: Sequence[float]) -> None:
         """Creates a histogram. Observations may have more labels than `labels`; the exposition sums over the additional
-        ones."""
+        labels."""
         self._about = name, text, labels
         self._bounds = bounds
         self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and a list with only the sum

@@ -94,7 +94,7 @@ class Features:
         return raw.translate(_WORD_TABLES[self.fold_numbers]).split(), raw.translate(None, _NON_SYMBOLS)
 
     def terms(self, text: str) -> list[str]:
-        """Returns every term of the text once; for kind `cbtm`, as often as it occurs."""
+        """Returns the terms of the text: each term once, or for kind `cbtm` as often as it occurs."""
         words, symbols = self.split(text)
         if self.kind == "cbtm":
             return [word.decode() for word in words]

@@ -44,9 +44,9 @@ _FIELDS: Final[Mapping[str, type]] = {
 
 @dataclass(frozen=True, slots=True)
 class JobRecords:
-    """The records of one job. `claimed_at`: when its submission began (Unix seconds); until that is recorded, the
-    folder's modification time. Later writes do not change it, because a job whose submission was not recorded also
-    writes into its folder."""
+    """The records of one job. `claimed_at`: when its submission began (Unix seconds); if the job does not record this
+    yet, the folder's modification time. Later writes do not change it, because a job whose submission was not recorded
+    also writes into its folder."""
 
     replica: str
     claimed_at: float

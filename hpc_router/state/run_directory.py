@@ -138,8 +138,8 @@ class RunDir:
             self._rotate_events()
 
     def _rotate_events(self) -> None:
-        """Renames `events.jsonl` if it is too long. Several writers may try this; only the one that creates a folder as
-        claim renames."""
+        """Renames `events.jsonl` if it is too long. Several writers may try this; only the writer that creates a
+        certain folder, the claim, renames the file."""
         claim = self.path / ".events.rotating"
         try:
             claim.mkdir()

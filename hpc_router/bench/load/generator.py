@@ -57,8 +57,8 @@ class LoadTarget:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """The observations of one load. `cpu_share`, `wait_share`: shares of one core that the busiest generator used, and
-    for which it waited."""
+    """The observations of one load. `cpu_share`: share of one core that the busiest generator used. `wait_share`: share
+    of the time for which it waited for a core."""
 
     started_at: float
     observations: Sequence[Observation]

@@ -72,7 +72,7 @@ class Cause:
 
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
     """Returns a cause for each replica that is not ready, and for each problem that the serving router reports. `name`:
-    only those of one expert or replica. Raises ConfigError for an unknown name."""
+    limits the result to one expert or replica. Raises ConfigError for an unknown name."""
     control = ControlLoop(run, read_only=True)
     seen = control.preview(fresh=True)
     shown = replica_views(control, seen)

@@ -120,7 +120,7 @@ def version_of(run: RunDir) -> str | None:
 
 
 def _standby(deployment: Deployment) -> bool:
-    """Returns whether the router gets a standby. Only Slurm can start a job when another one ends, and only a router
+    """Returns whether the router gets a standby. Only Slurm can start a job when another job ends, and only a router
     whose job runs the control loop needs a standby."""
     router = deployment.router
     return deployment.cluster.kind == "slurm" and router.place == "job" and router.standby and router.reconcile

@@ -129,7 +129,7 @@ def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mappi
 
 
 def _stagger(jobs: list[_Job]) -> None:
-    """Moves handovers that would overlap to earlier times, beginning with the last one."""
+    """Moves handovers that would overlap to earlier times, in order from the last to the first."""
     jobs.sort(key=lambda job: (job.due_at, job.first_slot))
     for job, later in zip(reversed(jobs[:-1]), reversed(jobs[1:]), strict=True):
         room_s = (job.due_at - job.earliest_at) / len(jobs)

@@ -1,8 +1,8 @@
 """Excludes nodes that have failed twice from further jobs. Only the leading loop does this.
 
 A node has failed if Slurm ended a job on it with NODE_FAIL or BOOT_FAIL, if an engine on it ended with a CUDA error, or
-if a job on it ended within QUICK_S of its start although its expert became ready on another node. Two failures of a node
-count only if the second job began after the first had failed. A failure counts for WINDOW_S, and no longer after `nodes
+if a job on it ended within QUICK_S of its start although its expert became ready on another node. Two failures of a
+node count only if the second job began after the first had failed. A failure counts for WINDOW_S, but not after `nodes
 forget`.
 """
 

@@ -1,8 +1,8 @@
 """Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the commands.
 
 If a job ended without an exit record, the observer writes one, so that each failure has a time and all readers see the
-same reason. It does the same for a claim whose submitter is gone; a job of that claim then ends as soon as it starts.
-Jobs that have ended are not read again, because an old run has many.
+same reason. It also writes one for a claim whose submitting process is gone. If that process did submit a job, the
+job's agent reads this record and ends. Jobs that have ended are not read again, because an old run has many.
 """
 
 import json

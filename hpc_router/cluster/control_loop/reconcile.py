@@ -1,20 +1,20 @@
 """Decides which actions turn the observed jobs into the desired jobs. Pure: no I/O, time is an argument.
 
 Rules, one slot at a time:
-1. A live job stays, unless it was asked to stop or hangs: then it is ended, and killed after its drain time. A job that
-   hangs is replaced at once. The next generation of a job that ended is submitted at once.
-2. After failures in a row the pause before the next job grows, and then the slot is given up; it is given up at once
-   for a reason that a restart cannot fix. The count starts again after a job that was ready for STABLE_S, and after
-   `up` or `scale` (`Desired.forgiven`). An end that is not the replica's fault (its node failed, it was preempted)
-   only adds a pause.
+1. A live job stays. A job that was asked to stop, or that hangs, is ended, and killed if it still runs after its drain
+   time. When a job has ended or hangs, the next generation is submitted at once.
+2. After each further failure in a row, the pause before the next job is longer; in the end the slot is given up. It is
+   given up at once for a reason that a restart cannot fix. The count starts again after a job that was ready for
+   STABLE_S, and after `up` or `scale` (`Desired.forgiven`). An end that is not the replica's fault (its node failed, it
+   was preempted) only adds a pause.
 3. A claim without a job is abandoned after CLAIM_S. A surplus job is drained, then cancelled, then killed.
-4. The loop runs in the router's job and ends with it, so the next router is submitted while the present one serves, and
-   Slurm starts it when that job has ended.
-5. A ready job near its walltime hands over (`handover` says when): its successor is submitted, or a waiting one is
-   released, and the job drains when that is ready. If Slurm refuses an overlapping successor, the next one waits for
-   the job's end. Failures of successors count only once the job has ended.
-6. Jobs of an earlier config (`rolling`) are replaced slot by slot: a ready one hands over at once, or drains where two
-   jobs cannot run at the same time; any other is ended.
+4. The loop runs in the router's job and ends with it. So the next router's job is submitted while the present job
+   serves, and Slurm starts the next job when the present one has ended.
+5. A ready job near its walltime hands over (`handover` computes when): its successor is submitted, or is released if it
+   waits already, and the job drains when the successor is ready. If Slurm refuses a successor that overlaps, the next
+   successor waits for the job's end. Failures of successors count only once the job has ended.
+6. Jobs of an earlier config (`rolling`) are replaced slot by slot: a ready job hands over at once, or drains where two
+   jobs cannot run at the same time; a job that is not ready is ended.
 7. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
 """
 

@@ -45,7 +45,7 @@ _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 class Attempt:
     """The known state of one generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the
     process that submits the job is alive. `hung`: the job runs, but renews no lease and answers no call. `after`: id of
-    the job for whose end this one had to wait. `expires_at`: end of its walltime. `revision`: revision of the config
+    the job for whose end this job had to wait. `expires_at`: end of its walltime. `revision`: revision of the config
     with which it was submitted. Times are Unix seconds.
 
     `live`: whether it serves or may serve later. `live` and `replica` are computed once, because a run has thousands of

@@ -49,7 +49,7 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 TAKE_OVER_S: Final = 5.0
-"""Maximum time in seconds that a new router waits for the data of an older one."""
+"""Maximum time in seconds that a new router waits for the data of an older router."""
 
 
 @dataclass(slots=True)

@@ -41,7 +41,7 @@ class ReplicaStats:
     _at: float = 0.0
 
     def add(self, answered: int, seconds: float, errors: int, *, now: float) -> None:
-        """Adds new counts at the time `now`, after the decay of the older ones."""
+        """Adds new counts at the time `now`, after the older counts have decayed until then."""
         decay = 0.5 ** ((now - self._at) / HALF_LIFE_S)
         self._at = now
         self.answered = self.answered * decay + answered

@@ -43,8 +43,8 @@ class WorkerConnection:
     """The connection to one worker.
 
     `greeted` is set by the worker's `Hello`. `applied`: whether the worker has applied the snapshot that was last sent
-    to it; `stale`: whether it needs another one. `observed`: number of its last observation. `metrics`: its last known
-    counts, including those of its predecessors.
+    to it; `stale`: whether the worker needs a newer snapshot. `observed`: number of its last observation. `metrics`:
+    its last known counts, including those of its predecessors.
     """
 
     worker: int
@@ -174,8 +174,8 @@ class Workers:
         return snapshot_of(self.table)
 
     def _send_snapshot(self, connection: WorkerConnection) -> None:
-        """Sends the current snapshot, unless the worker has not yet applied the previous one. In that case the worker
-        gets the newest snapshot after that, and skips those in between."""
+        """Sends the current snapshot, unless the worker has not yet applied the previous one. Then the newest snapshot
+        is sent after the worker has applied the previous one, and snapshots in between are skipped."""
         if self._snapshot is None or not connection.greeted.is_set():
             return
         connection.stale = not connection.applied

@@ -67,8 +67,8 @@ def left_s(replica: Replica, now: float) -> float:
 
 
 def outliving(replicas: Sequence[Replica], needed_s: float) -> Sequence[Replica]:
-    """Returns the replicas that have room and at least `needed_s` seconds of walltime left. If no replica has, returns
-    only the one with room whose walltime ends last."""
+    """Returns the replicas that have room and at least `needed_s` seconds of walltime left. If there is no such
+    replica, returns only the replica with room whose walltime ends last."""
     now = time.time()
     open_ = [replica for replica in replicas if replica.has_room]
     fitting = [replica for replica in open_ if left_s(replica, now) >= needed_s]

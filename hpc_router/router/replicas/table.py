@@ -3,8 +3,8 @@ free place.
 
 A request gets a `Reservation` on a replica that `balancing` chooses, or waits in the `WaitingLine`. A released place
 goes to the longest waiting request in the same step, so later requests cannot overtake and no wake-up is lost. A
-request for several experts waits for the first one that has a ready replica; when that expert has none any more, the
-request also waits for the next ones.
+request for several experts waits for the first expert that has a ready replica. When this expert has no ready replica
+any more, the request also waits for the next experts.
 
 No I/O. The table knows neither HTTP nor the source of its replicas.
 """
@@ -216,12 +216,12 @@ class ReplicaTable:
         affinity_slot: AffinitySlot | None = None,
         needed_s: ExpectedDuration | None = None,
     ) -> tuple[Replica, str] | None:
-        """Returns a replica with room, of the first of these experts that has a ready replica, and that expert; None if
-        there is none.
+        """Returns a replica with room and its expert, which is the first of these experts that has a ready replica;
+        None if that expert has no replica with room.
 
         `avoid`: replicas that are not chosen; `only`: the only replica that may be chosen. `affinity_slot` is called
         only if affinity may decide. `needed_s` is called only if a replica nears the end of its walltime; the request
-        then goes to a replica with enough walltime left, or else to the one whose walltime ends last.
+        then goes to a replica with enough walltime left, or else to the replica whose walltime ends last.
         """
         for expert in experts:
             replicas = self._by_expert.get(expert, ())
@@ -257,8 +257,8 @@ class ReplicaTable:
     def _by_affinity(
         self, expert: str, replicas: Sequence[Replica], slot: int | None, fits: Callable[[Replica], bool]
     ) -> Replica | None:
-        """Returns the conversation's preferred replica, or the next one in rendezvous order if that has more than its
-        share of the load."""
+        """Returns the conversation's preferred replica, or the next replica in rendezvous order if the preferred one
+        has more than its share of the load."""
         if slot is None:
             return None
         orders = self._orders.setdefault(expert, {})

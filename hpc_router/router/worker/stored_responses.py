@@ -36,8 +36,8 @@ class StoredResponses:
 
     async def find(self, response_id: str, *, turn: Turn | None) -> Replica:
         """Returns the replica that has the response. `turn`: the last turn of the request's session. If only one ready
-        replica keeps responses, it is returned without being asked. Raises ResponseNotFoundError if no replica has the
-        response, and UnavailableError if a replica that may have it did not answer."""
+        replica keeps responses, returns this replica without asking it. Raises ResponseNotFoundError if no replica has
+        the response, and UnavailableError if a replica that may have it did not answer."""
         keeping = [
             replica
             for replica in self.table.all()

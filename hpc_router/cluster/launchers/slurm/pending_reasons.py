@@ -124,7 +124,7 @@ _RESOURCES: Final = (
 
 
 def explain_pending(reason: str, job_id: str | None = None) -> PendingReason:
-    """Returns the explanation of a reason as squeue prints it; quotes an unknown one. `job_id` is put into the
+    """Returns the explanation of a reason as squeue prints it; an unknown reason is quoted. `job_id` is put into the
     advice."""
     text = reason.strip().strip("()")
     word, _, detail = text.partition(",")

@@ -28,7 +28,7 @@ _PROCESS_FAILED: Final = "the submitting process failed"
 @dataclass(frozen=True, slots=True)
 class Submission:
     """Claimed replicas that share one job. `script`: the batch script for Slurm; None for a job of this machine.
-    `after`: id of the job whose end this one waits for. `revisions`: the config revision of each replica."""
+    `after`: id of the job for whose end the submitted job waits. `revisions`: the config revision of each replica."""
 
     run: str
     argv_of: Mapping[str, Sequence[str]]
