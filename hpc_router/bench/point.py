@@ -39,8 +39,8 @@ ServedExpert = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class RoutedShares:
-    """The measured requests as the router distributed them: per replica and expert, the share of the requests and their
-    bodies."""
+    """How the router distributed the measured requests: for each replica and expert, its share of the requests and
+    their bodies."""
 
     shares: Mapping[ServedExpert, float]
     bodies: Mapping[ServedExpert, Sequence[int]]

@@ -13,8 +13,9 @@ MAX_PAUSE_S: Final = 2.0
 
 
 class RetryState:
-    """The attempts of one request. `recheck`: `registry.json` may be outdated, so the registry folder must be read.
-    `last_check`: the identity check that the last router did not pass; None if the router was not reached or drains."""
+    """The attempts of one request. `recheck`: whether the registry folder must be read, because `registry.json` may be
+    outdated. `last_check`: the identity check that the last router did not pass; None if the router was not reached or
+    drains."""
 
     def __init__(self, *, follow_s: float, now: float, replayable: bool) -> None:
         self._deadline = now + follow_s

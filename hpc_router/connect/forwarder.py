@@ -67,8 +67,8 @@ class HoldFullError(NoRouterError):
 
 @dataclass(frozen=True, slots=True)
 class ForwardedRequest:
-    """A request on its way to the router. `head`: its header lines. `without_token`: the owner's token must be added.
-    `exchange`: closing it ends the exchange with the router."""
+    """A request on its way to the router. `head`: its header lines. `without_token`: whether the owner's token must be
+    added. `exchange`: closing it ends the exchange with the router."""
 
     request: Request
     body: bytes

@@ -94,7 +94,7 @@ def drain_until(query: str) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResponse:
-    """The response to a health probe. `models`: names of the models that the engine serves, None before it is
+    """The response to a health probe. `models`: names of the models that the engine serves; None if the engine is not
     ready. `answer`: the answer to the challenge."""
 
     replica: str
@@ -153,8 +153,8 @@ class RankReport:
     """Report of a rank's agent to rank 0. `attempt`: the attempt that its engine runs or ran last; 0 before the first.
 
     `instance` identifies the reporting process: a new instance means that the agent was restarted and its old engine
-    ended. `challenge`: must be answered by the order's `proof`. `leaving`: the rank was asked to stop and waits for an
-    order, because the other ranks would fail if it stopped alone.
+    ended. `challenge`: must be answered by the order's `proof`. `leaving`: whether the rank was asked to stop. It then
+    waits for an order, because the other ranks would fail if it stopped alone.
     """
 
     rank: int

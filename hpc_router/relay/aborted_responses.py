@@ -77,9 +77,9 @@ class ChoicesAbortDetector(AbortDetector):
 
 
 class ResponsesAbortDetector(AbortDetector):
-    """The detector for `/v1/responses`. vLLM gives most aborted responses the status `completed`, which only shows in
-    one case: a response that vLLM rejects while it stops is empty and has 0 output tokens, while a normal response has
-    at least the end token."""
+    """The detector for `/v1/responses`. vLLM gives most aborted responses the status `completed`, so they cannot be
+    detected. One kind can: a response that vLLM rejects while it stops is empty and has 0 output tokens, while a normal
+    response has at least the end token."""
 
     event_mark = b'"response.completed"'
 

@@ -21,8 +21,8 @@ TERA: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Peak values from a GPU's data sheet. Arithmetic is dense (half of the value "with sparsity"), and `link` is one
-    direction.
+    """Peak values from a GPU's data sheet. The arithmetic is that of dense matrices (half of the value "with
+    sparsity"). `link`: bandwidth in one direction.
 
     `fp8_flops`: None if the tensor cores do not support FP8. `seqs`, `tokens`: defaults of vLLM 0.32's API server on
     such a GPU (vllm/engine/arg_utils.py).

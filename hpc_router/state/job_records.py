@@ -93,9 +93,9 @@ class Runner(StrEnum):
 class JobInfo:
     """A submitted job, as recorded by the submitter on `host`.
 
-    The id of a local job is a process id; `start_ticks` shows whether another process has got that id since. `shared`:
-    the Slurm job also runs other replicas, and this replica is one of its steps. `after`: id of the job for whose end
-    this job had to wait. `revision`: revision of the config with which it was submitted (`config.revision`).
+    The id of a local job is a process id; `start_ticks` shows whether that id now belongs to another process. `shared`:
+    whether the Slurm job also runs other replicas, so that this replica is one of its steps. `after`: id of the job for
+    whose end this job had to wait. `revision`: revision of the config with which it was submitted (`config.revision`).
     """
 
     job_id: str

@@ -15,8 +15,8 @@ equal."""
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A limit: the median of `found` must be at most `limit`, or below it if `strict`. `met` is None if it was not
-    measured."""
+    """A limit of one figure: the median of `found` must be at most `limit`, or less than `limit` if `strict`. `met`:
+    whether it is; None if the figure was not measured."""
 
     what: str
     limit: float

@@ -38,8 +38,8 @@ class LocalHost:
 @dataclass(frozen=True, slots=True)
 class Tunnel:
     """An `ssh` tunnel. `argv` runs on the laptop until it is interrupted. `url`: address of the router or of `connect`.
-    `login`: the host that has the run directory. `guessed`: the config does not name that host. `unproven`: the node on
-    whose loopback the router's identity could not be checked."""
+    `login`: the host that has the run directory. `guessed`: whether `login` is only this host, because the config names
+    none. `unproven`: the node on whose loopback the router's identity could not be checked."""
 
     url: str
     argv: tuple[str, ...]

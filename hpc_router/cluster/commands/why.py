@@ -104,7 +104,8 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
 
 
 def _step_cause(cause: Cause) -> Cause:
-    """Returns the cause; for a step that waits in the user's job, with our own text, because Slurm gives no reason."""
+    """Returns the cause unchanged, unless the replica is a step that waits in the user's job. Slurm gives no reason for
+    such a step, so the returned cause has a text of this module."""
     view = cause.view
     if view.state is not DisplayedState.SUBMITTED or view.job_id is None:
         return cause

@@ -59,7 +59,8 @@ def before_drain_s(policy: HandoverPolicy) -> float:
 @dataclass(frozen=True, slots=True)
 class Due:
     """The time of one replica's handover. `due_at`: when to submit its successor (Unix seconds). `drains_at`: when
-    Slurm's warning will make the replica drain. `outdated`: the replica is replaced because its config has changed."""
+    Slurm's warning will make the replica drain. `outdated`: whether the replica is replaced because its config has
+    changed."""
 
     mode: HandoverMode
     due_at: float
@@ -71,7 +72,7 @@ class Due:
 @dataclass(slots=True)
 class _Job:
     """The ready replicas of one job. `earliest_at`: time before which the job does not hand over. `spacing_s`: minimum
-    time between its handover and the one before it."""
+    time in seconds between its handover and the preceding handover."""
 
     attempts: list[Attempt] = field(default_factory=list)
     expires_at: float = 0.0
@@ -129,7 +130,7 @@ def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mappi
 
 
 def _stagger(jobs: list[_Job]) -> None:
-    """Moves handovers that would overlap to earlier times, in order from the last to the first."""
+    """Starts handovers earlier where two of them would overlap. Changes the last handover first."""
     jobs.sort(key=lambda job: (job.due_at, job.first_slot))
     for job, later in zip(reversed(jobs[:-1]), reversed(jobs[1:]), strict=True):
         room_s = (job.due_at - job.earliest_at) / len(jobs)

@@ -75,8 +75,8 @@ class LoopPass:
 
 
 class ControlLoop:
-    """The control loop of one run: observes the run and carries out the actions. `read_only`: for commands that only
-    show the state."""
+    """The control loop of one run: observes the run and carries out the actions. `read_only`: whether it only shows the
+    state and carries out no action."""
 
     def __init__(
         self,

@@ -51,14 +51,14 @@ KILL_AGAIN_S: Final = 10.0
 @dataclass(frozen=True, slots=True)
 class Desired:
     """The desired state of a run. `replicas`: number of replicas per expert. `forgiven`: per slot, the generation up to
-    which failures do not count. `standby`: a router that has served for STANDBY_S gets a successor whose job waits for
-    its end.
+    which failures do not count. `standby`: whether a router that has served for STANDBY_S gets a successor whose job
+    waits for its end.
 
     `handovers`: how the jobs of each expert and of the router are replaced near their walltime. `revisions`: the config
     revision that the jobs should have. `overlapping`: the experts whose old and new jobs can run at the same time.
 
-    `down`: the run must have no jobs. `clear`: every live job must end. Only the command `down` sets `clear`, because a
-    loop that still runs must not end a router that was started after `down`.
+    `down`: whether the run must have no jobs. `clear`: whether every live job must end. Only the command `down` sets
+    `clear`, because a loop that still runs must not end a router that was started after `down`.
     """
 
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -87,8 +87,8 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Action: submit a job. `after`: id of the job that must end before Slurm starts this one. `replaces`: the replica
-    that hands over to this job."""
+    """Action: submit a job. `after`: id of the job that must end before Slurm starts the submitted job. `replaces`: the
+    replica that hands over to this job."""
 
     slot: Slot
     generation: int
@@ -102,7 +102,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
-    """Action: let the waiting job of this replica start before the end of the replica that it replaces."""
+    """Action: let the job of this replica, which waits in Slurm's queue for the end of its predecessor, start now."""
 
     replica: str
     replaces: str

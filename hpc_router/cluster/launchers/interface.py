@@ -46,9 +46,9 @@ class JobReport:
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """The job of one replica: its command and its resources. `after`: id of the job whose end it waits for.
-    `dependency_met`: an earlier job with the same `sbatch.dependency` has started. `exclude`: nodes on which it may not
-    start. `revision`: digest of the config values that the job reads."""
+    """The job of one replica: its command and its resources. `after`: id of the job for whose end it waits.
+    `dependency_met`: whether an earlier job with the same `sbatch.dependency` has started. `exclude`: nodes on which it
+    may not start. `revision`: digest of the config values that the job reads."""
 
     replica: str
     argv: tuple[str, ...]

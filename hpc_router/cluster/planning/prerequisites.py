@@ -28,7 +28,7 @@ _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs",
 @dataclass(frozen=True, slots=True)
 class CheckedHost:
     """This host, as the checks see it. `runs`: the run directory; for a new run, the folder of all runs. `on_node`:
-    this process runs in a Slurm job."""
+    whether this process runs in a Slurm job."""
 
     deployment: Deployment
     runs: Path

@@ -45,8 +45,9 @@ class Place:
     """The place where one process of an engine runs.
 
     `folder`: the agent's private folder on this node, for the engine's socket, temporary files and caches. `ranks`:
-    None on one node, and where only the form of a command matters. `copies`: path of the copy from which the engine
-    loads a model, by the configured model. `kept_cache`: a cache folder that is kept after the agent ends.
+    None for an engine on one node, and for a command that is only shown or checked. `copies`: path of the copy from
+    which the engine loads a model, by the configured model. `kept_cache`: a cache folder that is kept after the agent
+    ends.
     """
 
     folder: Path

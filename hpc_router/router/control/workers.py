@@ -73,7 +73,7 @@ class WorkerConnection:
 
 @dataclass(slots=True)
 class Workers:
-    """The connections to all workers, and what the workers know together.
+    """The connections to all workers, and the data that the workers have sent.
 
     `experts`: the configured experts, which have a queue column even without a replica. `seeds`: the replicas that the
     workers knew when this process started. `informed` is set with the first snapshot. `on_unknown_session` is awaited

@@ -44,8 +44,8 @@ class EjectionRules:
     """The configured limits for ejecting replicas.
 
     `connect_errors`, `request_errors`: number of failures in a row that ejects a replica. `exclusion_s`: duration of
-    the first exclusion in seconds; each further one is twice as long, up to `max_exclusion_s`. `max_share`: largest
-    share of an expert's replicas that may be excluded at the same time.
+    the first exclusion in seconds; each further exclusion is twice as long, up to `max_exclusion_s`. `max_share`:
+    largest share of an expert's replicas that may be excluded at the same time.
     """
 
     connect_errors: int

@@ -57,7 +57,7 @@ _has_room: Final[Callable[[Replica], bool]] = attrgetter("has_room")
 class ReplicaTable:
     """The table of all replicas by name, and the requests of this worker that wait for a replica.
 
-    `pin_bound`: a replica whose load is above this multiple of the average load loses affinity; None turns affinity
+    `pin_bound`: maximum load of a replica that keeps affinity, as a multiple of the average load; None turns affinity
     off. `bounds`: limits of the requests per expert. `on_change` is called when a replica has changed.
     `expected_ready_at`: for experts without a ready replica, the forecast time at which the next one is ready, in Unix
     seconds.

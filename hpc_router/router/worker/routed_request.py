@@ -64,10 +64,10 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     only replica that may serve the request. `on_success` is called with the replica of a 2xx response, before the
     client receives any of it.
 
-    The request counts as in flight from `start` until its end. It is served by callbacks if only the replica has to be
-    awaited: an expert has a free replica, a connection is pooled, and the response is either short and received in one
-    read, or a stream of events. Otherwise it continues in a task, from the current state. Rarely used fields are class
-    attributes until they are set, which saves time per request.
+    The request counts as in flight from `start` until its end. It is served by callbacks if an expert has a free
+    replica, a connection is pooled, and the response is either short and received in one read, or a stream of events.
+    Otherwise it continues in a task, from the current state. Rarely used fields are class attributes until they are
+    set, which saves time per request.
     """
 
     method = "POST"

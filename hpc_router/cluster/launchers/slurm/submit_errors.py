@@ -19,8 +19,8 @@ _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")
 
 @dataclass(frozen=True, slots=True)
 class SubmitError:
-    """A known error. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`: no value is
-    wrong."""
+    """A known error. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`: whether Slurm
+    only cannot answer now, and no value is wrong."""
 
     pattern: re.Pattern[str]
     keys: tuple[str, ...]
