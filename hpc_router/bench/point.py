@@ -168,8 +168,8 @@ class PointMeasurement:
         return record, LoadTarget(record.url, replica_key(self.run.secret(), record.nonce))
 
     def _sim_seconds(self) -> dict[str, tuple[float, float]]:
-        """Returns for each simulated replica two totals in seconds: the duration of its steps, and the delay that it
-        did not make up."""
+        """Returns for each simulated replica two totals in seconds: the duration of its steps, and the delay that later
+        steps did not make up."""
         seconds = {}
         for name, record in RegistryReader(self.run.registry).snapshot().items():
             if record.kind is RecordKind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:

@@ -28,8 +28,8 @@ class RetryState:
         self.last_check: IdentityCheck | None = None
 
     def may_try(self, router: Record) -> bool:
-        """Returns whether the request may be sent to this router now. A router that did not take it is tried again only
-        after a pause."""
+        """Returns whether the request may be sent to this router now. A router that did not take the request is tried
+        again only after a pause."""
         return router.url not in self._tried
 
     def not_taken(self, router: Record, check: IdentityCheck | None) -> None:

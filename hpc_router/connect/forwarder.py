@@ -194,8 +194,8 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
 
     async def find(self, *, recheck: bool) -> Record | None:
         """Returns the leader. All requests share one read of the registry, whose result may be up to `VIEW_S` seconds
-        old without `recheck`. A read that takes longer than REGISTRY_TIMEOUT_S continues in the background; until it
-        ends, the last result is used."""
+        old if `recheck` is false. A read that takes longer than REGISTRY_TIMEOUT_S continues in the background; until
+        it ends, the last result is used."""
         now = time.monotonic()
         if not recheck and now - self._looked_at < VIEW_S:
             return self._leader.last

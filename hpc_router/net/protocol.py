@@ -56,7 +56,8 @@ SESSION_HEADER: Final = "x-session-id"
 def path_at(base: str, target: str) -> str:
     """Returns the path of `target` on a server with base path `base`, which replaces `/v1` in API paths.
 
-    Paths outside of `/v1` follow the base without its final `/v1`. An empty base means `/v1`.
+    With the base `/api/v1`, `/v1/models` becomes `/api/v1/models`, and `/health` becomes `/api/health`. An empty base
+    means `/v1`.
     """
     if target.startswith(API_ROOT + "/"):
         return (base or API_ROOT) + target.removeprefix(API_ROOT)

@@ -117,8 +117,8 @@ def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
 
 
 def _limited(name: bytes, value: bytes) -> bytes:
-    """Returns `value`, or the limit if `name` is `Retry-After` (seconds; the limit also replaces an HTTP date) or
-    OpenAI's `retry-after-ms` (milliseconds) and the value exceeds it."""
+    """Returns `value`. In a `Retry-After` field, a larger number than `MAX_RETRY_AFTER_S` and an HTTP date are replaced
+    by that limit. OpenAI's `retry-after-ms` has the same limit, in milliseconds."""
     limit = {b"retry-after": MAX_RETRY_AFTER_S, b"retry-after-ms": 1000 * MAX_RETRY_AFTER_S}.get(name)
     if limit is None:
         return value

@@ -116,8 +116,8 @@ class ResponseRelay:
             self.events.stop_pings()
 
     async def end_with_error(self, event: bytes) -> None:
-        """Ends a committed response that cannot be completed. `event`: the error as an event, which is sent in an event
-        stream."""
+        """Ends a committed response that cannot be completed. `event`: the error as an event, which is sent if the
+        response is an event stream."""
         if self.events is None:
             self._request.abort()
         elif not self._request.write(event):

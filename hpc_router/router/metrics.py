@@ -175,8 +175,8 @@ class Metrics:
         }
 
     def forget(self, *, present: Collection[str], now: float) -> None:
-        """Drops the series of replicas that are not `present` for more than `KEEP_S`. `now`: a time in seconds of any
-        one clock."""
+        """Drops the series of replicas that have been missing in `present` for more than `KEEP_S`. `now`: seconds of a
+        clock, the same clock in all calls."""
         for name in {str(labels[0]) for labels in self.failovers.labels()} | self.first_byte.last_labels():
             if name in present:
                 self._gone.pop(name, None)

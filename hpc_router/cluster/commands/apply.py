@@ -82,10 +82,10 @@ class Change:
 
 
 def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None, previous: bool = False) -> Change:
-    """Returns the change that these overrides make, checked as `plan` does. `previous`: the overrides apply to the
-    config before the last `apply`. Without overrides and `previous`, the change only moves the run to this version of
-    the package. Raises ConfigError for an invalid config, for a key that cannot change, and for overrides that change
-    nothing."""
+    """Returns the change that these overrides make, checked as `plan` does. `previous`: whether the overrides apply to
+    the config before the last `apply`. If it is false and there are no overrides, the change only moves the run to this
+    version of the package. Raises ConfigError for an invalid config, for a key that cannot change, and for overrides
+    that change nothing."""
     before = frozen.read(run.config)
     base = frozen.read(run.previous_config) if previous else before
     after = with_requested(base, overrides, config_dir=config_dir)

@@ -56,8 +56,8 @@ class DrainResult:
         ]
 
     def needs_reconcile(self, run: RunDir) -> bool:
-        """Returns whether no control loop will replace the jobs. A loop ends with its router, so one is left only if
-        another router stays."""
+        """Returns whether no control loop will replace the jobs. A control loop ends with its router, so a loop is left
+        only if another router stays."""
         if self.successor is not None:
             return False
         return any(split_replica(name)[0] == ROUTER for name in self.replicas) or live_router(run) is None

@@ -1,7 +1,7 @@
 """The shell commands that point plain OpenAI clients to a run: `eval "$(hpc-router env)"`.
 
-The address is that of a running `connect` with a port, because it stays the same when the router moves. Without one, it
-is the router's own address, after the router has proven its identity.
+The address is that of a running `connect` with a port, because it stays the same when the router moves. If none runs,
+it is the router's own address, after the router has proven its identity.
 """
 
 import shlex

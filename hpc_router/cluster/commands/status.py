@@ -85,8 +85,8 @@ def replica_views(control: ControlLoop, seen: LoopPass) -> list[ReplicaView]:
 
 
 def ask_router(run: RunDir) -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
-    """Asks the router for its `/status`. Returns its access, the answer, and the error; each is None or empty if
-    missing."""
+    """Asks the router for its `/status`. Returns the access to the router (None if no router serves), its answer (empty
+    if it sent none), and why it sent none (None if it answered)."""
     try:
         access = router_access(run)
     except LaunchError as error:
@@ -113,8 +113,8 @@ def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def process_problems(router: Mapping[str, Any]) -> list[str]:
-    """Returns lines on restarts of the router's processes and of their background tasks. `router`: that part of its
-    `/status`."""
+    """Returns lines on restarts of the router's processes and of their background tasks. `router`: the section `router`
+    of its `/status`."""
     workers = [(f"worker {w['worker']}", w) for w in router.get("workers") or ()]
     problems = [
         f"{name} was started again {_times(process['restarts'])}: the last one {process['last_end']}"

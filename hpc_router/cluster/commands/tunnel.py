@@ -109,8 +109,8 @@ def _target(url: str) -> str:
 
 
 def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
-    """Returns the tunnel to the `connect` that runs on this host; None if none runs. One with a socket is preferred,
-    because other users of the host cannot reach it."""
+    """Returns the tunnel to the `connect` that runs on this host; None if none runs. If several run, one that serves a
+    socket is preferred, because other users of the host cannot connect to the socket."""
     running = running_forwarder(run, tcp=False) or running_forwarder(run, tcp=True)
     if running is None:
         return None
@@ -120,7 +120,7 @@ def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
 
 def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
     """Returns the tunnel to the run's router. Raises LaunchError if no router serves or proves its identity.
-    `unproven`: accept a router that cannot be reached from here."""
+    `unproven`: whether to accept a router that cannot be reached from here."""
     record, here = recorded_router(run), _local_host()
     unreachable_node = record.node if unproven and _is_on_other_loopback(record, here) else None
     if unreachable_node is None:

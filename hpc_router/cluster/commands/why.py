@@ -263,8 +263,8 @@ def _advice(view: ReplicaView) -> str | None:
 
 
 def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:
-    """Returns the last lines of the service's log, else of the batch script's, which is in the folder of the job's
-    first replica."""
+    """Returns the last lines of the service's log. If it has none, returns those of the batch script's log, which is in
+    the folder of the job's first replica."""
     lines = [] if view.reason is FailureReason.SETUP else last_lines(run, view.replica, lines=LOG_LINES)
     if view.reason is FailureReason.RANK_LOST:
         lines += _rank_log_lines(run, view.replica)
@@ -273,8 +273,8 @@ def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:
 
 
 def _rank_log_lines(run: RunDir, replica: str) -> list[str]:
-    """Returns the last lines of the engine's log of each rank but the first, else of its agent's. Each line names the
-    rank."""
+    """Returns, for each rank but the first, the last lines of its engine's log, or of its agent's log if the engine
+    wrote none. Each line names the rank."""
     logs: dict[int, Path] = {}
     for suffix in (".log", ".engine.log"):
         for path in run.logs.glob(f"{replica}.rank*{suffix}"):

@@ -100,8 +100,8 @@ class ControlLoop:
         self._ready: set[str] | None = None
 
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Returns the pass without carrying out its actions. `clear`: every job must end. `fresh`: query the Slurm
-        controller."""
+        """Returns the pass without carrying out its actions. `clear`: whether every job must end. `fresh`: whether to
+        query the Slurm controller now."""
         observed = self.observer.observe(fresh=fresh)
         return self.decide(replace(desired_of(self.run, self.deployment), clear=clear), observed)
 
@@ -254,9 +254,9 @@ class ControlLoop:
 
 def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = False) -> None:
     """Runs a pass every `cluster.reconcile_s` seconds until SIGTERM or SIGINT, or until the run directory is removed.
-    Passes are skipped once `apply` has moved the run to another version of this package. `while_leading`: skip passes
-    while another router than this replica leads. `tied`: also end when stdin is closed, so that the loop ends with the
-    process at the other end of the pipe."""
+    Passes are skipped once `apply` has moved the run to another version of this package. `while_leading`: name of a
+    router; passes are skipped while another router leads. `tied`: whether the loop also ends when stdin is closed, and
+    so with the process at the other end of the pipe."""
     config, control, missed = _stamp(run), ControlLoop(run), 0
     with _stop_event(tied=tied) as stop:
         while not stop.is_set() and missed < MAX_MISSED_PASSES:

@@ -73,8 +73,8 @@ class RunObserver:
         """The replicas about which the last observation queried the controller."""
 
     def observe(self, *, fresh: bool = False) -> Observed:
-        """Returns the attempts of each slot. `fresh`: query the controller now. Raises OSError if the run directory
-        cannot be read."""
+        """Returns the attempts of each slot. `fresh`: whether to query the Slurm controller now. Raises OSError if the
+        run directory cannot be read."""
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended or name in self._unexplained]
         reports = self._launcher.observe(open_names, fresh=fresh)
@@ -188,8 +188,8 @@ class RunObserver:
 
     def _end(self, job: JobRecords, report: JobReport, stop: Stop) -> Exit:
         """Returns the exit record for a job that wrote none. If its batch script wrote no log, the node does not see
-        the run directory: the node is at fault if other nodes have seen it, and otherwise every job would fail in the
-        same way."""
+        the run directory: the reason is a failed node if other nodes have seen the directory. Otherwise the reason is
+        the directory, because every job would fail in the same way."""
         if (stop.drain_at or stop.cancel_at) is not None and job.replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
@@ -225,8 +225,8 @@ def _log_end(job: JobDir, end: Exit) -> None:
 
 
 def _is_alive(submitter: Submitter | None) -> bool:
-    """Returns whether the submitter runs on this host. A submitter on another host counts as gone, and the age of its
-    claim then decides."""
+    """Returns whether the submitter runs on this host. A submitter on another host counts as gone; its claim is then
+    abandoned when it is older than CLAIM_S."""
     here = submitter is not None and submitter.host == socket.gethostname()
     return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 

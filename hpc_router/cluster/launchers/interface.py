@@ -75,8 +75,8 @@ class Launcher(Protocol):
         """
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
-        """Returns the state of each job. `fresh`: query the controller now; else an answer of the last `cluster.ask_s`
-        seconds is used."""
+        """Returns the state of each job. `fresh`: whether to query the Slurm controller now; if not, an answer of the
+        last `cluster.ask_s` seconds is used."""
 
     def release(self, requests: Sequence[JobRequest]) -> None:
         """Lets these waiting jobs start before the end of the job they wait for. A failure is only logged."""

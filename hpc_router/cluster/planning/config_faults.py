@@ -31,7 +31,7 @@ def build_engines(experts: Mapping[str, ExpertConfig]) -> tuple[dict[str, Engine
 def own_faults(
     deployment: Deployment, *, exemplars: Mapping[str, list[str]], engine_faults: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yields the faults of the deployment. `exemplars`: by expert, only those that have any. `engine_faults`: as
+    """Yields the faults of the deployment. `exemplars`: the exemplars of each expert that has any. `engine_faults`: as
     returned by `build_engines`."""
     yield from _machine_faults(deployment)
     yield from _policy_faults(deployment, exemplars)

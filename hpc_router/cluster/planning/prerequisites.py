@@ -48,8 +48,8 @@ Check = Callable[[CheckedHost], CheckResult]
 
 
 def prerequisites(host: CheckedHost, *, ask: bool) -> CheckResult:
-    """Runs all checks for `plan` and returns their findings. `ask`: also run checks that start programs or write
-    files."""
+    """Runs all checks for `plan` and returns their findings. `ask`: whether to run also the checks that start programs
+    or write files."""
     found: list[Finding] = []
     for name, check in CHECKS.items():
         if ask or name not in PROGRAM_CHECKS:
@@ -146,8 +146,8 @@ def file_system(path: Path) -> str | None:
 
 
 def software(host: CheckedHost) -> CheckResult:
-    """Checks that modules and the container exist. A job has loaded its modules, so there only the container is
-    checked."""
+    """Checks that modules and the container exist. Inside a job only the container is checked, because the job has
+    loaded its modules."""
     cluster = replace(host.cluster, kind="local") if host.on_node else host.cluster
     faults, warnings = software_faults(cluster)
     of_faults = [fault(text, key=text.partition("=")[0]) for text in faults]

@@ -77,8 +77,8 @@ class AwaitedExchange(asyncio.Protocol):
         self._failure, self._sent = None, False
 
     async def send(self, head: bytes, body: bytes | None) -> None:
-        """Sends the request. A response that starts before the request is sent stops the sending, and the connection is
-        later closed."""
+        """Sends the request. Stops if the response starts before the whole request is sent; the connection is then not
+        used again."""
         if self._transport is None:
             self._failure = UpstreamError("the replica had closed the connection")
         elif not body or len(body) <= MAX_SINGLE_WRITE_BYTES:

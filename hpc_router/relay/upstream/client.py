@@ -137,7 +137,7 @@ class UpstreamClient:
 
     async def connect(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
         """Returns a new connection. `watch` is called with its idle timer. Raises UpstreamConnectError, and
-        UpstreamTimeoutError if the idle timer was tightened."""
+        UpstreamTimeoutError if the timer was tightened and has expired."""
         loop = asyncio.get_running_loop()
         made = Connection(self, self._socket_path or address)
         idle_timer = made.idle_timer
@@ -172,7 +172,7 @@ class UpstreamClient:
 
     def _pooled(self, address: Address | str) -> Connection | None:
         """Returns the idle connection that was used last; None if there is none. The server is least likely to have
-        closed that connection, and connections that the load does not need expire."""
+        closed this connection. Connections that the load does not need stay unused and expire."""
         idle = self._pool.get(address)
         while idle:
             connection = idle.pop()

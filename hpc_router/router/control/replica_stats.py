@@ -77,8 +77,8 @@ def degradation(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None
 
 
 def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, int]]:
-    """Returns the totals in a worker's dumped metrics. The time before a request was sent to the replica is subtracted:
-    the request then waited for a place, or another replica failed it."""
+    """Returns the totals in a worker's dumped metrics. The time before a request was sent to the replica is subtracted,
+    because in that time the request waited for a place, or another replica failed it."""
     by_replica: dict[str, tuple[int, float, int]] = {}
     for (_, replica), counts, seconds in dumped.get("first_byte", ()):
         answered, before_s, errors = by_replica.get(replica, (0, 0.0, 0))

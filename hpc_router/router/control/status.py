@@ -22,8 +22,8 @@ def status(
     now: float,
     **router: object,
 ) -> dict[str, Any]:
-    """Returns the body of `GET /status`. `experts`: all that have a replica or are configured. `departure_rates`: those
-    of the experts' queues. `router`: further fields of the `router` section."""
+    """Returns the body of `GET /status`. `experts`: the configured experts, and all that have a replica.
+    `departure_rates`: the rates of the experts' queues. `router`: further fields of the `router` section."""
     return {
         "router": {"version": __version__, "registry_age_s": round(discovery.registry_age_s(), 3), **router},
         "policy": policy,

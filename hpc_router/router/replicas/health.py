@@ -1,11 +1,11 @@
 """Decides when a replica is ejected for failed probes or requests, and when it may return. No I/O; the caller passes
 the time.
 
-Several failed connections in a row eject a replica, and so do failed probes. Error responses exclude a replica only
-after several in a row, for a time that doubles, and only while the expert can spare the replica: at most a share of the
-expert's replicas, and never the last ready one, because an error that all replicas give has another cause.
-`worker/attempt_review.py` decides whether an error is the fault of the replica or of the request. Requests and probes
-both report `Incident`s.
+Several failed connections in a row eject a replica, and so do failed probes. Several error responses in a row exclude a
+replica, for a time that doubles with each exclusion. This happens only while the expert can spare the replica: at most
+a share of the expert's replicas is excluded, and never the last ready one, because an error that all replicas give has
+another cause. `worker/attempt_review.py` decides whether an error is the fault of the replica or of the request.
+Requests and probes both report `Incident`s.
 """
 
 import math

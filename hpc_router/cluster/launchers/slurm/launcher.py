@@ -1,9 +1,9 @@
 """Slurm jobs: submitted through submitit, observed through their own files and through `squeue`.
 
-The files of a job count first: `process.json` shows that it runs, `exit.json` and `ended.json` that it has ended. The
-Slurm controller, queried at most once per `cluster.ask_s`, is needed for jobs that wait in the queue and for jobs that
-died without a record. A job that is asked to end first gets SIGTERM and its whole drain time. Only then does scancel
-run without a signal, which allows a job no more than Slurm's short KillWait.
+The state of a job comes from its files where possible: `process.json` shows that it runs, `exit.json` and `ended.json`
+show that it has ended. The Slurm controller, queried at most once per `cluster.ask_s`, is needed for jobs that wait in
+the queue and for jobs that died without a record. A job that is asked to end first gets SIGTERM and its whole drain
+time. Only after that, `scancel` without a signal is run, which leaves a job only Slurm's short KillWait to end.
 """
 
 import logging

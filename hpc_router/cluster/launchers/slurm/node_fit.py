@@ -91,9 +91,8 @@ def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tupl
 
 
 def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: str) -> list[str]:
-    """Returns a fault for each size because of which a replica can never run as a step of the job `name`, whose nodes
-    are `kinds`. Slurm would let such a step wait for ever. The router is left out, because its step overlaps with
-    others."""
+    """Returns a fault for each resource size that is too large for a step of the job `name`, whose nodes are `kinds`.
+    Slurm would let such a step wait for ever. The router is left out, because its step overlaps with others."""
     cluster = replace(deployment.cluster, gpu_type=None, constraint=None)  # srun gets neither
     whole = Partition(name, math.inf, default=False, state="up", kinds=tuple(kinds))
     wanted = {expert: e.replicas for expert, e in hosts(deployment.experts).items() if e.replicas}

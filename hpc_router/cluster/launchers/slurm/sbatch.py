@@ -1,8 +1,8 @@
 """Builds batch scripts from job requests. Pure except for `setup_faults`, so that `plan` shows what `up` submits.
 
-A job has one replica, or several of the same shape where a site gives whole nodes. Then each replica is a step with its
-own share of the node, and starts, ends and is cancelled on its own. The parts that all scripts share are in `batch.sh`,
-which each script sources.
+A job has one replica. Where a site gives only whole nodes, a job may have several replicas with equal resources. Each
+is then a step with its own share of the node, and starts, ends and is cancelled on its own. The parts that all scripts
+share are in `batch.sh`, which each script sources.
 """
 
 import math

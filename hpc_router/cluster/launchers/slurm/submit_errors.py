@@ -1,7 +1,7 @@
 """Maps the error texts of sbatch to the config keys to edit, with advice. Pure.
 
 The texts are those of sbatch and slurmctld, 20.11 to 25.05. A site's submit plugin may print any text, so an unknown
-one is quoted with all requested options. A temporary error means that Slurm cannot answer now: no value is wrong.
+text is quoted with all requested options. A temporary error means that Slurm cannot answer now: no value is wrong.
 """
 
 import re

@@ -74,8 +74,8 @@ def submit_all(submissions: Sequence[Submission]) -> dict[str, str | None]:
 
 def _run_submitter(text: str, *, environment: Mapping[str, str], timeout_s: float) -> bytes:
     """Runs the submitting process and returns its stdout. `subprocess.run` would kill the process after Ctrl-C, perhaps
-    between a submission and its record; here it finishes its current job, and ends when it cannot report that. Raises
-    OSError and SubprocessError."""
+    between a submission and its record. This function leaves the process running: it finishes its current job, and ends
+    when it cannot write the result to the closed pipe. Raises OSError and SubprocessError."""
     argv = [sys.executable, "-m", "hpc_router.cluster.launchers.submitit.process"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -107,7 +107,7 @@ def _results(output: bytes) -> dict[str, str | None]:
 def record_refusals(
     run: RunDir, errors: Mapping[str, str | None], exit_for: Callable[[str, str], Exit] | None = None
 ) -> None:
-    """Writes an exit record for each job that was not submitted; raises LaunchError if there is any.
+    """Writes an exit record for each job that was not submitted; raises LaunchError if there is such a job.
 
     `exit_for(replica, error)` makes the record of a job that Slurm refused; without it the job counts as crashed.
     """
