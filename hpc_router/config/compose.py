@@ -84,7 +84,7 @@ def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Pa
 
 
 def _delete(config: DictConfig | ListConfig, override: Override) -> None:
-    """Apply `~key`. Raises ConfigError for a key that the config does not have."""
+    """Applies the override `~key`, which removes a key. Raises ConfigError for a key that the config does not have."""
     parent, _, name = override.key_or_group.rpartition(".")
     holder = OmegaConf.select(config, parent) if parent else config
     if not isinstance(holder, DictConfig) or name not in holder:

@@ -71,8 +71,8 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
 
 
 def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
-    """Returns the handover policy of each expert, and of the router if its job runs the control loop. Empty except for
-    Slurm jobs, because only they have a walltime."""
+    """Returns the handover policy of each expert, and of the router if its job runs the control loop. Empty if the jobs
+    are not Slurm jobs, because only Slurm jobs have a walltime."""
     cluster, router = deployment.cluster, deployment.router
     if cluster.kind != "slurm":
         return {}

@@ -90,8 +90,8 @@ def staging(host: CheckedHost) -> CheckResult:
 
 
 def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..., str | None]) -> CheckResult:
-    """Returns the result of `found(folder, here=...)`, which says why a folder cannot be used. `here`: whether jobs run
-    on this machine."""
+    """Checks the folder on the nodes that `key` sets to `value`. `found(folder, here=...)` returns why the folder
+    cannot be used, or None; `here`: whether jobs run on this machine."""
     if not host.runs_jobs and "$" in value:
         return CheckResult()
     try:

@@ -128,7 +128,8 @@ class Engine(Protocol):
 
 
 def ranks_at(place: Place, *, nodes: int) -> Ranks | None:
-    """Returns the rank of a process; None on one node. For a place without ranks, returns rank 0 on an unknown node."""
+    """Returns the rank of an engine's process; None for an engine on one node. If `place` has no rank, returns rank 0
+    with an unknown address."""
     return None if nodes == 1 else place.ranks or Ranks(0, nodes)
 
 

@@ -29,8 +29,8 @@ PAGE: Final = 2000
 
 
 def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> dict[str, Any]:
-    """Returns the response to a successor: a page of turns, the newest first, after `skip` turns, and the counts of
-    continuity."""
+    """Returns the response to a successor: the counts of `continuity`, and a page of session turns, the newest first.
+    `skip`: number of newest turns that earlier pages had."""
     now = time.monotonic()
     newest_first = list(sessions)[::-1]
     turns = [[name, {**asdict(turn), "at": now - turn.at}] for name, turn in newest_first[skip : skip + PAGE]]

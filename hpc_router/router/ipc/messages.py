@@ -167,8 +167,8 @@ class GetStatus(Call[dict[str, Any]]):
 
 @dataclass(frozen=True, slots=True)
 class GetHandover(Call[dict[str, Any]]):
-    """The call for the turns and counts that a successor takes over. `skip`: number of turns, newest first, to leave
-    out."""
+    """The call for the session turns and the counts that the router's successor takes over. `skip`: number of turns,
+    newest first, to leave out."""
 
     skip: int
 
