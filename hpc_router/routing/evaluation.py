@@ -33,7 +33,8 @@ def majority(clusters: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
 
 
 def nmi(clusters: Sequence[str], labels: Sequence[str]) -> float:
-    """Returns the normalised mutual information, which is divided by the mean of the two entropies; 0 if both are 0."""
+    """Returns the normalised mutual information: the mutual information divided by the mean of the two entropies; 0 if
+    both entropies are 0."""
     n = len(clusters)
     joint, by_cluster, by_label = Counter(zip(clusters, labels, strict=True)), Counter(clusters), Counter(labels)
     mutual = sum(c / n * math.log(c * n / (by_cluster[a] * by_label[b])) for (a, b), c in joint.items())

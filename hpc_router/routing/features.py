@@ -56,9 +56,9 @@ _WORD_TABLES: Final = {fold: _word_table(fold_numbers=fold) for fold in (False, 
 class Features:
     """The settings that turn a text into terms. An artefact has one set of them.
 
-    `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: number of characters of a further term, the start of
-    each token that is at least that long (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm` ignores
-    these three.
+    `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: number of characters of the prefix that is added as
+    a term for each token of at least this length (0: none). `fold_numbers`: every digit is read as `0`. Kind `cbtm`
+    ignores these three.
     """
 
     kind: str = "lexical"

@@ -50,7 +50,7 @@ class NoWatcher:
 
 
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
-    """Ends the deployment and returns the number of ended jobs. Raises LaunchError for jobs of another host and if an
+    """Ends the deployment and returns the number of ended jobs. Raises LaunchError if jobs run on another host or if an
     `up` starts in the meantime, and Interrupted after Ctrl-C."""
     with explaining_interrupt(lambda: leftover_text(run)):
         try:

@@ -24,8 +24,8 @@ CONNECT_S: Final = 2.0
 
 
 class SilentReplicas(NamedTuple):
-    """The replicas without beats that do not answer. `lost`: after LOST_BEATS. `hung`, a subset of `lost`: after
-    HUNG_BEATS, or if the node cannot be reached."""
+    """The replicas whose beats have stopped and that do not answer. `lost`: since at least LOST_BEATS intervals.
+    `hung`, a subset of `lost`: since at least HUNG_BEATS intervals, or with a node that cannot be reached."""
 
     lost: set[str]
     hung: set[str]

@@ -56,7 +56,7 @@ _MIB: Final = 2**20
 
 
 class Agent:
-    """Runs a replica's job: `run` lasts as long as the job. `drain` can be called at any time, also repeatedly."""
+    """Runs a replica's job. `run` returns when the job may end. `drain` can be called at any time, also repeatedly."""
 
     def __init__(
         self, run: RunDir, replica: str, deployment: Deployment, *, files: FileThread, environment: Mapping[str, str]

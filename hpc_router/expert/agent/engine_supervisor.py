@@ -93,8 +93,8 @@ class EngineSupervisor:
     _facts: _Facts = field(default_factory=_Facts)
 
     async def run(self) -> EngineFailure:
-        """Runs the engine. Returns the failure after which the engine is not started again: no restart can repair it,
-        or there were too many."""
+        """Runs the engine. Returns the failure after which the engine is not started again, because no restart can
+        repair it or because too many starts have failed."""
         while True:
             command = await self.strategy.next_command()
             if isinstance(command, EngineFailure):

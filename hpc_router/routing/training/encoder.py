@@ -29,7 +29,7 @@ class Teacher(Protocol):
         """Returns the whole words of the encoder's vocabulary, sorted."""
 
     def encode(self, texts: Sequence[str], *, stage: str, progress: ProgressCallback) -> Floats:
-        """Returns one row of length one per text: texts x dimensions."""
+        """Returns one unit vector per text, as a matrix texts x dimensions."""
 
     def fingerprint(self) -> str:
         """Returns a hash of the encoder's weights."""

@@ -217,7 +217,8 @@ def _walltime_faults(request: _Request, partitions: Sequence[Partition], name: s
 
 
 def _together_faults(request: _Request, partitions: Sequence[Partition], name: str) -> Iterator[str]:
-    """Yields faults of all sizes together: one node must have all, and one partition enough such nodes."""
+    """Yields faults of the resource sizes in combination: a node must have all of them, and a partition must have
+    enough such nodes."""
     resources = request.resources
     fitting = max((sum(k.nodes for k in p.kinds if _fits(request, k)) for p in partitions), default=0)
     total = max((sum(k.nodes for k in p.kinds) for p in partitions), default=0)
