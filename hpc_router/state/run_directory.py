@@ -222,7 +222,8 @@ blocks."""
 
 @contextlib.contextmanager
 def private_umask() -> Iterator[None]:
-    """Makes files and folders created inside the block accessible to the owner only. Threads may overlap."""
+    """Makes files and folders created inside the block accessible to the owner only. Blocks of several threads may
+    overlap."""
     with _umask_lock:
         _saved_umasks.append(os.umask(0o077))
     try:
