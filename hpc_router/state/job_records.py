@@ -2,8 +2,8 @@
 
 The process that creates the folder submits the job, so two control loops never submit the same replica. Each file has
 one writer: `job.json` the submitter; `process.json` and `progress.json` the job itself; `exit.json` the job, or the
-first observer of a job that ended without one; `ended.json` the batch script around the job; `stop.json` the process
-that asks the job to stop.
+first observer if the job ended without writing it; `ended.json` the batch script around the job; `stop.json` the
+process that asks the job to stop.
 """
 
 import os

@@ -279,8 +279,8 @@ def _stamp(run: RunDir) -> Stamp | None:
 
 @contextlib.contextmanager
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM and SIGINT set, and, if `tied`, also the end of stdin. Ignores SIGUSR2, which some
-    sites' Slurm sends to every process of a job, although only the router in the same job needs it."""
+    """Yields an event that SIGTERM and SIGINT set, and, if `tied`, also the end of stdin. Ignores SIGUSR2: at some
+    sites Slurm sends it to every process of a job, but only the router in that job must handle it."""
     descriptor = sys.stdin.fileno() if tied else -1
     with ignored(signal.SIGUSR2), interrupt_event(once=False) as event:
 

@@ -41,7 +41,7 @@ class DownstreamGoneError(HpcRouterError):
 
 @dataclass(slots=True)
 class Response:
-    """A complete response. `head`: header lines without those of framing and connection."""
+    """A complete response. `head`: header lines, except those for framing and connection."""
 
     status: int
     head: bytes = b""
