@@ -48,7 +48,7 @@ def _words() -> Iterator[str]:
 
 def _routing() -> Iterator[str]:
     yield "\n## Routing state\n"
-    yield "What the router makes of a replica's reports and failures. Events that change nothing are left out.\n"
+    yield "How a replica's reports and failures change its routing state. Events that change nothing are left out.\n"
     edges = [(before, after, event) for (before, event), after in replica.TRANSITIONS.items() if before is not after]
     yield from _diagram(RoutingState.STARTING, edges)
     yield "\n| event | meaning |\n|---|---|"

@@ -23,7 +23,8 @@ OnFailure = Callable[[str, str], None]
 
 
 async def restarting(task: str, body: Callable[[], Awaitable[None]], on_failure: OnFailure) -> None:
-    """Run `body` until it returns. The pause is short again once a run has lasted longer than `MAX_PAUSE_S`."""
+    """Runs `body`, and runs it again after a pause each time it fails, until it returns. A run that lasted longer than
+    `MAX_PAUSE_S` resets the pause to `FIRST_PAUSE_S`."""
     clock, failures = asyncio.get_running_loop().time, 0
     while True:
         started_at = clock()
@@ -41,7 +42,7 @@ async def restarting(task: str, body: Callable[[], Awaitable[None]], on_failure:
 
 @asynccontextmanager
 async def background(task: str, body: Callable[[], Awaitable[None]], on_failure: OnFailure) -> AsyncIterator[None]:
-    """Runs `restarting` during the block; cancelled and awaited at its end."""
+    """Runs `restarting` as a task during the block. At the end of the block the task is cancelled and awaited."""
     running = asyncio.create_task(restarting(task, body, on_failure), name=task)
     try:
         yield
@@ -52,7 +53,8 @@ async def background(task: str, body: Callable[[], Awaitable[None]], on_failure:
 
 @dataclass(slots=True)
 class TaskFailures:
-    """Counts the failures of a process's tasks: number and last error by the task's name."""
+    """Counts the failures of one process's background tasks. `seen`: by task name, the number of failures and the last
+    error."""
 
     seen: dict[str, tuple[int, str]] = field(default_factory=dict)
 

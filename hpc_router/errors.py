@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from typing import Final
 
 MAX_SUGGEST_CHARS: Final = 64
-"""The time of a search for similar names grows with the square of the length, so longer names get no suggestion."""
+"""Maximum length in characters of a name for which a similar valid name is searched. The time of the search grows with
+the square of the length."""
 
 
 class HpcRouterError(Exception):
@@ -17,7 +18,8 @@ class HpcRouterError(Exception):
 
 
 class ConfigError(HpcRouterError):
-    """A value that the user must edit; exit status 2. `key`: the config key of the value, if it has one."""
+    """The user must change a value. The command line exits with status 2. `key`: the config key of the value; None if
+    the value has no key."""
 
     def __init__(self, message: str, *, key: str | None = None) -> None:
         super().__init__(message)
@@ -41,7 +43,8 @@ class ArtefactError(HpcRouterError):
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message: the valid name that is most similar, if one is similar, and all valid names."""
+    """Returns the end of an error message: the valid name most similar to `name`, if any is similar, and all valid
+    names."""
     names = sorted(set(valid))
     near = get_close_matches(name, names, n=1, cutoff=0.5) if len(name) <= MAX_SUGGEST_CHARS else ()
     hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -132,7 +135,8 @@ class ScaledToZeroError(UnavailableError):
 
 
 class AnswerTimeoutError(RoutingError):
-    """A live replica did not respond within the time limit. There is no retry, because it would take as long."""
+    """A live replica did not respond within the time limit. The request is not retried, because another replica would
+    probably take as long."""
 
 
 class UpstreamError(RoutingError):
@@ -140,8 +144,9 @@ class UpstreamError(RoutingError):
 
 
 class UpstreamConnectError(UpstreamError):
-    """No process listens at the replica's address, or one that is not the replica. `sent`: the request was sent over an
-    earlier connection, which broke, so the engine may have started to process it."""
+    """The router could not connect to the replica: no process listens at its address, or another process does. `sent`:
+    the request had already been sent over an earlier connection that broke, so the engine may have started to process
+    it."""
 
     sent = False
 

@@ -1,4 +1,4 @@
-"""Measures the CPU time of one pass of the control loop, on a run directory of its own. Submits no job.
+"""Measures the CPU time of one pass of the control loop, on a temporary run directory. Submits no job.
 
 The run directory looks like a busy deployment: every replica is ready and renews its record between the passes, old
 generations have ended, and Slurm's queue is a recent file. One replica's records change before each pass.

@@ -2,8 +2,8 @@
 figures in words.
 
 Latencies are those of measured requests that succeeded. Failed requests are counted by kind of error. Throughput counts
-all tokens and responses in the window, including those of unmeasured requests, unless the request failed. Times are
-seconds since the start of the point's load.
+all tokens and responses in the window, also of unmeasured requests, but not of failed ones. Times are seconds since the
+start of the point's load.
 """
 
 from collections import Counter
@@ -118,7 +118,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, samples: Iterable[float]) -> Self | None:
-        """Returns the percentiles; None without samples."""
+        """Returns the percentiles; None if there are no samples."""
         values = np.fromiter(samples, dtype=np.float64)
         if not values.size:
             return None

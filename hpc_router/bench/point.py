@@ -39,8 +39,8 @@ ServedExpert = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class RoutedShares:
-    """The measured requests as the router distributed them: per replica and expert, the share of the requests and their
-    bodies."""
+    """How the router distributed the measured requests: for each replica and expert, its share of the requests and
+    their bodies."""
 
     shares: Mapping[ServedExpert, float]
     bodies: Mapping[ServedExpert, Sequence[int]]
@@ -116,7 +116,8 @@ class PointMeasurement:
         return figures(observations, window, self.config.good, exceeded=load.exceeded)
 
     def _measures_direct(self, point: Point, notes: list[str]) -> bool:
-        """Returns whether to measure without the router. Adds a note if that is configured but not possible."""
+        """Returns whether to measure without the router. Adds a note if `bench.direct` asks for this but it is not
+        possible."""
         if not self.config.direct:
             return False
         if self.slowdown != 1.0:
@@ -167,8 +168,8 @@ class PointMeasurement:
         return record, LoadTarget(record.url, replica_key(self.run.secret(), record.nonce))
 
     def _sim_seconds(self) -> dict[str, tuple[float, float]]:
-        """Returns for each simulated replica two totals in seconds: the duration of its steps, and the delay that it
-        did not make up."""
+        """Returns for each simulated replica two totals in seconds: the duration of its steps, and the delay that later
+        steps did not make up."""
         seconds = {}
         for name, record in RegistryReader(self.run.registry).snapshot().items():
             if record.kind is RecordKind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:

@@ -150,7 +150,8 @@ def _versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Returns the commit of a git clone, and whether files differ from it; None outside of a clone, or without git."""
+    """Returns the commit of a git clone, and whether files differ from it; None if the folder is not in a clone, or git
+    is not installed."""
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit.strip(), "changed": bool(changes)}
 

@@ -93,8 +93,8 @@ class Store:
 
     @contextmanager
     def claim(self, deployment: Deployment) -> Iterator[None]:
-        """Holds the claim on a deployment during the block, so that only one call at a time measures it. Raises
-        LaunchError if another call holds the claim."""
+        """Holds the claim on a deployment during the block, so that only one call at a time measures that deployment.
+        Raises LaunchError if another call holds the claim."""
         with private_umask():
             self.runs.mkdir(parents=True, exist_ok=True)
         path = self.runs / f"{deployment_key(deployment)}.claim"

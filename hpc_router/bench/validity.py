@@ -18,9 +18,9 @@ also exceeds STEADY_SIGMAS standard deviations of a Poisson process."""
 class Conditions:
     """The circumstances of a measurement.
 
-    `cpu_share`, `wait_share`: shares of one core that the busiest load generator used, and for which it waited.
-    `late_share`: share of the time by which simulated engines were late; None without such engines. `halves`: number of
-    responses that ended in the first and in the second half of the window.
+    `cpu_share`: share of one core that the busiest load generator used. `wait_share`: share of the time for which it
+    waited for a core. `late_share`: share of the time by which simulated engines were late; None if no engine is
+    simulated. `halves`: number of responses that ended in the first and in the second half of the window.
     """
 
     users: int | None

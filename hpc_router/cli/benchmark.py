@@ -173,7 +173,7 @@ def _add_passes(benchmarks: "Verbs[Parser]") -> None:
 
 
 def _bench_passes(arguments: argparse.Namespace) -> int:
-    """CPU time of one pass of the control loop over many replicas; nothing is submitted
+    """measure the CPU time of one pass of the control loop over many replicas; submits nothing
 
     hpc-router bench passes
     hpc-router bench passes --replicas 64 --folder /shared/tmp

@@ -20,7 +20,8 @@ from hpc_router.routing.training.dataset import Row, read_rows
 
 
 def with_cluster_names(artefact: Artefact) -> Artefact:
-    """Returns the artefact; each cluster without an expert gets its own name as its expert."""
+    """Returns the artefact with an expert for every cluster: a cluster without an expert gets its own name as
+    expert."""
     experts = tuple(expert or cluster for expert, cluster in zip(artefact.experts, artefact.clusters, strict=True))
     return replace(artefact, experts=experts)
 

@@ -40,7 +40,7 @@ def _progress(text: str) -> None:
 
 
 def _lines(report: "DoctorReport") -> list[str]:
-    """One line per finding, and a second one with the fix."""
+    """Returns one line per finding, followed by a line with the fix if there is one."""
     lines = []
     for check, where, finding in report.findings:
         lines.append(f"{finding.severity:<5}  {where:<8}  {check}: {finding.what}")

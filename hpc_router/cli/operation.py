@@ -134,7 +134,7 @@ def add_nodes(verbs: "Verbs[Parser]") -> None:
 
 
 def _nodes_list(arguments: argparse.Namespace) -> int:
-    """the excluded nodes, who excluded each, and why"""
+    """print the excluded nodes, who excluded each, and why"""
     from hpc_router.cluster.control_loop.desired_state import node_exclusions
 
     excluded = node_exclusions(find_run(arguments.run))

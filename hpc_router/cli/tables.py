@@ -173,7 +173,7 @@ def _minutes(minutes: int) -> str:
 
 
 def _remark(replica: Mapping[str, Any]) -> str:
-    """The problem of a replica and its successor; for an external endpoint also its address."""
+    """Returns the problem of a replica and the name of its successor; for an external endpoint also its address."""
     waits = f"waits: {replica['pending']}" if replica["pending"] else None
     successor = f"{replica['successor']} is to replace it" if replica["successor"] else None
     problem = replica["message"] or replica["trouble"] or waits or successor

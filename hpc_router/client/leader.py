@@ -1,9 +1,9 @@
 """Finds the router that leads a run, for clients.
 
 Rules: `registry.json` names the leader, and the leader's own record must confirm it, because `registry.json` remains
-when a router has ended. If the two differ, or after a failed request (`recheck`), the records in the registry folder
-decide. Files of other users are ignored. While the file system fails or does not respond, the last result is used.
-`router_identity` checks the leader before a client sends it the token.
+when a router has ended. If the two differ, or after a failed request (`recheck`), the leader is found among the records
+in the registry folder. Files of other users are ignored. While the file system fails or does not respond, the last
+result is used. `router_identity` checks the leader before a client sends it the token.
 """
 
 import logging
@@ -44,9 +44,9 @@ class Leader:
         return self._last
 
     def find(self, *, recheck: bool = False) -> Record | None:
-        """Returns the leader's record; None if no router serves. `recheck`: read the records in the registry folder,
-        not only `registry.json`. One thread at a time reads files; meanwhile, calls of other threads without `recheck`
-        return the last result."""
+        """Returns the leader's record; None if no router serves. `recheck`: whether to read the records in the registry
+        folder, not only `registry.json`. One thread at a time reads files; meanwhile, calls of other threads without
+        `recheck` return the last result."""
         if not self._lock.acquire(blocking=recheck or not self._found_once):
             return self._last
         try:

@@ -13,8 +13,9 @@ MAX_PAUSE_S: Final = 2.0
 
 
 class RetryState:
-    """The attempts of one request. `recheck`: `registry.json` may be outdated, so the registry folder must be read.
-    `last_check`: result of the identity check because of which the last router did not get the request."""
+    """The attempts of one request. `recheck`: whether the registry folder must be read, because `registry.json` may be
+    outdated. `last_check`: the identity check that the last router did not pass; None if the router was not reached or
+    drains."""
 
     def __init__(self, *, follow_s: float, now: float, replayable: bool) -> None:
         self._deadline = now + follow_s
@@ -27,8 +28,8 @@ class RetryState:
         self.last_check: IdentityCheck | None = None
 
     def may_try(self, router: Record) -> bool:
-        """Returns whether the request may be sent to this router now. A router that did not take it is tried again only
-        after a pause."""
+        """Returns whether the request may be sent to this router now. A router that did not take the request is tried
+        again only after a pause."""
         return router.url not in self._tried
 
     def not_taken(self, router: Record, check: IdentityCheck | None) -> None:

@@ -58,9 +58,9 @@ def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIME
 
 
 def _get(url: str, target: str, *, deadline: float) -> bytes:
-    """Returns the body of an HTTP/1.0 response, which ends with the connection. Uses no HTTP library, because none
-    limits the time of a whole response. Raises OSError, and ValueError for a bad address or for more than
-    `MAX_RESPONSE_BYTES`."""
+    """Returns the body of an HTTP/1.0 response, which ends when the server closes the connection. Uses no HTTP library,
+    because no library limits the time of a whole response. Raises OSError, and ValueError for a bad address or for more
+    than `MAX_RESPONSE_BYTES`."""
     at = urlsplit(url)
     if at.scheme != "http" or not at.hostname:
         raise ValueError(f"{url!r} is not the address of a router")
@@ -112,7 +112,8 @@ class IdentityCache:
 
     def lookup(self, router: Record, *, since: float, now: float) -> IdentityCheck | None:
         """Returns the cached result for a request that began at `since`; None if the identity must be checked now. A
-        negative result is valid only for requests that waited for that check."""
+        positive result is valid for `PROOF_S` seconds, a negative one only for requests that began before the check
+        ended."""
         last = self._last
         if last is None or last.owner != _owner(router) or last.begun_at <= self._invalid_before:
             return None

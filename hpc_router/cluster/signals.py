@@ -1,8 +1,8 @@
 """Context managers that turn SIGINT and SIGTERM into an event to poll, or into KeyboardInterrupt, for blocking
 commands.
 
-Each installs its handlers for the duration of a `with` block and restores the earlier ones afterwards. The asyncio
-programs do not use them: they register handlers with their event loop.
+Each installs its signal handlers for the duration of a `with` block and restores the earlier handlers afterwards. The
+asyncio programs do not use them: they register handlers with their event loop.
 """
 
 import signal

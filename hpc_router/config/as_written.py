@@ -15,9 +15,11 @@ from hpc_router.errors import ConfigError
 
 Path = tuple[str | int, ...]
 TYPED_BY: Final = "typed_by"
-"""Metadata key of a mapping field: a function from the section that contains the mapping to the mapping's schema."""
+"""Metadata key of a mapping field whose schema depends on other fields. The metadata value is a function that takes the
+section with the mapping and returns the mapping's schema."""
 WORDS: Final = "words"
-"""Metadata key of an open mapping whose values become command-line arguments: its numbers keep their written text."""
+"""Metadata key of a mapping with arbitrary keys, whose values become command-line arguments. Numbers in it keep the
+text that the user wrote."""
 
 
 @dataclass(frozen=True, slots=True)

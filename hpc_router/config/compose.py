@@ -84,7 +84,7 @@ def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Pa
 
 
 def _delete(config: DictConfig | ListConfig, override: Override) -> None:
-    """Apply `~key`. Raises ConfigError for a key that the config does not have."""
+    """Applies the override `~key`, which removes a key. Raises ConfigError for a key that the config does not have."""
     parent, _, name = override.key_or_group.rpartition(".")
     holder = OmegaConf.select(config, parent) if parent else config
     if not isinstance(holder, DictConfig) or name not in holder:
@@ -182,7 +182,7 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
 
 
 def _hides_its_package(path: Path) -> bool:
-    """Whether a byte order mark is in front of the line `# @package ...`, which Hydra then does not find."""
+    """Returns whether the file has a byte order mark before its line `# @package ...`. Hydra then ignores that line."""
     with suppress(OSError), path.open("rb") as stream:
         first = stream.readline()
         return first.startswith(BOM_UTF8) and b"@package" in first

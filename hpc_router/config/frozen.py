@@ -92,7 +92,7 @@ def differing_values(left: Deployment, right: Deployment) -> dict[str, tuple[Any
 
 
 def flat(value: Any, at: str = "") -> dict[str, Any]:
-    """The values of nested mappings by their dotted keys."""
+    """Returns the values of nested mappings by their dotted keys."""
     if not isinstance(value, dict) or not value:
         return {at: value}
     found: dict[str, Any] = {}

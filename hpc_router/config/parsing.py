@@ -53,7 +53,8 @@ def within(low: float, high: float) -> dict[str, NumberRange]:
 
 
 def bounded(default: _T, low: float, high: float) -> _T:
-    """Declares a dataclass field with a default and a valid range; typed as the default, like `dataclasses.field`."""
+    """Declares a dataclass field with a default and a valid range. The declared return type is that of the default, as
+    for `dataclasses.field`."""
     return field(default=default, metadata=within(low, high))
 
 

@@ -1,7 +1,8 @@
-"""Which part of the config a job runs with: equal revisions mean that a job need not be replaced.
+"""Computes revisions: hashes of the part of the config that a job reads. A job whose revision is unchanged need not be
+replaced.
 
-A job reads the config once, at its start. What the control loop and the verbs use (replica counts, handover, intervals)
-is left out, because it applies without a new job.
+A job reads the config once, at its start. Values that only the control loop and the commands use (replica counts,
+handover, intervals) are left out, because they apply without a new job.
 """
 
 import hashlib
@@ -59,5 +60,6 @@ def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]
 
 
 def _digest(*parts: Any) -> str:
-    """Also of the package's version: the jobs of another version are replaced."""
+    """Returns a hash of `parts` and the package's version. A job of another version therefore has another revision and
+    is replaced."""
     return hashlib.sha256(json.dumps([__version__, *parts], sort_keys=True).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ _OPTION: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _MODULE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./+:@=-]*")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TICK_S: Final = 60
-"""Seconds by which Slurm may send a signal too early: it checks times once a minute."""
+"""Slurm checks time limits once a minute, so it may send a signal up to this many seconds early."""
 _WORDS: Final = ("partition", "account", "qos", "constraint", "reservation", "exclude", "gpu_type")
 
 _SIZES: Final = {

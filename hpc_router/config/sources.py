@@ -1,7 +1,7 @@
 """Finds where a config value was set: the override or the file and line, and the text there.
 
-Hydra's result does not contain this, so the overrides and Hydra's list of files are searched, the last one first. If
-the source is uncertain, error messages do not name one.
+Hydra's result does not say where a value was set, so the overrides and Hydra's list of files are searched, each from
+the last to the first. If the source is uncertain, error messages do not name one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

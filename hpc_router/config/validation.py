@@ -39,7 +39,7 @@ _ORIGIN: Final = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?)(:(?P<port>[1-9][0-9]{0,4}))?"
 )
 _DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
-"""Browsers leave these out."""
+"""The default port of each URL scheme. Browsers leave it out of an origin."""
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
 _SPANS_NODES: Final = ("vllm", "sim")
 """Kinds of engine of which one replica can run on several nodes."""
@@ -97,7 +97,7 @@ def _is_origin(text: str) -> bool:
 
 
 def _nearest_origin(text: str) -> str | None:
-    """The origin of an address; None if it has none."""
+    """Returns the origin of a URL; None if `text` has none."""
     try:
         parts = urlsplit(text.strip().lower())
         host, port = parts.hostname or "", parts.port

@@ -54,7 +54,7 @@ BODY_S: Final = 300.0
 VIEW_S: Final = 1.0
 """Seconds for which the last result of reading the registry is used, unless a request fails."""
 MAX_HELD: Final = 1024
-"""Number of requests that may wait for a router. Further ones get 503 at once."""
+"""Maximum number of requests that wait for a router. Further requests get 503 at once."""
 RETRY_AFTER_S: Final = 5
 _TO_ROUTER: Final = HOP_BY_HOP | {b"content-length", b"expect", b"host"}
 _FROM_A_BROWSER: Final = (b"origin", b"sec-fetch-site")
@@ -67,8 +67,8 @@ class HoldFullError(NoRouterError):
 
 @dataclass(frozen=True, slots=True)
 class ForwardedRequest:
-    """A request on its way to the router. `head`: its header lines. `without_token`: the owner's token must be added.
-    `exchange`: closing it ends the exchange with the router."""
+    """A request on its way to the router. `head`: its header lines. `without_token`: whether the owner's token must be
+    added. `exchange`: closing it ends the exchange with the router."""
 
     request: Request
     body: bytes
@@ -98,7 +98,7 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         self._adds_tokens = adds_tokens
         self._token, self._secret = run.token(), run.secret()
         self.files = FileThread("registry")
-        self._calls = FileThread("identity checks")  # of its own, because `files` may hang
+        self._calls = FileThread("identity checks")  # a separate thread, because `files` may hang
         self._look: asyncio.Task[Record | None] | None = None
         self._look_began_at = self._looked_at = -math.inf
         self.held = 0
@@ -152,7 +152,7 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         return await relay_unchanged(request, response.upstream, on_progress=_ignore)
 
     async def report_leader(self) -> None:
-        """Finds the router that leads, and logs it, or that there is none."""
+        """Finds the router that leads and logs its name, or logs that no router leads."""
         if await self.find(recheck=True) is None:
             logger.info("no router leads; requests wait for one")
 
@@ -194,8 +194,8 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
 
     async def find(self, *, recheck: bool) -> Record | None:
         """Returns the leader. All requests share one read of the registry, whose result may be up to `VIEW_S` seconds
-        old without `recheck`. A read that takes longer than REGISTRY_TIMEOUT_S continues in the background; until it
-        ends, the last result is used."""
+        old if `recheck` is false. A read that takes longer than REGISTRY_TIMEOUT_S continues in the background; until
+        it ends, the last result is used."""
         now = time.monotonic()
         if not recheck and now - self._looked_at < VIEW_S:
             return self._leader.last

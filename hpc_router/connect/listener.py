@@ -85,8 +85,8 @@ def serving_address(
 
 
 def _folders() -> list[Path]:
-    """Returns the folders in which the files may be. The second is used if another user has taken the name of the
-    first."""
+    """Returns the folders in which the files may be. The second folder is used if another user has created a folder
+    with the name of the first."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return [user_folder(SCRATCH), *([Path(runtime) / "hpc-router"] if runtime else [])]
 

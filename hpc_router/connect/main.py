@@ -50,8 +50,8 @@ def connect(options: ConnectOptions, *, on_serving: OnServing) -> None:
 
 
 def connect_detached(options: ConnectOptions) -> RunningForwarder:
-    """Returns the process that serves this address: a running one, or a new one once it accepts connections. Raises the
-    errors of `connect`."""
+    """Returns the process that serves this address. If there is none, starts one and returns once it accepts
+    connections. Raises the errors of `connect`."""
     running = running_forwarder(options.run, tcp=options.port is not None)
     if running is not None and running.port == options.port:
         return running

@@ -62,7 +62,8 @@ def free_port(address: str = LOOPBACK) -> int:
 
 
 def interfaces() -> dict[str, list[IpAddress]]:
-    """Returns the addresses of each interface that is up, without link-local IPv6 ones: they work on one link only."""
+    """Returns the addresses of each interface that is up. Leaves out link-local IPv6 addresses, which work on one link
+    only."""
     up = {name for name, status in psutil.net_if_stats().items() if status.isup}
     found = {}
     for name, entries in psutil.net_if_addrs().items():

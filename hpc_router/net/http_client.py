@@ -22,7 +22,8 @@ class HttpResponse:
 
     @property
     def message(self) -> str:
-        """The error message in OpenAI's format; without one, the status and the start of the body."""
+        """The error message of the response in OpenAI's format; if there is none, the status and the start of the
+        body."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         if isinstance(error, dict) and error.get("message"):
             return str(error["message"])
@@ -30,7 +31,7 @@ class HttpResponse:
 
 
 class Unreachable(Exception):
-    """No response came within the time limit, or it is longer than `MAX_RESPONSE_BYTES`."""
+    """No response came within the time limit, or the response is longer than `MAX_RESPONSE_BYTES`."""
 
 
 @asynccontextmanager

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Final
 
 JOB_PREFIXES: Final = ("SUBMITIT_", "SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "SINFO_")
-"""Prefixes of variables that are not passed on: they belong to another job, or set options of Slurm's commands. With an
-inherited SLURM_CPU_BIND, for example, every process of a nested job runs on one core."""
+"""Prefixes of variables that are not passed on, because they belong to another job or set options of Slurm's commands.
+With an inherited SLURM_CPU_BIND, for example, every process of a nested job would run on one core."""
 KEPT: Final = frozenset({"SLURM_CONF"})
 """Variables with such a prefix that are passed on: SLURM_CONF names the cluster's configuration file."""
 JOB_ID: Final = "HPC_ROUTER_JOB_ID"
@@ -16,7 +16,7 @@ JOB_END: Final = "HPC_ROUTER_JOB_END"
 
 
 def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Returns the id of the Slurm job that this process runs in; None outside of a job."""
+    """Returns the id of the Slurm job that this process runs in; None if it runs in no job."""
     return environment.get(JOB_ID) or environment.get("SLURM_JOB_ID")
 
 

@@ -31,9 +31,11 @@ INCOMPARABLE_PATHS: Final = (
     *(EMBEDDINGS, "/tokenize", "/detokenize"),
     *("/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank"),
 )
-"""API paths whose responses differ between experts in what they mean, so that a request has to name its expert."""
+"""API paths whose results cannot be compared between experts (vectors, tokens, scores), so a request must name its
+expert."""
 POST_PATHS: Final = (*GENERATE_PATHS, COUNT_TOKENS, *INCOMPARABLE_PATHS[1:])
-"""The API paths that are relayed by the `model` in the body; all are POST. Not every engine has all of them."""
+"""API paths whose requests are relayed to the expert that `model` in the body names. All are POST; some engines lack
+some of them."""
 STORED_RESPONSE: Final = re.compile(rf"{RESPONSES}/([A-Za-z0-9][\w.:=-]{{0,255}})(|/cancel|/input_items)", re.ASCII)
 """The path of a stored response, with its id, or of an operation on it."""
 STORED_METHODS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -41,7 +43,7 @@ STORED_METHODS: Final[Mapping[str, tuple[str, ...]]] = {
     "/cancel": ("POST",),
     "/input_items": ("GET",),
 }
-"""By the end of the path."""
+"""The methods of a stored response, by the part of its path after the id."""
 
 DRAINING_HEADER: Final = "x-hpc-router-draining"
 STARTING_HEADER: Final = "x-hpc-router-starting"
@@ -54,7 +56,8 @@ SESSION_HEADER: Final = "x-session-id"
 def path_at(base: str, target: str) -> str:
     """Returns the path of `target` on a server with base path `base`, which replaces `/v1` in API paths.
 
-    Paths outside of `/v1` follow the base without its final `/v1`. An empty base means `/v1`.
+    With the base `/api/v1`, `/v1/models` becomes `/api/v1/models`, and `/health` becomes `/api/health`. An empty base
+    means `/v1`.
     """
     if target.startswith(API_ROOT + "/"):
         return (base or API_ROOT) + target.removeprefix(API_ROOT)
@@ -73,25 +76,26 @@ def challenge_in(query: str) -> str:
 
 
 def skip_in(query: str) -> int:
-    """The number of session turns to skip in a handover call; 0 if there is none."""
+    """Returns the number of session turns to skip, from the query string of a handover call; 0 if there is none."""
     text = parse_qs(query).get("skip", [""])[-1]
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 def drain_target(until_at: float | None) -> str:
-    """The target of a drain call. `until_at`: the drain may take until then (Unix seconds), beyond its usual limit."""
+    """Returns path and query of a drain call. `until_at`: time in Unix seconds until which the drain may last, beyond
+    its usual limit; None for the usual limit."""
     return DRAIN if until_at is None else f"{DRAIN}?until={until_at:.0f}"
 
 
 def drain_until(query: str) -> float | None:
-    """The time in the query string of a drain call, in Unix seconds; None if there is none."""
+    """Returns the time limit in the query string of a drain call, in Unix seconds; None if there is none."""
     text = parse_qs(query).get("until", [""])[-1]
     return float(text) if re.fullmatch("[0-9]{1,12}", text) else None
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResponse:
-    """The response to a health probe. `models`: names of the models that the engine serves, None before it is
+    """The response to a health probe. `models`: names of the models that the engine serves; None if the engine is not
     ready. `answer`: the answer to the challenge."""
 
     replica: str
@@ -150,8 +154,8 @@ class RankReport:
     """Report of a rank's agent to rank 0. `attempt`: the attempt that its engine runs or ran last; 0 before the first.
 
     `instance` identifies the reporting process: a new instance means that the agent was restarted and its old engine
-    ended. `challenge`: must be answered by the order's `proof`. `leaving`: the rank was asked to stop and waits for an
-    order, because the other ranks would fail if it stopped alone.
+    ended. `challenge`: must be answered by the order's `proof`. `leaving`: whether the rank was asked to stop. It then
+    waits for an order, because the other ranks would fail if it stopped alone.
     """
 
     rank: int

@@ -1,11 +1,12 @@
 """Detects a response that the engine aborted but ended with valid framing.
 
-vLLM ends its running responses in this way when it is stopped. A client that cancels a request closes its connection
-and receives nothing, so an aborted response that would reach a client was not aborted by that client.
+vLLM ends its running responses in this way when it is stopped. If a client cancels a request, it closes its connection;
+so a response that a connected client would get was not aborted by the client.
 
-The mark of an abort depends on the API: a choice has the `finish_reason` `abort`; a response has the `status`
-`cancelled`; a message has no `stop_reason`. Each part of a response is searched for a few bytes, and JSON is decoded
-only if they are found. The quotes in these bytes cannot occur inside a JSON string, where quotes are escaped.
+An aborted response is recognised by its JSON, depending on the API: a choice has the `finish_reason` `abort`; a
+response has the `status` `cancelled`; a message has no `stop_reason`. Each part of a response is searched for a few
+bytes of this JSON (the mark), and JSON is decoded only if they are found. The mark contains quotes, which are escaped
+inside JSON strings, so generated text never contains it.
 """
 
 import json
@@ -24,16 +25,16 @@ _OVERLAP_BYTES: Final = 64
 
 
 class AbortDetector(ABC):
-    """A detector of aborted responses of one API. Each response has its own object, because several events may make up
-    its end. `event_mark`: bytes that every event about the end of a response contains."""
+    """Detects aborted responses of one API. Each response gets a detector of its own, because its end may consist of
+    several events. `event_mark`: bytes that every event about the end of a response contains."""
 
     event_mark: ClassVar[bytes]
 
     @staticmethod
     @abstractmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        """Searches a complete body for the bytes of an abort. Returns False if the body is certainly not aborted, and
-        True if it must be decoded to know."""
+        """Returns whether a complete body contains bytes that every aborted response contains. If so, `is_abort`
+        decides on the decoded body; if not, the response was not aborted."""
 
     @abstractmethod
     def is_abort(self, value: dict[str, Any]) -> bool:
@@ -76,8 +77,9 @@ class ChoicesAbortDetector(AbortDetector):
 
 
 class ResponsesAbortDetector(AbortDetector):
-    """The detector for `/v1/responses`. vLLM reports most aborted responses as `completed`. A response that vLLM
-    rejects while it stops is empty and has 0 output tokens; a normal response has at least the end token."""
+    """The detector for `/v1/responses`. vLLM gives most aborted responses the status `completed`, so they cannot be
+    detected. One kind can: a response that vLLM rejects while it stops is empty and has 0 output tokens, while a normal
+    response has at least the end token."""
 
     event_mark = b'"response.completed"'
 
@@ -127,7 +129,7 @@ class MessagesAbortDetector(AbortDetector):
 
 
 class UnbufferedAbortDetector:
-    """A detector that searches an unbuffered body of unknown format for the mark of an aborted choice."""
+    """Searches an unbuffered body of unknown format for the mark of an aborted choice."""
 
     __slots__ = ("_overlap",)
 

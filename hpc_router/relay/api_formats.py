@@ -64,8 +64,8 @@ def _openai_event(error: ErrorReply) -> bytes:
 
 
 def _responses_event(error: ErrorReply) -> bytes:
-    """Returns the event with its `type`, as all events of this API have one. The openai client raises on the `error`
-    key."""
+    """Returns an error as an event. It has a `type`, like all events of this API, and a key `error`, because of which
+    the openai client raises an exception."""
     flat = {"code": error.code, "message": error.message, "param": error.param}
     return _named_event({"type": "error", **flat, "error": _openai_error(error)})
 

@@ -1,10 +1,10 @@
 """A cache of parsed HTTP heads, keyed by their bytes.
 
-The heads that one client or one engine sends are equal except for the digits of `Content-Length`; those that the router
-sends also differ in `x-request-id`. The key is the head without these two values, and the parsed head contains neither.
-Only a message that arrives completely in one read, head and body, is looked up; every other message goes to the HTTP
-parser, which alone decides what is valid. A head is parsed for the cache when it occurs for the second time, because
-many heads occur only once. The size of the cache is bounded.
+All heads from one client are equal except for the digits of `Content-Length`, and so are all heads from one engine. The
+heads that the router sends to its replicas also differ in `x-request-id`. The key is the head without these two values,
+and the parsed head contains neither. Only a message that is received completely in one read, head and body, is looked
+up; every other message goes to the HTTP parser, which alone decides what is valid. A head is cached when it occurs for
+the second time, because many heads occur only once. The size of the cache is bounded.
 """
 
 import itertools

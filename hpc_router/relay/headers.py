@@ -90,8 +90,8 @@ class Headers:
 
 
 def without_id(fields: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Returns the fields without `x-request-id`, and the (last) value of that field, which is empty if the field is
-    missing."""
+    """Returns the fields except `x-request-id`, and the last value of `x-request-id`; that value is empty if the field
+    is missing."""
     ids = [value for name, value in fields if name == REQUEST_ID]
     return ([field for field in fields if field[0] != REQUEST_ID], ids[-1]) if ids else (fields, b"")
 
@@ -117,8 +117,8 @@ def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
 
 
 def _limited(name: bytes, value: bytes) -> bytes:
-    """Returns `value`, or the limit if `name` is `Retry-After` (seconds; the limit also replaces an HTTP date) or
-    OpenAI's `retry-after-ms` (milliseconds) and the value exceeds it."""
+    """Returns `value`. In a `Retry-After` field, a larger number than `MAX_RETRY_AFTER_S` and an HTTP date are replaced
+    by that limit. OpenAI's `retry-after-ms` has the same limit, in milliseconds."""
     limit = {b"retry-after": MAX_RETRY_AFTER_S, b"retry-after-ms": 1000 * MAX_RETRY_AFTER_S}.get(name)
     if limit is None:
         return value

@@ -41,8 +41,8 @@ class RelayLimits:
 
 
 class ResponseRelay:
-    """The object that relays the response to `request`. At the end, the request's handler returns `response`, which is
-    None for a streamed response.
+    """Relays the response to `request`. `response`: what the request's handler returns at the end; None for a streamed
+    response.
 
     `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed
@@ -132,8 +132,8 @@ class ResponseRelay:
             self.events.stop_pings()
 
     async def end_with_error(self, event: bytes) -> None:
-        """Ends a committed response that cannot be completed. `event`: the error as an event, which is sent in an event
-        stream."""
+        """Ends a committed response that cannot be completed. `event`: the error as an event, which is sent if the
+        response is an event stream."""
         if self.events is None:
             self._request.abort()
         elif not self._request.write(event):

@@ -33,7 +33,7 @@ class UnfinishedEventError(ValueError):
 
 
 class EventSplitter:
-    """A converter of chunks to complete events. `tail`: the received part of an incomplete event."""
+    """Converts the chunks of a stream to complete events. `tail`: the received part of an incomplete event."""
 
     tail = b""
 

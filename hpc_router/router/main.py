@@ -78,9 +78,8 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
     workers = config.workers or usable_cpus(os.environ, asked=config.resources.cpus)
     nonce = new_token()
     with bind(run, deployment, node=socket.gethostname()) as reserved:
-        reserved.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEPORT, 1
-        )  # after the bind, which would otherwise share another router's port
+        # Set after the bind: before it, the bind would succeed on a port that another router already uses.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         identity = Identity(
             replica=job.replica,
             key=replica_key(run.secret(), nonce),

@@ -28,7 +28,8 @@ _DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2
 
 
 class CounterCollector(Collector):
-    """A counter without the library's lock and look-up of a child, which cost too much at each increment."""
+    """A counter without the lock and the look-up by label values of the Prometheus library, which cost too much at each
+    increment."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self._about = name, text, labels
@@ -69,11 +70,11 @@ class CounterCollector(Collector):
 
 
 class HistogramCollector(Collector):
-    """A histogram without the library's locks."""
+    """A histogram without the locks of the Prometheus library."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], *, bounds: Sequence[float]) -> None:
         """Creates a histogram. Observations may have more labels than `labels`; the exposition sums over the additional
-        ones."""
+        labels."""
         self._about = name, text, labels
         self._bounds = bounds
         self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and a list with only the sum
@@ -132,26 +133,30 @@ class Metrics:
     """The counters and histograms of one worker, or the sum over all workers."""
 
     def __init__(self) -> None:
-        self.requests = CounterCollector("hpc_router_requests", "Requests answered.", ("expert", "reason", "status"))
+        self.requests = CounterCollector(
+            "hpc_router_requests", "Number of answered requests.", ("expert", "reason", "status")
+        )
         self.failovers = CounterCollector(
-            "hpc_router_failovers", "Attempts that failed and went elsewhere.", ("replica", "cause")
+            "hpc_router_failovers", "Failed attempts that were retried on another replica.", ("replica", "cause")
         )
         self.retries_refused = CounterCollector(
-            "hpc_router_retries_refused", "Attempts that the budget had no retry for.", ()
+            "hpc_router_retries_refused", "Failed attempts that the retry budget did not allow to retry.", ()
         )
         self.broken = CounterCollector(
             "hpc_router_broken_responses", "Responses that failed after their first byte.", ("expert",)
         )
-        self.cancelled = CounterCollector("hpc_router_cancelled_requests", "Requests whose client left.", ("phase",))
+        self.cancelled = CounterCollector(
+            "hpc_router_cancelled_requests", "Requests whose client disconnected.", ("phase",)
+        )
         self.first_byte = HistogramCollector(
             "hpc_router_first_byte_seconds",
-            "From the request's arrival to the first byte of its answer.",
+            "Time from the arrival of a request to the first byte of its response.",
             ("expert",),
             bounds=LATENCY_BOUNDS_S,
         )
         self.before_attempt = HistogramCollector(
             "hpc_router_before_attempt_seconds",
-            "From the request's arrival until it was sent to the replica that answered; not exposed.",
+            "Time from the arrival of a request until it is sent to the replica that answers; not exposed.",
             (),
             bounds=(),
         )
@@ -159,13 +164,15 @@ class Metrics:
             "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=LATENCY_BOUNDS_S
         )
         self.decision = HistogramCollector(
-            "hpc_router_decision_seconds", "What choosing an expert took.", (), bounds=_DECISION_S
+            "hpc_router_decision_seconds", "Time to choose an expert for a request.", (), bounds=_DECISION_S
         )
         self.decided = CounterCollector(
             "hpc_router_decisions", "Decisions of a classifier.", ("artefact", "cluster", "reason")
         )
         self.shadowed = CounterCollector(
-            "hpc_router_shadow_decisions", "Decisions beside those of the shadow.", ("artefact", "shadow", "agreed")
+            "hpc_router_shadow_decisions",
+            "Decisions, by whether the shadow policy agrees.",
+            ("artefact", "shadow", "agreed"),
         )
         self.task_failures = CounterCollector(
             "hpc_router_background_task_failures", "Background tasks that failed and were started again.", ("task",)
@@ -182,8 +189,8 @@ class Metrics:
         }
 
     def forget(self, *, present: Collection[str], now: float) -> None:
-        """Drops the series of replicas that are not `present` for more than `KEEP_S`. `now`: a time in seconds of any
-        one clock."""
+        """Drops the series of replicas that have been missing in `present` for more than `KEEP_S`. `now`: seconds of a
+        clock, the same clock in all calls."""
         for name in {str(labels[0]) for labels in self.failovers.labels()} | self.first_byte.last_labels():
             if name in present:
                 self._gone.pop(name, None)
@@ -217,7 +224,7 @@ def departures(dumped: Mapping[str, Any]) -> dict[str, int]:
 
 
 class Gauges(Collector):
-    """A collector of metrics that were read before."""
+    """Passes on metrics that were already computed, in the form that the Prometheus library requires."""
 
     def __init__(self, read: Sequence[Metric]) -> None:
         self._read = read
@@ -231,20 +238,22 @@ def gauges(
 ) -> Iterator[Metric]:
     gauge = GaugeMetricFamily
     yield gauge("hpc_router_requests_in_flight", "Requests being served.", in_flight)
-    yield gauge("hpc_router_requests_bound", "Requests that may be served at once.", max_in_flight)
-    yield gauge("hpc_router_registry_age_seconds", "Since the registry was read.", registry_age_s)
-    yield gauge("hpc_router_workers", "Workers that serve.", workers)
+    yield gauge(
+        "hpc_router_requests_bound", "Maximum number of requests that are served at the same time.", max_in_flight
+    )
+    yield gauge("hpc_router_registry_age_seconds", "Time since the registry was last read.", registry_age_s)
+    yield gauge("hpc_router_workers", "Number of workers that serve.", workers)
     text = "Requests in flight on a replica."
     load = gauge("hpc_router_replica_requests_in_flight", text, labels=("replica",))
-    text = "Requests that a replica takes at once."
+    text = "Maximum number of requests in flight on a replica."
     capacity = gauge("hpc_router_replica_capacity", text, labels=("replica",))
     text = "Requests in flight on all replicas of an expert."
     expert_load = gauge("hpc_router_expert_requests_in_flight", text, labels=("expert",))
-    text = "Requests that may be in flight on them."
+    text = "Maximum number of requests in flight on all replicas of an expert."
     expert_bound = gauge("hpc_router_expert_requests_bound", text, labels=("expert",))
-    text = "Requests that may wait for a replica of an expert."
+    text = "Maximum number of requests that wait for a replica of an expert."
     waiting_bound = gauge("hpc_router_requests_waiting_bound", text, labels=("expert",))
-    states = gauge("hpc_router_replicas", "Replicas of an expert by standing.", labels=("expert", "standing"))
+    states = gauge("hpc_router_replicas", "Replicas of an expert by state.", labels=("expert", "standing"))
     text = "Requests that wait for a replica of an expert."
     waiting = gauge("hpc_router_requests_waiting", text, labels=("expert",))
     table.refresh_peer_counts(table.all())

@@ -1,8 +1,9 @@
 """Measures a classifier on labelled prompts: accuracy, balance, coverage, latency, and accuracy for a given cost.
 
-A discovered cluster is evaluated as its most frequent label. If that label comes from the evaluated prompts themselves,
-small clusters look better than they are, so callers can take it from other prompts. Confidence intervals are bootstraps
-over prompts, from the 2.5 to the 97.5 % quantile. The results are printed as JSON. Uses only numpy; no I/O.
+A discovered cluster has no label of its own, so it is evaluated as its most frequent label. If that label comes from
+the evaluated prompts themselves, small clusters look better than they are, so callers can take it from other prompts.
+Confidence intervals are bootstraps over prompts, from the 2.5 to the 97.5 % quantile. The results are printed as JSON.
+Uses only numpy; no I/O.
 """
 
 import math
@@ -32,7 +33,8 @@ def majority(clusters: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
 
 
 def nmi(clusters: Sequence[str], labels: Sequence[str]) -> float:
-    """Returns the normalised mutual information, which is divided by the mean of the two entropies; 0 if both are 0."""
+    """Returns the normalised mutual information: the mutual information divided by the mean of the two entropies; 0 if
+    both entropies are 0."""
     n = len(clusters)
     joint, by_cluster, by_label = Counter(zip(clusters, labels, strict=True)), Counter(clusters), Counter(labels)
     mutual = sum(c / n * math.log(c * n / (by_cluster[a] * by_label[b])) for (a, b), c in joint.items())
@@ -110,8 +112,8 @@ def bootstrap_interval(statistic: Callable[[Ids], float], *, rows: int, seed: in
 def cost_quality(
     *, experts: Sequence[str], cost: Doubles, gain: Doubles, right: Doubles, seed: int = 0
 ) -> dict[str, Any]:
-    """Compares a cheap and an expensive expert: returns the accuracy for each share of prompts sent to the expensive
-    one.
+    """Compares a cheap and an expensive expert. Returns the accuracy for each share of the prompts that the expensive
+    expert answers.
 
     `right[prompt, expert]`: correctness. `gain[prompt]`: predicted gain from the expensive expert. At each share, the
     prompts with the largest predicted gain go to the expensive expert; ties are broken at random. For comparison,

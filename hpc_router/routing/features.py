@@ -115,7 +115,7 @@ class Features:
         return [word for word in _spaced(text, symbols=False).translate(_CBTM_SPACES).split() if len(word) > 1]
 
     def terms(self, text: str) -> list[str]:
-        """Returns every term of the text once; for kind `cbtm`, as often as it occurs."""
+        """Returns the terms of the text: each term once, or for kind `cbtm` as often as it occurs."""
         words, symbols = self.split(text)
         if self.kind == "cbtm":
             return [word.decode() for word in words]

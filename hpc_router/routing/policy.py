@@ -4,9 +4,9 @@ A policy decides at once, from the prompt and from the ready experts with their 
 replicas, and it never waits. `select` may return an expert that is not ready; the router then tries the experts of
 `order`. `explain` makes the same decision without changing the policy's state.
 
-Reasons of a decision: `low_margin` and `no_known_terms` describe the prompt, and do not depend on the expert that gets
-it (the fallback, else the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no
-expert is ready. `policy`: the prompt had no influence. Only the router sets `named` and `spilled`.
+Reasons of a decision: `low_margin` and `no_known_terms` describe the prompt, whichever expert gets it (the fallback,
+else the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no expert is ready.
+`policy`: the prompt had no influence. `named` and `spilled` are set by the router and never by a policy.
 """
 
 from collections.abc import Collection, Mapping
@@ -83,12 +83,12 @@ class Policy(Protocol):
 
     @property
     def shadow(self) -> "Policy | None":
-        """Returns a second policy, or None. It also decides for each prompt; its decisions are counted and have no
+        """The shadow: a second policy that also decides for each prompt, or None. Its decisions are counted and have no
         other effect."""
 
     @property
     def version(self) -> str | None:
-        """Returns the version of the policy's artefact; None without an artefact."""
+        """Returns the version of the policy's artefact; None if the policy has no artefact."""
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
         """Chooses an expert for a prompt. `ready`: ready experts and their number of requests in flight."""
@@ -205,8 +205,8 @@ class LeastInFlight(RoundRobin):
 
 
 class ModelField:
-    """The policy for clients that name the expert. A request for `auto` gets the fallback; without a fallback, the
-    router sends 404."""
+    """The policy for clients that name the expert. A request for `auto` gets the fallback; if there is no fallback, the
+    router responds with 404."""
 
     version = None
     weighs_load = False

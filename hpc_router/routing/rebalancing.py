@@ -1,10 +1,10 @@
 """Moves clusters between experts until no expert has more load than its limit.
 
 The load of a cluster is its share of the traffic. The limit of an expert is its share of the total capacity, times a
-factor. Moving a cluster loses score: its load times the difference between the two experts' scores. Each step takes the
-most overloaded expert. It makes the cheapest move that brings this expert under its limit, or else the move with the
-least loss per load. If the remaining moves would exceed the permitted total loss, the result recommends more replicas
-instead. Pure functions.
+factor. Moving a cluster costs score: its load times the difference between the two experts' scores. Each step takes the
+most overloaded expert and makes the cheapest move that brings this expert under its limit. If no single move does that,
+it makes the move with the least loss per load. If the remaining moves would exceed the permitted total loss, the result
+recommends more replicas instead. Pure functions.
 """
 
 import math

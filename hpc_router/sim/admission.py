@@ -1,9 +1,9 @@
 """Admits requests: at most `capacity` requests run at the same time, and the others wait in order of arrival.
 
 One context manager holds a request from arrival to end and counts how it ended. The gauges therefore return to zero for
-any end (a disconnected client, a fault, an error). When the engine stops, a request that waits for its next token gets
-`EngineStopped`. A request that waits for admission proceeds without it, and therefore ends at once. This module does
-not know HTTP.
+any end (a disconnected client, a fault, an error). When the engine stops, `EngineStopped` is raised in a request that
+waits for its next token. A request that waits for admission stops waiting, and ends at its first token. This module
+does not know HTTP.
 """
 
 import asyncio

@@ -44,8 +44,8 @@ class BatchSlot:
 
 
 class BatchLoop:
-    """The loop that runs the steps. `step_s`: predicted duration of all steps. `lost_s`: delay that was not made up.
-    Both in seconds."""
+    """The loop that runs the steps. `step_s`: predicted duration of all steps. `lost_s`: delay of steps that later
+    steps did not make up. Both in seconds."""
 
     def __init__(self, engine: RooflineEngine, clock: Clock, pool: BlockPool) -> None:
         self._engine, self._clock = engine, clock

@@ -87,8 +87,8 @@ class Fault:
 class Rule:
     """A fault, and the requests to which it applies.
 
-    These are every `every`-th request that matches `path` and `model`, each with `probability`, and at most `times` in
-    total.
+    A rule applies to every `every`-th request that matches `path` and `model`, with the probability `probability`, and
+    to at most `times` requests in total.
     """
 
     fault: Fault

@@ -247,7 +247,7 @@ class InferenceHandlers:
         self, request: web.Request, asked: Generation | Embedding | Scoring, *, prefix: str, own: bool = False
     ) -> Envelope:
         """Returns the common fields of a response. As in vLLM, the id is a prefix and the client's x-request-id. The id
-        is random without that header, or with `own`."""
+        is random if that header is missing or `own` is true."""
         given = None if own else request.headers.get("x-request-id")
         name = given or f"{self._context.ids.getrandbits(128):032x}"
         created = int(self._context.clock.unix_s())

@@ -90,8 +90,12 @@ class EngineMetrics(Collector):
         )
         if self._steps is not None:
             step_s, lost_s = self._steps()
-            yield self._counter("hpc_router_sim_step_seconds", "Seconds that steps were to last.", value=step_s)
-            yield self._counter("hpc_router_sim_lost_seconds", "Seconds by which steps lagged.", value=lost_s)
+            yield self._counter(
+                "hpc_router_sim_step_seconds", "Predicted duration of all steps in seconds.", value=step_s
+            )
+            yield self._counter(
+                "hpc_router_sim_lost_seconds", "Seconds of delay that later steps did not make up.", value=lost_s
+            )
         yield self._by_label(
             "hpc_router_sim_faults", "Faults injected.", label="kind", names=sorted(counts.faults), values=counts.faults
         )

@@ -18,7 +18,7 @@ PEER_LOST: Final = "RuntimeError: simulated: connection closed by peer"
 
 @dataclass
 class Rendezvous:
-    """The listener of rank 0. `complete`: set when all other ranks are connected. `lost`: set when one has
+    """The listener of rank 0. `complete`: set when all other ranks are connected. `lost`: set when any rank has
     disconnected."""
 
     others: int

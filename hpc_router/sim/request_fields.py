@@ -54,7 +54,7 @@ class RequestFields:
         return value
 
     def count(self, key: str) -> int | None:
-        """Returns a number of log probabilities. -1 means the whole vocabulary."""
+        """Returns the number of requested log probabilities; -1 means the whole vocabulary."""
         value = self._body.get(key)
         if value is None:
             return None

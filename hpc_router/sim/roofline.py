@@ -21,8 +21,8 @@ TERA: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Peak values from a GPU's data sheet. Arithmetic is dense (half of the value "with sparsity"), and `link` is one
-    direction.
+    """Peak values from a GPU's data sheet. The arithmetic is that of dense matrices (half of the value "with
+    sparsity"). `link`: bandwidth in one direction.
 
     `fp8_flops`: None if the tensor cores do not support FP8. `seqs`, `tokens`: defaults of vLLM 0.32's API server on
     such a GPU (vllm/engine/arg_utils.py).
@@ -207,10 +207,11 @@ class RooflineEngine:
         return max(self._arithmetic_s(steps, new), self._memory_s(reached)) + self._communication_s(new) + HOST_S
 
     def _arithmetic_s(self, steps: Sequence[SequenceStep], new: float) -> float:
-        """Returns the seconds of arithmetic. One token per sequence passes the output layer.
+        """Returns the seconds of arithmetic in one step. All new tokens pass the layers, and one token per sequence
+        passes the output layer.
 
-        There are 2 operations per parameter and token (Kaplan et al., arXiv 2001.08361). Attention needs 4 per layer,
-        hidden dimension, token, and token of its context.
+        A token needs 2 operations per parameter (Kaplan et al., arXiv 2001.08361), and for attention 4 operations per
+        layer and hidden dimension for each token of its context.
         """
         shape = self.shape
         peak = self.gpu.bf16_flops

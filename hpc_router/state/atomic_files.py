@@ -21,7 +21,7 @@ MAX_FILE_BYTES: Final = 2**20
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds `path` to an OSError without a file name; `write` and `fsync` raise such errors on a full disk."""
+    """Adds `path` to an OSError that names no file, as `write` and `fsync` raise on a full disk."""
     try:
         yield
     except OSError as error:

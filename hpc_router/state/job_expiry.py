@@ -13,11 +13,13 @@ from hpc_router.state.run_directory import RunDir
 from hpc_router.state.stamped_file import StampedFile
 
 MIN_CHANGE_S: Final = 1.0
-"""Minimum change in seconds that is published. Slurm prints whole seconds."""
+"""Minimum change of the end in seconds that is published. A smaller one is only rounding, because Slurm prints whole
+seconds."""
 
 
 class JobExpiry:
-    """A reader of the job's end in Unix seconds. The end is None outside of a Slurm job, and while it is unknown."""
+    """A reader of the job's end in Unix seconds. The end is None if this process runs in no Slurm job, and while the
+    end is unknown."""
 
     def __init__(self, run: RunDir, environment: Mapping[str, str]) -> None:
         self._job_id = current_job_id(environment)

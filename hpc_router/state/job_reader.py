@@ -30,7 +30,7 @@ from hpc_router.state.stamped_file import Stamp, stamp_of
 
 SETTLED_S: Final = 2.0
 SAME_PASS_S: Final = 0.1
-"""Time in seconds within which a folder with an unchanged modification time is not read again."""
+"""Seconds after a read during which an unchanged folder is not read again."""
 _FIELDS: Final[Mapping[str, type]] = {
     "info": JobInfo,
     "submitter": Submitter,
@@ -44,9 +44,9 @@ _FIELDS: Final[Mapping[str, type]] = {
 
 @dataclass(frozen=True, slots=True)
 class JobRecords:
-    """The records of one job. `claimed_at`: when its submission began (Unix seconds); until that is recorded, the
-    folder's modification time. Later writes do not change it, because a job whose submission was not recorded also
-    writes into its folder."""
+    """The records of one job. `claimed_at`: when its submission began (Unix seconds); if the job does not record this
+    yet, the folder's modification time. Later writes do not change it, because a job whose submission was not recorded
+    also writes into its folder."""
 
     replica: str
     claimed_at: float

@@ -2,8 +2,8 @@
 
 The process that creates the folder submits the job, so two control loops never submit the same replica. Each file has
 one writer: `job.json` the submitter; `process.json` and `progress.json` the job itself; `exit.json` the job, or the
-first observer of a job that ended without one; `ended.json` the batch script around the job; `stop.json` the process
-that asks the job to stop.
+first observer if the job ended without writing it; `ended.json` the batch script around the job; `stop.json` the
+process that asks the job to stop.
 """
 
 import json
@@ -94,9 +94,9 @@ class Runner(StrEnum):
 class JobInfo:
     """A submitted job, as recorded by the submitter on `host`.
 
-    The id of a local job is a process id; `start_ticks` shows whether another process has got that id since. `shared`:
-    the Slurm job also runs other replicas, and this replica is one of its steps. `after`: id of the job for whose end
-    this job had to wait. `revision`: revision of the config with which it was submitted (`config.revision`).
+    The id of a local job is a process id; `start_ticks` shows whether that id now belongs to another process. `shared`:
+    whether the Slurm job also runs other replicas, so that this replica is one of its steps. `after`: id of the job for
+    whose end this job had to wait. `revision`: revision of the config with which it was submitted (`config.revision`).
     """
 
     job_id: str
@@ -145,7 +145,8 @@ class Ended:
 class JobProgress:
     """The progress of a job. `url`, `node`: a router's address, which is needed after its registry record was removed.
     `load_s`: seconds from the last start of the engine until it was ready. `stage_s`: seconds until the models were on
-    the node's disk; `stage_bytes`: bytes that this job copied for that. Both are None without `cluster.stage_to`."""
+    the node's disk; `stage_bytes`: bytes that this job copied to that disk. Both are None if `cluster.stage_to` is not
+    set."""
 
     phase: JobPhase
     reason: FailureReason | None = None  # reason of the last engine failure
@@ -181,8 +182,8 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The times at which a job was asked to stop: to drain (HTTP), to end (SIGTERM), and the last SIGKILL. `until_at`:
-    limit of the drain in Unix seconds, if it is later than `cluster.drain_s` allows."""
+    """The times in Unix seconds at which a job was asked to drain (HTTP) and to end (SIGTERM), and of the last SIGKILL.
+    `until_at`: time at which the drain must end, if that is later than `cluster.drain_s` allows."""
 
     drain_at: float | None = None
     cancel_at: float | None = None

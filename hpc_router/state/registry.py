@@ -163,7 +163,7 @@ def publish(folder: Path, record: Record) -> None:
 
 
 def withdraw(folder: Path, replica: str) -> None:
-    """Removes the record of a replica; no error if there is none."""
+    """Removes the record of a replica if there is one."""
     (folder / f"{replica}.json").unlink(missing_ok=True)
 
 

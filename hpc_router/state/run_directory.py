@@ -154,8 +154,8 @@ class RunDir:
             self._rotate_events()
 
     def _rotate_events(self) -> None:
-        """Renames `events.jsonl` if it is too long. Several writers may try this; only the one that creates a folder as
-        claim renames."""
+        """Renames `events.jsonl` if it is too long. Several writers may try this; only the writer that creates a
+        certain folder, the claim, renames the file."""
         claim = self.path / ".events.rotating"
         try:
             claim.mkdir()
@@ -239,12 +239,14 @@ def point_latest(runs: Path, run: RunDir) -> None:
 
 _umask_lock: Final = threading.Lock()
 _saved_umasks: Final[list[int]] = []
-"""The umasks that open `private_umask` blocks replaced; the first one is the umask outside of all blocks."""
+"""The umasks that were in force when `private_umask` blocks were entered. The first one is the umask outside of all
+blocks."""
 
 
 @contextlib.contextmanager
 def private_umask() -> Iterator[None]:
-    """Makes files and folders created inside the block accessible to the owner only. Threads may overlap."""
+    """Makes files and folders created inside the block accessible to the owner only. Blocks of several threads may
+    overlap."""
     with _umask_lock:
         _saved_umasks.append(os.umask(0o077))
     try:

@@ -1,4 +1,4 @@
-"""JSON files that are read often, but parsed only after they were replaced.
+"""JSON files that are read often, but parsed again only after they were replaced.
 
 A file's stamp consists of its modification time, inode and size. A writer that replaces a file atomically changes the
 inode. Only regular files of this user are read, because other users could put files into a shared folder.

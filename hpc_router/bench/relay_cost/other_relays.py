@@ -206,7 +206,7 @@ def _write_private(path: Path, text: str) -> Path:
 
 
 def _version(argv: list[str], pattern: str) -> str:
-    """Runs a command and returns the first group of `pattern` in its output; empty without a match."""
+    """Runs a command and returns the first group of `pattern` in its output; empty if nothing matches."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -21,8 +21,8 @@ _PRIVATE: Final = ("Private_Clean", "Pss_Anon", "Pss_Shmem")
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The cores of the load (generator and engine), and those of the relay. They are the same if the machine has only
-    one core."""
+    """The cores on which load generator and engine run, and the cores on which the relay runs. Both are the same if the
+    machine has only one core."""
 
     load: frozenset[int]
     relay: frozenset[int]

@@ -119,8 +119,8 @@ def _relays(results: RelayCostResults) -> Sheet:
 
 
 def _cell(results: RelayCostResults, measured: RelayRounds, key: str) -> str:
-    """Formats one figure. A time to first token is shown minus that of `direct`; the figure of `direct` itself is in
-    brackets."""
+    """Formats one figure. A time to first token is shown as the difference to that of the relay `direct`, whose own
+    time is shown in brackets."""
     if not key.startswith("ttft"):
         return _format(spread(measured, key))
     if measured.relay.name == "direct":

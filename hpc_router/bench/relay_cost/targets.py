@@ -9,13 +9,14 @@ from hpc_router.bench.relay_cost.rounds import RelayRounds
 from hpc_router.bench.relay_cost.statistics import RoundSpread, across, ratio, slope_per_million, spread
 
 SAME_COST = 1.25
-"""Maximum cost of classifying a long prompt, as a ratio to the cost for a short one, at which both count as equal."""
+"""Maximum ratio of the cost of classifying a long prompt to that of a short one. Up to this ratio, both costs count as
+equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A limit: the median of `found` must be at most `limit`, or below it if `strict`. `met` is None if it was not
-    measured."""
+    """A limit of one figure: the median of `found` must be at most `limit`, or less than `limit` if `strict`. `met`:
+    whether it is; None if the figure was not measured."""
 
     what: str
     limit: float

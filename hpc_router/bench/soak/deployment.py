@@ -122,8 +122,8 @@ def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str
 
 
 def least_recently_killed(names: Collection[str], killed: Mapping[str, int]) -> str:
-    """Returns a process whose slot was never killed, else the one that was killed longest ago. Generations of a replica
-    share a slot."""
+    """Returns a process whose slot was never killed; if there is none, the process that was killed longest ago.
+    Generations of a replica share a slot."""
     last: dict[str, int] = {}
     for name, order in killed.items():
         last[_slot(name)] = max(order, last.get(_slot(name), -1))

@@ -200,7 +200,7 @@ def _sample(deployment: SoakDeployment, at_s: float) -> Sample:
 
 
 def _idle_gauges(deployment: SoakDeployment) -> dict[str, float] | None:
-    """Returns the gauges when all are zero, or the last ones when the time limit has passed."""
+    """Waits until all gauges are zero, or until a time limit, and returns the last values."""
     return _read_until(deployment.gauges, lambda gauges: gauges is not None and not any(gauges.values()))
 
 

@@ -102,8 +102,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class GrowthCheck:
-    """A comparison of a quantity early and late in the load. `most`: maximum allowed late value. `met`: None without
-    samples."""
+    """A comparison of a quantity early and late in the load. `most`: maximum allowed late value. `met`: whether the
+    late value is allowed; None if there are no samples."""
 
     what: str
     early: float

@@ -30,12 +30,12 @@ FAILURE_ADVICE: Final[Mapping[FailureReason, str]] = {
     "`--run DIR`); if only that node lacks it, `hpc-router drain NODE`, then `hpc-router up` tries again",
     _R.UNANSWERED: "Slurm did not answer, or takes no more jobs of yours for now; the submission is retried",
     _R.REFUSED: "change the key that the message names with `hpc-router apply`, which checks it as `plan` does",
-    _R.NODE_FAILED: "its node failed: another is submitted; `hpc-router drain NODE` keeps further jobs off a bad node",
-    _R.PREEMPTED: "a job of higher priority took its place: another is submitted; `hpc-router apply` with "
+    _R.NODE_FAILED: "its node failed: a new job is submitted; `hpc-router drain NODE` keeps further jobs off a node",
+    _R.PREEMPTED: "a job of higher priority took its place: a new job is submitted; `hpc-router apply` with "
     "another cluster.partition or cluster.qos may avoid that",
-    _R.WALLTIME: "its walltime ended: another is submitted; a longer cluster.walltime (`hpc-router apply`) makes that "
-    "rarer",
-    _R.CANCELLED: "a user or an administrator cancelled its job: another is submitted; `hpc-router scale` or "
+    _R.WALLTIME: "its walltime ended: a new job is submitted; a longer cluster.walltime (`hpc-router apply`) makes "
+    "that rarer",
+    _R.CANCELLED: "a user or an administrator cancelled its job: a new job is submitted; `hpc-router scale` or "
     "`down` ends it for good",
     _R.DRAINED: "it was asked to stop; `hpc-router up` or `scale` starts it again",
     _R.VANISHED: "it was killed, or could not start: its log shows how far it came; `hpc-router up` tries again",

@@ -141,8 +141,8 @@ def _check_settings(change: Change) -> None:
 
 
 def write_change(change: Change) -> ControlLoop:
-    """Replaces the run's config and returns a control loop that rolls it out; any other loop of the run does so, too.
-    Raises ConfigError if another `apply` has changed the config in the meantime."""
+    """Replaces the run's config and returns a control loop that replaces the jobs; every control loop of the run now
+    does this. Raises ConfigError if another `apply` has changed the config in the meantime."""
     run = change.run
     observed = ControlLoop(run, read_only=True).preview(fresh=True).observed  # may wait for Slurm
     with exclusive(run.config_claim):
@@ -208,7 +208,8 @@ def outdated(seen: LoopPass) -> list[Attempt]:
 
 
 def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
-    """Returns what the rollout still waits for, as text; empty when every slot has a ready job of the new config."""
+    """Returns the jobs that the rollout still waits for, as text; empty when every slot has a ready job of the new
+    config."""
     if left:
         queued = [
             a for a in all_attempts(seen.observed) if a.live and a.report.pending_reason not in (None, DEPENDENCY)

@@ -29,9 +29,10 @@ logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
 REMAINING_POLL_S: Final = 2.0
-"""Pause in seconds between two looks at jobs after which Slurm still cleans up."""
+"""Interval in seconds between checks for jobs that have ended and after which Slurm still cleans up."""
 CLAIM_GRACE_S: Final = 5.0
-"""Seconds for which a claim without a job may still become one. It may also while its submitter is alive."""
+"""Seconds within which a claim without a job may still become a job. After that it may only while its submitter is
+alive."""
 
 
 class Watcher(Protocol):
@@ -49,7 +50,7 @@ class NoWatcher:
 
 
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
-    """Ends the deployment and returns the number of ended jobs. Raises LaunchError for jobs of another host and if an
+    """Ends the deployment and returns the number of ended jobs. Raises LaunchError if jobs run on another host or if an
     `up` starts in the meantime, and Interrupted after Ctrl-C."""
     with explaining_interrupt(lambda: leftover_text(run)):
         try:
@@ -101,7 +102,7 @@ def end_all(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
 
 
 def living(seen: LoopPass) -> list[Attempt]:
-    """Returns the jobs that may hold resources, and the claims that may become jobs."""
+    """Returns the jobs that may hold resources, and the claims that may still become jobs."""
     now = time.time()
     return [
         a

@@ -34,8 +34,8 @@ MARGIN_S: Final = 30.0
 @dataclass(frozen=True, slots=True)
 class DrainResult:
     """What `drain` did. `asked`: replicas that got the drain call. `signalled`: replicas whose job got a signal
-    instead. `left`: replicas that had not ended in time; None without waiting. `successor`: the router that stays.
-    `excluded`: nodes on which no further job starts."""
+    instead. `left`: replicas that had not ended in time; None if `drain` did not wait. `successor`: the router that
+    stays. `excluded`: nodes on which no further job starts."""
 
     asked: tuple[str, ...]
     signalled: tuple[str, ...]
@@ -56,8 +56,8 @@ class DrainResult:
         ]
 
     def needs_reconcile(self, run: RunDir) -> bool:
-        """Returns whether no control loop will replace the jobs. A loop ends with its router, so one is left only if
-        another router stays."""
+        """Returns whether no control loop will replace the jobs. A control loop ends with its router, so a loop is left
+        only if another router stays."""
         if self.successor is not None:
             return False
         return any(split_replica(name)[0] == ROUTER for name in self.replicas) or live_router(run) is None

@@ -1,7 +1,7 @@
 """The shell commands that point plain OpenAI clients to a run: `eval "$(hpc-router env)"`.
 
-The address is that of a running `connect` with a port, because it stays the same when the router moves. Without one, it
-is the router's own address, after the router has proven its identity.
+The address is that of a running `connect` with a port, because it stays the same when the router moves. If none runs,
+it is the router's own address, after the router has proven its identity.
 """
 
 import shlex
@@ -17,8 +17,8 @@ _PROXIES: Final = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
 def exports(run: RunDir, environment: Mapping[str, str]) -> tuple[list[str], str | None]:
-    """Returns lines for a POSIX shell, and a note for the user. Raises LaunchError if no router serves or proves its
-    identity.
+    """Returns lines for a POSIX shell, and a note for the user (None if there is nothing to note). Raises LaunchError
+    if no router serves or proves its identity.
 
     If `environment` names a proxy, the lines exclude the router from it, so that the requests and their token do not
     pass through the proxy.

@@ -60,7 +60,7 @@ def early_files(job: JobDir) -> list[Path]:
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """Returns the last lines of a log, also from the file before its rotation."""
+    """Returns the last lines of a log. They may begin in the older file of a rotated log."""
     last: deque[str] = deque(maxlen=lines)
     for part in (rotated_path(path), path):
         with suppress(FileNotFoundError), part.open(encoding="utf-8", errors="replace") as stream:

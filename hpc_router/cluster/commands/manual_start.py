@@ -27,7 +27,8 @@ JOIN_S: Final = 120.0
 """Time limit in seconds for the first task of a step to claim a replica, while the other tasks wait."""
 _POLL_S: Final = 0.2
 _LARGEST_STEP: Final = 2**31
-"""Larger numbers are steps that Slurm starts itself: the batch script, an interactive shell, adopted processes."""
+"""Maximum id of a step that `srun` starts. Larger ids are those of steps that Slurm starts itself: the batch script, an
+interactive shell, adopted processes."""
 
 
 @dataclass(frozen=True, slots=True)

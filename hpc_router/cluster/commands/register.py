@@ -165,7 +165,7 @@ def _existing(run: RunDir, *, expert: str, url: str) -> str | None:
 
 
 def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Record:
-    """Writes the record and returns it. A new one gets the first free number."""
+    """Writes the record and returns it. A new record gets the first free number in its name."""
     if not new:
         _write_token(run, record.replica, token)
         registry.publish(run.registry, record)

@@ -1,4 +1,4 @@
-"""The value of `status`: the observed jobs, merged with the router's own `/status` if it answers.
+"""Builds the result of `status`: the observed jobs, merged with the router's own `/status` if it answers.
 
 Files show the state of jobs even when no router runs. Only the router knows requests in flight and ejected replicas.
 """
@@ -113,8 +113,8 @@ def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def process_problems(router: Mapping[str, Any]) -> list[str]:
-    """Returns lines on restarts of the router's processes and of their background tasks. `router`: that part of its
-    `/status`."""
+    """Returns lines on restarts of the router's processes and of their background tasks. `router`: the section `router`
+    of its `/status`."""
     workers = [(f"worker {w['worker']}", w) for w in router.get("workers") or ()]
     problems = [
         f"{name} was started again {_times(process['restarts'])}: the last one {process['last_end']}"

@@ -38,8 +38,8 @@ class LocalHost:
 @dataclass(frozen=True, slots=True)
 class Tunnel:
     """An `ssh` tunnel. `argv` runs on the laptop until it is interrupted. `url`: address of the router or of `connect`.
-    `login`: the host that has the run directory. `guessed`: the config does not name that host. `unproven`: the node on
-    whose loopback the router's identity could not be checked."""
+    `login`: the host that has the run directory. `guessed`: whether `login` is only this host, because the config names
+    none. `unproven`: the node on whose loopback the router's identity could not be checked."""
 
     url: str
     argv: tuple[str, ...]
@@ -109,8 +109,8 @@ def _target(url: str) -> str:
 
 
 def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
-    """Returns the tunnel to the `connect` that runs on this host; None if none runs. One with a socket is preferred,
-    because other users of the host cannot reach it."""
+    """Returns the tunnel to the `connect` that runs on this host; None if none runs. If several run, one that serves a
+    socket is preferred, because other users of the host cannot connect to the socket."""
     running = running_forwarder(run, tcp=False) or running_forwarder(run, tcp=True)
     if running is None:
         return None
@@ -120,7 +120,7 @@ def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
 
 def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
     """Returns the tunnel to the run's router. Raises LaunchError if no router serves or proves its identity.
-    `unproven`: accept a router that cannot be reached from here."""
+    `unproven`: whether to accept a router that cannot be reached from here."""
     record, here = recorded_router(run), _local_host()
     unreachable_node = record.node if unproven and _is_on_other_loopback(record, here) else None
     if unreachable_node is None:
@@ -136,7 +136,8 @@ def _is_on_other_loopback(record: Record, here: LocalHost) -> bool:
 
 
 def _local_host() -> LocalHost:
-    """Returns this host with its full name, or with the short one if its own name resolves to its loopback."""
+    """Returns this host with its full name, or with its short name if the full name is only an address of its
+    loopback."""
     host, full = socket.gethostname(), socket.getfqdn()
     best = host if full.partition(".")[0] == "localhost" else full
     return LocalHost(getpass.getuser(), best, frozenset({host, best, host.partition(".")[0]}))

@@ -91,8 +91,8 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
 
 
 def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
-    """Returns what a second Ctrl-C leaves, as text. Removes the run directory if this call created it and it has no
-    jobs."""
+    """Returns the text after a second Ctrl-C: which jobs and files are left. Removes the run directory if this call
+    created it and it has no jobs."""
     if made and not unended_jobs(run):
         discard(run, before=before)
         return ENDED_TEXT
@@ -164,8 +164,8 @@ class _BringUp:
         return url if ready else None
 
     def _end_submitted(self) -> None:
-        """Ends the jobs that this call submitted; the whole deployment if nothing ran before and the router is among
-        them."""
+        """Ends the jobs that this call submitted. If no job ran before and these jobs include the router, ends the
+        whole deployment."""
         if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
             down(self._run, watcher=NoWatcher())
             return
@@ -180,7 +180,7 @@ class _BringUp:
 
 
 def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
-    """Returns why no expert, or no router, can ever serve; None if both may."""
+    """Returns the reason if no router, or no expert, can ever serve; None if a router and an expert may still serve."""
     reasons = {view.replica: reason for view in shown if (reason := _cannot_become_ready(view)) is not None}
     experts = [view.replica for view in expert_views(shown)]
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)

@@ -1,8 +1,9 @@
-"""Why a replica does not serve: the reason of its failure, the last lines of its log, and advice.
+"""Explains why replicas do not serve, for `hpc-router why`.
 
-For a job that waits in Slurm's queue: the reason, and Slurm's estimate of its start. For a replica whose walltime ends:
-its handover, and whether that will be late. For a router that serves: what it reports about its processes, its settings
-and its replicas.
+For a failed replica, the explanation is the reason, the last lines of its log, and advice. For a job in Slurm's queue,
+it is Slurm's reason and its estimate of the start. For a replica whose walltime ends, it is the handover, and whether
+that will be late. For a router that serves, it is what the router reports about its processes, its settings and its
+replicas.
 """
 
 import time
@@ -47,7 +48,7 @@ from hpc_router.state.run_directory import RunDir
 LOG_LINES: Final = 12
 RECENT_S: Final = 3600.0
 RANK_LINES: Final = 4
-"""Lines for each rank but the first."""
+"""Number of log lines that are shown of each rank except the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Cause:
 
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
     """Returns a cause for each replica that is not ready, and for each problem that the serving router reports. `name`:
-    only those of one expert or replica. Raises ConfigError for an unknown name."""
+    limits the result to one expert or replica. Raises ConfigError for an unknown name."""
     control = ControlLoop(run, read_only=True)
     seen = control.preview(fresh=True)
     shown = replica_views(control, seen)
@@ -102,7 +103,8 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
 
 
 def _step_cause(cause: Cause) -> Cause:
-    """Returns the cause; for a step that waits in the user's job, with our own text, because Slurm gives no reason."""
+    """Returns the cause unchanged, unless the replica is a step that waits in the user's job. Slurm gives no reason for
+    such a step, so the returned cause has a text of this module."""
     view = cause.view
     if view.state is not DisplayedState.SUBMITTED or view.job_id is None:
         return cause
@@ -111,7 +113,7 @@ def _step_cause(cause: Cause) -> Cause:
 
 
 def _handovers(shown: Sequence[ReplicaView], planned: Sequence[PlannedHandover], *, now: float) -> list[Cause]:
-    """The handovers of the displayed replicas that are due or under way."""
+    """Returns the handovers of the displayed replicas that are due or in progress."""
     found = {handover.replica: handover for handover in planned}
     return [_handover(view, found[view.replica], now=now) for view in shown if view.replica in found]
 
@@ -166,7 +168,7 @@ def _silent_slurm(shown: Sequence[ReplicaView], trouble: str | None) -> list[Cau
 
 
 def _with_signals_note(causes: list[Cause]) -> list[Cause]:
-    """Add the note on signals to the advice for jobs that were signalled from outside."""
+    """Returns these causes, with the note on signals added to the advice for jobs that were signalled from outside."""
     note = signals_note() if any(_signalled(cause) for cause in causes) else None
     if note is None:
         return causes
@@ -181,7 +183,8 @@ def _signalled(cause: Cause) -> bool:
 
 
 def router_causes(shown: Sequence[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:
-    """Problems of the serving router's processes and settings. `answer`: its `/status`; empty if it does not answer."""
+    """Returns the problems of the serving router's processes and settings. `answer`: its `/status`; empty if it does
+    not answer."""
     router = answer.get("router") or {}
     view = next((v for v in shown if v.replica == router.get("replica")), None)
     if view is None:
@@ -205,7 +208,8 @@ def _write_failures(run: RunDir, shown: list[ReplicaView], answer: Mapping[str, 
 
 
 def _node_causes(run: RunDir, shown: Sequence[ReplicaView], observed: Observed, *, now: float) -> list[Cause]:
-    """The nodes that the control loop excluded, and those that failed as often but are too many to exclude."""
+    """Returns the nodes that the control loop has excluded, and the nodes that failed as often but are too many to
+    exclude."""
     if not shown:
         return []
     view = next((view for view in shown if view.expert == ROUTER), shown[0])
@@ -222,7 +226,7 @@ def _node_causes(run: RunDir, shown: Sequence[ReplicaView], observed: Observed, 
 
 
 def _degraded(shown: list[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:
-    """Replicas that are ready, but that the router has ejected or finds degraded."""
+    """Returns the replicas that are ready, but that the router has ejected or finds degraded."""
     known = {r["replica"]: r for e in (answer.get("experts") or {}).values() for r in e.get("replicas")}
     causes = []
     for view in shown:
@@ -258,8 +262,8 @@ def _advice(view: ReplicaView) -> str | None:
 
 
 def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:
-    """Returns the last lines of the service's log, else of the batch script's, which is in the folder of the job's
-    first replica."""
+    """Returns the last lines of the service's log. If it has none, returns those of the batch script's log, which is in
+    the folder of the job's first replica."""
     lines = [] if view.reason is FailureReason.SETUP else last_lines(run, view.replica, lines=LOG_LINES)
     if view.reason is FailureReason.RANK_LOST:
         lines += _rank_log_lines(run, view.replica)
@@ -268,8 +272,8 @@ def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:
 
 
 def _rank_log_lines(run: RunDir, replica: str) -> list[str]:
-    """Returns the last lines of the engine's log of each rank but the first, else of its agent's. Each line names the
-    rank."""
+    """Returns, for each rank but the first, the last lines of its engine's log, or of its agent's log if the engine
+    wrote none. Each line names the rank."""
     logs: dict[int, Path] = {}
     for suffix in (".log", ".engine.log"):
         for path in run.logs.glob(f"{replica}.rank*{suffix}"):
@@ -280,14 +284,14 @@ def _rank_log_lines(run: RunDir, replica: str) -> list[str]:
 
 
 def expected(starts_at: float | None, *, now: float) -> str:
-    """Slurm's estimate as text, in local time."""
+    """Returns Slurm's estimate of a start as text, in local time."""
     if starts_at is None:
         return "Slurm gives no estimate yet"
     return f"Slurm expects to start it at {_moment(starts_at, now=now)}"
 
 
 def _moment(at: float, *, now: float) -> str:
-    """A time with the minutes, hours or days until then, in local time."""
+    """Returns a time as text in local time, with the minutes, hours or days until then."""
     begin, today = datetime.fromtimestamp(at), datetime.fromtimestamp(now)
     day = "" if begin.date() == today.date() else f"{begin:%Y-%m-%d} "
     minutes = round((at - now) / 60)

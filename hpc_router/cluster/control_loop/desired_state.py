@@ -73,8 +73,8 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
 
 
 def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
-    """Returns the handover policy of each expert, and of the router if its job runs the control loop. Empty except for
-    Slurm jobs, because only they have a walltime."""
+    """Returns the handover policy of each expert, and of the router if its job runs the control loop. Empty if the jobs
+    are not Slurm jobs, because only Slurm jobs have a walltime."""
     cluster, router = deployment.cluster, deployment.router
     if cluster.kind != "slurm":
         return {}
@@ -129,7 +129,7 @@ def version_of(run: RunDir) -> str | None:
 
 
 def _standby(deployment: Deployment) -> bool:
-    """Returns whether the router gets a standby. Only Slurm can start a job when another one ends, and only a router
+    """Returns whether the router gets a standby. Only Slurm can start a job when another job ends, and only a router
     whose job runs the control loop needs a standby."""
     router = deployment.router
     return deployment.cluster.kind == "slurm" and router.place == "job" and router.standby and router.reconcile

@@ -106,8 +106,8 @@ def _planned(
 
 
 def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
-    """Returns when this attempt will be ready, from Slurm's estimate of its start, or else from the measured times. The
-    time is unknown if it has already passed."""
+    """Returns when this attempt will be ready, from Slurm's estimate of its start, or else from the measured times.
+    `ready_at` is None if that time has already passed."""
     if attempt.ready:
         return ExpectedReady(attempt.ready_at, attempt.replica, None)
     load_s, pending = max(known.load_s, default=0.0), attempt.job is JobState.PENDING

@@ -22,7 +22,7 @@ MAX_SAMPLES: Final = 20
 WARNING_EARLY_S: Final = 60.0
 """Slurm may send its warning up to this many seconds early (sbatch's manual, `--signal`)."""
 MAX_LIFE_SHARE: Final = 0.5
-"""The earliest handover, as a share of the time between ready and the end of the walltime."""
+"""Earliest time of a handover, as a share of the time from ready to the end of the walltime."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ def before_drain_s(policy: HandoverPolicy) -> float:
 @dataclass(frozen=True, slots=True)
 class Due:
     """The time of one replica's handover. `due_at`: when to submit its successor (Unix seconds). `drains_at`: when
-    Slurm's warning will make the replica drain. `outdated`: the replica is replaced because its config has changed."""
+    Slurm's warning will make the replica drain. `outdated`: whether the replica is replaced because its config has
+    changed."""
 
     mode: HandoverMode
     due_at: float
@@ -71,7 +72,7 @@ class Due:
 @dataclass(slots=True)
 class _Job:
     """The ready replicas of one job. `earliest_at`: time before which the job does not hand over. `spacing_s`: minimum
-    time between its handover and the one before it."""
+    time in seconds between its handover and the preceding handover."""
 
     attempts: list[Attempt] = field(default_factory=list)
     expires_at: float = 0.0
@@ -139,7 +140,7 @@ def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mappi
 
 
 def _stagger(jobs: list[_Job]) -> None:
-    """Moves handovers that would overlap to earlier times, beginning with the last one."""
+    """Starts handovers earlier where two of them would overlap. Changes the last handover first."""
     jobs.sort(key=lambda job: (job.due_at, job.first_slot))
     for job, later in zip(reversed(jobs[:-1]), reversed(jobs[1:]), strict=True):
         room_s = (job.due_at - job.earliest_at) / len(jobs)

@@ -2,8 +2,8 @@
 
 Such an agent is lost, and its job may have ended. The agent hangs if its job still runs after HUNG_BEATS intervals, or
 at once if its node neither accepts nor refuses a connection: the node is then off, and Slurm marks it down much later.
-Neither sign is enough alone, because a stalled file system stops beats and a busy node answers late. Beats are timed by
-this process's own clock, so an observer finds nothing in its first intervals.
+Neither sign is enough alone, because a stalled file system stops beats and a busy node answers late. This process
+measures the time since the last beat with its own clock, so it finds no lost agent in its first intervals.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ CONNECT_S: Final = 2.0
 
 
 class SilentReplicas(NamedTuple):
-    """The replicas without beats that do not answer. `lost`: after LOST_BEATS. `hung`, a subset of `lost`: after
-    HUNG_BEATS, or if the node cannot be reached."""
+    """The replicas whose beats have stopped and that do not answer. `lost`: since at least LOST_BEATS intervals.
+    `hung`, a subset of `lost`: since at least HUNG_BEATS intervals, or with a node that cannot be reached."""
 
     lost: set[str]
     hung: set[str]

@@ -86,8 +86,8 @@ class LoopPass:
 
 
 class ControlLoop:
-    """The control loop of one run: observes the run and carries out the actions. `read_only`: for commands that only
-    show the state."""
+    """The control loop of one run: observes the run and carries out the actions. `read_only`: whether it only shows the
+    state and carries out no action."""
 
     def __init__(
         self,
@@ -113,8 +113,8 @@ class ControlLoop:
         self._excluded: tuple[str, ...] | None = None
 
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Returns the pass without carrying out its actions. `clear`: every job must end. `fresh`: query the Slurm
-        controller."""
+        """Returns the pass without carrying out its actions. `clear`: whether every job must end. `fresh`: whether to
+        query the Slurm controller now."""
         observed = self.observer.observe(fresh=fresh)
         return self.decide(replace(self._desired(), clear=clear), observed)
 
@@ -295,9 +295,9 @@ class ControlLoop:
 
 def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = False) -> None:
     """Runs a pass every `cluster.reconcile_s` seconds until SIGTERM or SIGINT, or until the run directory is removed.
-    Passes are skipped once `apply` has moved the run to another version of this package. `while_leading`: skip passes
-    while another router than this replica leads. `tied`: also end when stdin is closed, so that the loop ends with the
-    process at the other end of the pipe."""
+    Passes are skipped once `apply` has moved the run to another version of this package. `while_leading`: name of a
+    router; passes are skipped while another router leads. `tied`: whether the loop also ends when stdin is closed, and
+    so with the process at the other end of the pipe."""
     config, control, missed = _stamp(run), ControlLoop(run), 0
     with _stop_event(tied=tied) as stop:
         while not stop.is_set() and missed < MAX_MISSED_PASSES:
@@ -320,8 +320,8 @@ def _stamp(run: RunDir) -> Stamp | None:
 
 @contextlib.contextmanager
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM and SIGINT set, and, if `tied`, also the end of stdin. Ignores SIGUSR2, which some
-    sites' Slurm sends to every process of a job, although only the router in the same job needs it."""
+    """Yields an event that SIGTERM and SIGINT set, and, if `tied`, also the end of stdin. Ignores SIGUSR2: at some
+    sites Slurm sends it to every process of a job, but only the router in that job must handle it."""
     descriptor = sys.stdin.fileno() if tied else -1
     with ignored(signal.SIGUSR2), interrupt_event(once=False) as event:
 

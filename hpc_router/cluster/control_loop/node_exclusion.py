@@ -1,9 +1,9 @@
 """Excludes nodes that have failed twice from further jobs. Only the leading loop does this.
 
 A node has failed if Slurm ended a job on it with NODE_FAIL or BOOT_FAIL, if an engine on it ended with a CUDA error, or
-if a job on it ended within QUICK_S of its start although its expert became ready on another node. Two failures are
-those of two jobs, of which the second began after the first had failed. A failure counts for WINDOW_S, and no longer
-after `nodes forget`.
+if a job on it ended within QUICK_S of its start although its expert became ready on another node. Two failures of a
+node count only if the second job began after the first had failed. A failure counts for WINDOW_S, but not after `nodes
+forget`.
 """
 
 import logging
@@ -30,7 +30,7 @@ QUICK_S: Final = 30.0
 MAX_SHARE: Final = 0.25
 """Maximum share of a partition's nodes that may be excluded, including those that a user has excluded."""
 ASK_AGAIN_S: Final = 300.0
-"""Pause in seconds after the limit was reached."""
+"""Seconds for which no further node is excluded, and sinfo is not called, after the limit was reached."""
 BY: Final = "control loop"
 _OF_THE_NODE: Final = frozenset({FailureReason.NODE_FAILED, FailureReason.CUDA})
 _QUICK: Final = frozenset({FailureReason.CRASHED, FailureReason.KILLED, FailureReason.VANISHED, FailureReason.TIMEOUT})

@@ -1,8 +1,8 @@
 """Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the commands.
 
 If a job ended without an exit record, the observer writes one, so that each failure has a time and all readers see the
-same reason. It does the same for a claim whose submitter is gone; a job of that claim then ends as soon as it starts.
-Jobs that have ended are not read again, because an old run has many.
+same reason. It also writes one for a claim whose submitting process is gone. If that process did submit a job, the
+job's agent reads this record and ends. Jobs that have ended are not read again, because an old run has many.
 """
 
 import json
@@ -73,8 +73,8 @@ class RunObserver:
         """The replicas about which the last observation queried the controller."""
 
     def observe(self, *, fresh: bool = False) -> Observed:
-        """Returns the attempts of each slot. `fresh`: query the controller now. Raises OSError if the run directory
-        cannot be read."""
+        """Returns the attempts of each slot. `fresh`: whether to query the Slurm controller now. Raises OSError if the
+        run directory cannot be read."""
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended or name in self._unexplained]
         reports = self._launcher.observe(open_names, fresh=fresh)
@@ -169,9 +169,9 @@ class RunObserver:
         return attempt
 
     def _explain(self, replica: str, report: JobReport) -> Attempt:
-        """Replaces the recorded reason of a job that drained without a request by Slurm's reason, because the job knows
-        only that it got a signal. Slurm may report its state later than the end. A job that Slurm has purged keeps its
-        own reason."""
+        """Returns the attempt of a job that drained although no request to drain is recorded. Slurm's reason for the
+        end replaces the recorded one, because the job knows only that it got a signal. Slurm may report its state later
+        than the end. A job that Slurm has purged keeps its own reason."""
         attempt, word = self._ended[replica], report.native_state or ""
         assert attempt.exit is not None
         final, reason, end = STATES.get(word) is JobState.ENDED, REASONS.get(word), attempt.exit
@@ -188,8 +188,8 @@ class RunObserver:
 
     def _end(self, job: JobRecords, report: JobReport, stop: Stop) -> Exit:
         """Returns the exit record for a job that wrote none. If its batch script wrote no log, the node does not see
-        the run directory: the node is at fault if other nodes have seen it, and otherwise every job would fail in the
-        same way."""
+        the run directory: the reason is a failed node if other nodes have seen the directory. Otherwise the reason is
+        the directory, because every job would fail in the same way."""
         if (stop.drain_at or stop.cancel_at) is not None and job.replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
@@ -225,8 +225,8 @@ def _log_end(job: JobDir, end: Exit) -> None:
 
 
 def _is_alive(submitter: Submitter | None) -> bool:
-    """Returns whether the submitter runs on this host. A submitter on another host counts as gone, and the age of its
-    claim then decides."""
+    """Returns whether the submitter runs on this host. A submitter on another host counts as gone; its claim is then
+    abandoned when it is older than CLAIM_S."""
     here = submitter is not None and submitter.host == socket.gethostname()
     return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 

@@ -1,12 +1,12 @@
 """Decides which actions turn the observed jobs into the desired jobs. Pure: no I/O, time is an argument.
 
 Rules, one slot at a time:
-1. A live job stays, unless it was asked to stop or hangs: then it is ended, and killed after its drain time. A job that
-   hangs is replaced at once. The next generation of a job that ended is submitted at once.
-2. After failures in a row the pause before the next job grows, and then the slot is given up; it is given up at once
-   for a reason that a restart cannot fix. The count starts again after a job that was ready for STABLE_S, and after
-   `up` or `scale` (`Desired.forgiven`). An end that is not the replica's fault (its node failed, it was preempted)
-   only adds a pause.
+1. A live job stays. A job that was asked to stop, or that hangs, is ended, and killed if it still runs after its drain
+   time. When a job has ended or hangs, the next generation is submitted at once.
+2. After each further failure in a row, the pause before the next job is longer; in the end the slot is given up. It is
+   given up at once for a reason that a restart cannot fix. The count starts again after a job that was ready for
+   STABLE_S, and after `up` or `scale` (`Desired.forgiven`). An end that is not the replica's fault (its node failed, it
+   was preempted) only adds a pause.
 3. A claim without a job is abandoned after CLAIM_S. A surplus job is drained, then cancelled, then killed.
 4. The loop runs in the router's job and ends with it, so the next router is submitted while the present one serves, and
    Slurm starts it when that job has ended.
@@ -54,15 +54,15 @@ KILL_AGAIN_S: Final = 10.0
 @dataclass(frozen=True, slots=True)
 class Desired:
     """The desired state of a run. `replicas`: number of replicas per expert. `forgiven`: per slot, the generation up to
-    which failures do not count. `standby`: a router that has served for STANDBY_S gets a successor whose job waits for
-    its end.
+    which failures do not count. `standby`: whether a router that has served for STANDBY_S gets a successor whose job
+    waits for its end.
 
     `handovers`: how the jobs of each expert and of the router are replaced near their walltime. `revisions`: the config
     revision that the jobs should have. `overlapping`: the experts whose old and new jobs can run at the same time.
     `excluded`: the nodes on which no new job may start.
 
-    `down`: the run must have no jobs. `clear`: every live job must end. Only the command `down` sets `clear`, because a
-    loop that still runs must not end a router that was started after `down`.
+    `down`: whether the run must have no jobs. `clear`: whether every live job must end. Only the command `down` sets
+    `clear`, because a loop that still runs must not end a router that was started after `down`.
     """
 
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -92,8 +92,8 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Action: submit a job. `after`: id of the job that must end before Slurm starts this one. `replaces`: the replica
-    that hands over to this job."""
+    """Action: submit a job. `after`: id of the job that must end before Slurm starts the submitted job. `replaces`: the
+    replica that hands over to this job."""
 
     slot: Slot
     generation: int
@@ -107,7 +107,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
-    """Action: let the waiting job of this replica start before the end of the replica that it replaces."""
+    """Action: let the job of this replica, which waits in Slurm's queue for the end of its predecessor, start now."""
 
     replica: str
     replaces: str
@@ -288,8 +288,8 @@ def _submit_next(
     after: str | None = None,
     tolerated: Set[FailureReason] = frozenset(),
 ) -> Iterator[Action]:
-    """Yields the submission of the next generation, after a pause if the attempts in `past` failed. Failures for a
-    `tolerated` reason never give the slot up."""
+    """Yields the submission of the next generation, after a pause if the attempts in `past` failed. A failure for one
+    of the `tolerated` reasons does not count towards giving up the slot."""
     ends = _consecutive_failures(past, forgiven=desired.forgiven.get(str(slot), 0))
     blamed = _final_failures(ends, desired, tolerated=tolerated)
     if blamed:

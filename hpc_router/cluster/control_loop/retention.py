@@ -1,8 +1,8 @@
 """Removes the job folders and logs of generations that ended long ago. Only the leading loop does this.
 
-These are kept: live jobs and all that share a Slurm job with one; the newest generation of a slot, which determines the
-next number; the newest generation of a slot that has ended; and all that ended less than MIN_AGE_S ago. Of the other
-generations a slot keeps `cluster.keep_generations` for at most `cluster.keep_days`.
+These generations are kept: live jobs and all replicas in the same Slurm job; the newest generation of a slot, which
+determines the next number; the newest generation of a slot that has ended; and every generation that ended less than
+MIN_AGE_S ago. Of all other generations, a slot keeps `cluster.keep_generations` for at most `cluster.keep_days`.
 """
 
 import logging

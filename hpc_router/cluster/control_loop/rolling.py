@@ -2,7 +2,7 @@
 
 `apply` changes the config, and jobs of another revision are then outdated. Experts are replaced one after the other,
 and the router last. At most MAX_SHARE of an expert's slots are replaced at the same time. While an expert's successor
-fails, no other expert is replaced, so that a bad config stops at the first one.
+fails, no other expert is replaced, so that a bad config affects only one expert.
 """
 
 import math

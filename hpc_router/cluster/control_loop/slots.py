@@ -43,10 +43,10 @@ _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The known state of one generation of a slot. `submitted`: there is a job, not only a claim. `submitting`: the
-    process that submits the job is alive. `hung`: the job runs, but renews no lease and answers no call. `after`: id of
-    the job for whose end this one had to wait. `expires_at`: end of its walltime. `revision`: revision of the config
-    with which it was submitted. Times are Unix seconds.
+    """The known state of one generation of a slot. `submitted`: whether there is a job and not only a claim.
+    `submitting`: whether the process that submits the job is alive. `hung`: whether the job runs but renews no lease
+    and answers no call. `after`: id of the job for whose end this job had to wait. `expires_at`: end of its walltime.
+    `revision`: revision of the config with which it was submitted. Times are Unix seconds.
 
     `live`: whether it serves or may serve later. `live` and `replica` are computed once, because a run has thousands of
     attempts and each pass looks at all of them.

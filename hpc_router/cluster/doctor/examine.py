@@ -46,8 +46,9 @@ class DoctorReport:
 
 
 def examine(deployment: Deployment, runs: Path, *, job: bool, progress: Callable[[str], None]) -> DoctorReport:
-    """Runs all checks and returns the report. `runs`: the folder of run directories, as for `plan`. `job`: also submit
-    a job that examines a node. KeyboardInterrupt, which SIGTERM raises too, cancels the job and removes its files."""
+    """Runs all checks and returns the report. `runs`: the folder of run directories, as for `plan`. `job`: whether to
+    submit also a job that examines a node. KeyboardInterrupt, which SIGTERM raises too, cancels the job and removes its
+    files."""
     found = list(_login(CheckedHost(deployment, runs)))
     if deployment.cluster.kind == "slurm" and job:
         with sigterm_as_interrupt(), DoctorJob(deployment, runs) as doctor_job:

@@ -209,7 +209,7 @@ class DoctorJob:
 
 def doctor_resources(deployment: Deployment) -> tuple[str, ResourceConfig]:
     """Returns the name of the expert whose job options doctor's job uses, and a small job with these options. The
-    expert is the first with GPUs, else the first; without experts it is `router`."""
+    expert is the first one with GPUs. If none has GPUs, it is the first expert; if there are no experts, `router`."""
     experts = hosts(deployment.experts)
     name = next((n for n, e in experts.items() if e.resources.gpus), next(iter(experts), "router"))
     own = experts[name].resources if name in experts else deployment.router.resources

@@ -113,7 +113,9 @@ def ports(error: str | None, started: Mapping[str, Any], reaches_login: str | No
     else:
         yield ok(f"this machine connects to {at}")
     if reaches_login is not None:
-        yield ok(f"{started['host']} cannot connect to this machine ({reaches_login}), which nothing needs")
+        yield ok(
+            f"{started['host']} cannot connect to this machine ({reaches_login}); the deployment does not need that"
+        )
 
 
 def slurm_commands(node: Mapping[str, Any], deployment: Deployment, host: str) -> Finding:

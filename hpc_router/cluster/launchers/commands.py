@@ -50,7 +50,7 @@ def run_slurm_command(
 
 
 def last_error_line(error: OSError | subprocess.SubprocessError) -> str:
-    """Returns the last line that the failed command wrote to stderr, else the error itself."""
+    """Returns the last line that the failed command wrote to stderr; if it wrote none, the error as text."""
     stderr = getattr(error, "stderr", None) or ""
     text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr  # bytes after a timeout
     return text.strip().rpartition("\n")[2] or str(error)

@@ -46,9 +46,9 @@ class JobReport:
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """The job of one replica: its command and its resources. `after`: id of the job whose end it waits for.
-    `dependency_met`: an earlier job with the same `sbatch.dependency` has started. `exclude`: nodes on which it may not
-    start. `revision`: digest of the config values that the job reads."""
+    """The job of one replica: its command and its resources. `after`: id of the job for whose end it waits.
+    `dependency_met`: whether an earlier job with the same `sbatch.dependency` has started. `exclude`: nodes on which it
+    may not start. `revision`: digest of the config values that the job reads."""
 
     replica: str
     argv: tuple[str, ...]
@@ -75,8 +75,8 @@ class Launcher(Protocol):
         """
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
-        """Returns the state of each job. `fresh`: query the controller now; else an answer of the last `cluster.ask_s`
-        seconds is used."""
+        """Returns the state of each job. `fresh`: whether to query the Slurm controller now; if not, an answer of the
+        last `cluster.ask_s` seconds is used."""
 
     def release(self, requests: Sequence[JobRequest]) -> None:
         """Lets these waiting jobs start before the end of the job they wait for. A failure is only logged."""

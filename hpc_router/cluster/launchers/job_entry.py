@@ -21,8 +21,8 @@ from hpc_router.state.run_directory import RunDir
 
 def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
     """Replaces this process by the service; does not return. `argv_of`: the command of each replica in the job;
-    $HPC_ROUTER_REPLICA names the one of this task. Arguments are plain text, so that every version can load a job's
-    pickle."""
+    $HPC_ROUTER_REPLICA names the replica that this task runs. Arguments are plain text, so that every version can load
+    a job's pickle."""
     replica = os.environ.get("HPC_ROUTER_REPLICA") or next(iter(argv_of))
     argv = argv_of[replica]
     job = JobDir(RunDir(Path(run)), replica)

@@ -67,8 +67,8 @@ class LocalLauncher:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """Lets one submission at a time run on this host, so that two callers never choose the same GPU. On a file
-        system without locks only the claims protect, which is enough for jobs without GPUs."""
+        """Lets one submission at a time run on this host, so that two callers never choose the same GPU. If the file
+        system has no locks, only the claims prevent a double submission, which is enough for jobs without GPUs."""
         descriptor = os.open(self.run.jobs, os.O_RDONLY | os.O_DIRECTORY)
         try:
             with contextlib.suppress(OSError):

@@ -102,7 +102,8 @@ class Launchers:
 
 
 def launcher_for(run: RunDir, deployment: Deployment, reader: JobReader | None = None) -> Launchers:
-    """`reader`: that of the caller, so that both read each record once."""
+    """Returns the launcher of a run. `reader`: the caller's reader of job records, so that each record is read only
+    once; None: a new reader is made."""
     cluster, reader = deployment.cluster, reader or JobReader(run)
     here = LocalLauncher(run, gpus=cluster.gpus or 0)
     queue = Queue(run, ask_s=cluster.ask_s)

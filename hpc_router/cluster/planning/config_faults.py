@@ -32,7 +32,7 @@ def build_engines(experts: Mapping[str, ExpertConfig]) -> tuple[dict[str, Engine
 def own_faults(
     deployment: Deployment, *, exemplars: Mapping[str, list[str]], engine_faults: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yields the faults of the deployment. `exemplars`: by expert, only those that have any. `engine_faults`: as
+    """Yields the faults of the deployment. `exemplars`: the exemplars of each expert that has any. `engine_faults`: as
     returned by `build_engines`."""
     yield from _machine_faults(deployment)
     yield from _policy_faults(deployment, exemplars)
@@ -135,7 +135,7 @@ def _never_chosen(deployment: Deployment) -> Iterator[str]:
         return
     if policy.artefact is None:
         chosen = {name for name, expert in deployment.experts.items() if expert.exemplars}
-        why, advice = "no exemplars", "they answer by name"
+        why, advice = "no exemplars", "requests can still name them"
     else:
         chosen = artefact.read_experts(Path(policy.artefact))
         why, advice = f"no cluster of policy.artefact={policy.artefact} is theirs", "`hpc-router classify assign`"
@@ -145,8 +145,8 @@ def _never_chosen(deployment: Deployment) -> Iterator[str]:
 
 
 def _ineffective(deployment: Deployment) -> Iterator[str]:
-    """Yields warnings about keys that have no effect: keys for batch scripts on a cluster without them, and a
-    simulation without an engine."""
+    """Yields warnings about keys that have no effect: keys for batch scripts if jobs have no batch script, and
+    `simulate.gpu` if no engine can be simulated."""
     gpu, engines = deployment.simulate.gpu, [expert.engine for expert in deployment.experts.values()]
     if gpu is not None and not any(engine.options.get("roofline") for engine in engines):
         yield f"simulate.gpu={gpu} has no effect: it replaces vLLM engines, and no expert has one"

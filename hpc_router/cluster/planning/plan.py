@@ -141,8 +141,8 @@ def script_without_secrets(job: BatchJob) -> str:
 
 
 def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines: bool = True) -> Plan:
-    """Returns the plan. `ask_engines`: also run the checks that start programs, in which the engines' interpreters
-    check flags and Slurm checks the jobs. Raises ConfigError with one line per fault."""
+    """Returns the plan. `ask_engines`: whether to run also the checks that start programs: the engines' interpreters
+    check flags, and Slurm checks the jobs. Raises ConfigError with one line per fault."""
     run = run or RunDir(NEW_RUN)
     engines, engine_faults = build_engines(deployment.experts)
     faults = list(own_faults(deployment, exemplars=exemplars_of(deployment), engine_faults=engine_faults))

@@ -28,7 +28,7 @@ _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs",
 @dataclass(frozen=True, slots=True)
 class CheckedHost:
     """This host, as the checks see it. `runs`: the run directory; for a new run, the folder of all runs. `on_node`:
-    this process runs in a Slurm job."""
+    whether this process runs in a Slurm job."""
 
     deployment: Deployment
     runs: Path
@@ -48,8 +48,8 @@ Check = Callable[[CheckedHost], CheckResult]
 
 
 def prerequisites(host: CheckedHost, *, ask: bool) -> CheckResult:
-    """Runs all checks for `plan` and returns their findings. `ask`: also run checks that start programs or write
-    files."""
+    """Runs all checks for `plan` and returns their findings. `ask`: whether to run also the checks that start programs
+    or write files."""
     found: list[Finding] = []
     for name, check in CHECKS.items():
         if ask or name not in PROGRAM_CHECKS:
@@ -90,8 +90,8 @@ def staging(host: CheckedHost) -> CheckResult:
 
 
 def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..., str | None]) -> CheckResult:
-    """Returns the result of `found(folder, here=...)`, which says why a folder cannot be used. `here`: whether jobs run
-    on this machine."""
+    """Checks the folder on the nodes that `key` sets to `value`. `found(folder, here=...)` returns why the folder
+    cannot be used, or None; `here`: whether jobs run on this machine."""
     if not host.runs_jobs and "$" in value:
         return CheckResult()
     try:
@@ -146,8 +146,8 @@ def file_system(path: Path) -> str | None:
 
 
 def software(host: CheckedHost) -> CheckResult:
-    """Checks that modules and the container exist. A job has loaded its modules, so there only the container is
-    checked."""
+    """Checks that modules and the container exist. Inside a job only the container is checked, because the job has
+    loaded its modules."""
     cluster = replace(host.cluster, kind="local") if host.on_node else host.cluster
     faults, warnings = software_faults(cluster)
     of_faults = [fault(text, key=text.partition("=")[0]) for text in faults]

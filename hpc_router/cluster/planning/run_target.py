@@ -40,7 +40,8 @@ class RunTarget:
 
     @property
     def planned(self) -> RunDir | None:
-        """Returns the run directory, even if it does not exist yet; None for a new run below `deployment.runs`."""
+        """Returns the run directory, which may not exist yet; None for a new run, whose path below `deployment.runs` is
+        not chosen yet."""
         return self.run or (RunDir(self.path.absolute()) if self.path is not None else None)
 
     def open(self) -> tuple[RunDir, bool]:
@@ -116,7 +117,8 @@ def discard(run: RunDir, *, before: str | None) -> None:
 
 
 def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
-    """Creates a run and makes it `latest`. If another `up` with an equal config was first, returns that one's run."""
+    """Creates a run and makes it `latest`. If another `up` with an equal config was first, returns the run of that
+    `up`."""
     runs, text = Path(deployment.runs), frozen.to_yaml(deployment)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = new_run_path(runs, deployment.name)
@@ -134,8 +136,8 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
 
 
 def _claim_latest(run: RunDir, deployment: Deployment, *, digest: str) -> RunDir | None:
-    """Makes `latest` point to the run and returns None. If another `up` with an equal config was first, returns that
-    one's run."""
+    """Makes `latest` point to the run and returns None. If another `up` with an equal config was first, returns the run
+    of that `up`."""
     claim = run.path.parent / f".new-{digest}"
     while True:
         try:

@@ -50,12 +50,13 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 REMOVAL_CHECK_BEATS: Final = 5
-"""Beats between checks whether this replica was removed: Slurm gives up a job whose node it cannot reach."""
+"""Number of heartbeats between two checks whether this replica was removed. Slurm, for example, gives up a job whose
+node it cannot reach, although the job may still run there."""
 _MIB: Final = 2**20
 
 
 class Agent:
-    """Runs a replica's job: `run` lasts as long as the job. `drain` can be called at any time, also repeatedly."""
+    """Runs a replica's job. `run` returns when the job may end. `drain` can be called at any time, also repeatedly."""
 
     def __init__(
         self, run: RunDir, replica: str, deployment: Deployment, *, files: FileThread, environment: Mapping[str, str]
@@ -226,8 +227,8 @@ class Agent:
             await asyncio.gather(supervision, draining, watching, return_exceptions=True)
 
     def _drain_limit_s(self) -> float:
-        """How long the drain may take: in a handover the rest of the walltime, if that is longer than
-        `cluster.drain_s`."""
+        """Returns the time limit of the drain in seconds: in a handover the rest of the walltime if that is longer than
+        `cluster.drain_s`, else `cluster.drain_s`."""
         left_s = 0.0 if self._drain_until_at is None else self._drain_until_at - time.time()
         return max(self._deployment.cluster.drain_s, left_s)
 
@@ -236,7 +237,7 @@ class Agent:
         return await supervisor.run()
 
     def _command(self, ranks: Ranks | None = None) -> Command:
-        """The command of the engine's next start."""
+        """Returns the command of the engine's next start."""
         failure = self._lifecycle.failure
         if failure is not None and failure.reason is FailureReason.CRASHED and self._lifecycle.ready_at is None:
             self._place = self._staging.without_cache(self._place)

@@ -99,8 +99,8 @@ async def relay_request(
     """Returns the response to `request`; None if it was streamed to the client.
 
     `on_progress` is called for every chunk. `started`: the request, if `FastRelay` has sent it already. Raises the
-    errors of `Request.read`, and UpstreamError if the engine sends no response or fails during one; in the second case,
-    the client's connection was closed.
+    errors of `Request.read`, and UpstreamError if the engine sends no response. Also raises UpstreamError if the engine
+    fails during a response, after closing the client's connection.
     """
     body = request.complete_body()
     if body is None:

@@ -41,8 +41,8 @@ HUNG_MISSES: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """What is known of an engine once it has loaded; None: it does not say, or has not answered yet. `load_s`: from its
-    start, in seconds."""
+    """The properties of an engine that has loaded. A value is None if the engine does not report it or has not answered
+    yet. `load_s`: seconds from the start of the engine until it was ready."""
 
     load_s: float
     max_model_len: int | None
@@ -51,7 +51,8 @@ class LoadedEngine:
 
 @dataclass(slots=True)
 class _Facts:
-    """What an engine has told since its start. `listed`: its models with their `max_model_len`; None: not answered."""
+    """The values that an engine has reported since its start. `listed`: its models with their `max_model_len`; None if
+    it has not answered yet."""
 
     listed: dict[str, int | None] | None = None
     metrics_read: bool = False
@@ -71,8 +72,8 @@ class EngineSupervisor:
 
     `progress` returns a number that changes while responses arrive, because a busy engine may be too slow for a probe.
     `engine_lost` is set by the HTTP API when the engine did not accept a request, and cleared here when the engine
-    answers. `break_off` is called before an engine is stopped and after one has ended by itself. `on_loaded` is
-    called before each READY, and again when a busy engine has told the rest later.
+    answers. `break_off` is called before an engine is stopped and after one has ended by itself. `on_loaded` is called
+    before each READY, and again when a busy engine reports the missing values later.
     """
 
     engine: Engine
@@ -92,7 +93,8 @@ class EngineSupervisor:
     _facts: _Facts = field(default_factory=_Facts)
 
     async def run(self) -> EngineFailure:
-        """Runs the engine. Returns a failure that no restart can repair, or the last of too many failures."""
+        """Runs the engine. Returns the failure after which the engine is not started again, because no restart can
+        repair it or because too many starts have failed."""
         while True:
             command = await self.strategy.next_command()
             if isinstance(command, EngineFailure):
@@ -169,7 +171,7 @@ class EngineSupervisor:
         )
 
     async def _ask(self) -> bool:
-        """Asks for what the engine has not told yet. Returns whether it has told all."""
+        """Asks the engine for the values that it has not reported yet. Returns whether all are known now."""
         facts = self._facts
         if facts.listed is None:
             facts.listed = await self._served_models()
@@ -185,7 +187,8 @@ class EngineSupervisor:
         return not self.engine.lists_models or (self._facts.listed is not None and self._facts.metrics_read)
 
     async def _ask_again(self, load_s: float) -> None:
-        """Asks an engine that was too busy to tell all before it was ready."""
+        """Asks again until all values are known. Used for an engine that was too busy to report them before it was
+        ready."""
         while not self._told:
             await asyncio.sleep(WATCH_S)
             if await self._ask():
@@ -196,7 +199,8 @@ class EngineSupervisor:
         return LoadedEngine(load_s, min(lengths, default=None), self._facts.prefix_caching)
 
     async def _served_models(self) -> dict[str, int | None] | None:
-        """Returns the models that the engine lists, with their `max_model_len`; None without a valid list."""
+        """Returns the models that the engine lists, with their `max_model_len`; None if the engine sends no valid
+        list."""
         try:
             cards = json.loads(await self._read(MODELS, limit=_MAX_LIST_BYTES))["data"]
             lengths = {card["id"]: card.get("max_model_len") for card in cards}
@@ -205,7 +209,8 @@ class EngineSupervisor:
             return None
 
     async def _read(self, path: str, *, limit: int) -> bytes:
-        """Raises UpstreamError or TimeoutError."""
+        """Returns the body of the engine's response to a GET of `path`, at most `limit` bytes. Raises UpstreamError or
+        TimeoutError."""
         async with asyncio.timeout(POLL_TIMEOUT_S), self.client.request("GET", ENGINE, path) as answer:
             return await answer.read(limit)
 

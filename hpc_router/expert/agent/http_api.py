@@ -123,7 +123,7 @@ class AgentHttpApi:
             )
 
     def _stored_response(self, request: Request) -> Callable[[Request], Awaitable[Response | None]] | None:
-        """The handler of a stored response's path; None for others."""
+        """Returns the handler for the path of a stored response; None if the request has another path."""
         stored = protocol.STORED_RESPONSE.fullmatch(request.path)
         return self._generate if stored and request.method in protocol.STORED_METHODS[stored[2]] else None
 

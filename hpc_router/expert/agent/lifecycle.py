@@ -1,4 +1,5 @@
-"""The phases of a job: which may follow which, and the registry state that each one publishes (docs/states.md)."""
+"""The phases of a job: which phase may follow which, and the registry state that the agent publishes in each phase
+(docs/states.md)."""
 
 import time
 from dataclasses import dataclass, field

@@ -16,7 +16,7 @@ from hpc_router.expert.engines.container import command_in_container
 
 VERSION_TIMEOUT_S: Final = 20.0
 RANK_GRACE_S: Final = 3.0
-"""Seconds of grace for one of several ranks. It cannot finish anything without the others."""
+"""Seconds from SIGTERM to SIGKILL for one of several ranks, which cannot finish a response without the other ranks."""
 
 
 def drain_limit_s(cluster: ClusterConfig) -> int:

@@ -26,7 +26,8 @@ CANNOT_RUN = 127
 KILL_PAUSE_S = 0.01
 TRACKER_GRACE_S = 5.0
 HANDLED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-"""Signals that do not end the guard, because the agent decides when the engine ends. It acts on the first two."""
+"""Signals that do not end the guard, because the agent decides when the engine ends. The guard acts on the first two
+and ignores the others."""
 
 
 def main() -> int:
@@ -132,7 +133,8 @@ def kill_descendants() -> None:
 
 
 def _may_be_tracker(pid: int) -> bool:
-    """Returns whether a process can be a resource tracker; true before it has a command line, while it is started."""
+    """Returns whether the process may be one of Python's resource trackers. A process that is just being started has no
+    command line yet, so it may be."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -27,7 +27,8 @@ KILL_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What to run, where it listens, and the log of its output. The guard removes `place` if the agent dies."""
+    """The command line of an engine's process, the place where it runs, and the log of its output. The guard removes
+    `place` if the agent dies."""
 
     argv: Sequence[str]
     environment: Mapping[str, str]
@@ -37,7 +38,8 @@ class Command:
 
 
 class EngineProcess:
-    """A running engine, for `async with EngineProcess.start(...)`. Its end kills the engine and all descendants."""
+    """A running engine. `async with EngineProcess.start(...)` starts it; leaving the block kills the engine and all its
+    descendants."""
 
     def __init__(self, guard: asyncio.subprocess.Process, command: Command, files: FileThread) -> None:
         assert guard.stderr is not None

@@ -91,7 +91,7 @@ def scratch_folder(scratch: str | Path) -> Iterator[Place]:
 
 
 def sweep(parent: Path) -> None:
-    """Removes the folders of dead agents of this host, in the parent and beside it.
+    """Removes the folders of dead agents of this host: those in `parent`, and those with a random name beside it.
 
     Names are random and never reused, so a live agent's folder is not removed. A parent that other users can access is
     not touched.

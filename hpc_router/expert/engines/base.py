@@ -47,8 +47,9 @@ class Place:
     """The place where one process of an engine runs.
 
     `folder`: the agent's private folder on this node, for the engine's socket, temporary files and caches. `ranks`:
-    None on one node, and where only the form of a command matters. `copies`: path of the copy from which the engine
-    loads a model, by the configured model. `kept_cache`: a cache folder that is kept after the agent ends.
+    None for an engine on one node, and for a command that is only shown or checked. `copies`: path of the copy from
+    which the engine loads a model, by the configured model. `kept_cache`: a cache folder that is kept after the agent
+    ends.
     """
 
     folder: Path
@@ -133,7 +134,8 @@ class Engine(Protocol):
 
 
 def ranks_at(place: Place, *, nodes: int) -> Ranks | None:
-    """Returns the rank of a process; None on one node. For a place without ranks, returns rank 0 on an unknown node."""
+    """Returns the rank of an engine's process; None for an engine on one node. If `place` has no rank, returns rank 0
+    with an unknown address."""
     return None if nodes == 1 else place.ranks or Ranks(0, nodes)
 
 

@@ -20,8 +20,8 @@ def command_in_container(
 ) -> list[str]:
     """Returns the command that runs `argv` in the container. The image's interpreter replaces the first word of `argv`.
 
-    Returns `argv` unchanged without an image, and for the simulated engine, which is part of this package. `models`:
-    folders and hub ids that the engine loads.
+    Returns `argv` unchanged if no image is configured, and for the simulated engine, which is part of this package.
+    `models`: folders and hub ids that the engine loads.
     """
     if container.image is None or expert.engine.kind == "sim":
         return list(argv)

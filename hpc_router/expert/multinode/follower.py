@@ -1,8 +1,8 @@
 """The program that runs one rank of an engine on several nodes, on every node except the first.
 
 Rules: a follower has no record and no port. It finds rank 0's agent in the registry and reports its state every half
-beat; each response is an order. Without an order for `SILENCE_BEATS` it ends its engine, because rank 0 has then given
-up this rank too. The follower exits without an order for `LEADER_LOST_BEATS`, or when rank 0 has written its exit
+beat; each response is an order. If it gets no order for `SILENCE_BEATS`, it ends its engine, because rank 0 has then
+given up this rank too. It exits if it gets no order for `LEADER_LOST_BEATS`, or when rank 0 has written its exit
 record. A signal alone does not end the engine, because rank 0 has requests in flight that need this rank. The follower
 reports the signal to rank 0, which then drains.
 """
@@ -161,7 +161,8 @@ class Follower:
             self._engine.start(order.attempt, self._commands.at(replace(self._place, ranks=ranks)))
 
     async def _request_order(self, client: Upstream) -> RankOrder | None:
-        """Asks rank 0 for an order. Returns None without a valid response, and then reads rank 0's record again."""
+        """Asks rank 0 for an order. If there is no valid response, reads rank 0's record again, because rank 0 may have
+        a new address, and returns None."""
         if self._leader is None:
             records = await self._files.run_within_limit(self._reader.snapshot)
             self._leader = (records or {}).get(self._job.replica)

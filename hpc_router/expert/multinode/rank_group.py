@@ -24,7 +24,8 @@ RETURN_BEATS: Final = 15
 STOP_BEATS: Final = 2
 """Time limit in beats in which the ranks must fetch the order to stop. Slurm gives processes little time to exit."""
 _UNSPECIFIC: Final = frozenset({FailureReason.CRASHED, FailureReason.CUDA})
-"""Failure reasons that an engine may have because it lost another rank: it crashed, or NCCL failed on a GPU."""
+"""Unspecific failure reasons: they may be a consequence of the loss of another rank (a crash, or an error of NCCL on a
+GPU)."""
 
 
 @dataclass(slots=True)

@@ -110,7 +110,7 @@ class MultiNodeLeader:
 
     async def stop_ranks(self) -> EngineFailure | None:
         """Orders all ranks to stop, and waits until they have the order, for at most STOP_BEATS. Returns the failure of
-        a rank that was lost before, because that may be why this job was ended."""
+        a rank that was lost before the order, because this loss may be the reason why Slurm ended this job."""
         self.group.stop()
         deadline = self.clock() + STOP_BEATS * self.beat_s
         while not self.group.all_stopped(now=self.clock()) and self.clock() < deadline:

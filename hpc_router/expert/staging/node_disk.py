@@ -63,7 +63,8 @@ class NodeDisk:
         return cls(folder, limit)
 
     def has(self, model: Path) -> bool:
-        """Returns whether the model is already on this file system, so that a copy is useless. Raises OSError."""
+        """Returns whether the model is already on the file system of this folder, so that a copy would not help. Raises
+        OSError."""
         return model.stat().st_dev == self.folder.stat().st_dev
 
     def find(self, files: ModelFiles) -> StagedModel | None:

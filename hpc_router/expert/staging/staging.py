@@ -166,7 +166,7 @@ class NodeStaging:
         return copy.path, f"{model} {what}"
 
     async def _stage(self, disk: NodeDisk, model: str) -> StagedModel:
-        """Returns the copy, which this agent or another one makes. Raises StagingError and OSError."""
+        """Returns the copy, which this agent or another agent on the node makes. Raises StagingError and OSError."""
         files = await self._copiers[0].run(partial(list_files, Path(model)))
         while (copy := await self._local.run(partial(disk.find, files))) is None:
             part = await self._local.run(partial(disk.begin, files))

@@ -134,7 +134,8 @@ class ClientRequest(ParsedRequest, Request):
         self.connection.run_pending()
 
     def finish(self, response: Response | None) -> None:
-        """Completes the response after the handler has returned `response`; None if the handler has streamed it."""
+        """Completes the response after the handler has returned. `response`: the handler's result, which is None if it
+        has streamed the response."""
         if response is not None:
             if self.response_started:
                 raise AssertionError("the handler has returned a second response")

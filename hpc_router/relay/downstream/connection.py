@@ -1,10 +1,10 @@
-"""The connection of one client, with one request after another, each followed by its response.
+"""One connection of a client, which serves one request after another.
 
-A connection is either idle (`_deadline` is set), or it serves a request, which is `pending` until a task runs and then
-has the task `task`. Each event of the event loop makes at most one step. An idle connection passes the next request to
-the handler, in the call that received the request. The handler returns a `PendingResponse`, which needs a task only if
-it is resumed, or a coroutine, which gets a task at once. Reading continues meanwhile: a disconnect cancels the request,
-and further requests wait in the parser, up to a limit.
+A connection is either idle (then `_deadline` is set) or serves a request: first by callbacks (`pending`), and in a task
+(`task`) if something has to be awaited. An idle connection passes the next request to the handler in the call that
+received it. The handler returns a `PendingResponse`, which gets a task only when it is resumed, or a coroutine, which
+gets a task at once. The connection keeps reading while it serves a request: a disconnect cancels the request, and
+further requests wait in the parser, up to a limit.
 """
 
 import asyncio
@@ -66,7 +66,8 @@ class ClientConnection(asyncio.Protocol):
     # From one request to the next.
 
     def _start_next(self) -> None:
-        """Starts the next request, or waits for it. Called while the connection serves no request."""
+        """Starts the next request if there is one, else sets the deadline for it. Called while the connection serves no
+        request."""
         waiting = self._parser.waiting
         if waiting:
             self._deadline = None

@@ -23,8 +23,8 @@ from hpc_router.relay.headers import Headers, lines
 KEEP_ALIVE_S: Final = 75.0
 """Maximum time in seconds for the next request's head, from the connect or the end of the previous response."""
 SHORT_BYTES: Final = 2**16
-"""Maximum length in bytes of a response that is left to the send buffer. After a longer one, the handler waits until
-the client has read most of it."""
+"""Maximum length in bytes of a response that the handler only puts into the send buffer. After a longer one, the
+handler waits until the client has read most of it."""
 JSON: Final = b"content-type: application/json\r\n"
 _UNREADABLE: Final = {
     UnsupportedEncodingError: (415, "unsupported_encoding"),
@@ -32,7 +32,7 @@ _UNREADABLE: Final = {
     RequestTimeoutError: (408, "request_timeout"),
     BadRequestError: (400, "bad_request"),
 }
-"""Status and code of the errors of `Request.read`."""
+"""HTTP status and error code for each error of `Request.read`."""
 
 
 class DownstreamGoneError(HpcRouterError):
@@ -41,7 +41,7 @@ class DownstreamGoneError(HpcRouterError):
 
 @dataclass(slots=True)
 class Response:
-    """A complete response. `head`: header lines without those of framing and connection."""
+    """A complete response. `head`: header lines, except those for framing and connection."""
 
     status: int
     head: bytes = b""
@@ -74,10 +74,10 @@ class Request(ABC):
     response_started: bool
     """Whether the head of a response has been sent."""
     idle: bool
-    """True while nothing has been written since it was set to True."""
+    """Whether nothing was written since a caller set this to True. Each write sets it to False."""
 
     def complete_body(self) -> bytes | None:
-        """Returns the body if all of it has been received; None: call `read`."""
+        """Returns the body if all of it has been received, else None; then the handler calls `read`."""
         return None
 
     @abstractmethod
@@ -109,8 +109,8 @@ class Request(ABC):
 
     @property
     def write_chunk(self) -> Callable[[bytes], bool] | None:
-        """A function like `write` for data that already has the framing of HTTP/1.1 chunks; None if the response is not
-        chunked."""
+        """Returns a function like `write` for data that already has the framing of HTTP/1.1 chunks; None if the
+        response is not chunked."""
         return None
 
     @abstractmethod
@@ -137,7 +137,8 @@ class PendingResponse:
         raise NotImplementedError
 
     async def run(self) -> Response | None:
-        """Continues the request in a task. Result and cancellation are those of a handler's coroutine."""
+        """Continues the request in a task, like the coroutine of a `Handler`: returns the response or None, and is
+        cancelled when the client disconnects."""
         raise NotImplementedError
 
 
@@ -150,7 +151,7 @@ disconnects. The coroutine returns the response; None if it was written through 
 
 
 def check_encoding(headers: Headers) -> None:
-    """Raises UnsupportedEncodingError if the headers are those of a compressed body."""
+    """Raises UnsupportedEncodingError if the headers say that the body is compressed."""
     if b"content-encoding" in headers and any(e.lower() != b"identity" for e in headers.all(b"content-encoding")):
         raise UnsupportedEncodingError("request bodies must not be compressed: send them without Content-Encoding")
 

@@ -23,7 +23,7 @@ MAX_FIELDS: Final = 256
 MAX_WAITING: Final = 64
 """Maximum number of pipelined requests on one connection."""
 MAX_CHUNKS: Final = 256
-"""Number of body chunks after which they are merged."""
+"""Maximum number of chunks in which a body is kept. More are merged into one."""
 _SLASHES: Final = re.compile("/{2,}")
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
@@ -183,7 +183,7 @@ class RequestParser(Generic[R]):
 
     @property
     def partial_headers(self) -> Headers:
-        """The headers of the last request that have been received."""
+        """Returns those headers of the last request that have been received."""
         return Headers(self._fields)
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""The state of a connection to an upstream server, and an exchange (request and response) on it as a task sees it.
+"""A connection to an upstream server, and the exchanges (request and response) on it that a task awaits.
 
 The task sends the request, waits for the head, and then reads the body or has it written to a sink. The methods that
 the event loop calls, and exchanges without a task, are in `connection`.
@@ -22,7 +22,7 @@ a copy and does not block the event loop."""
 
 
 class Connections(Protocol):
-    """The owner of connections to upstream servers, such as a pool."""
+    """The owner of connections to upstream servers, such as a connection pool."""
 
     def put(self, connection: "Connection") -> None:
         """Takes back a connection that may be used for another exchange."""
@@ -77,8 +77,8 @@ class AwaitedExchange(asyncio.Protocol):
         self._failure, self._sent = None, False
 
     async def send(self, head: bytes, body: bytes | None) -> None:
-        """Sends the request. A response that starts before the request is sent stops the sending, and the connection is
-        later closed."""
+        """Sends the request. Stops if the response starts before the whole request is sent; the connection is then not
+        used again."""
         if self._transport is None:
             self._failure = UpstreamError("the replica had closed the connection")
         elif not body or len(body) <= MAX_SINGLE_WRITE_BYTES:

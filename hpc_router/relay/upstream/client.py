@@ -30,8 +30,8 @@ KEEP_ALIVE_S: Final = 4.0
 """Maximum time in seconds that an idle connection stays in the pool. It is shorter than the 5 s after which uvicorn,
 the server of both real engines, closes an idle connection."""
 STALE_S: Final = 1.0
-"""Time in seconds within which an exchange fails if the server had closed the pooled connection. After a later failure,
-the server may have started the request."""
+"""Maximum duration in seconds of a failed exchange for which the failure means that the server had closed the pooled
+connection. After more time, the server may have started to process the request."""
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -137,7 +137,7 @@ class UpstreamClient:
 
     async def connect(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
         """Returns a new connection. `watch` is called with its idle timer. Raises UpstreamConnectError, and
-        UpstreamTimeoutError if the idle timer was tightened."""
+        UpstreamTimeoutError if the timer was tightened and has expired."""
         loop = asyncio.get_running_loop()
         made = Connection(self, self._socket_path or address)
         idle_timer = made.idle_timer
@@ -172,7 +172,7 @@ class UpstreamClient:
 
     def _pooled(self, address: Address | str) -> Connection | None:
         """Returns the idle connection that was used last; None if there is none. The server is least likely to have
-        closed that connection, and connections that the load does not need expire."""
+        closed this connection. Connections that the load does not need stay unused and expire."""
         idle = self._pool.get(address)
         while idle:
             connection = idle.pop()

@@ -4,8 +4,8 @@ Received bytes are parsed at once. Body data goes to the exchange's sink in the 
 reads it; the connection stops reading when the buffer is full. A failure is stored and raised in the task, after the
 data received before it.
 
-An exchange may also be started without a task. In that case a callback gets either the complete response, or its head
-and later its end, or a request to continue in a task.
+An exchange may also be started without a task. Then a `ResponseCallback` gets the complete response, or the head and
+later the end; if it accepts neither, it continues the request in a task.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""One request to an upstream server that a task awaits, and its response, as the task sees them."""
+"""One request to an upstream server, and its response, for a task that awaits them."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager

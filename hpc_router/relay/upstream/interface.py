@@ -140,7 +140,7 @@ class UpstreamResponse:
 
 
 class ResponseCallback(ABC):
-    """An object that is notified of the response to a request that `Upstream.start` sent and no task awaits."""
+    """Receives the response to a request that `Upstream.start` sent and no task awaits."""
 
     __slots__ = ()
 

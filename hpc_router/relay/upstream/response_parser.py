@@ -25,9 +25,9 @@ class ResponseParser:
     """The parser of one response. The owner calls `feed` until `complete`.
 
     `status` is 0 until the head of the final response is parsed; interim responses are skipped. Body data is appended
-    to `chunks`, which the owner clears (always the same list: the HTTP parser appends to it directly).
-    `at_chunk_boundary`: whether the received data ends with a complete HTTP chunk. `keep_alive`: whether the connection
-    may be used again after this response.
+    to the list `chunks`. The owner clears this list and never replaces it, because the HTTP parser appends to it
+    directly. `at_chunk_boundary`: whether the received data ends with a complete HTTP chunk. `keep_alive`: whether the
+    connection may be used again after this response.
     """
 
     __slots__ = (
@@ -90,8 +90,8 @@ class ResponseParser:
         return data[size:]
 
     def _take_chunk(self, data: bytes) -> bool:
-        """Stores the data after a cached head without an HTTP parser, if it is a complete chunk, the last chunk, or
-        both. Returns whether it was."""
+        """Stores the data after a cached head if it is a complete chunk, the last chunk, or both; this needs no HTTP
+        parser. Returns False for any other data."""
         size = len(data)
         if data.endswith(_LAST_CHUNK) and (size == len(_LAST_CHUNK) or data[size - 7 : size - 5] == b"\r\n"):
             size -= len(_LAST_CHUNK)

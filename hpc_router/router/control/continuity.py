@@ -21,8 +21,8 @@ MAX_COUNTED: Final = 200
 
 @dataclass(slots=True)
 class Continuity:
-    """The measurements by expert. `near_end_s`: a replica that leaves with at most this many seconds of its walltime
-    left has reached its end."""
+    """The measurements by expert. A replica that stops being ready with at most `near_end_s` seconds of walltime left
+    counts as having reached its end."""
 
     near_end_s: float
     clock: Callable[[], float] = time.monotonic
@@ -60,7 +60,7 @@ class Continuity:
         return self._unready_s.get(expert, 0.0) + (0.0 if since is None else self.clock() - since)
 
     def dump(self) -> dict[str, Any]:
-        """Returns the counts as JSON values, for a successor."""
+        """Returns the counts as JSON values, for the router that replaces this one."""
         return {
             "unready_s": {expert: self.unready_s(expert) for expert in self._unready_s},
             "handovers": [[*labels, count] for labels, count in self.handovers.items()],
@@ -110,7 +110,7 @@ class Continuity:
         yield from (unready, handovers, expires)
 
     def _count_handover(self, replica: Replica, ready: dict[str, Replica], *, left: bool) -> None:
-        """Counts the handover of a replica that is not ready any more, if it has a successor or is near its end."""
+        """Counts one handover, for a replica that is not ready any more and has a successor or is near its end."""
         expires_at = replica.record.expires_at
         if expires_at is None or not (left or replica.state is RoutingState.DRAINING) or replica.name in self.counted:
             return

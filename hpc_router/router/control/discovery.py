@@ -4,8 +4,8 @@ The registry says which replicas exist. A probe says whether the process there a
 proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request. One
 that only takes connections may be slow or hang; it is used while no other replica serves its experts.
 
-If a replica's beats stop while its probes pass, its file system has stalled, so silence ejects no replica. A replica
-leaves the table when its owner withdraws its record. Nothing here knows the workers.
+A replica whose heartbeats stop is not ejected while its probes succeed, because then only its file system has stalled.
+A replica leaves the table when its owner withdraws its record. This module does not know the workers.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from hpc_router.state.run_directory import RunDir
 logger = logging.getLogger(__name__)
 
 SILENT_BEATS: Final = 4
-"""Number of intervals by which the beat of a silent replica is late."""
+"""A replica is silent if its last heartbeat is older than this many heartbeat intervals."""
 _EJECTED_PROBE_MAX_S: Final = 15.0
 """Maximum interval in seconds between two probes of an ejected replica."""
 _SLOW: Final = 4
@@ -73,8 +73,8 @@ class _ReplicaWatch:
 
 @dataclass(slots=True)
 class Discovery:
-    """The discovery and the probes of the replicas, within `async with`. It owns one background task for the registry
-    and one per endpoint. `on_snapshot` is called with all records after each read of the registry."""
+    """Discovers and probes the replicas within `async with`. It owns one background task for the registry and one per
+    endpoint. `on_snapshot` is called with all records after each read of the registry."""
 
     run: RunDir
     config: RouterConfig
@@ -188,7 +188,7 @@ class Discovery:
                 await self._apply_records(snapshot)
                 self.on_snapshot(snapshot)
             except OSError as error:
-                logger.warning("the registry cannot be read, the last records stand: %s", error)
+                logger.warning("the registry cannot be read, so its last records are used: %s", error)
             await asyncio.sleep(self.config.discovery_s)
 
     async def _apply_records(self, snapshot: Mapping[str, Record]) -> None:

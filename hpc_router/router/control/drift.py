@@ -18,7 +18,7 @@ Counted = Iterable[tuple[tuple[str, ...], int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """The measured drift. A value is None if the training did not record what it is compared with."""
+    """The measured drift. A value is None if the training record lacks the value that it would be compared with."""
 
     decisions: int
     cluster_distance: float | None
@@ -35,12 +35,12 @@ class Drift:
 
     def gauges(self) -> Iterator[Metric]:
         if self.cluster_distance is not None:
-            text = "Between the clusters of the prompts and those of the training: 0 the same, 1 nothing in common."
+            text = "Distance between the cluster shares of prompts and of the training: 0 equal, 1 disjoint."
             yield GaugeMetricFamily("hpc_router_drift_cluster_distance", text, self.cluster_distance)
-        text = "Of the decisions, those with a margin below the threshold."
+        text = "Share of the decisions with a margin below the threshold."
         yield GaugeMetricFamily("hpc_router_drift_low_margin_share", text, self.low_margin_share)
         if self.trained_low_margin_share is not None:
-            text = "The same, as it was in training."
+            text = "Share of the decisions with a margin below the threshold, in training."
             yield GaugeMetricFamily("hpc_router_drift_trained_low_margin_share", text, self.trained_low_margin_share)
 
 

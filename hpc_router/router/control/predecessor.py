@@ -1,8 +1,8 @@
-"""Takes over what an older router of the run knows, while both run: its session turns and its counts of continuity.
+"""Copies the session turns and the counts of `continuity` from an older router of the run while both routers run.
 
-An older router still serves when this one becomes the leader, and clients move over one by one. So its turns are
-fetched before this router is ready, then every second, and when this router does not know a session. The older router
-proves its identity first. The calls carry its replica key, which is valid at no other server.
+An older router still serves when this one becomes the leader, and clients move over one by one. So the turns are copied
+before this router is ready, then every second, and whenever a request names a session that this router does not know.
+The older router proves its identity first. The calls carry its replica key, which is valid at no other server.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ PAGE: Final = 2000
 
 
 def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> dict[str, Any]:
-    """Returns the response to a successor: a page of turns, the newest first, after `skip` turns, and the counts of
-    continuity."""
+    """Returns the response to a successor: the counts of `continuity`, and a page of session turns, the newest first.
+    `skip`: number of newest turns that earlier pages had."""
     now = time.monotonic()
     newest_first = list(sessions)[::-1]
     turns = [[name, {**asdict(turn), "at": now - turn.at}] for name, turn in newest_first[skip : skip + PAGE]]
@@ -39,7 +39,7 @@ def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> d
 
 @dataclass(slots=True)
 class Predecessor:
-    """The older router from which this one fetches turns and counts: the newest router with a lower generation.
+    """The older router from which turns and counts are copied: the newest router with a lower generation than this one.
     `replica`: name of this router. `secret`: the run's secret, from which the replica keys are derived."""
 
     replica: str
@@ -82,7 +82,9 @@ class Predecessor:
                 while more:
                     response = await call(client, "GET", f"{record.url}{HANDOVER}?skip={skip}", token=key)
                     if response.status != 200 or not isinstance(response.body, dict):
-                        logger.warning("%s hands nothing over: %s", record.replica, response.message)
+                        logger.warning(
+                            "%s refused to hand over its session turns: %s", record.replica, response.message
+                        )
                         return
                     more = self._learn(response.body)
                     skip += PAGE

@@ -125,8 +125,8 @@ class Prober:
 
 
 def _take_models(replica: Replica, value: Any) -> None:
-    """Stores the models in `value` on the replica: a list of them, plain or in OpenAI's format. Any other value changes
-    nothing."""
+    """Stores the model names in `value` on the replica. `value` is a list of names or of OpenAI's model objects. Any
+    other value changes nothing."""
     listed = value.get("data") if isinstance(value, dict) else value
     cards = [m if isinstance(m, dict) else {"id": m} for m in listed] if isinstance(listed, list) else []
     lengths = {card["id"]: card.get("max_model_len") for card in cards if isinstance(card.get("id"), str)}

@@ -1,9 +1,8 @@
 """The control process: the part of a router that runs once, however many workers the router has.
 
-It discovers and probes the replicas, judges what workers observe of them, watches the settings, and answers `/status`
-and `/metrics` for all workers, so that each of them gives the same answer. It has no state that it could not get from
-its workers: its successor starts with what they know, and they continue with their last snapshot meanwhile. It serves
-no clients.
+It discovers and probes the replicas, judges their health from the workers' reports, watches the settings, and answers
+`/status` and `/metrics` for all workers, so that each of them gives the same answer. A control process that replaces a
+dead one gets all its state from the workers, which use their last snapshot until then. It serves no clients.
 """
 
 import asyncio
@@ -55,7 +54,7 @@ logger = logging.getLogger(__name__)
 READ_S: Final = 0.5
 """Maximum time in seconds that the overview waits for the run directory."""
 TAKE_OVER_S: Final = 5.0
-"""Maximum time in seconds that a new router waits for the data of an older one."""
+"""Maximum time in seconds that a new router waits for the data of an older router."""
 
 
 @dataclass(slots=True)
@@ -138,7 +137,7 @@ class ControlProcess:
                 self.workers.close()
 
     def leave(self) -> None:
-        """Tells the registry file and the workers that the router's record is withdrawn, so that no new clients
+        """Updates `registry.json` and the workers after the router's record was withdrawn, so that no new clients
         come."""
         self.registry_file.leave()
         self.workers.release()
@@ -284,7 +283,8 @@ class ControlProcess:
         return counted
 
     async def _drift(self, counted: Metrics) -> Drift | None:
-        """Returns the drift of the current artefact; None without one, or if its training record cannot be read."""
+        """Returns the drift of the current artefact; None if the policy has no artefact, or if its training record
+        cannot be read."""
         if self.artefact is None:
             return None
         if self._training[0] != self.artefact:

@@ -41,7 +41,7 @@ class ReplicaStats:
     _at: float = 0.0
 
     def add(self, answered: int, seconds: float, errors: int, *, now: float) -> None:
-        """Adds new counts at the time `now`, after the decay of the older ones."""
+        """Adds new counts at the time `now`, after the older counts have decayed until then."""
         decay = 0.5 ** ((now - self._at) / HALF_LIFE_S)
         self._at = now
         self.answered = self.answered * decay + answered
@@ -50,12 +50,12 @@ class ReplicaStats:
 
     @property
     def first_byte_s(self) -> float | None:
-        """Mean time in seconds to the first byte; None with too few responses."""
+        """Mean time in seconds to the first byte; None if there were too few responses."""
         return self.seconds / self.answered if self.answered >= MIN_ANSWERS else None
 
     @property
     def error_share(self) -> float | None:
-        """Share of errors among the responses; None with too few."""
+        """Share of errors among the responses; None if there were too few responses."""
         total = self.answered + self.errors
         return self.errors / total if total >= MIN_ANSWERS else None
 
@@ -77,8 +77,8 @@ def degradation(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None
 
 
 def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, int]]:
-    """Returns the totals in a worker's dumped metrics. The time before a request was sent to the replica is subtracted:
-    the request then waited for a place, or another replica failed it."""
+    """Returns the totals in a worker's dumped metrics. The time before a request was sent to the replica is subtracted,
+    because in that time the request waited for a place, or another replica failed it."""
     by_replica: dict[str, tuple[int, float, int]] = {}
     for (_, replica), counts, seconds in dumped.get("first_byte", ()):
         answered, before_s, errors = by_replica.get(replica, (0, 0.0, 0))

@@ -1,9 +1,9 @@
 """The control process's connections to its workers.
 
-Each worker gets the settings and, after each change, the snapshot of all replicas. It reports its observations, session
-turns and counts. The counts and turns of a worker are kept here for its successor, and what the workers know of the
-replicas seeds a control process that has just started. What follows from an observation or a count is decided by the
-owner (`WorkerEvents`).
+Each worker gets the settings and, after each change, the snapshot of all replicas. It reports its observations of
+replicas, its session turns and its counts. The counts and turns are kept here for the worker's successor. A control
+process that has just started gets the states of the replicas from the workers. The owner (`WorkerEvents`) decides how
+to react to observations and counts.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 class WorkerEvents(Protocol):
-    """The owner's handlers of what the workers report."""
+    """The functions by which the owner handles the workers' reports."""
 
     def observed(self, observation: messages.ReplicaObservation) -> None: ...
     def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None: ...
@@ -43,8 +43,8 @@ class WorkerConnection:
     """The connection to one worker.
 
     `greeted` is set by the worker's `Hello`. `applied`: whether the worker has applied the snapshot that was last sent
-    to it; `stale`: whether it needs another one. `observed`: number of its last observation. `metrics`: its last known
-    counts, including those of its predecessors.
+    to it; `stale`: whether the worker needs a newer snapshot. `observed`: number of its last observation. `metrics`:
+    its last known counts, including those of its predecessors.
     """
 
     worker: int
@@ -73,7 +73,7 @@ class WorkerConnection:
 
 @dataclass(slots=True)
 class Workers:
-    """The connections to all workers, and what the workers know together.
+    """The connections to all workers, and the data that the workers have sent.
 
     `experts`: the configured experts, which have a queue column even without a replica. `seeds`: the replicas that the
     workers knew when this process started. `tokens`: the users' tokens; None before they are read, and the workers then
@@ -181,8 +181,8 @@ class Workers:
         return snapshot_of(self.table)
 
     def _send_snapshot(self, connection: WorkerConnection) -> None:
-        """Sends the current snapshot, unless the worker has not yet applied the previous one. In that case the worker
-        gets the newest snapshot after that, and skips those in between."""
+        """Sends the current snapshot, unless the worker has not yet applied the previous one. Then the newest snapshot
+        is sent after the worker has applied the previous one, and snapshots in between are skipped."""
         if self._snapshot is None or not connection.greeted.is_set():
             return
         connection.stale = not connection.applied

@@ -173,8 +173,8 @@ class GetOverview(Call[dict[str, Any]]):
 
 @dataclass(frozen=True, slots=True)
 class GetHandover(Call[dict[str, Any]]):
-    """The call for the turns and counts that a successor takes over. `skip`: number of turns, newest first, to leave
-    out."""
+    """The call for the session turns and the counts that the router's successor takes over. `skip`: number of turns,
+    newest first, to leave out."""
 
     skip: int
 
@@ -272,7 +272,7 @@ def encode(message: Message, number: int | None = None) -> bytes:
 
 
 def decode(data: bytes | bytearray) -> tuple[Message, int | None]:
-    """Returns the message, and the number of its call."""
+    """Returns the message and the number of the call that it makes or answers; None for a notification."""
     name, number, value = json.loads(data)
     message: Message = _restore(Message.types[name], value)
     return message, number

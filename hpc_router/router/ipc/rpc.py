@@ -1,7 +1,8 @@
 """Notifications and calls between the control process and one worker, over a pair of connected sockets.
 
 A frame is a length and a message of `messages`. A peer that does not read loses notifications once `MAX_UNREAD_BYTES`
-are buffered; it gets the current state when it is attached again. Nothing here knows the meaning of the messages.
+are buffered; it gets the current state when it is attached again. This module does not know the meaning of the
+messages.
 """
 
 import asyncio

@@ -41,7 +41,7 @@ Before a longer pause the socket is closed, which resets those clients, and the 
 other workers.
 """
 MAX_FAILURES_IN_A_ROW: Final = 8
-"""Number of ends in a row, of every process of a kind, after which the router gives up."""
+"""The router gives up when every process of one kind has ended this many times in a row."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -70,7 +70,7 @@ class ChildSpec:
 @dataclass(slots=True)
 class Child:
     """The supervisor's state of one child. `worker`: its number; None for the control process. `pid`: 0 if the child is
-    not running; it is then started at `due_at`. `in_a_row`: number of early ends in a row."""
+    not running; it is then started at `due_at`. `in_a_row`: number of consecutive ends, each before `STABLE_S`."""
 
     name: str
     worker: int | None
@@ -248,8 +248,8 @@ class RouterSupervisor:
         self._report_processes(None)
 
     def _descriptors(self, ours: socket.socket, more: Iterable[socket.socket]) -> set[int]:
-        """Returns the descriptors that a child must close, so that the end of another process closes its
-        connections."""
+        """Returns the descriptors that a child must close. A copy that stays open would keep a connection open after
+        the end of the process that owns it."""
         descriptors = {*self._wakeups, ours.fileno(), *(sock.fileno() for sock in more)}
         for child in self.children:
             descriptors |= {s.fileno() for s in (child.listener, child.commands) if s is not None and s.fileno() >= 0}

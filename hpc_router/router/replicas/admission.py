@@ -16,7 +16,7 @@ from hpc_router.config.schema import Deployment
 RATE_WINDOW_S: Final = 30.0
 """Length in seconds of the sliding window over which the departure rate is measured."""
 MAX_EMPTY_S: Final = 1.0
-"""Maximum time in seconds since the last departure for which a queue that fills again keeps its departure rate."""
+"""Maximum time in seconds that a queue may be empty without losing its measured departure rate."""
 MIN_WAIT_S: Final = 1.0
 """Minimum of the expected wait in seconds."""
 MAX_WAIT_S: Final = 600.0
@@ -61,7 +61,8 @@ class DepartureRate:
     _departures: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=256))
 
     def began(self, now: float) -> None:
-        """Records that an empty queue got a request. Discards earlier departures after more than `MAX_EMPTY_S`."""
+        """Records that an empty queue got a request. Discards the recorded departures if the last one is more than
+        `MAX_EMPTY_S` ago."""
         if not self._departures or now - self._departures[-1][0] > MAX_EMPTY_S:
             self._departures.clear()
             self._since = now

@@ -23,7 +23,7 @@ KEY_CHARS: Final = 2048
 
 
 class Loaded(Protocol):
-    """A replica, for this module: its load, and a number that grows with each use."""
+    """The properties of a replica that this module uses: its load, and a number that grows with each use."""
 
     last_used: int
 
@@ -41,7 +41,7 @@ def power_of_two_choices(replicas: Sequence[R], *, fits: Callable[[R], bool], ra
     first = int(random.random() * count)
     second = (first + 1 + int(random.random() * (count - 1))) % count
     a, b = replicas[first], replicas[second]
-    if not (fits(a) and fits(b)):  # draw again, from those that fit
+    if not (fits(a) and fits(b)):  # draw again, from the replicas that fit
         fitting = [replica for replica in replicas if fits(replica)]
         if len(fitting) > 2:
             fitting = random.sample(fitting, 2)

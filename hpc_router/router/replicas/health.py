@@ -1,11 +1,11 @@
 """Decides when a replica is ejected for failed probes or requests, and when it may return. No I/O; the caller passes
 the time.
 
-Several failed connections in a row eject a replica, and so do failed probes. Error responses exclude a replica only
-after several in a row, for a time that doubles, and only while the expert can spare the replica: at most a share of the
-expert's replicas, and never the last ready one, because an error that all replicas give has another cause.
-`worker/attempt_review.py` decides whether an error is the fault of the replica or of the request. Requests and probes
-both report `Incident`s.
+Several failed connections in a row eject a replica, and so do failed probes. Several error responses in a row exclude a
+replica, for a time that doubles with each exclusion. This happens only while the expert can spare the replica: at most
+a share of the expert's replicas is excluded, and never the last ready one, because an error that all replicas give has
+another cause. `worker/attempt_review.py` decides whether an error is the fault of the replica or of the request.
+Requests and probes both report `Incident`s.
 """
 
 import math
@@ -46,8 +46,8 @@ class EjectionRules:
     """The configured limits for ejecting replicas.
 
     `connect_errors`, `request_errors`: number of failures in a row that ejects a replica. `exclusion_s`: duration of
-    the first exclusion in seconds; each further one is twice as long, up to `max_exclusion_s`. `max_share`: largest
-    share of an expert's replicas that may be excluded at the same time.
+    the first exclusion in seconds; each further exclusion is twice as long, up to `max_exclusion_s`. `max_share`:
+    largest share of an expert's replicas that may be excluded at the same time.
     """
 
     connect_errors: int
@@ -108,7 +108,7 @@ class ReplicaHealth:
 
 
 def can_eject(*, others: Collection[tuple[bool, bool]], share: float) -> bool:
-    """Returns whether an expert can spare one of its replicas. `others`: for each other replica, (is ready, is
-    excluded)."""
+    """Returns whether an expert can do without one more of its replicas. `others`: for each other replica, (is ready,
+    is excluded). `share`: maximum share of the replicas that may be excluded."""
     excluded = sum(is_excluded for _, is_excluded in others)
     return any(ready for ready, _ in others) and excluded + 1 <= share * (len(others) + 1)

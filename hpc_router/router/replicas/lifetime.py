@@ -49,7 +49,8 @@ class Lifetimes:
             samples.per_token_s.append(elapsed_s / tokens)
 
     def expected_s(self, expert: str, fields: dict[str, object]) -> float:
-        """Returns the expected duration in seconds of a request with the body `fields`; 0 without measurements."""
+        """Returns the expected duration in seconds of a request with the body `fields`; 0 if the expert was not
+        measured yet."""
         samples = self._samples.get(expert)
         if samples is None:
             return 0.0
@@ -60,14 +61,14 @@ class Lifetimes:
 
 
 def left_s(replica: Replica, now: float) -> float:
-    """Returns the rest of the replica's walltime in seconds at `now` (Unix seconds); infinite without a walltime."""
+    """Returns the rest of the replica's walltime in seconds at `now` (Unix seconds); infinite if it has no walltime."""
     expires_at = replica.record.expires_at
     return float("inf") if expires_at is None else expires_at - now
 
 
 def outliving(replicas: Sequence[Replica], needed_s: float) -> Sequence[Replica]:
-    """Returns the replicas that have room and at least `needed_s` seconds of walltime left. If no replica has, returns
-    only the one with room whose walltime ends last."""
+    """Returns the replicas that have room and at least `needed_s` seconds of walltime left. If there is no such
+    replica, returns only the replica with room whose walltime ends last."""
     now = time.time()
     open_ = [replica for replica in replicas if replica.has_room]
     fitting = [replica for replica in open_ if left_s(replica, now) >= needed_s]

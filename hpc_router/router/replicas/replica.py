@@ -118,7 +118,7 @@ class Replica:
 
     @property
     def authorization(self) -> bytes:
-        """The `authorization` header line of requests to this replica; empty without a key."""
+        """The `authorization` header line of requests to this replica; empty if the replica has no key."""
         return _authorization(self.key)
 
     @property

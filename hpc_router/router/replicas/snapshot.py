@@ -18,8 +18,8 @@ from hpc_router.state.registry import Record
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSnapshot:
-    """The state of one `Replica` without its requests. The record has no beat. `lost`: whether `Replica.mark_lost`
-    applies."""
+    """The state of one `Replica` without its requests. `record`: the replica's record without the beat counter, which
+    changes too often. `lost`: whether requests on the replica get the short timeout of a lost replica."""
 
     record: Record
     key: str | None

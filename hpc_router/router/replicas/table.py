@@ -3,8 +3,8 @@ free place.
 
 A request gets a `Reservation` on a replica that `balancing` chooses, or waits in the `WaitingLine`. A released place
 goes to the longest waiting request in the same step, so later requests cannot overtake and no wake-up is lost. A
-request for several experts waits for the first one that has a ready replica; when that expert has none any more, the
-request also waits for the next ones.
+request for several experts waits for the first expert that has a ready replica. When this expert has no ready replica
+any more, the request also waits for the next experts.
 
 No I/O. The table knows neither HTTP nor the source of its replicas.
 """
@@ -42,7 +42,7 @@ class QueueFullError(HpcRouterError):
     """The expert's queue has reached `router.max_waiting`. `serves`: whether the expert has a ready replica."""
 
     def __init__(self, expert: str, *, serves: bool) -> None:
-        super().__init__(f"as many requests wait for {expert} as router.max_waiting admits")
+        super().__init__(f"the queue of {expert} is full: as many requests wait as router.max_waiting allows")
         self.expert, self.serves = expert, serves
 
 
@@ -57,7 +57,7 @@ _has_room: Final[Callable[[Replica], bool]] = attrgetter("has_room")
 class ReplicaTable:
     """The table of all replicas by name, and the requests of this worker that wait for a replica.
 
-    `pin_bound`: a replica whose load is above this multiple of the average load loses affinity; None turns affinity
+    `pin_bound`: maximum load of a replica that keeps affinity, as a multiple of the average load; None turns affinity
     off. `bounds`: limits of the requests per expert. `on_change` is called when a replica has changed.
     `expected_ready_at`: for experts without a ready replica, the forecast time at which the next one is ready, in Unix
     seconds.
@@ -216,12 +216,12 @@ class ReplicaTable:
         affinity_slot: AffinitySlot | None = None,
         needed_s: ExpectedDuration | None = None,
     ) -> tuple[Replica, str] | None:
-        """Returns a replica with room, of the first of these experts that has a ready replica, and that expert; None if
-        there is none.
+        """Returns a replica with room and its expert, which is the first of these experts that has a ready replica;
+        None if that expert has no replica with room.
 
         `avoid`: replicas that are not chosen; `only`: the only replica that may be chosen. `affinity_slot` is called
         only if affinity may decide. `needed_s` is called only if a replica nears the end of its walltime; the request
-        then goes to a replica with enough walltime left, or else to the one whose walltime ends last.
+        then goes to a replica with enough walltime left, or else to the replica whose walltime ends last.
         """
         for expert in experts:
             replicas = self._by_expert.get(expert, ())
@@ -257,8 +257,8 @@ class ReplicaTable:
     def _by_affinity(
         self, expert: str, replicas: Sequence[Replica], slot: int | None, fits: Callable[[Replica], bool]
     ) -> Replica | None:
-        """Returns the conversation's preferred replica, or the next one in rendezvous order if that has more than its
-        share of the load."""
+        """Returns the conversation's preferred replica, or the next replica in rendezvous order if the preferred one
+        has more than its share of the load."""
         if slot is None:
             return None
         orders = self._orders.setdefault(expert, {})

@@ -103,7 +103,7 @@ class AttemptReview:
         begun = False
         if protocol.DRAINING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "draining")
-            # At the address of an external endpoint a new server may start.
+            # A new server may start at the address of an external endpoint, so it can become ready again.
             self.health.state_reported(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
         elif protocol.STARTING_HEADER.encode() in headers:
             self.metrics.failovers.add(replica.name, "starting")

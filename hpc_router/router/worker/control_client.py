@@ -1,8 +1,8 @@
 """A worker's connection to the control process.
 
-The worker receives the replica states, the settings and its predecessor's counts. It sends what its requests observe of
-a replica, and also acts on that at once. While no control process runs, the worker keeps its last snapshot; a new
-control process gets what the worker knows, so that nothing is lost.
+The worker receives the replica states, the settings and its predecessor's counts. It reports what its requests observe
+of a replica, and does not wait for an answer to act on the observation. While no control process runs, the worker keeps
+its last snapshot; a new control process gets what the worker knows, so that nothing is lost.
 """
 
 import asyncio
@@ -105,7 +105,7 @@ class ControlClient:
         self._notify(messages.Serving())
 
     async def call(self, call: messages.Call[R]) -> R:
-        """Returns the reply of the control process. If that ends meanwhile, asks its successor. Raises
+        """Returns the reply of the control process. If the control process ends meanwhile, asks its successor. Raises
         ChannelClosedError after `CALL_TIMEOUT_S`."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):

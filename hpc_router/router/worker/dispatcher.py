@@ -56,7 +56,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 6
 """Maximum number of attempts for one request."""
 _NOTEWORTHY_S: Final = 0.001
-"""Time in seconds before an attempt below which it is not subtracted in the statistics of the replica."""
+"""Minimum delay in seconds before an attempt that is recorded. The statistics subtract recorded delays from the
+replica's time to the first byte."""
 
 
 def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
@@ -66,7 +67,7 @@ def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
 
 @dataclass(slots=True)
 class Dispatcher:
-    """The service that serves the routed requests of one worker."""
+    """Serves the routed requests of one worker."""
 
     table: ReplicaTable
     health: HealthReporter

@@ -57,16 +57,16 @@ STATUS: Final[Mapping[type[HpcRouterError], tuple[int, str]]] = {
 }
 """HTTP status and error type by class of the error. The first class that matches applies."""
 RETRY_AFTER_S: Final = 2.0
-"""Retry-After in seconds of errors whose end cannot be estimated."""
+"""Value of Retry-After in seconds for errors whose duration cannot be estimated."""
 
 
 class DrainingError(UnavailableError):
-    """The error of a request to a router that accepts no new requests. Its successor does."""
+    """This router drains and accepts no new requests; its successor accepts them."""
 
 
 @dataclass(slots=True)
 class ErrorResponses:
-    """The maker of error responses, which also counts and logs them."""
+    """Makes, counts and logs error responses."""
 
     metrics: Metrics
 

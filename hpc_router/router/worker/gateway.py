@@ -355,7 +355,7 @@ class Gateway:
         """Raises OverloadedError if the router serves as many requests as `router.max_in_flight` allows."""
         if self.in_flight.total >= self.deployment.router.max_in_flight:
             raise OverloadedError(
-                f"{self.deployment.router.max_in_flight} requests are in flight, as many as are admitted",
+                f"{self.deployment.router.max_in_flight} requests are in flight, the limit of router.max_in_flight",
                 retry_after_s=self.table.longest_wait_s(),
             )
 

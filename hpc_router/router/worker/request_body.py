@@ -17,7 +17,8 @@ from hpc_router.errors import BadRequestError
 
 _MODEL: Final = b'"model"'
 _MAX_PREFIX_BYTES: Final = 16
-"""Maximum number of bytes before the first member of a body."""
+"""Maximum number of bytes before `"model"` for which the short check in `_is_top_level` is made: that they are only the
+opening brace."""
 MAX_CONTAINERS: Final = 1_000_000
 MAX_COLONS: Final = 500_000
 MAX_COMMAS: Final = 8_000_000
@@ -162,7 +163,7 @@ def _parse_members(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]
             at = _skip_space(text, _expect(text, at, ","))
         key, at = scanstring(text, _expect(text, at, '"'))
         if key in fields:
-            raise ValueError(f"the key {key[:40]!r} stands twice")
+            raise ValueError(f"the key {key[:40]!r} occurs twice")
         start = _skip_space(text, _expect(text, _skip_space(text, at), ":"))
         fields[key], end = _decode_value(text, start)
         spans[key] = (start, end)

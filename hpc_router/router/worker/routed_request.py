@@ -66,10 +66,10 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     only replica that may serve the request. `on_success` is called with the replica of a 2xx response, before the
     client receives any of it.
 
-    The request counts as in flight from `start` until its end. It is served by callbacks if only the replica has to be
-    awaited: an expert has a free replica, a connection is pooled, and the response is either short and received in one
-    read, or a stream of events. Otherwise it continues in a task, from the current state. Rarely used fields are class
-    attributes until they are set, which saves time per request.
+    The request counts as in flight from `start` until its end. It is served by callbacks if an expert has a free
+    replica, a connection is pooled, and the response is either short and received in one read, or a stream of events.
+    Otherwise it continues in a task, from the current state. Rarely used fields are class attributes until they are
+    set, which saves time per request.
     """
 
     method = "POST"
@@ -91,8 +91,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     """Failed attempts: replica, expert, and status or connection error. They are reported as evidence of bad health
     only if another replica of the same expert serves the request."""
     lost_error: Callable[[str], RoutingError] | None = None
-    """Makes the error for a request whose `only` replica is not ready any more. If it is None, the client gets the
-    error for a lost session."""
+    """Makes the error for a request whose `only` replica is not ready any more. None: the client gets the error that
+    its session was lost."""
     engines_lost = 0
     """Number of attempts whose engine or connection ended before the response began."""
     charge: Charge | None = None
@@ -327,7 +327,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
     def slot(self) -> int | None:
         """Returns the affinity slot of the request's conversation (see `balancing`), from the session id or else from
-        the first user message; None without both."""
+        the first user message; None if the request has neither."""
         session = self.request.headers.get(_SESSION)
         if session is not None:
             return affinity_slot(session)

@@ -1,7 +1,7 @@
 """Finds the replica that keeps a response, for requests with the response's id in their path.
 
 Only the engine that made a response has it, and the id does not name the engine. So the router asks the ready replicas
-at the same time, with a GET of the response. This needs no memory in the router, so it works in every worker and after
+at the same time, with a GET of the response. The router stores nothing for this, so it works in every worker and after
 a restart. With `x-session-id`, the replica that answered the session's last turn is asked first.
 """
 
@@ -36,8 +36,8 @@ class StoredResponses:
 
     async def find(self, response_id: str, *, turn: Turn | None) -> Replica:
         """Returns the replica that has the response. `turn`: the last turn of the request's session. If only one ready
-        replica keeps responses, it is returned without being asked. Raises ResponseNotFoundError if no replica has the
-        response, and UnavailableError if a replica that may have it did not answer."""
+        replica keeps responses, returns this replica without asking it. Raises ResponseNotFoundError if no replica has
+        the response, and UnavailableError if a replica that may have it did not answer."""
         keeping = [
             replica
             for replica in self.table.all()

@@ -22,7 +22,8 @@ _VALID_ROWS: Final = '(valid: {"prompt": "..."}, {"text": "..."}, a request body
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One prompt. `line`: its line in the file, from 1. `id`: the id in the file, or else the line number minus 1."""
+    """One prompt. `line`: its line in the file, from 1. `id`: the id in the file; if there is none, the line number
+    minus 1."""
 
     line: int
     id: str | int

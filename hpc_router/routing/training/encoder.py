@@ -1,7 +1,7 @@
 """Sentence encoders map texts to unit vectors, by mean pooling over the last layer.
 
-An encoder is any folder or hub id that transformers loads. Its vocabulary is also training text: the student learns
-every whole word of it, and therefore also words that occur in no training prompt.
+An encoder is any folder or hub id that transformers loads. The whole words of its vocabulary are also training texts of
+the `student`, which therefore also learns words that occur in no training prompt.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class Teacher(Protocol):
         """Returns the whole words of the encoder's vocabulary, sorted."""
 
     def encode(self, texts: Sequence[str], *, stage: str, progress: ProgressCallback) -> Floats:
-        """Returns one row of length one per text: texts x dimensions."""
+        """Returns one unit vector per text, as a matrix texts x dimensions."""
 
     def fingerprint(self) -> str:
         """Returns a hash of the encoder's weights."""

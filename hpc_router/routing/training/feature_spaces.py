@@ -2,8 +2,8 @@
 
 `cbtm`: TF-IDF of words, truncated SVD to 100 dimensions, scaled to length one, as in c-BTM (arXiv 2303.14177).
 `lexical`: the same steps, but each term counts once per prompt, and digits, symbols, word pairs and prefixes are terms
-too. `student` has a third space, `distilled`. All spaces are linear in the terms, so each cluster needs only one column
-of the artefact's table.
+too. The module `student` has a third space, `distilled`. All spaces are linear in the terms, so each cluster needs only
+one column of the artefact's table.
 """
 
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ class FeatureSpace(Protocol):
         else None."""
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns the weight of each term for each direction: terms x directions. `directions`: directions x
-        dimensions.
+        """Returns for each term its weight in each direction, terms x directions, so that the sum over a prompt's terms
+        is the prompt's component in that direction. `directions`: directions x dimensions.
 
         `held_out`: mask of training prompts that must not influence the weights.
         """

@@ -2,7 +2,7 @@
 
 The algorithm is Lloyd's, but each cluster has a price that rises while the cluster is too large: an auction in which
 all prompts bid at the same time. Prices apply only to training; the classifier assigns a prompt to its nearest
-centroid. There are several restarts, all from one seed, and the one with the highest total similarity is kept.
+centroid. The algorithm runs several times, all from one seed, and the result with the highest total similarity is kept.
 """
 
 from typing import Final

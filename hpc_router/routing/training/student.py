@@ -61,7 +61,8 @@ class Student:
     dimensions: Floats | None = None
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns terms x directions: weights that predict the scalar product of direction and encoder's vector."""
+        """Returns terms x directions: weights whose sum over a text's terms predicts the scalar product of the
+        direction and the encoder's vector of the text."""
         from scipy import sparse
 
         weight = self.weight.copy()

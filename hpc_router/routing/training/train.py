@@ -43,7 +43,7 @@ from hpc_router.routing.training.validation import measured_cluster_count
 TrainMethod = Literal["discovered", "exemplars", "measured"]
 FeatureKind = Literal["cbtm", "lexical", "distilled"]
 MAX_DISCRIMINATIVE_SHARE: Final = 0.1
-"""Maximum share of the prompts that a discriminative term may occur in."""
+"""Maximum share of the prompts in which a discriminative term occurs."""
 MIN_PER_CLUSTER: Final = 2
 DISCOVERED_CLUSTERS: Final = 16
 """Number of clusters with method=discovered if none is given; without measurements nothing can choose it."""
@@ -334,7 +334,7 @@ def _artefact(
     *,
     held_out: Mask | None = None,
 ) -> Artefact:
-    """Returns an artefact with margin threshold 0, in which all terms are discriminative."""
+    """Returns an artefact in which all terms are discriminative. Its margin threshold is 0 and is set later."""
     offsets = np.zeros(len(names), np.float32) if space.spherical else -0.5 * np.square(directions).sum(axis=1)
     dimensions = space.dimensions
     return Artefact(
@@ -364,7 +364,8 @@ def _discriminative(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
 def _cross_validated(
     config: TrainConfig, trained: _Clusters, texts: Sequence[str], progress: ProgressCallback
 ) -> tuple[Ids, Ids, Doubles]:
-    """Returns row numbers of held-out prompts, their predicted clusters, and their margins between clusters.
+    """Returns the row numbers of held-out prompts, their predicted clusters, and their margins (lead over the best
+    other cluster).
 
     Each fold is classified by a training without it. A cluster whose prompts are all held out keeps its direction.
     """

@@ -823,7 +823,7 @@ async def test_a_doubled_key_is_told_and_holds_no_place(tmp_path: Path) -> None:
         await ready(router)
         for _ in range(3):
             status, value, _ = await post(router, body)
-            assert (status, "stands twice" in value["error"]["message"]) == (400, True)
+            assert (status, "occurs twice" in value["error"]["message"]) == (400, True)
             await eventually(lambda: all_gauges_zero(router))
         assert not fake.bodies
 

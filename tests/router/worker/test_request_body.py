@@ -76,7 +76,7 @@ def test_only_the_model_value_is_replaced(body: dict[str, Any], old: str, new: s
         (b'{"a": 1,}', "expected"),
         (b'{"a" 1}', "expected"),
         (b'{"a": 1} x', "data after its end"),
-        (b'{"a": 1, "a": 2}', "stands twice"),
+        (b'{"a": 1, "a": 2}', "occurs twice"),
         (b'{"a": "\xff"}', "UTF-8"),
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
         (b"\xef\xbb\xbf", "does not start"),

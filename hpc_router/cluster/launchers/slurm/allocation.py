@@ -1,8 +1,8 @@
 """Runs replicas as steps inside one Slurm job that exists already: the `sbatch` script or `salloc` that runs `up`.
 
-Each replica is an `srun` into that job, started on this host by the script that a batch job would have. Afterwards
-`SlurmLauncher` observes and ends it. The allocation belongs to the user: nothing here ends it, and its end ends every
-step.
+An `srun` on this host starts each replica in that job, from the same script that a batch job would have.
+`SlurmLauncher` then observes and ends the replica. The allocation belongs to the user: this module never ends it, and
+its end ends every step.
 """
 
 import os

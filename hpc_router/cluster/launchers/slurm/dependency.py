@@ -1,7 +1,7 @@
-"""Whether the user's `sbatch.dependency` has been met, so that further jobs are submitted without it.
+"""Finds out whether the user's `sbatch.dependency` was met, so that further jobs are submitted without it.
 
-A dependency on other jobs stays met, but Slurm 24.11 and later refuse one on a job that they have forgotten (MinJobAge,
-five minutes). So it is left out as soon as one job of the run has started with it.
+A dependency on other jobs stays met, but Slurm 24.11 and later refuse a dependency on a job that they have forgotten
+(MinJobAge, five minutes). So the dependency is left out as soon as one job of the run has started with it.
 """
 
 from collections.abc import Set

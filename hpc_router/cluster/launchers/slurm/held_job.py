@@ -1,7 +1,8 @@
 """The Slurm job in which `up cluster=allocation` runs: its nodes, its end, and whether further steps can start in it.
 
-A step that does not fit waits for ever, on Slurm 24.11 and later without a message. So `plan` compares the replicas
-with the job's nodes. If `up` itself runs in a step, which may hold all resources, `plan` also tries to start a step.
+A step that does not fit into the job waits for ever; Slurm 24.11 and later print no message about it. So `plan`
+compares the replicas with the job's nodes. If `up` itself runs in a step, which may hold all resources, `plan` also
+tries to start a step.
 """
 
 import os
@@ -28,7 +29,7 @@ _REFUSED: Final = re.compile(r"Unable to create step")
 
 @dataclass(frozen=True, slots=True)
 class HeldJob:
-    """The job that the user holds. `ends_at`: Unix seconds; None without a time limit."""
+    """The job that the user holds. `ends_at`: Unix seconds; None if the job has no time limit."""
 
     kinds: tuple[NodeKind, ...]
     ends_at: float | None
@@ -88,8 +89,8 @@ def current_step_id(environment: Mapping[str, str] = os.environ) -> str | None:
 
 def step_fault(jobs: Sequence[BatchJob]) -> str | None:
     """Returns a fault if a step for one of these jobs cannot start beside the step in which this process runs. Returns
-    None if all can, if this process runs in no step, or if other steps run, because these may be the replicas. Raises
-    SlurmCommandError."""
+    None if all these steps can start, or if this process runs in no step. Also returns None if other steps run, because
+    these may be the replicas. Raises SlurmCommandError."""
     step_id = current_step_id()
     if step_id is None or not jobs:
         return None

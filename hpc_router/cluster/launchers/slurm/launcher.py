@@ -1,9 +1,9 @@
 """Slurm jobs: submitted through submitit, observed through their own files and through `squeue`.
 
-The files of a job count first: `process.json` shows that it runs, `exit.json` and `ended.json` that it has ended. The
-Slurm controller, queried at most once per `cluster.ask_s`, is needed for jobs that wait in the queue and for jobs that
-died without a record. A job that is asked to end first gets SIGTERM and its whole drain time. Only then does scancel
-run without a signal, which allows a job no more than Slurm's short KillWait.
+The state of a job comes from its files where possible: `process.json` shows that it runs, `exit.json` and `ended.json`
+show that it has ended. The Slurm controller, queried at most once per `cluster.ask_s`, is needed for jobs that wait in
+the queue and for jobs that died without a record. A job that is asked to end first gets SIGTERM and its whole drain
+time. Only after that, `scancel` without a signal is run, which leaves a job only Slurm's short KillWait to end.
 """
 
 import logging
@@ -43,7 +43,7 @@ STATES: Final[Mapping[str, JobState]] = {
     **dict.fromkeys(("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"), JobState.ENDED),
     **dict.fromkeys(("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"), JobState.ENDED),
 }
-"""By Slurm's state of a job. A state that is missing here is ignored."""
+"""The state of a job by Slurm's name of the state. Other names are ignored."""
 REASONS: Final[Mapping[str, FailureReason]] = {
     "BOOT_FAIL": FailureReason.NODE_FAILED,
     "CANCELLED": FailureReason.CANCELLED,
@@ -129,8 +129,8 @@ class SlurmLauncher:
         self._query_soon()
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        """As `Launcher.remaining`. Jobs in this run's folder that have no record here are included, and are
-        cancelled."""
+        """Does the same as `Launcher.remaining`; also cancels and returns jobs of this run in Slurm's queue that have
+        no record in `jobs/`."""
         infos = [info for replica in replicas if (info := JobDir(self.run, replica).info()) is not None]
         jobs = {info.job_id for info in infos if info.runner is Runner.SLURM}
         snapshot = self.queue.snapshot(fresh=True)
@@ -185,7 +185,8 @@ class SlurmLauncher:
         return [(f"{info.job_id}.{process.step_id}", info)]
 
     def _cancel_unknown_jobs(self, snapshot: QueueSnapshot) -> None:
-        """Cancel jobs of this run whose submission counts as failed: sbatch may fail after it has submitted."""
+        """Cancels jobs of this run whose submission counts as failed, because sbatch may fail after it has submitted
+        the job."""
         if snapshot.asked_at == self._checked_at:
             return
         self._checked_at = snapshot.asked_at
@@ -200,7 +201,7 @@ class SlurmLauncher:
         return {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
 
     def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
-        """Whether its replica has ended, or was asked to, and is not known to run in this job."""
+        """Returns whether the job's replica has ended, or was asked to end, and is not known to run in this job."""
         if queued.folder != str(self.run.path) or not queued.name:
             return False
         job = JobDir(self.run, queued.name.partition(":")[0])
@@ -210,8 +211,8 @@ class SlurmLauncher:
         return job.exit() is not None or (stop is not None and stop.cancel_at is not None)
 
     def _purged(self, job: JobRecords, snapshot: QueueSnapshot | None) -> bool:
-        """Whether Slurm has forgotten the job: it is missing in two answers that this process got after it knew of the
-        job. Timestamps are not compared, because the clocks of two hosts differ."""
+        """Returns whether Slurm has forgotten the job: it is missing in two answers that this process got after it knew
+        of the job. Timestamps are not compared, because the clocks of two hosts differ."""
         info = job.info
         if info is None or info.runner is not Runner.SLURM or snapshot is None:
             return False
@@ -225,7 +226,7 @@ class SlurmLauncher:
         return True
 
     def _end_orphans(self, jobs: Sequence[JobRecords], reports: Mapping[str, JobReport]) -> None:
-        """Kill steps of a shared job whose srun was killed: they go on without it."""
+        """Kills steps of a shared job whose `srun` was killed, because such steps continue without it."""
         for job in jobs:
             ended = job.ended
             if reports[job.replica].state is not JobState.ENDED or ended is None or ended.status <= 128:

@@ -19,7 +19,8 @@ from hpc_router.errors import suggest
 
 
 def configured_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:
-    """Returns the config key that sets this option, and its value: the expert's own key, else the cluster's."""
+    """Returns the config key that sets the option `name`, and its value: the key of the resources at `at` if they set
+    it, else that of the cluster."""
     own, general = getattr(resources, name), getattr(cluster, name)
     if own is not None:
         return f"{at}.{name}", str(own)
@@ -90,9 +91,8 @@ def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tupl
 
 
 def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: str) -> list[str]:
-    """Returns a fault for each size because of which a replica can never run as a step of the job `name`, whose nodes
-    are `kinds`. Slurm would let such a step wait for ever. The router is left out, because its step overlaps with
-    others."""
+    """Returns a fault for each resource size that is too large for a step of the job `name`, whose nodes are `kinds`.
+    Slurm would let such a step wait for ever. The router is left out, because its step overlaps with others."""
     cluster = replace(deployment.cluster, gpu_type=None, constraint=None)  # srun gets neither
     whole = Partition(name, math.inf, default=False, state="up", kinds=tuple(kinds))
     wanted = {expert: e.replicas for expert, e in hosts(deployment.experts).items() if e.replicas}
@@ -217,7 +217,8 @@ def _walltime_faults(request: _Request, partitions: Sequence[Partition], name: s
 
 
 def _together_faults(request: _Request, partitions: Sequence[Partition], name: str) -> Iterator[str]:
-    """Yields faults of all sizes together: one node must have all, and one partition enough such nodes."""
+    """Yields faults of the resource sizes in combination: a node must have all of them, and a partition must have
+    enough such nodes."""
     resources = request.resources
     fitting = max((sum(k.nodes for k in p.kinds if _fits(request, k)) for p in partitions), default=0)
     total = max((sum(k.nodes for k in p.kinds) for p in partitions), default=0)

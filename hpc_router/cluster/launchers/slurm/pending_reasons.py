@@ -10,7 +10,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class PendingReason:
-    """What a reason means. `hopeless`: the job will never start with its present options."""
+    """The explanation of a reason. `hopeless`: whether the job will never start with its present options."""
 
     what: str
     advice: str | None = None
@@ -124,7 +124,7 @@ _RESOURCES: Final = (
 
 
 def explain_pending(reason: str, job_id: str | None = None) -> PendingReason:
-    """Returns the explanation of a reason as squeue prints it; quotes an unknown one. `job_id` is put into the
+    """Returns the explanation of a reason as squeue prints it; an unknown reason is quoted. `job_id` is put into the
     advice."""
     text = reason.strip().strip("()")
     word, _, detail = text.partition(",")

@@ -1,8 +1,8 @@
 """Builds batch scripts from job requests. Pure except for `setup_faults`, so that `plan` shows what `up` submits.
 
-A job has one replica, or several of the same shape where a site gives whole nodes. Then each replica is a step with its
-own share of the node, and starts, ends and is cancelled on its own. The parts that all scripts share are in `batch.sh`,
-which each script sources.
+A job has one replica. Where a site gives only whole nodes, a job may have several replicas with equal resources. Each
+is then a step with its own share of the node, and starts, ends and is cancelled on its own. The parts that all scripts
+share are in `batch.sh`, which each script sources.
 """
 
 import math
@@ -153,7 +153,7 @@ def python_of(cluster: ClusterConfig) -> str:
 
 
 def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
-    """Returns the options of one job: those of its resources, and the cluster's where a resource option is not set."""
+    """Returns the options of one job. An option that its resources do not set is taken from the cluster."""
     values: dict[str, Any] = {}
     for item in fields(JobOptions):
         general, own = getattr(cluster, item.name), getattr(resources, item.name)
@@ -162,7 +162,8 @@ def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobO
 
 
 def excluded(cluster: ClusterConfig, request: JobRequest) -> str | None:
-    """Returns the nodes on which this job may not start: those of the config, and drained ones."""
+    """Returns the nodes on which this job may not start: the nodes that the config excludes, and the nodes excluded
+    since then."""
     configured = effective_options(cluster, request.resources).exclude
     return ",".join(filter(None, [configured, *request.exclude])) or None
 

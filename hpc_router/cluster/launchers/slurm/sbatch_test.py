@@ -15,7 +15,7 @@ from hpc_router.state.registry import split_replica
 
 TIMEOUT_S: Final = 30.0
 MAX_TESTED: Final = 8
-"""Limit for the number of different jobs that are tested."""
+"""Maximum number of different jobs that are tested."""
 NOT_CHECKED: Final = "could not be checked with Slurm: "
 _NAMES: Final = ("job-name", "output", "chdir")
 """Options in which otherwise equal jobs differ."""

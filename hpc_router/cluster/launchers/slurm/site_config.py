@@ -10,7 +10,7 @@ TIMEOUT_S: Final = 30.0
 
 
 def ask_config() -> dict[str, str]:
-    """The settings by name; one without a value is left out. Raises SlurmCommandError."""
+    """Returns the settings by name, without those that have no value. Raises SlurmCommandError."""
     return parse_config(run_slurm_command(["scontrol", "show", "config"], timeout_s=TIMEOUT_S))
 
 

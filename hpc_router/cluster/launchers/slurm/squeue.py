@@ -1,8 +1,8 @@
 """A snapshot of the user's Slurm jobs from one `squeue`, shared by all processes that observe a run.
 
 The snapshot is in the run directory, so that the controller is queried once per `cluster.ask_s`, however many loops and
-verbs there are. A process that finds it too old claims the next query by creating a file; verbs may query at once. If
-the controller does not answer, the last snapshot stays valid.
+verbs there are. A process that finds the snapshot too old claims the next query by creating a file; verbs may query at
+once. If the controller does not answer, the last snapshot stays valid.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class Queue:
         """Why the last query of this process failed."""
 
     def snapshot(self, *, fresh: bool = False) -> QueueSnapshot | None:
-        """Returns the newest snapshot; None if there was no answer yet. `fresh`: query now."""
+        """Returns the newest snapshot; None if there was no answer yet. `fresh`: whether to query Slurm now."""
         if not fresh:
             self._read()
             if self._snapshot is not None and abs(time.time() - self._snapshot.asked_at) < self._ask_s:

@@ -1,7 +1,7 @@
 """Maps the error texts of sbatch to the config keys to edit, with advice. Pure.
 
 The texts are those of sbatch and slurmctld, 20.11 to 25.05. A site's submit plugin may print any text, so an unknown
-one is quoted with all requested options. A temporary error means that Slurm cannot answer now: no value is wrong.
+text is quoted with all requested options. A temporary error means that Slurm cannot answer now: no value is wrong.
 """
 
 import re
@@ -19,8 +19,8 @@ _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")
 
 @dataclass(frozen=True, slots=True)
 class SubmitError:
-    """A known error. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`: no value is
-    wrong."""
+    """A known error. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`: whether Slurm
+    only cannot answer now, and no value is wrong."""
 
     pattern: re.Pattern[str]
     keys: tuple[str, ...]

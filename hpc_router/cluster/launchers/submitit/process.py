@@ -1,8 +1,8 @@
 """Submits jobs through submitit, in a process of its own: `python -m hpc_router.cluster.launchers.submitit.process`.
 
-Submissions come as JSON on stdin, results go to stdout, one JSON line per job. The caller starts this process in a new
-session, so that Ctrl-C in a terminal reaches no job. This process writes each `job.json` right after the submission, so
-that the run knows every job even if the caller dies in between.
+Reads the submissions as JSON from stdin, and writes one JSON line with the result of each job to stdout. The caller
+starts this process in a new session, so that Ctrl-C in a terminal reaches no job. This process writes each `job.json`
+right after the submission, so that the run knows every job even if the caller dies in between.
 """
 
 import json

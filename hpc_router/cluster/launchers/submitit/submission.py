@@ -28,7 +28,7 @@ _PROCESS_FAILED: Final = "the submitting process failed"
 @dataclass(frozen=True, slots=True)
 class Submission:
     """Claimed replicas that share one job. `script`: the batch script for Slurm; None for a job of this machine.
-    `after`: id of the job whose end this one waits for. `revisions`: the config revision of each replica."""
+    `after`: id of the job for whose end the submitted job waits. `revisions`: the config revision of each replica."""
 
     run: str
     argv_of: Mapping[str, Sequence[str]]
@@ -57,7 +57,7 @@ def task_command(python: str, folder: Path) -> tuple[str, ...]:
 
 
 def submit_all(submissions: Sequence[Submission]) -> dict[str, str | None]:
-    """Submits all jobs. Returns the error of each replica; None where it was submitted."""
+    """Submits all jobs. Returns the error of each replica; None if the replica's job was submitted."""
     replicas = [replica for submission in submissions for replica in submission.argv_of]
     held = current_job_id()
     environment = {**without_job_variables(os.environ), **({JOB_ID: held} if held is not None else {})}
@@ -74,8 +74,8 @@ def submit_all(submissions: Sequence[Submission]) -> dict[str, str | None]:
 
 def _run_submitter(text: str, *, environment: Mapping[str, str], timeout_s: float) -> bytes:
     """Runs the submitting process and returns its stdout. `subprocess.run` would kill the process after Ctrl-C, perhaps
-    between a submission and its record; here it finishes its current job, and ends when it cannot report that. Raises
-    OSError and SubprocessError."""
+    between a submission and its record. This function leaves the process running: it finishes its current job, and ends
+    when it cannot write the result to the closed pipe. Raises OSError and SubprocessError."""
     argv = [sys.executable, "-m", "hpc_router.cluster.launchers.submitit.process"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -107,7 +107,7 @@ def _results(output: bytes) -> dict[str, str | None]:
 def record_refusals(
     run: RunDir, errors: Mapping[str, str | None], exit_for: Callable[[str, str], Exit] | None = None
 ) -> None:
-    """Writes an exit record for each job that was not submitted; raises LaunchError if there is any.
+    """Writes an exit record for each job that was not submitted; raises LaunchError if there is such a job.
 
     `exit_for(replica, error)` makes the record of a job that Slurm refused; without it the job counts as crashed.
     """
