@@ -229,9 +229,11 @@ class Dispatcher:
             timeout = self._timeout_error(routed, replica, answered=relay.status != 0)
             if not relay.committed:
                 raise timeout from error
-            await self._end_with_error(
-                routed, expert, relay, ErrorReply(504, "timeout_error", "answer_timeout", str(timeout))
-            )
+            fault = ErrorReply(504, "timeout_error", "answer_timeout", str(timeout))
+            if reservation.lost:  # the limit was LOST_S, not a key of the config
+                cause = replica.trouble or "its probes fail"
+                fault = _failure_reply(replica, UpstreamError(f"it does not answer any more ({cause})"))
+            await self._end_with_error(routed, expert, relay, fault)
         except UpstreamError as error:
             if not relay.committed:
                 self.review.record_failure(routed, reservation, error)

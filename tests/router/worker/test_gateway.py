@@ -671,6 +671,9 @@ async def test_a_stream_of_a_lost_replica_ends_with_an_error_event(
         hung.silent = True
         _, raw, _ = await call
         assert raw.startswith(event("a") + b'data: {"error"')
+        error = json.loads(raw.removeprefix(event("a") + b"data: ").partition(b"\n")[0])["error"]
+        assert error["code"] == "replica_failed"
+        assert error["message"].startswith("math-0.g1 failed before it had finished: it does not answer any more (")
         hung.go_on.set()
 
 
