@@ -1,12 +1,10 @@
 """One replica hangs, one is slow, one errs one time in five: other experts feel nothing, and the sick are named."""
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import numpy as np
 from aiohttp import web
 
 from tests.router.fakes import FakeReplica, RunningRouter, a_deployment, a_router, a_run, answer, fake_replica, refuse
@@ -49,23 +47,18 @@ async def test_others_feel_nothing_of_the_sick_and_they_are_named(tmp_path: Path
     ):
         await ready(router, 5)
 
-        async def ask(model: str) -> float:
-            begun = time.perf_counter()
+        async def ask(model: str) -> None:
             body = chat(model)
             async with session.post(f"{router.url}/v1/chat/completions", json=body, headers=router.headers) as response:
                 assert response.status == 200
                 await response.read()
-            return time.perf_counter() - begun
 
-        async def p99_s() -> float:
-            return float(np.percentile([await ask("code") for _ in range(ROUNDS)], 99))
-
-        await ask("code")
-        before = await p99_s()
         crowd = [asyncio.create_task(ask("math")) for _ in range(8)]
         await asyncio.wait(crowd, timeout=1)
-        beside = await p99_s()
-        assert beside <= max(3 * before, before + 0.1), f"p99 {before * 1e3:.1f} ms, then {beside * 1e3:.1f} ms"
+        for _ in range(ROUNDS):
+            await ask("code")
+            assert router.gateway.table.waiting("code") == 0
+        assert not all(task.done() for task in crowd), "the hung replica still has requests"
         for _ in range(12):
             crowd += [asyncio.create_task(ask("math")) for _ in range(8)]
             await asyncio.wait(crowd[-8:], timeout=1)
