@@ -35,7 +35,7 @@ class LaunchError(HpcRouterError):
 
 
 class StagingError(HpcRouterError):
-    """A model could not be copied to the node's disk; the engine loads it from its folder."""
+    """A model could not be copied to the node's disk; the engine then loads it from the folder of `model`."""
 
 
 class ArtefactError(HpcRouterError):

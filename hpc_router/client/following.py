@@ -86,7 +86,7 @@ class RouterFollower(ABC, Generic[Q, A]):
     async def pause(self, length_s: float) -> None: ...
 
     async def find(self, *, recheck: bool) -> Record | None:
-        """Returns the leader's record, as `Leader.find` does."""
+        """Returns the leader's record; None if no router serves. `recheck`: as in `Leader.find`."""
         return await self.call(partial(self._leader.find, recheck=recheck))
 
     def adds_token(self, request: Q) -> bool:
@@ -101,7 +101,8 @@ class RouterFollower(ABC, Generic[Q, A]):
         """Sends the request until a router responds, and returns the response. `replayable`: the request can be sent
         again.
 
-        Raises NoRouterError and ResponseLostError, and the errors of `send`.
+        Raises NoRouterError, and ResponseLostError if the request must not be sent again. Other exceptions of `send`
+        are passed on.
         """
         state = RetryState(follow_s=self._follow_s, now=time.monotonic(), replayable=replayable)
         router: Record | None = None

@@ -62,7 +62,7 @@ class Leader:
         return self._last
 
     def no_router_error(self) -> NoRouterError:
-        """Returns the error that no router serves the run, with advice."""
+        """Returns an error whose message says that no router serves the run, and how to start one."""
         path = self._run.path
         return NoRouterError(f"no router serves {path}; `hpc-router up --run {path}` starts one, `status` shows more")
 

@@ -41,7 +41,7 @@ class NoRouterConnectionError(NoRouterError, openai.APIConnectionError):
 
 
 class _HttpFollower(RouterFollower["http.Request", "http.Response"]):
-    """The code that the synchronous and the asynchronous transport share."""
+    """Base class of the two transports below, with the code that they share."""
 
     @abstractmethod
     async def exchange(self, request: "http.Request") -> "http.Response": ...
@@ -99,7 +99,8 @@ class FollowingTransport(_HttpFollower, http.BaseTransport):
 
 
 class AsyncFollowingTransport(_HttpFollower, http.AsyncBaseTransport):
-    """Transport for event loops of asyncio or trio. Threads read the files."""
+    """Transport of asynchronous clients, on asyncio or trio. Reads the registry in threads, so that it does not block
+    the event loop."""
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s, check_lock=anyio.Lock())
@@ -171,13 +172,14 @@ class _ReportingStream(http.SyncByteStream, http.AsyncByteStream):
 
 
 def _options() -> dict[str, Any]:
-    """Returns the arguments that both base transports of the HTTP library get."""
+    """Returns the arguments for the HTTP library's transport, synchronous or asynchronous."""
     limits = http.Limits(max_connections=1000, max_keepalive_connections=100)
     return {"trust_env": False, "limits": limits, "socket_options": SOCKET_OPTIONS}
 
 
 def _completed(blocking: Coroutine[Any, Any, _T]) -> _T:
-    """Returns the result of a coroutine that blocks instead of awaiting, so that its first step is its last."""
+    """Runs a coroutine that blocks instead of awaiting, and returns its result. No event loop is needed, because such a
+    coroutine is never suspended."""
     try:
         blocking.send(None)
     except StopIteration as end:

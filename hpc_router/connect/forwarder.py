@@ -67,8 +67,8 @@ class HoldFullError(NoRouterError):
 
 @dataclass(frozen=True, slots=True)
 class ForwardedRequest:
-    """A request on its way to the router. `head`: its header lines. `without_token`: whether the owner's token must be
-    added. `exchange`: closing it ends the exchange with the router."""
+    """A request on its way to the router. `head`: its header lines. `without_token`: whether it came without a token
+    and gets the owner's. `exchange`: closing it ends the exchange with the router."""
 
     request: Request
     body: bytes
@@ -222,8 +222,8 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
 def needs_token(headers: Headers) -> bool:
     """Returns whether a request over the unix socket gets the owner's token: it has no credentials and no browser sent
     it. Through `ssh -L`, every web page in a laptop's browser can send requests to the socket. A browser's request is
-    recognised by its `Origin` header, which it has in every POST, or by a `Host` that is not the loopback, if a page
-    has rebound its own name to the loopback."""
+    recognised by its `Origin` header, which every POST has, or by another `Host` than the loopback (DNS rebinding: a
+    page makes its own name point to the loopback)."""
     if b"authorization" in headers or b"x-api-key" in headers or any(name in headers for name in _FROM_A_BROWSER):
         return False
     return _LOOPBACK.fullmatch(headers.get(b"host", b"localhost")) is not None

@@ -44,7 +44,8 @@ class RunningForwarder:
 
 
 def running_forwarder(run: RunDir, *, tcp: bool) -> RunningForwarder | None:
-    """Returns the process that serves this run on this host, on a TCP port or on a socket; None if there is none."""
+    """Returns the process that serves this run on this host, on a TCP port if `tcp` is true, else on a unix socket;
+    None if there is none."""
     for folder in _folders():
         if is_private(folder):
             found = _described(_description(folder, run, tcp=tcp))
@@ -57,7 +58,8 @@ def running_forwarder(run: RunDir, *, tcp: bool) -> RunningForwarder | None:
 def serving_address(
     run: RunDir, *, port: int | None, log: str | None = None
 ) -> Iterator[tuple[RunningForwarder, socket.socket]]:
-    """Listens on the run's unix socket, or on `port` of the loopback, and lets other verbs find it during the block.
+    """Listens on the run's unix socket (`port` is None) or on `port` of the loopback, and lets other verbs find the
+    address during the block. Yields the description of this process, and the listening socket.
 
     Raises LaunchError if another process already serves the run on a socket (or port), and ConfigError for a port in
     use.
@@ -85,8 +87,8 @@ def serving_address(
 
 
 def _folders() -> list[Path]:
-    """Returns the folders in which the files may be. The second folder is used if another user has created a folder
-    with the name of the first."""
+    """Returns the possible folders of the sockets and description files. The second one is used if another user has
+    created a folder with the name of the first."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return [user_folder(SCRATCH), *([Path(runtime) / "hpc-router"] if runtime else [])]
 
@@ -112,7 +114,8 @@ def _description(folder: Path, run: RunDir, *, tcp: bool) -> Path:
 
 
 def _described(description: Path) -> RunningForwarder | None:
-    """Returns the process that a file describes, if it is alive."""
+    """Returns the process that the file `description` describes; None if the file is not valid or the process has
+    ended."""
     try:
         found = RunningForwarder(**load_json(description))
     except (OSError, ValueError, TypeError):
@@ -123,8 +126,8 @@ def _described(description: Path) -> RunningForwarder | None:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Locks the folder, so that one process at a time looks for another and starts to listen. Locks work there, because
-    the folder is on a local disk."""
+    """Locks `folder` during the block. Only the process with the lock may look for a running `connect` process and
+    start to listen. The lock is reliable, because the folder is on a local disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -50,8 +50,8 @@ def connect(options: ConnectOptions, *, on_serving: OnServing) -> None:
 
 
 def connect_detached(options: ConnectOptions) -> RunningForwarder:
-    """Returns the process that serves this address. If there is none, starts one and returns once it accepts
-    connections. Raises the errors of `connect`."""
+    """Returns the `connect` process that already serves the run at the address of `options`. If there is none, starts
+    one and returns once it accepts connections. Raises the errors of `connect`."""
     running = running_forwarder(options.run, tcp=options.port is not None)
     if running is not None and running.port == options.port:
         return running
@@ -73,7 +73,8 @@ def _log_path(options: ConnectOptions) -> Path:
 
 
 def _detached(options: ConnectOptions, report_to: int) -> NoReturn:
-    """Serves in the forked process, without a terminal and with its own log."""
+    """Serves in the forked process, without a terminal and with its own log. Writes its address, or the error, to the
+    file descriptor `report_to`."""
 
     def report(value: object) -> None:
         with os.fdopen(report_to, "w", encoding="utf-8") as stream:

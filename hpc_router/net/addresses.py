@@ -36,7 +36,8 @@ def address(fabric: str | None, *, kind: str) -> str:
 
 
 def select_address(fabric: str, have: Interfaces) -> IpAddress:
-    """Returns the address that `fabric` selects among the node's, IPv4 first. Raises ConfigError if there is none."""
+    """Returns the address in `have` that `fabric` selects: of that interface, in that network, or that address. Prefers
+    IPv4. Raises ConfigError if there is none."""
     if fabric in have:
         found = list(have[fabric])
     else:
@@ -48,7 +49,8 @@ def select_address(fabric: str, have: Interfaces) -> IpAddress:
 
 
 def interface_of(of: str, have: Interfaces | None = None) -> str | None:
-    """Returns the name of the interface with the address `of`; None if no interface of the node has it."""
+    """Returns the name of the interface with the address `of`; None if no interface has it. `have`: the node's
+    interfaces; None: read them."""
     wanted = ipaddress.ip_address(of)
     known = interfaces() if have is None else have
     return next((name for name, addresses in known.items() if wanted in addresses), None)

@@ -1,4 +1,5 @@
-"""Environment variables that our processes pass on to the processes and jobs they start."""
+"""Environment variables about Slurm jobs: this process's own job, and which of them a started process or job
+inherits."""
 
 import os
 from collections.abc import Mapping
@@ -21,5 +22,5 @@ def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def without_job_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables without those of another job."""
+    """Returns `environment` without the variables that Slurm sets for a job or that set options of Slurm's commands."""
     return {k: v for k, v in environment.items() if k in KEPT or not k.startswith(JOB_PREFIXES)}

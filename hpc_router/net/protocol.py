@@ -2,7 +2,7 @@
 
 `GET /health?challenge=HEX` needs no token; the response is a `ProbeResponse` as JSON. `POST /drain` and the API paths
 need `Authorization: Bearer <replica key>`. A draining agent answers new requests with 503 and `DRAINING_HEADER`. `POST
-/rank` takes a `RankReport` with its own token; the response is a `RankOrder`.
+/rank` takes a `RankReport`, which contains a token of its own; the response is a `RankOrder`.
 """
 
 import re
@@ -76,14 +76,15 @@ def challenge_in(query: str) -> str:
 
 
 def skip_in(query: str) -> int:
-    """Returns the number of session turns to skip, from the query string of a handover call; 0 if there is none."""
+    """Returns the number of session turns that the successor already has, from the query string of its handover call; 0
+    if there is none."""
     text = parse_qs(query).get("skip", [""])[-1]
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 def drain_target(until_at: float | None) -> str:
-    """Returns path and query of a drain call. `until_at`: time in Unix seconds until which the drain may last, beyond
-    its usual limit; None for the usual limit."""
+    """Returns path and query of a drain call. `until_at`: time in Unix seconds until which the drain may last, if that
+    is later than `cluster.drain_s` allows; None: only that limit applies."""
     return DRAIN if until_at is None else f"{DRAIN}?until={until_at:.0f}"
 
 
@@ -123,7 +124,7 @@ class ProbeResponse:
 
 
 def _task_failures(value: object) -> dict[str, tuple[int, str]]:
-    """Returns the valid entries of `task_failures`; empty for an agent of another version."""
+    """Parses `ProbeResponse.task_failures`. Leaves out invalid entries, which an agent of another version may send."""
     if not isinstance(value, dict):
         return {}
     return {
