@@ -1,7 +1,7 @@
 """Detects a response that the engine aborted but ended with valid framing.
 
-vLLM ends its running responses in this way when it is stopped. If a client cancels a request, it closes its connection;
-so a response that a connected client would get was not aborted by the client.
+vLLM ends its running responses in this way when it is stopped. A client that cancels a request closes its connection;
+so if the client is still connected, the engine aborted the response.
 
 An aborted response is recognised by its JSON, depending on the API: a choice has the `finish_reason` `abort`; a
 response has the `status` `cancelled`; a message has no `stop_reason`. Each part of a response is searched for a few
@@ -33,8 +33,8 @@ class AbortDetector(ABC):
     @staticmethod
     @abstractmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        """Returns whether a complete body contains bytes that every aborted response contains. If so, `is_abort`
-        decides on the decoded body; if not, the response was not aborted."""
+        """Returns whether a complete body contains bytes that every aborted response contains. If true, `is_abort`
+        decides on the decoded body; if false, the response was not aborted."""
 
     @abstractmethod
     def is_abort(self, value: dict[str, Any]) -> bool:
@@ -78,8 +78,8 @@ class ChoicesAbortDetector(AbortDetector):
 
 class ResponsesAbortDetector(AbortDetector):
     """The detector for `/v1/responses`. vLLM gives most aborted responses the status `completed`, so they cannot be
-    detected. One kind can: a response that vLLM rejects while it stops is empty and has 0 output tokens, while a normal
-    response has at least the end token."""
+    detected. One kind can be detected: a response to a request that vLLM rejects while it stops is empty and has 0
+    output tokens. A normal response has at least the end token."""
 
     event_mark = b'"response.completed"'
 

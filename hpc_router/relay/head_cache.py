@@ -106,8 +106,8 @@ class HeadCache(Generic[H]):
         return head, end
 
     def _add(self, key: bytes, data: bytes) -> H | None:
-        """Returns the parsed head if the key occurs for the second time; None before that, or if the head must not be
-        cached."""
+        """Counts an occurrence of `key`. At the second one, parses `data`, caches the head and returns it. Returns None
+        at the first one, or if the head must not be cached."""
         if key not in self._seen_once:
             if len(self._seen_once) >= MAX_HEADS:
                 self._seen_once.clear()

@@ -1,8 +1,8 @@
 """Header fields, and the rules for which of them are forwarded.
 
 Fields are kept as the received bytes, so that forwarding a field is only a copy. Hop-by-hop headers (RFC 9110, section
-7.6.1) are never forwarded. Upstream, the client's credentials are dropped, and `Accept-Encoding` becomes `identity`,
-because compressed events could not be split. Downstream, the engine's `Server`, `Date` and cookies are dropped.
+7.6.1) are never forwarded. A request sent upstream loses the client's credentials, and its `Accept-Encoding` becomes
+`identity`, because compressed events could not be split. A response loses the engine's `Server`, `Date` and cookies.
 
 The router alone decides which web pages may read a response. So `Origin` is not sent upstream, and the engine's own
 CORS headers (by default vLLM allows every page) are not sent downstream.
@@ -117,8 +117,9 @@ def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
 
 
 def _limited(name: bytes, value: bytes) -> bytes:
-    """Returns `value`. In a `Retry-After` field, a larger number than `MAX_RETRY_AFTER_S` and an HTTP date are replaced
-    by that limit. OpenAI's `retry-after-ms` has the same limit, in milliseconds."""
+    """Returns the value to forward for the field `name`. For `Retry-After`, it is at most `MAX_RETRY_AFTER_S`, which
+    also replaces an HTTP date; for OpenAI's `retry-after-ms` likewise, in milliseconds. For any other field, it is
+    `value`."""
     limit = {b"retry-after": MAX_RETRY_AFTER_S, b"retry-after-ms": 1000 * MAX_RETRY_AFTER_S}.get(name)
     if limit is None:
         return value

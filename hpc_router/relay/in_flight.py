@@ -16,8 +16,8 @@ class Cells(Protocol):
 class InFlight:
     """The number of requests that this process serves; use `with in_flight:` around each request.
 
-    The count is also written to `cells[at]`; the other processes of the service write theirs to `peers`. `closing`:
-    whether connections are closed after their current response.
+    The count is written to `cells[at]` for the other processes of the service; they write their counts at the index
+    `at` of their own arrays in `peers`. `closing`: whether connections are closed after their current response.
     """
 
     __slots__ = ("_at", "_cells", "_idle", "_peers", "closing", "count")

@@ -25,14 +25,15 @@ _MMAP_THRESHOLD: Final = -3
 
 
 def tune() -> None:
-    """Excludes all existing objects from later scans, which also keeps their pages shared with forked processes."""
+    """Excludes all existing objects from later scans of the garbage collector. This also keeps their memory pages
+    shared with forked processes, because a scan would write to them."""
     gc.collect()
     gc.freeze()
 
 
 def tune_for_relay() -> None:
-    """Does the same as `tune`; also makes scans of later objects rare, and keeps freed memory of requests for the next
-    ones."""
+    """Does the same as `tune`, makes scans of later objects rare, and keeps the memory that finished requests free for
+    later requests."""
     tune()
     gc.set_threshold(YOUNG_THRESHOLD, 20, 50)
     with suppress(AttributeError):  # the C library is not glibc

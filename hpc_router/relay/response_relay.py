@@ -46,7 +46,7 @@ class ResponseRelay:
 
     `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed
-    like any other body. `summary` gets the response as well, if it is given.
+    like any other body. `summary`: counts the tokens of the response; None if they are not limited.
     """
 
     __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "_summary", "events", "response", "status")
@@ -123,7 +123,7 @@ class ResponseRelay:
         self.events.end()
 
     async def relay_events(self, upstream: UpstreamResponse) -> None:
-        """Relays the rest of the events and ends the stream."""
+        """Relays the remaining events and ends the stream. Raises the same errors as `relay`."""
         assert self.events is not None
         try:
             await upstream.stream_to(self.events)

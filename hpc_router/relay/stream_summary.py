@@ -1,7 +1,9 @@
-"""Finds how many tokens a response has: as its `usage` states, else by the events of a stream that carry a part of it.
+"""Finds how many tokens a response has: its `usage` states the number; without it, the events of a stream that have
+generated text are counted.
 
-Only requests whose tokens are limited have a summary. Each event is searched for a few bytes, and the last two writes
-are kept; JSON is decoded once, at the end. A model cannot state another usage in its text, because JSON is parsed.
+Only requests whose tokens are limited have a summary. Each event is searched for a few bytes (`ApiFormat.delta_mark`),
+and the last two writes are kept; their JSON is decoded once, at the end. Because it is decoded, generated text that
+looks like a `usage` is not mistaken for one.
 """
 
 from collections.abc import Callable
@@ -13,9 +15,9 @@ from hpc_router.relay.sse import payloads
 
 
 class StreamSummary:
-    """What is known of one response. `accepted`: whether its status is 2xx; `streamed`: whether it consists of events;
-    `chunks`: number of events with a part of it; `body`: a complete response that is not a stream. `delta_mark`: see
-    `ApiFormat`."""
+    """The data about one response from which its tokens are counted. `accepted`: whether its status is 2xx; `streamed`:
+    whether it consists of events; `chunks`: number of events with generated text; `body`: the complete response if it
+    is not a stream. `delta_mark`: see `ApiFormat`."""
 
     __slots__ = ("_delta_mark", "_last", "_second_last", "accepted", "body", "chunks", "streamed")
 
@@ -49,7 +51,8 @@ class StreamSummary:
 
 
 def stated_tokens(data: bytes | bytearray) -> int | None:
-    """Returns the number of generated tokens in the `usage` of a JSON text: of a complete response, or of an event."""
+    """Returns the number of generated tokens in the `usage` of `data`, the JSON of a complete response or of an event;
+    None if it has none."""
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError:

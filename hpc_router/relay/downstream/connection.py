@@ -59,15 +59,16 @@ class ClientConnection(asyncio.Protocol):
     # Called by the server.
 
     def stop(self) -> None:
-        """Stops the connection after the current request."""
+        """Closes the connection at once if it is idle. Otherwise it closes after its current request
+        (`Server.stopping`)."""
         if self._deadline is not None and self._transport is not None:
             self._transport.close()  # after the last response has been sent
 
     # From one request to the next.
 
     def _start_next(self) -> None:
-        """Starts the next request if there is one, else sets the deadline for it. Called while the connection serves no
-        request."""
+        """Starts the next request if one has been received; else sets the deadline by which it must arrive. Called
+        while the connection serves no request."""
         waiting = self._parser.waiting
         if waiting:
             self._deadline = None
@@ -101,7 +102,8 @@ class ClientConnection(asyncio.Protocol):
         await self._end(request)
 
     def responded(self, request: ClientRequest) -> None:
-        """Continues after the response to a pending request has been sent."""
+        """Called when the response to a pending request has been sent. Starts the next request or waits for it. If the
+        client reads slowly or the connection is not kept alive, a task does `_end` first."""
         if not request.keep_alive or not self._writable:
             self._run(self._end, request)
         elif self._parser.waiting or self._refusal is not None:
@@ -144,7 +146,8 @@ class ClientConnection(asyncio.Protocol):
         self._transport.close()
 
     async def _to_end(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
-        """Runs a step of the connection in its task; then starts the next request. An error closes the connection."""
+        """Runs `step(*args)`, the connection's current work, as the body of its task; then starts the next request. An
+        error closes the connection."""
         try:
             await step(*args)
         except DownstreamGoneError:

@@ -115,12 +115,12 @@ class Request(ABC):
 
     @abstractmethod
     async def drain(self, *, limit_s: float | None = None) -> None:
-        """Waits until the client has read most of what was written. Raises DownstreamGoneError. A client that reads
+        """Waits until the client has read most of the written data. Raises DownstreamGoneError. A client that reads
         nothing for `limit_s` seconds is disconnected, because its request occupies a replica."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Aborts the connection, which is how a client learns that a body without events is incomplete."""
+        """Aborts the connection. This shows the client that the body is incomplete, if no error event can be sent."""
 
 
 class PendingResponse:

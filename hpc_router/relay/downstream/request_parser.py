@@ -166,7 +166,7 @@ class RequestParser(Generic[R]):
         self.parse(b"%b%b\r\n%b" % (line, b"".join(fields), rest))
 
     def _refuse(self, refusal: RefusedError) -> None:
-        """Fails the request whose body is being received. If no body is being received, raises `refusal`."""
+        """Marks the request whose body is being received as failed. If no body is being received, raises `refusal`."""
         self._ended = True
         if self._current is None:
             raise refusal

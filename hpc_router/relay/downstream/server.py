@@ -74,8 +74,8 @@ async def listening(
     cross_origin: CrossOrigin = OFF,
 ) -> AsyncIterator[asyncio.Server]:
     """Serves on `sock` until the end of the block, which closes all connections and cancels running handlers. If the
-    caller closes the yielded server earlier, that only stops new connections. Request bodies above `max_body` bytes are
-    rejected. `cross_origin` adds its header lines to every response."""
+    caller closes the yielded server earlier, existing connections stay open and no new ones are accepted. Request
+    bodies above `max_body` bytes are rejected. `cross_origin` adds its header lines to every response."""
     server = Server(handler, max_body=max_body, keep_alive_s=keep_alive_s, cross_origin=cross_origin)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited by its connections
     listener = await server.loop.create_server(server.connection, sock=sock, backlog=BACKLOG)
@@ -88,8 +88,8 @@ async def listening(
 
 
 def raise_file_limit() -> None:
-    """Raises the soft limit of open files to the hard limit, because a stream takes two files and 1,024 is a common
-    soft limit."""
+    """Raises the soft limit of open files to the hard limit. A common soft limit is 1,024, and each stream has two
+    sockets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -137,7 +137,7 @@ class UpstreamClient:
 
     async def connect(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
         """Returns a new connection. `watch` is called with its idle timer. Raises UpstreamConnectError, and
-        UpstreamTimeoutError if the timer was tightened and has expired."""
+        UpstreamTimeoutError if a caller has shortened the timer (`IdleTimer.tighten`) and it has expired."""
         loop = asyncio.get_running_loop()
         made = Connection(self, self._socket_path or address)
         idle_timer = made.idle_timer
@@ -171,8 +171,8 @@ class UpstreamClient:
         return sum(map(len, self._pool.values()))
 
     def _pooled(self, address: Address | str) -> Connection | None:
-        """Returns the idle connection that was used last; None if there is none. The server is least likely to have
-        closed this connection. Connections that the load does not need stay unused and expire."""
+        """Returns the idle connection to `address` that was used last, which the server is least likely to have closed;
+        None if there is none. Connections that the load does not need therefore stay unused and expire."""
         idle = self._pool.get(address)
         while idle:
             connection = idle.pop()

@@ -94,7 +94,8 @@ class Sink(Protocol):
         `write`."""
 
     def chunk_writer(self) -> ChunkWriter | None:
-        """Returns the writer for the chunks until the next `write` or `drain`, or None. Called after a `write`."""
+        """Returns a writer that may be used until the next `write` or `drain`; None if all data must go to `write`.
+        Called after a `write`."""
 
     async def drain(self) -> None:
         """Waits until the sink accepts more data. The upstream's idle timer is paused meanwhile."""

@@ -81,7 +81,8 @@ class ResponseParser:
         self.complete = True
 
     def take_cached_start(self, data: bytes) -> bytes:
-        """Stores the head of a chunked response if it is cached. Returns the data after the head."""
+        """Stores the head of a chunked response if it is cached, and returns the data after the head. Returns all of
+        `data` if the head is not cached."""
         start = _CHUNKED_HEADS.lookup_start(data)
         if start is None:
             return data
@@ -244,8 +245,8 @@ cached_response: Final = _HEADS.lookup
 
 @lru_cache(maxsize=2**14)
 def chunk_prefix(length: int) -> bytes:
-    """Returns the size line of a chunk whose length including framing is `length` bytes, in the form that servers
-    write. The size is never 0, so the last chunk of a body has no such prefix."""
+    """Returns the size line of an HTTP chunk that has `length` bytes in all, with its size line and line breaks. The
+    size is never 0, so the last chunk of a body is not recognised by such a line."""
     for digits in range(1, 8):
         size = length - digits - 4
         prefix = b"%x\r\n" % max(0, size)

@@ -2,7 +2,7 @@
 
 The timer runs only while data from the upstream is awaited, so that a slow client does not cause a timeout. Every event
 of a stream restarts the timer, which must be cheap: a restart only stores the new deadline, and a timer that fires too
-early is scheduled again. It is even cheaper to set `activity`; the timeout then occurs after one to two times the
+early is scheduled again. Setting `activity` instead is even cheaper; the timeout then occurs after one to two times the
 limit.
 """
 
@@ -64,7 +64,7 @@ class IdleTimer:
             self._timer.cancel()
 
     def tighten(self, limit_s: float) -> None:
-        """Limits the current and all later deadlines of the exchange to `limit_s` seconds after their start."""
+        """Sets the deadline to `limit_s` seconds from now. A later restart in this exchange gets this limit at most."""
         self._max_s = limit_s
         self.activity = False
         if self._deadline is not None and not self.expired:
