@@ -21,7 +21,8 @@ MAX_FILE_BYTES: Final = 2**20
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds `path` to an OSError that names no file, as `write` and `fsync` raise on a full disk."""
+    """Adds `path` to an OSError that is raised inside the block and names no file, such as that of `fsync` on a full
+    disk."""
     try:
         yield
     except OSError as error:

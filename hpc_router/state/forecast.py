@@ -8,7 +8,8 @@ from hpc_router.state.stamped_file import StampedFile
 
 
 class ForecastReader:
-    """A reader of `forecast.json`. `expected_ready_at`: Unix seconds by expert, as of the last `read`."""
+    """A reader of `forecast.json`. `expected_ready_at`: by expert, the time in Unix seconds at which a replica is
+    expected to be ready; as of the last `read`."""
 
     def __init__(self, run: RunDir) -> None:
         self._file = StampedFile(run.forecast_json, _expected_ready_at)

@@ -40,8 +40,8 @@ class FileThread:
         self._thread.start()
 
     async def run(self, action: Callable[[], _T]) -> _T:
-        """Runs `action` in the thread, even if the caller is cancelled. Returns its result or raises its exception. An
-        exception whose caller was cancelled is logged."""
+        """Runs `action` in the thread. Returns its result or raises its exception. If the caller is cancelled, `action`
+        runs nevertheless, and its exception is logged."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[_T] = loop.create_future()
 
@@ -156,8 +156,9 @@ class OutputLog:
 
 @contextmanager
 def file_thread(name: str, *, log: Path, label: str = "") -> Iterator[FileThread]:
-    """Starts a thread for all writes of a service and sends the service's log through it. Also logs to stderr if that
-    is a terminal. `log`: the log file, which only this process writes. `label`: name of the process in each line."""
+    """Yields a thread for all writes of a service, and writes the service's log through that thread. Also logs to
+    stderr if that is a terminal. `log`: the log file, which only this process writes. `label`: name of the process in
+    each line."""
     files = FileThread(name)
     to_file = FileThreadHandler(files, LogFileHandler(LogFile(log)))
     to_file.addFilter(RateLimit())

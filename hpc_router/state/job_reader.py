@@ -44,9 +44,9 @@ _FIELDS: Final[Mapping[str, type]] = {
 
 @dataclass(frozen=True, slots=True)
 class JobRecords:
-    """The records of one job. `claimed_at`: when its submission began (Unix seconds); if the job does not record this
-    yet, the folder's modification time. Later writes do not change it, because a job whose submission was not recorded
-    also writes into its folder."""
+    """The records of one job. `claimed_at`: Unix seconds at which its submission began, from the submitter's record.
+    Without that record it is the modification time of the job's folder, which changes with every record that the job
+    writes."""
 
     replica: str
     claimed_at: float

@@ -122,8 +122,8 @@ class Submitter:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """The process of a job, recorded before it becomes the agent or the router. `step_id`: Slurm's step id.
-    `started_at`: Unix seconds."""
+    """The operating-system process of a job, recorded when it starts and before it runs the agent or the router.
+    `step_id`: Slurm's step id. `started_at`: Unix seconds."""
 
     pid: int
     start_ticks: int
@@ -134,7 +134,8 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a batch script, recorded by the script. `status`: exit status of the service or of the setup line."""
+    """The end of a batch script, recorded by the script. `status`: exit status of the service, or of the line of
+    `cluster.setup` that failed."""
 
     status: int
     at: float
@@ -182,8 +183,8 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The times in Unix seconds at which a job was asked to drain (HTTP) and to end (SIGTERM), and of the last SIGKILL.
-    `until_at`: time at which the drain must end, if that is later than `cluster.drain_s` allows."""
+    """The requests to stop a job, in Unix seconds. `drain_at`: drain call over HTTP; `cancel_at`: SIGTERM; `kill_at`:
+    the last SIGKILL. `until_at`: time at which the drain must end, if that is later than `cluster.drain_s` allows."""
 
     drain_at: float | None = None
     cancel_at: float | None = None
@@ -295,7 +296,7 @@ _TYPES: Final[Mapping[str, Callable[[Any], object]]] = {
 
 
 def parse_record(kind: type[_T], value: Mapping[str, Any]) -> _T | None:
-    """Returns the record in a JSON object; None if the object is not valid."""
+    """Returns the record of type `kind` that the JSON object `value` describes; None if `value` is not valid."""
     try:
         typed: dict[str, Any] = {k: _TYPES[k](v) if k in _TYPES and v is not None else v for k, v in value.items()}
         return kind(**typed)

@@ -102,12 +102,14 @@ class Lease:
                     self._on_gone()
 
     def _renew(self, record: Record) -> None:
-        """Writes the record, in the file thread. The next renewal publishes a changed end of the job."""
+        """Writes the record, then reads the end of the job, which the next renewal publishes. Runs in the file
+        thread."""
         publish(self._folder, record)
         self._ends_at = self._expires_at()
 
     async def _write_within_limit(self, action: Callable[[], None], done: str) -> OSError | None:
-        """Runs a write in the file thread and waits for it, with a time limit. Returns the error, if any."""
+        """Runs a write in the file thread and waits for it, for at most `WRITE_TIMEOUT_S`. Returns the error, if any.
+        `done`: past participle for the warning, such as "renewed"."""
         self._write = write = asyncio.ensure_future(self._files.run(action))
         write.add_done_callback(lambda late: late.cancelled() or late.exception())  # the write may end after the limit
         await asyncio.wait({write}, timeout=WRITE_TIMEOUT_S)

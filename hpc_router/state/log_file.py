@@ -90,8 +90,8 @@ class LogFileHandler(logging.Handler):
 
 
 class RateLimit(logging.Filter):
-    """A log filter that limits the lines of each log statement: `BURST` at once, then `REFILL_PER_S` per second. The
-    next line that passes states how many lines were left out."""
+    """A log filter that limits the lines of each log statement in the code: `BURST` at once, then `REFILL_PER_S` per
+    second. The next line of the statement states how many of its lines were left out."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

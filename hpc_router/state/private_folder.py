@@ -17,7 +17,8 @@ def user_folder(scratch: Path) -> Path:
 
 
 def own_folder(path: Path) -> os.stat_result | None:
-    """Returns the status of a folder that this user owns; None for a link or anything else."""
+    """Returns the status of `path` (as `os.lstat`) if it is a folder that this user owns; None for a link or anything
+    else."""
     try:
         status = path.lstat()
     except OSError:

@@ -187,7 +187,8 @@ class RegistryReader:
 
 
 def record_file(path: Path) -> StampedFile[Record]:
-    """Returns the file of one record. A record that names another replica than its file is not valid."""
+    """Returns a reader of the record at `path`. A record is not valid if the replica in it differs from the file's
+    name."""
 
     def parse(content: Mapping[str, Any]) -> Record:
         record = Record.from_json(content)

@@ -63,7 +63,8 @@ class RunDir:
 
     @property
     def squeue_json(self) -> Path:
-        """Returns the path of the last answer of Slurm's queue, which all observers of the run share."""
+        """Returns the path of the file with the last output of `squeue`, which all processes that observe the run
+        share."""
         return self.path / "squeue.json"
 
     @property
@@ -78,17 +79,18 @@ class RunDir:
 
     @property
     def config_claim(self) -> Path:
-        """Returns the claim of the process that replaces the config (see `state.exclusive`)."""
+        """Returns the path of the lock folder for replacing the config (see `state.exclusive`)."""
         return self.path / ".config.changing"
 
     @property
     def desired_claim(self) -> Path:
-        """Returns the claim of the process that changes `desired.json`."""
+        """Returns the path of the lock folder for changing `desired.json`."""
         return self.path / ".desired.changing"
 
     @property
     def estimates_json(self) -> Path:
-        """Returns the path of the measured queue, load and drain times of each expert."""
+        """Returns the path of the file with each expert's measured times: in Slurm's queue, for loading, and for
+        draining."""
         return self.path / "estimates.json"
 
     @property
@@ -103,7 +105,8 @@ class RunDir:
         return self.path / "classifier"
 
     def space_error(self) -> str | None:
-        """Returns why files cannot be written here, as an error text; None if they can. A quota is not detected."""
+        """Returns an error text if the file system of the run directory is full or cannot be read; else None. A quota
+        is not detected."""
         try:
             space = os.statvfs(self.path)
         except OSError as error:
@@ -154,8 +157,8 @@ class RunDir:
             self._rotate_events()
 
     def _rotate_events(self) -> None:
-        """Renames `events.jsonl` if it is too long. Several writers may try this; only the writer that creates a
-        certain folder, the claim, renames the file."""
+        """Renames `events.jsonl` if it is too long. Several writers may try this at once; only the one that creates a
+        lock folder renames the file."""
         claim = self.path / ".events.rotating"
         try:
             claim.mkdir()
@@ -181,8 +184,8 @@ class RunDir:
             raise RegistryError(f"cannot read {self.desired}: {why} (repair or remove it)") from error
 
     def change_desired(self, changes: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-        """Replaces keys of `desired.json` by those that `changes` returns for its content. No other process changes it
-        meanwhile. Raises RegistryError if it cannot be read, and what `changes` raises."""
+        """Calls `changes` with the content of `desired.json` and writes the keys that it returns into the file. Other
+        processes wait meanwhile. Raises RegistryError if the file cannot be read, and the exceptions of `changes`."""
         with exclusive(self.desired_claim):
             desired = self.read_desired()
             self.write_desired({**desired, **changes(desired)})

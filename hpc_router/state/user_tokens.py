@@ -1,9 +1,9 @@
 """The tokens of other users: `tokens.json` in the run directory, which the verb `token` writes and the router reads.
 
 A token is `hpcr-ID-SECRET`. The file has only its SHA-256 digest, which is enough because the secret has 256 random
-bits. The ID finds the entry, so that digests are compared in constant time. Every token has a slot of its own, the
-index of its counters in the memory that the router's workers share. Slots are assigned in turn, so that a new token
-does not get the counters of one that was just revoked.
+bits. The ID finds the entry, so that digests are compared in constant time. Every token has a number of its own,
+`slot`: the index of its counters in the memory that the router's workers share. Slots are assigned in a circle, so that
+a new token does not get the counters of one that was just revoked.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class UserToken:
     experts: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the entry as JSON values, without the digest and the slot."""
+        """Returns the token's fields as JSON values, without `digest` and `slot`."""
         value = asdict(self)
         del value["digest"], value["slot"]
         return value
@@ -142,7 +142,8 @@ def create_token(
 
 
 def revoke_tokens(run: RunDir, *, by: str, ids: Collection[str] = (), user: str | None = None) -> list[UserToken]:
-    """Removes the tokens with these IDs, or all of `user`; returns them. `by`: the name for the event.
+    """Removes the tokens with these IDs, or all of `user`; returns them. `by`: the revoking user, for the event in
+    `events.jsonl`.
 
     Raises ConfigError if an ID or the user has no token, and RegistryError if the file cannot be read or changed.
     """
@@ -176,7 +177,8 @@ def _stored(token: UserToken) -> dict[str, Any]:
 
 
 def _entry(name: str, value: Mapping[str, Any]) -> UserToken:
-    """Parses one entry. Raises KeyError, TypeError or ValueError."""
+    """Returns the token with the ID `name` from its JSON object. Raises KeyError, TypeError or ValueError if that is
+    not valid."""
     limits = TokenLimits(**{key: value["limits"].get(key) for key in LIMITS})
     experts = value["experts"]
     if not isinstance(experts, list | None):
@@ -206,7 +208,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _change(run: RunDir, apply: Callable[[dict[str, Any]], None]) -> None:
-    """Changes the content of the file, one process after the other."""
+    """Reads `tokens.json`, lets `apply` change the content, and writes it. No other process can change the file
+    meanwhile."""
     path = run.tokens_json
     with _alone(path.with_name(".tokens.changing"), path):
         content = _read(path)
@@ -221,8 +224,8 @@ def _change(run: RunDir, apply: Callable[[dict[str, Any]], None]) -> None:
 
 @contextlib.contextmanager
 def _alone(claim: Path, path: Path) -> Iterator[None]:
-    """Holds the folder `claim`, which one process at a time can create, on any file system. Raises RegistryError if
-    another process holds it for `CHANGE_S`."""
+    """Creates the folder `claim` as a lock and removes it after the block. Raises RegistryError if another process has
+    it for `CHANGE_S`. `path`: the locked file, for the message."""
     deadline = time.monotonic() + CHANGE_S
     while True:
         try:
