@@ -35,8 +35,9 @@ Find = Callable[[Path, object], Written | None]
 
 
 def as_written(schema: Any, value: Any, find: Find, *, at: str = "") -> Any:
-    """Returns `value` with the written text in every text field of `schema`. `at` is the key of `value`, for error
-    messages. Raises ConfigError for a text field whose value does not print as it was written."""
+    """Returns `value` with the text that the user wrote in every text field of `schema`. `find` looks up that text.
+    `at`: the key of `value`, for error messages. Raises ConfigError for a text field whose value does not print as it
+    was written."""
     return _Reader(find, at).read(schema, value, ())
 
 
@@ -119,7 +120,8 @@ def _type_and_text(value: object) -> str:
 
 
 def _quoted(path: Path, text: str, at: str) -> str:
-    """Returns how to write `text` in quotes, in a file and on the command line."""
+    """Returns advice for an error message: how to write `text` at the key `path` in quotes, in a file and on the
+    command line."""
     keys = [part for part in path if isinstance(part, str)]
     if isinstance(path[-1], int):
         return f"""- "{text}" in a file, '{_dotted(keys, at)}=["{text}"]' on the command line"""

@@ -59,7 +59,8 @@ def load_deployment(
 
 
 def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """Returns `base` with overrides applied: first the files of chosen groups, then values. Raises ConfigError."""
+    """Returns `base` with overrides applied: first those that choose a file of a group (`topology=sim`), then those
+    that set a value. Raises ConfigError."""
     overrides = single_values(overrides)
     in_hydra_form = hydra_overrides(overrides)
     chosen = [override for override in map(parse_override, in_hydra_form) if override.key_or_group in GROUPS]
@@ -106,7 +107,8 @@ def _deployment(
 
 @contextmanager
 def _located(overrides: Sequence[str]) -> Iterator[None]:
-    """Adds the override or file that set the key to a ConfigError raised inside the block."""
+    """Puts the source of the key, an override or a file, before the message of a ConfigError that is raised inside the
+    block."""
     try:
         yield
     except ConfigError as error:
@@ -190,7 +192,8 @@ def _hides_its_package(path: Path) -> bool:
 
 
 def single_values(overrides: Sequence[str]) -> list[str]:
-    """Quotes comma lists for text keys, because Hydra reads `partition=a,b` as a sweep over two values.
+    """Returns the overrides with quotes around comma lists for text keys; Hydra reads `partition=a,b` as a sweep over
+    two values.
 
     Raises ConfigError for other sweeps; only `python -m launch.deploy -m` runs them.
     """
@@ -254,8 +257,8 @@ def _translated_errors(config_dir: Path | None) -> Iterator[None]:
 
 
 def _interpolation_error(error: GrammarParseError, problem: str, *, override: str, config_dir: Path | None) -> str:
-    """Returns the message for a text with an invalid `${`: the override or the user's file that has it, and the key, as
-    far as Hydra's errors name them. `override`: the text of Hydra's error, which contains the override."""
+    """Returns the message for a text with an invalid `${`. Names the override or the user's file with the text, and the
+    key, if they can be found. `override`: the message of Hydra's error, which may contain the override."""
     merged = re.match(r"Error merging override \+*(.+)", override, re.DOTALL)
     invalid = re.search(r"'(\$\{.*)'", problem)
     files = sorted(config_dir.rglob("*.yaml")) if config_dir is not None and invalid is not None else ()
@@ -267,7 +270,8 @@ def _interpolation_error(error: GrammarParseError, problem: str, *, override: st
 
 
 def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:
-    """Returns the user's file that is not UTF-8, found by its content, because Hydra's error does not name it."""
+    """Returns the path of the user's file that is not UTF-8, or "a config file". Hydra's error does not name the file,
+    so it is searched for by its content."""
     if isinstance(error, UnicodeDecodeError) and config_dir is not None:
         for path in sorted(config_dir.rglob("*.yaml")):
             if path.read_bytes().startswith(error.object):
@@ -276,7 +280,8 @@ def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None)
 
 
 def _missing(error: MissingConfigException, config_dir: Path | None) -> str:
-    """Returns the message for a missing config: the group or defaults list that names it, and the valid names."""
+    """Returns the message for a missing config file: the group or defaults list that names the file, and the valid
+    names."""
     wanted = str(error.missing_cfg_file or "")
     inside = re.match(r"In '([\w/.-]+)': Could not \w+ '([\w/.-]+)'", str(error))
     if inside:

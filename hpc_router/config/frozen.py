@@ -84,8 +84,8 @@ def differing_keys(left: Deployment, right: Deployment) -> list[str]:
 
 
 def differing_values(left: Deployment, right: Deployment) -> dict[str, tuple[Any, Any]]:
-    """Returns the values that differ between two deployments by their keys; sorted. A value is None where a deployment
-    does not have the key."""
+    """Returns key -> (value in `left`, value in `right`) of each key whose values differ, sorted by key. A value is
+    None if its deployment does not have the key."""
     one, other, absent = flat(asdict(left)), flat(asdict(right)), object()
     keys = sorted(key for key in one.keys() | other.keys() if one.get(key, absent) != other.get(key, absent))
     return {key: (one.get(key), other.get(key)) for key in keys}

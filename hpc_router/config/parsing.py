@@ -73,7 +73,7 @@ def number_text(value: float) -> str:
 def parse(schema: type[_T], value: Any, *, at: str) -> _T:
     """Converts `value` to an instance of the dataclass `schema`. `at` is the key of `value`, for error messages.
 
-    Raises ConfigError for an unknown key, a missing key, a wrong type, and what `check_values` refuses.
+    Raises ConfigError for an unknown key, a missing key, a wrong type, or a value that `check_values` rejects.
     """
     if not isinstance(value, Mapping):
         raise ConfigError(f"'{at}' is not a mapping", key=at or None)
@@ -202,7 +202,8 @@ def _noun(kind: Any) -> str:
 
 
 def type_at(schema: Any, path: Sequence[str]) -> Any:
-    """Returns the declared type at a key of `schema`, without None. Returns None if the schema has no such key."""
+    """Returns the declared type at the key `path` of `schema`; `int | None` gives `int`. Returns None if there is no
+    such key."""
     kind = schema
     for part in path:
         if isinstance(kind, type) and is_dataclass(kind):

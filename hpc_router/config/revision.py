@@ -42,7 +42,7 @@ def revisions(deployment: Deployment) -> dict[str, str]:
 
 
 def revision(deployment: Deployment, expert: str) -> str:
-    """Returns the revision of an expert that has jobs of its own, or of the router."""
+    """Returns the revision of the jobs of `expert`: an expert with jobs of its own, or the router."""
     cluster = _without(asdict(deployment.cluster), _NOT_OF_JOBS)
     experts = {name: asdict(config) for name, config in deployment.experts.items()}
     if expert == ROUTER:

@@ -71,7 +71,8 @@ SRUN_OWNED: Final = _SIZES | {
 
 
 def check_options(at: str, options: JobOptions, *, warn_s: float) -> None:
-    """Checks Slurm options. `at` is their key, such as `cluster` or `experts.math.resources`. Raises ConfigError."""
+    """Raises ConfigError for an invalid Slurm option. `at`: key of the options, such as `experts.math.resources`.
+    `warn_s`: `cluster.warn_s`, which the walltime must exceed."""
     for name in _WORDS:
         _check_word(f"{at}.{name}", getattr(options, name))
     _check_walltime(f"{at}.walltime", options.walltime, warn_s=warn_s)
@@ -111,7 +112,8 @@ def check_environment(at: str, environment: Mapping[str, str]) -> None:
 
 
 def check_run_path(path: Path, kind: str) -> None:
-    """Raises ConfigError if the run directory's path contains a character that Slurm replaces in names of log files."""
+    """Raises ConfigError if the run directory's path contains a character that Slurm would replace in the names of log
+    files. `kind`: `cluster.kind`; `local` allows every path."""
     if kind == "local":
         return
     if found := re.search(r"[%\\]", str(path)) or _CONTROL.search(str(path)):
@@ -175,7 +177,8 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
 
 
 def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
-    """Checks the `dependency` option. A router's standby job puts its own dependency before the user's."""
+    """Raises ConfigError for an invalid `dependency`, and for one with '?'. That one cannot be combined with ours: a
+    router's standby job waits for its predecessor."""
     for name, value in options.items():
         key = f"{at}.{name}"
         if name != "dependency" and "dependency".startswith(name):

@@ -29,7 +29,7 @@ from hpc_router.errors import ConfigError
 
 
 def shown(text: str) -> str:
-    """Returns how messages name an override: its text in quotes, in one line."""
+    """Returns the name of an override in messages: its text in quotes, in one line."""
     return f"override '{text}'" if text.isprintable() else f"override {text!r}"
 
 
@@ -52,13 +52,15 @@ _ABSENT: Final = object()
 
 @dataclass
 class Sources:
-    """Finds the written text of values. `files`: path and package of each file, in the order of composition."""
+    """Finds the text that the user wrote for a value. `files`: path of each file, and the key under which Hydra puts
+    its values (its package), in the order of composition."""
 
     overrides: Sequence[str]
     files: Iterable[tuple[Path, str]]
 
     def find(self, path: as_written.Path, value: object) -> Written | None:
-        """Returns the last source that sets `path` to the scalar `value`; None for a default or an interpolation."""
+        """Returns the text and place of the last override or line of a file that sets the key `path` to the scalar
+        `value`; None for a default or an interpolation."""
         for text, key, parts, typed in self._parsed_overrides:
             if path[: len(key)] == key and _equal(_value_at(typed, path[len(key) :]), value):
                 written = _value_at(parts, path[len(key) :])
@@ -183,7 +185,8 @@ def _touches(overridden: str, key: str) -> bool:
 
 
 def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Yields the path of every composed file and the key that contains its values. Needs an initialised Hydra."""
+    """Yields the path of every composed file, and the key of the config under which its values are. Needs an
+    initialised Hydra."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     loader = hydra.config_loader
@@ -200,6 +203,7 @@ def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
 
 
 def _below(key: str, package: str) -> as_written.Path | None:
-    """Returns the path of `key` in a file whose values belong to section `package`; None if not in it."""
+    """Returns the path of `key` in a file whose values are under the key `package` of the config; None if `key` is not
+    under it."""
     parts, prefix = tuple(key.split(".")), tuple(package.split(".")) if package else ()
     return parts[len(prefix) :] if parts[: len(prefix)] == prefix else None

@@ -156,8 +156,8 @@ def _check_cluster(cluster: ClusterConfig) -> None:
 
 
 def _check_no_slurm(cluster: ClusterConfig) -> None:
-    """Raises ConfigError for Slurm keys with `kind: local`: a site's file that lacks `kind: slurm` would start engines
-    on the login node."""
+    """Raises ConfigError for Slurm keys with `kind: local`. Otherwise, a site's file without `kind: slurm` would start
+    the engines on the login node."""
     for name in ("partition", "account", "qos", "reservation"):
         if getattr(cluster, name) is not None:
             key = f"cluster.{name}"
