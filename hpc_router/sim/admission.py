@@ -1,9 +1,9 @@
 """Admits requests: at most `capacity` requests run at the same time, and the others wait in order of arrival.
 
-One context manager holds a request from arrival to end and counts how it ended. The gauges therefore return to zero for
-any end (a disconnected client, a fault, an error). When the engine stops, `EngineStopped` is raised in a request that
-waits for its next token. A request that waits for admission stops waiting, and ends at its first token. This module
-does not know HTTP.
+One context manager (`admit`) holds a request from arrival to end and counts how it ended. The gauges therefore return
+to zero for any end (a disconnected client, a fault, an error). When the engine stops, `EngineStopped` is raised in a
+request that waits for its next token. A request that waits for admission is then admitted at once, and gets
+`EngineStopped` before its first token. This module does not know HTTP.
 """
 
 import asyncio
@@ -59,11 +59,11 @@ class AdmissionQueue:
         self._tickets: set[Ticket] = set()
 
     def refuse(self) -> None:
-        """Stops every request that arrives from now on."""
+        """Makes every request that arrives from now on end with EngineStopped."""
         self._stopping = True
 
     def stop(self) -> None:
-        """Stops every request that runs, waits, or arrives later."""
+        """Makes every request that runs, waits or arrives later end with EngineStopped."""
         self.refuse()
         for ticket in tuple(self._tickets):
             ticket.stop()
@@ -105,7 +105,7 @@ class AdmissionQueue:
 
     @asynccontextmanager
     async def _place(self, ticket: Ticket) -> AsyncIterator[None]:
-        """Waits for a free place and holds it during the block. A request that is stopped before it runs gets no
+        """Waits for a free place and holds it during the block. If the engine stops, enters the block without a
         place."""
         places = None if ticket.stopped else self._places
         if places is not None:

@@ -1,7 +1,7 @@
 """Runs a batch step by step. Each step takes the predicted time, and then its requests get their tokens.
 
 Each step starts at the scheduled end of the previous one. If a step ends late, the next one is shorter. Delay that
-cannot be made up is counted, so that a benchmark can tell whether the machine, instead of the model, was the limit.
+cannot be made up is counted, so that a benchmark can tell whether this machine was too slow for the simulation.
 """
 
 import asyncio
@@ -44,8 +44,8 @@ class BatchSlot:
 
 
 class BatchLoop:
-    """The loop that runs the steps. `step_s`: predicted duration of all steps. `lost_s`: delay of steps that later
-    steps did not make up. Both in seconds."""
+    """The loop that runs the steps. `step_s`: sum of the predicted durations of all steps. `lost_s`: sum of the delays
+    that later steps did not make up. Both in seconds."""
 
     def __init__(self, engine: RooflineEngine, clock: Clock, pool: BlockPool) -> None:
         self._engine, self._clock = engine, clock

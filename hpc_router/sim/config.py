@@ -58,7 +58,8 @@ class SimConfig:
 
     @property
     def model(self) -> str:
-        """Returns the model name in responses. As in vLLM, every alias has the same one."""
+        """Returns the model name in responses: the first served name, also if the request uses another one, as in
+        vLLM."""
         return self.served_model_names[0]
 
     @property
@@ -67,6 +68,6 @@ class SimConfig:
         return (*self.served_model_names, *self.adapters)
 
     def answering(self, asked: str | None) -> str:
-        """Returns the model name in the response to a request for `asked`: the adapter's own name, else the
-        engine's."""
+        """Returns the model name in the response to a request for `asked`: `asked` if it is an adapter, else the name
+        of `model`."""
         return asked if asked in self.adapters else self.model

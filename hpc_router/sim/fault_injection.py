@@ -1,8 +1,8 @@
 """Applies a fault to a connection or to the whole engine.
 
-`inject` returns after a hang that has ended, and raises otherwise. `ConnectionBroken` means that the fault closed the
-connection, so nothing more can be sent. It is raised in the same step of the event loop in which the transport is
-closed. The request therefore counts as failed by the fault, and not as aborted by its client.
+`inject` returns only for a hang, at its end; for every other fault it raises. `ConnectionBroken` means that the fault
+closed the connection, so nothing more can be sent. It is raised in the same step of the event loop in which the
+transport is closed. The request therefore counts as failed by the fault, not as aborted by its client.
 """
 
 import asyncio

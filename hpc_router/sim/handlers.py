@@ -106,7 +106,8 @@ class InferenceHandlers:
     async def _pool(
         self, request: web.Request, asked: Embedding | Scoring, *, prefix: str, body: Callable[[Envelope], bytes]
     ) -> web.StreamResponse:
-        """Responds to a request that generates no tokens, such as one for embeddings."""
+        """Responds to a request for embeddings or scores, which generates no tokens. `prefix`: start of the response's
+        id. `body`: makes the response's body."""
         factor, fault = await self._fault(request, asked, answer=ResponseForm.BODY)
         made = body(self._envelope(request, asked, prefix=prefix))
         async with (

@@ -56,7 +56,7 @@ def example(schema: object) -> object:
 
 
 class _Examples:
-    """One traversal of a schema. `_open`: the references that are being resolved."""
+    """One traversal of a schema that generates a value. `_open`: the references that are being resolved."""
 
     def __init__(self, root: object) -> None:
         self._root = root
@@ -91,7 +91,7 @@ class _Examples:
             self._open.pop()
 
     def _target(self, reference: str) -> object:
-        """Returns the schema at a JSON pointer into the root (RFC 6901)."""
+        """Returns the schema that `reference`, a JSON pointer (RFC 6901), names in the whole schema."""
         found = self._root
         path, _, pointer = reference.partition("#")
         for part in pointer.split("/")[1:]:

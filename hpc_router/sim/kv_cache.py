@@ -2,9 +2,9 @@
 
 Follows vLLM 0.32 (vllm/v1/core/block_pool.py, kv_cache_manager.py): only full blocks are found, by a hash of their
 tokens and of all tokens before them. A block can be found as soon as its computation is planned, so running requests
-share blocks. The last token of a prompt is always computed, and therefore the whole block of a prompt that ends with a
-full block. Blocks without users stay in the cache until their space is needed, and are evicted least recently used
-first, the end of a prefix before its beginning.
+share blocks. The last token of a prompt is always computed. If a prompt ends with a full block, that whole block is
+therefore computed, even if it is cached. Blocks without users stay in the cache until their space is needed. The least
+recently used is evicted first, and of one prefix the end before the beginning.
 """
 
 from collections import OrderedDict
@@ -80,8 +80,8 @@ class BlockPool:
         return [Block(users=1) for _ in range(count)]
 
     def keep(self, block: Block, value: int) -> None:
-        """Makes a full block available under its hash. Several blocks can have the same hash; the first one is
-        found."""
+        """Caches a full block under its hash `value`. Several blocks can have the same hash; `find` returns the first
+        one."""
         block.hash = value
         self._by_hash.setdefault(value, []).append(block)
 
@@ -106,9 +106,9 @@ class BlockPool:
 
 @dataclass(slots=True, eq=False)
 class SequenceBlocks:
-    """The blocks of one sequence. `hashes`: of all full blocks of its prompt and its answer, empty if nothing is to be
-    cached. `reads`: whether the sequence may use cached blocks. `cached_tokens`: prompt tokens that were found when the
-    sequence was first admitted."""
+    """The blocks of one sequence. `hashes`: the hash of each full block of its prompt and its answer; empty if its
+    blocks must not be cached. `reads`: whether the sequence may use cached blocks. `cached_tokens`: prompt tokens that
+    were found when the sequence was first admitted."""
 
     pool: BlockPool
     hashes: Sequence[int] = ()
@@ -119,7 +119,8 @@ class SequenceBlocks:
     _counted: bool = False
 
     def find(self, tokens: int) -> list[Block]:
-        """Returns the cached blocks that a sequence of `tokens` tokens can use. The last token must be computed."""
+        """Returns the cached blocks that a sequence of `tokens` tokens can use, without a block of the last token,
+        which is always computed."""
         if not self.pool.caching or not self.reads:
             return []
         return self.pool.find(self.hashes[: (tokens - 1) // self.pool.block_size])
@@ -130,8 +131,8 @@ class SequenceBlocks:
         return self._more(tokens) - len(found) + from_free <= self.pool.free
 
     def begin(self, tokens: int, found: Sequence[Block]) -> int:
-        """Begins with the blocks of `find`, and returns the number of their tokens. Counts the query the first time, as
-        vLLM does not count those after a preemption."""
+        """Begins with the blocks of `find`, and returns the number of their tokens. Only the first call counts
+        `queries` and `hits`: as in vLLM, those after a preemption are not counted."""
         self.pool.share(found)
         self._blocks = list(found)
         self._kept = len(found)

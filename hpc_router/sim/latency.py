@@ -33,7 +33,8 @@ class Clock(Protocol):
         """Returns the wall-clock time in Unix seconds, for the `created` fields."""
 
     async def sleep(self, delay_s: float) -> None:
-        """Suspends the task; with 0, for one iteration of the event loop, so that a cancellation takes effect."""
+        """Suspends the task for `delay_s` seconds; with 0, for one iteration of the event loop, so that a cancellation
+        takes effect."""
 
 
 class RealClock:
@@ -51,8 +52,8 @@ class RealClock:
 
 class JitteredLatency:
     """A latency model with log-normal latencies and two fixed means, independent of the load. `jitter`: sigma; 0 gives
-    the means. The mean time to the first token falls in proportion to the cached tokens, at most to that of any other
-    token."""
+    the means. The mean time to the first token falls in proportion to the cached tokens, but not below the mean time
+    between tokens."""
 
     def __init__(self, *, ttft_s: float, itl_s: float, jitter: float, rng: random.Random) -> None:
         self._ttft_s, self._itl_s = ttft_s, itl_s
@@ -90,8 +91,8 @@ class TokenSchedule(Protocol):
 
 
 class LatencySchedule:
-    """A token schedule from a latency model. `factor` multiplies every latency. `blocks`: the blocks that the request
-    uses; it never waits for one, and what has no block is not cached."""
+    """A token schedule from a latency model. `factor` multiplies every latency. `blocks`: the cache blocks of the
+    request. The request never waits for a free block; its tokens without a block are not cached."""
 
     def __init__(self, latency: LatencyModel, *, clock: Clock, factor: float, blocks: SequenceBlocks) -> None:
         self._latency, self._clock, self._factor, self._blocks = latency, clock, factor, blocks

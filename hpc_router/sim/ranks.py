@@ -70,7 +70,7 @@ async def follow_master(address: str, port: int, stop: asyncio.Event) -> bool:
 
 
 async def _stay_connected(address: str, port: int) -> None:
-    """Connects to the master, repeatedly if it does not listen yet, and returns when it has disconnected."""
+    """Connects to the master, with retries until it listens, and returns when the master has disconnected."""
     while True:
         try:
             reader, writer = await asyncio.open_connection(address, port)

@@ -1,4 +1,4 @@
-"""The last requests, byte for byte, so that tests can show that a router relays them unchanged.
+"""Keeps the last requests, byte for byte, so that tests can show that a router relays requests unchanged.
 
 The number and total size are limited. If a body does not fit, only its length and hash are kept.
 """

@@ -1,8 +1,9 @@
 """Response bodies and SSE events of chat and text completions, embeddings and model lists, in vLLM's form.
 
 A streamed token must be cheap: the JSON around its text is serialised once per choice, and each token costs two
-concatenations. Stream and body are built from the same completions, so their texts and usage agree. All are labelled as
-simulated. `responses_format` and `messages_format` implement this module's protocols for the APIs with named events.
+concatenations. A stream and a body of the same request are built from the same completions, so their texts and usage
+agree. Every response is labelled as simulated. `responses_format` and `messages_format` implement this module's
+protocols for the APIs with named events.
 """
 
 import base64
@@ -41,7 +42,7 @@ def encode(body: dict[str, object]) -> bytes:
 
 
 def around_placeholder(event: bytes) -> tuple[bytes, bytes]:
-    """Returns the bytes before and after the placeholder for the text of a token."""
+    """Returns the bytes of `event` before and after its last placeholder, which stands for the text of a token."""
     head, _, tail = event.rpartition(json_bytes(PLACEHOLDER))
     return head, tail
 
@@ -57,8 +58,8 @@ class Envelope:
     prompt_details: bool = False
 
     def wrap(self, kind: str, choices: Sequence[object], **more: object) -> dict[str, object]:
-        """Returns a response or an event as JSON object. `choices` comes last, because an event is split at its last
-        placeholder, which must not be text of a client in another field."""
+        """Returns a response or an event as a JSON object. `choices` comes last, because `around_placeholder` splits an
+        event at the last placeholder; a client's text in a later field could contain one."""
         return {
             "id": self.id,
             "object": kind,

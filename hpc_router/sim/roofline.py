@@ -24,8 +24,8 @@ class Gpu:
     """Peak values from a GPU's data sheet. The arithmetic is that of dense matrices (half of the value "with
     sparsity"). `link`: bandwidth in one direction.
 
-    `fp8_flops`: None if the tensor cores do not support FP8. `seqs`, `tokens`: defaults of vLLM 0.32's API server on
-    such a GPU (vllm/engine/arg_utils.py).
+    `fp8_flops`: None if the tensor cores do not support FP8. `seqs`, `tokens`: defaults of `--max-num-seqs` and
+    `--max-num-batched-tokens` in vLLM 0.32's API server on such a GPU (vllm/engine/arg_utils.py).
     """
 
     memory_gb: float
@@ -186,8 +186,8 @@ class RooflineEngine:
         self.kv_tokens = self._kv_tokens()
 
     def _kv_tokens(self) -> int:
-        """Returns the number of context tokens that fit on all GPUs in addition to the weights. Embedding and output
-        layer are stored once."""
+        """Returns the number of context tokens that fit on all GPUs in addition to the weights. The weights of the
+        embedding and the output layer are stored once, not once per GPU."""
         gpus = self.tp * self.pp
         weights = self.linear_bytes + 2 * self.output_bytes
         free = gpus * (self.gpu.memory_gb * GB * MEMORY_USED - ACTIVATIONS_GB * GB) - weights
@@ -200,15 +200,16 @@ class RooflineEngine:
         return tokens
 
     def step_s(self, steps: Sequence[SequenceStep]) -> float:
-        """Returns the duration of one step in seconds. With pipeline stages, the batch is cut into as many parts, which
-        pass through the stages one after the other. Each part reads all weights once, and its share of the contexts."""
+        """Returns the duration of one step in seconds. The batch is cut into as many parts as there are pipeline
+        stages, and the parts pass through the stages one after the other. Each part reads all weights once, and its
+        share of the contexts."""
         new = sum(step.new for step in steps) / self.pp
         reached = sum(step.context + step.new for step in steps) / self.pp
         return max(self._arithmetic_s(steps, new), self._memory_s(reached)) + self._communication_s(new) + HOST_S
 
     def _arithmetic_s(self, steps: Sequence[SequenceStep], new: float) -> float:
-        """Returns the seconds of arithmetic in one step. All new tokens pass the layers, and one token per sequence
-        passes the output layer.
+        """Returns the seconds of arithmetic in one step. `new`: number of new tokens, all of which pass the layers; one
+        token per sequence passes the output layer.
 
         A token needs 2 operations per parameter (Kaplan et al., arXiv 2001.08361), and for attention 4 operations per
         layer and hidden dimension for each token of its context.
@@ -225,15 +226,15 @@ class RooflineEngine:
         return (linear / peak_linear + rest / peak) / (self.tp * COMPUTE_EFFICIENCY)
 
     def _memory_s(self, reached: float) -> float:
-        """Returns the seconds of memory traffic: all weights of the step, and the keys and values of every context, are
-        read once (Pope et al., arXiv 2211.05102)."""
+        """Returns the seconds of memory traffic in one step: all weights, and the keys and values of the `reached`
+        tokens of all contexts, are read once (Pope et al., arXiv 2211.05102)."""
         moved = self.linear_bytes + self.output_bytes + reached * self.shape.kv_bytes
         return moved / (self.tp * self.gpu.bandwidth * MEMORY_EFFICIENCY)
 
     def _communication_s(self, new: float) -> float:
-        """Returns the seconds of communication: two all-reduces of the hidden state per layer (Megatron-LM, arXiv
-        1909.08053), each moving 2(n-1)/n of its bytes over the slowest link (ring; Patarasuk and Yuan, JPDC 69(2),
-        2009), and one transfer of the hidden state per pipeline stage."""
+        """Returns the seconds of communication for `new` new tokens: two all-reduces of the hidden state per layer
+        (Megatron-LM, arXiv 1909.08053), each moving 2(n-1)/n of its bytes over the slowest link (ring; Patarasuk and
+        Yuan, JPDC 69(2), 2009), and one transfer of the hidden state per pipeline stage."""
         message = new * self.shape.hidden * 2
         inside = self.tp <= self.options.gpus_per_node
         link, hop_s = (self.gpu.link, HOP_S) if inside else (min(FABRIC, self.gpu.link), FABRIC_HOP_S)

@@ -57,8 +57,8 @@ def failure_log(reason: str, *, model: str) -> str:
 
 
 def fails_this_start(fault: Fault, *, times: int | None) -> bool:
-    """Returns whether this start must fail. With `times`, the size of the counter file is the number of starts that
-    have failed."""
+    """Returns whether this start must fail: always if `times` is None, else only the first `times` starts. Each failing
+    start adds a byte to the file `fault.counter`."""
     if times is None or fault.counter is None:
         return True
     counter = Path(fault.counter)

@@ -38,7 +38,7 @@ class RunningRequest:
         await self._inject_at(HEADERS)
 
     async def step(self, k: int, *, choices: int) -> None:
-        """Waits for token k of `choices` choices, or injects the fault due at k."""
+        """Waits for token k, which `choices` choices produce in the same step, or injects the fault due at k."""
         if self.ticket.stopped:
             raise EngineStopped
         running, schedule = self.counts.running, self.schedule
@@ -48,7 +48,8 @@ class RunningRequest:
         self.counts.generation_tokens += choices
 
     async def end(self, steps: int) -> None:
-        """Injects a fault that is due after the last token and before the regular end, then stores the answer."""
+        """Injects a fault that is due after the last token (at k = `steps`) and before the regular end, then stores the
+        answer."""
         await self._inject_at(steps)
         if self.store is not None:
             self.store()
@@ -80,7 +81,7 @@ async def answer_body(
 
 
 async def answer_embedding(running: RunningRequest, body: bytes) -> web.StreamResponse:
-    """Sends the response to a request for embeddings after one step, which produces no token."""
+    """Sends the response to a request for embeddings or scores, after one step that produces no token."""
     await running.before_headers()
     await running.step(0, choices=0)
     return await _send_body(running, body, reason="stop")
@@ -128,7 +129,7 @@ def _unfinished(choices: Sequence[Choice], k: int) -> int:
 
 
 def _token(events: Sequence[ChoiceEvents], choices: Sequence[Choice], k: int) -> bytes:
-    """Returns the events of token k of all choices; empty if a stop string removed them."""
+    """Returns the events of token k of all choices; empty if a stop string removed that token from all of them."""
     if len(events) == 1 and 0 < k < len(choices[0].completion.pieces):
         return events[0].token(choices[0].completion.pieces[k])
     made = [] if k else [one.opening() for one in events]
@@ -144,7 +145,7 @@ def _closing(events: Sequence[ChoiceEvents], choices: Sequence[Choice], format_:
 
 
 def json_answer(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """Returns the response of a path that computes nothing."""
+    """Returns a response with the JSON `body`, for a path that computes nothing."""
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 

@@ -20,8 +20,8 @@ def constrained_text(
 ) -> str | None:
     """Returns the text that the answer must have; None if the request has no constraint.
 
-    `key`: name of the first field in error messages. A `response_format` replaces the same kind in
-    `structured_outputs`.
+    `key`: name of the field that has `response_format`, for error messages. If both parameters have a constraint of the
+    same kind, that of `response_format` counts.
     """
     constraints = _constraints(structured_outputs)
     constraints |= _of_format(response_format, key=key)
@@ -51,8 +51,8 @@ def _constraints(value: object) -> dict[str, object]:
 
 
 def _of_format(value: object, *, key: str) -> dict[str, object]:
-    """Returns the schema of a requested format. In chat requests it is in the field `json_schema`; in other APIs it is
-    in the same object as `type`."""
+    """Returns the constraint in the format `value`; empty if there is none. The schema is in the field `json_schema` in
+    chat requests, and beside `type` in other APIs."""
     if value is None:
         return {}
     if not isinstance(value, dict):

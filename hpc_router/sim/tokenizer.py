@@ -1,6 +1,6 @@
 """`/tokenize` and `/detokenize`, with the same token ids as in log probabilities.
 
-An id is computed from its token, and the token cannot be computed from the id. The tokenizer therefore remembers the
+An id is computed from its token, but the token cannot be computed from its id. The tokenizer therefore remembers the
 tokens of the ids that it has returned, up to a limit. An id that it does not know becomes a text with that number, as
 in prompts of token ids.
 """

@@ -34,8 +34,8 @@ def split_tokens(text: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One choice. `pieces`: the texts that are sent, one per token. `generated`: the tokens before a stop string
-    removed some, so `tokens` can be greater than `len(pieces)`."""
+    """One choice. `pieces`: the texts that are sent, one per token. `generated`: these texts, with those that a stop
+    string removed. `tokens`: number of computed tokens, which can be greater than `len(pieces)`."""
 
     pieces: tuple[str, ...]
     tokens: int
@@ -72,7 +72,8 @@ def complete_text(
     ignore_eos: bool = False,
     stop: tuple[str, ...] = (),
 ) -> Completion:
-    """Returns an answer of at most `limit` tokens. Without that limit its length is 0.5 to 1.5 times `mean_tokens`."""
+    """Returns an answer of 0.5 to 1.5 times `mean_tokens` tokens, or `min_tokens` if that is more, cut at `limit`
+    tokens. With `ignore_eos`, it has exactly `limit` tokens. One of the strings `stop` ends it earlier."""
     number = seeded_number(seed, model, prompt)
     half = mean_tokens // 2
     natural = mean_tokens - half + (number >> 32) % (2 * half + 1)
@@ -93,8 +94,8 @@ def complete_literal(text: str, *, limit: int, finish_reason: str) -> Completion
 
 
 def unit_vector(text: str, *, model: str, seed: int, dimensions: int) -> tuple[float, ...]:
-    """Returns a unit vector that the text determines. The values are rounded to float32, so that both encodings contain
-    the same numbers."""
+    """Returns a unit vector that the text determines. The values are rounded to float32, so that the response has the
+    same numbers as JSON and in base64."""
     rng = random.Random(seeded_number(seed, model, text))
     raw = [rng.gauss(0.0, 1.0) for _ in range(dimensions)]
     length = sum(value * value for value in raw) ** 0.5

@@ -55,8 +55,8 @@ def _tool(entry: object, schema: str, *, index: int, inner: str = "") -> Tool:
 
 
 def _chosen(offered: list[Tool], name: object, *, named: bool, required: str) -> Tool | None:
-    """Returns the forced tool; None if the request forces none. `named`: whether `name` is the name of a tool instead
-    of a word such as `required`."""
+    """Returns the forced tool; None if the request forces none. `named`: whether `name` is the name of a tool;
+    otherwise it is a word such as `none`. `required`: the API's word that forces the first tool."""
     if not named and name in (None, "none", "auto"):
         return None
     if not offered:
