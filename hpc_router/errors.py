@@ -144,8 +144,8 @@ class UpstreamError(RoutingError):
 
 
 class UpstreamConnectError(UpstreamError):
-    """The router could not connect to the replica: no process listens at its address, or another process does. `sent`:
-    the request had already been sent over an earlier connection that broke, so the engine may have started to process
+    """The router could not connect to the replica: no process listens at its address, or one that is not this replica.
+    `sent`: whether the request was sent before, over a connection that broke, so the engine may have started to process
     it."""
 
     sent = False

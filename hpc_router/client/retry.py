@@ -33,7 +33,8 @@ class RetryState:
         return router.url not in self._tried
 
     def not_taken(self, router: Record, check: IdentityCheck | None) -> None:
-        """Records that the router did not take the request, so that sending it elsewhere is safe."""
+        """Records that the router did not take the request, which may therefore be sent to another router. `check`: see
+        `last_check`."""
         self.recheck, self.last_check = True, check
         self._tried.add(router.url)
 

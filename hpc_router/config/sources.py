@@ -144,7 +144,8 @@ def _node_at(node: yaml.Node | None, path: as_written.Path) -> yaml.Node | None:
 
 
 def _entry(node: yaml.MappingNode, name: str) -> yaml.Node | None:
-    """Returns the node of a key, else that of a merged mapping (`<<`); None if neither has the key."""
+    """Returns the value's node of the key `name`: in `node` itself, else in a mapping that is merged into it (`<<`).
+    Returns None if neither has the key."""
     for key, value in node.value:
         if key.value == name:
             assert isinstance(value, yaml.Node)

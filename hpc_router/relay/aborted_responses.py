@@ -137,7 +137,8 @@ class UnbufferedAbortDetector:
         self._overlap = b""
 
     def check(self, data: bytes) -> None:
-        """Checks the next chunk. Raises UpstreamAbortedError."""
+        """Searches the next chunk of the body, together with the end of the previous one. Raises UpstreamAbortedError
+        if it has the mark."""
         overlap = self._overlap + data[:_OVERLAP_BYTES]
         if (_ABORT in data and _ABORTED_CHOICE.search(data)) or (_ABORT in overlap and _ABORTED_CHOICE.search(overlap)):
             raise UpstreamAbortedError

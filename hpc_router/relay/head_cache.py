@@ -1,10 +1,11 @@
-"""A cache of parsed HTTP heads, keyed by their bytes.
+"""A cache of parsed HTTP heads, by their bytes.
 
 All heads from one client are equal except for the digits of `Content-Length`, and so are all heads from one engine. The
 heads that the router sends to its replicas also differ in `x-request-id`. The key is the head without these two values,
-and the parsed head contains neither. Only a message that is received completely in one read, head and body, is looked
-up; every other message goes to the HTTP parser, which alone decides what is valid. A head is cached when it occurs for
-the second time, because many heads occur only once. The size of the cache is bounded.
+and the parsed head contains neither. Two kinds of message are looked up: one that is received completely in one read,
+head and body (`lookup`), and one without `Content-Length` whose head is received in one read (`lookup_start`). Every
+other message goes to the HTTP parser, which alone decides what is valid. A head is cached when it occurs for the second
+time, because many heads occur only once. The size of the cache is bounded.
 """
 
 import itertools
@@ -29,9 +30,9 @@ H = TypeVar("H")
 class HeadCache(Generic[H]):
     """A cache of heads as `parse` returns them.
 
-    `parse` returns the parsed head of a complete message, or None if the bytes are not exactly one message or must not
-    be cached. `ids`: whether an `x-request-id` of letters, digits and `-` is left out of the key and of the parsed
-    head.
+    `parse` returns the parsed head of a complete message (for `lookup_start`: of a head). It returns None if the bytes
+    are anything else or the head must not be cached. `ids`: whether an `x-request-id` of letters, digits and `-` is
+    left out of the key and of the parsed head.
     """
 
     __slots__ = ("_heads", "_ids", "_last", "_last_whole", "_parse", "_seen_once")
@@ -88,7 +89,7 @@ class HeadCache(Generic[H]):
 
     def lookup_start(self, data: bytes) -> tuple[H, int] | None:
         """Returns the head and its size in bytes if `data` starts with a cached head that has no `Content-Length`.
-        None: the HTTP parser must parse it. Here `parse` is called with only the bytes of the head."""
+        None: the HTTP parser must parse it."""
         last, last_head = self._last_whole
         if data.startswith(last):
             return last_head, len(last)

@@ -34,7 +34,7 @@ class StreamSummary:
         self._second_last, self._last = self._last, events
 
     def counting(self, write: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
-        """Returns a function that counts events and writes them."""
+        """Returns a function that counts events and passes them to `write`."""
 
         def write_counted(events: bytes) -> bool:
             self.add(events)

@@ -258,7 +258,8 @@ def _load_failure(config: SimConfig) -> str | None:
 
 
 def _die(exit_code: int | None) -> None:
-    """Ends the process at once without cleanup, as the OOM killer or a crash with an exit code does."""
+    """Ends the process at once without cleanup: with `exit_code` like a crash, or by SIGKILL like the OOM killer if it
+    is None."""
     if exit_code is not None:
         os._exit(exit_code)
     os.kill(os.getpid(), signal.SIGKILL)

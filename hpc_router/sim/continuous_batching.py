@@ -101,8 +101,8 @@ class Batch:
         return produced
 
     def _make_room(self, one: Sequence, new: int) -> bool:
-        """Takes blocks for a running sequence, and preempts the newest sequences if no block is free. Returns False if
-        that preempted the sequence itself."""
+        """Takes blocks for `new` more tokens of a running sequence, and preempts the newest sequences while too few
+        blocks are free. Returns False if the sequence itself was preempted."""
         while not one.blocks.fits(one.computed + new):
             newest = self.running[-1]
             self._preempt(newest)

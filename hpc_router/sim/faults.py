@@ -110,7 +110,8 @@ def parse_rules(value: object) -> tuple[Rule, ...]:
 
 
 def parse_fault(value: object, *, where: str) -> Fault:
-    """Parses the fault that a request specifies for itself, given as JSON text or decoded. Raises ConfigError.
+    """Parses the fault that a request specifies for itself, given as JSON text or decoded. Raises ConfigError. `where`:
+    name of the field or header, for error messages.
 
     Such a fault has no selectors. At `connect` it becomes a fault at `headers`, because the connection is accepted
     before the request is read.

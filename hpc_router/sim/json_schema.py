@@ -129,8 +129,8 @@ class _Examples:
         return merged
 
     def _any_of(self, alternatives: object, keyword: str) -> object:
-        """Returns a value for the first alternative that is neither null nor endless; null if that is the only
-        alternative."""
+        """Returns a value for the first alternative for which one can be generated; null alternatives are tried
+        last."""
         if not isinstance(alternatives, list) or not alternatives:
             raise SchemaError(f"'{keyword}' of a JSON schema must be a list that is not empty")
         failure: SchemaError | None = None

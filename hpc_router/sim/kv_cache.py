@@ -53,7 +53,7 @@ class BlockPool:
         return self.total - self.free
 
     def find(self, hashes: Sequence[int]) -> list[Block]:
-        """Returns the cached blocks of the longest prefix. Does not change the pool."""
+        """Returns the blocks of the longest cached prefix of `hashes`. Does not change the pool."""
         found = []
         for value in hashes:
             blocks = self._by_hash.get(value)

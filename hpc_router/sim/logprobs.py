@@ -52,7 +52,8 @@ def _token_logprobs(token: str, seed: str, count: int) -> TokenLogprobs:
 
 
 def token_id(token: str) -> int:
-    """Returns the id of a token: the number itself, the word's place in the vocabulary, or a number above both."""
+    """Returns the id of a token: of a number, the number itself; of a word of the vocabulary, its place there; of any
+    other text, a hash that is larger than every such place."""
     word = token.strip()
     if word.isascii() and word.isdecimal():
         return int(word)
@@ -74,7 +75,8 @@ def completion_logprobs(entries: Sequence[TokenLogprobs], *, offset: int = 0) ->
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], *, top: int) -> list[dict[str, object]]:
-    """Formats the `content` of chat's log probabilities. /v1/responses uses the same list."""
+    """Formats the `content` of chat's log probabilities, with `top` alternatives per token. /v1/responses uses the same
+    list."""
     return [
         {**_chat_entry(*entry.values[0]), "top_logprobs": [_chat_entry(*value) for value in entry.values[:top]]}
         for entry in entries

@@ -54,7 +54,8 @@ class RequestFields:
         return value
 
     def count(self, key: str) -> int | None:
-        """Returns the number of requested log probabilities; -1 means the whole vocabulary."""
+        """Returns the number of log probabilities that the field `key` requests: -1 for the whole vocabulary, None if
+        it is absent."""
         value = self._body.get(key)
         if value is None:
             return None

@@ -61,7 +61,7 @@ class ResponsesFormat:
         return chat_logprobs(entries or (), top=self.generation.top_logprobs or 0)
 
     def completed(self, choice: Choice) -> dict[str, object]:
-        """Returns the complete response."""
+        """Returns the complete response as a JSON object."""
         completion = choice.completion
         status = status_of(completion)
         prompt_tokens = self.generation.prompt_tokens

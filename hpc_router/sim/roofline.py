@@ -146,7 +146,8 @@ def shape_of(model: str) -> TransformerShape:
 
 
 def _model_name(model: str) -> str | None:
-    """Returns the name in MODELS for a hub id such as `meta-llama/Meta-Llama-3-8B-Instruct`."""
+    """Returns the name in MODELS for a hub id such as `meta-llama/Meta-Llama-3-8B-Instruct`; None for an unknown
+    model."""
     plain = model.lower().replace("-", "").replace("_", "").replace(".", "")
     for name in MODELS:
         family, _, size = name.partition("-")

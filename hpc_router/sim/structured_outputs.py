@@ -51,8 +51,8 @@ def _constraints(value: object) -> dict[str, object]:
 
 
 def _of_format(value: object, *, key: str) -> dict[str, object]:
-    """Returns the constraint in the format `value`; empty if there is none. The schema is in the field `json_schema` in
-    chat requests, and beside `type` in other APIs."""
+    """Returns the constraint, by its kind, that a `response_format` sets; empty if it sets none. A JSON schema is in
+    its field `json_schema` in chat requests, and in `schema` beside `type` in other APIs."""
     if value is None:
         return {}
     if not isinstance(value, dict):

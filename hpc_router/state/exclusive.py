@@ -1,4 +1,4 @@
-"""Lets one process at a time change a file that it reads first, on file systems without locks.
+"""Lets one process at a time read, change and write a file, on file systems without locks.
 
 The lock is a folder, here called a claim, because creating a folder is atomic everywhere. A process that dies leaves
 its claim behind, so a waiting process removes a claim that has not changed for STALE_S. It measures this time with its

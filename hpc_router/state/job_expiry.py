@@ -27,8 +27,8 @@ class JobExpiry:
         self._queue = StampedFile(run.squeue_json, _ends_by_job)
 
     def read(self) -> float | None:
-        """Returns the end. Reads `squeue.json` if it has changed, and keeps the last value while the file cannot be
-        read."""
+        """Returns the job's end. Reads `squeue.json` if it has changed. While the file cannot be read, returns the last
+        known end."""
         if self._job_id is None:
             return None
         try:

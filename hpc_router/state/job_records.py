@@ -176,7 +176,8 @@ class Exit:
 
     @classmethod
     def drained(cls, message: str, *, cut: int) -> Self:
-        """Returns the record of a service that stopped on request."""
+        """Returns the exit record of a service that stopped on request. `cut`: see the class; it is added to the
+        message."""
         suffix = f"; {cut} answer{'s were' if cut > 1 else ' was'} cut off" if cut else ""
         return cls(ok=True, reason=FailureReason.DRAINED, message=f"{message}{suffix}", cut=cut)
 

@@ -2,8 +2,8 @@
 
 Every `beat_s` seconds the owner increases the beat counter in the record; readers measure the time between changes with
 their own clocks. A failed or hanging write only causes a warning, so a stalled file system neither takes a service out
-of use nor keeps it from exiting. If the folder is missing at `GONE_BEATS` renewals in a row, the run directory was
-removed. The owner is then informed, because without the record no other process can find it.
+of use nor keeps it from exiting. If the registry folder is missing at `GONE_BEATS` renewals in a row, the run directory
+was removed. The owner is then informed, because without the record no other process can find the owner.
 """
 
 import asyncio

@@ -58,7 +58,7 @@ class StampedFile(Generic[T]):
         return self.value
 
     def _load(self, status: os.stat_result) -> None:
-        """Reads and parses the file. Reports an invalid version of it once."""
+        """Reads and parses the file. Logs a warning if it is not valid, which happens once per version of the file."""
         value, self._stamp = None, stamp_of(status)
         if status.st_uid != os.getuid():
             logger.warning("%s belongs to uid %d: refused", self.path, status.st_uid)

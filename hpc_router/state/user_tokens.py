@@ -73,8 +73,8 @@ class UserToken:
 
 
 def find_token(text: str, by_id: Mapping[str, UserToken]) -> UserToken | None:
-    """Returns the entry of the token `text`; None if there is none. The time does not depend on the secret, nor on
-    whether the ID exists."""
+    """Returns the entry of the token `text`; None if there is none. The time of the search depends neither on the
+    secret nor on whether the ID exists."""
     match = _TOKEN.fullmatch(text)
     found = None if match is None else by_id.get(match[1])
     equal = hmac.compare_digest(_digest(text), _NO_DIGEST if found is None else found.digest)

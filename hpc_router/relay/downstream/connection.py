@@ -1,9 +1,9 @@
 """One connection of a client, which serves one request after another.
 
 A connection is either idle (then `_deadline` is set) or serves a request: first by callbacks (`pending`), and in a task
-(`task`) if something has to be awaited. An idle connection passes the next request to the handler in the call that
-received it. The handler returns a `PendingResponse`, which gets a task only when it is resumed, or a coroutine, which
-gets a task at once. The connection keeps reading while it serves a request: a disconnect cancels the request, and
+(`task`) if something has to be awaited. When an idle connection receives a request, it calls the handler at once,
+without a task. The handler returns a `PendingResponse`, which gets a task only when it is resumed, or a coroutine,
+which gets a task at once. The connection keeps reading while it serves a request: a disconnect cancels the request, and
 further requests wait in the parser, up to a limit.
 """
 
@@ -215,8 +215,8 @@ class ClientConnection(asyncio.Protocol):
             self._start_next()
 
     def eof_received(self) -> None:
-        """Handles the end of the client's data. During a request it means that the client has disconnected; otherwise
-        the transport closes after writing its buffer."""
+        """Called when the client sends no more data. During a request, this counts as a disconnect, and the connection
+        is aborted. Otherwise the transport closes itself after writing its buffer."""
         if self._deadline is None and not self._lingering:
             self.abort()
 

@@ -171,8 +171,9 @@ class UpstreamClient:
         return sum(map(len, self._pool.values()))
 
     def _pooled(self, address: Address | str) -> Connection | None:
-        """Returns the idle connection to `address` that was used last, which the server is least likely to have closed;
-        None if there is none. Connections that the load does not need therefore stay unused and expire."""
+        """Returns the idle connection to `address`, the most recently used one, because the server is least likely to
+        have closed it; None if there is none. Connections that the load does not need therefore stay unused and
+        expire."""
         idle = self._pool.get(address)
         while idle:
             connection = idle.pop()
