@@ -25,7 +25,7 @@ MAX_RESPONSE_BYTES: Final = 2**16
 
 
 class IdentityCheck(StrEnum):
-    """Result of a check, as text that follows "router-0.g1 at http://...: "."""
+    """Result of a check. Its text completes an error message that begins "router-0.g1 at http://...: "."""
 
     PROVEN = "it is the router"
     UNREACHABLE = "no process answers there"
@@ -34,7 +34,7 @@ class IdentityCheck(StrEnum):
 
 
 def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bool:
-    """Returns whether this JSON from `/health` was sent by the owner of the record. Pure."""
+    """Returns whether `answer`, the JSON from `/health`, was sent by the owner of the record. Pure."""
     health = ProbeResponse.from_json(answer) if isinstance(answer, dict) else None
     if health is None or health.replica != record.replica or not record.nonce:
         return False

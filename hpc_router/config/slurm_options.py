@@ -177,8 +177,8 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
 
 
 def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an invalid `dependency`, and for one with '?'. That one cannot be combined with ours: a
-    router's standby job waits for its predecessor."""
+    """Raises ConfigError if the option `dependency` is not in Slurm's format, or contains '?' (any of several). A
+    router's standby job has to wait for all: the user's dependencies and its predecessor."""
     for name, value in options.items():
         key = f"{at}.{name}"
         if name != "dependency" and "dependency".startswith(name):

@@ -85,8 +85,8 @@ def _network(fabric: str, have: Interfaces) -> ipaddress.IPv4Network | ipaddress
 
 
 def _of_own_name() -> str | None:
-    """Returns the address of this node's host name, which other nodes most likely resolve too; None if it is a loopback
-    address, as some distributions configure it."""
+    """Returns this node's address to which its host name resolves, here and most likely on other nodes; None if there
+    is none or it is a loopback address, as some distributions configure it."""
     try:
         entries = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:

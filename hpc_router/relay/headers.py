@@ -117,9 +117,8 @@ def _crossing(headers: Headers, drop: frozenset[bytes]) -> bytes:
 
 
 def _limited(name: bytes, value: bytes) -> bytes:
-    """Returns the value to forward for the field `name`. For `Retry-After`, it is at most `MAX_RETRY_AFTER_S`, which
-    also replaces an HTTP date; for OpenAI's `retry-after-ms` likewise, in milliseconds. For any other field, it is
-    `value`."""
+    """Returns the value to forward for the field `name`. In `Retry-After` and OpenAI's `retry-after-ms`, a value above
+    `MAX_RETRY_AFTER_S` or an HTTP date becomes that limit. Any other value is returned unchanged."""
     limit = {b"retry-after": MAX_RETRY_AFTER_S, b"retry-after-ms": 1000 * MAX_RETRY_AFTER_S}.get(name)
     if limit is None:
         return value

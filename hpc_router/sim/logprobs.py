@@ -1,7 +1,7 @@
 """Log probabilities of the simulated tokens, in vLLM's formats.
 
-Every token ranks first. Its position and text determine its probability, between 0.5 and 0.9; words of the vocabulary
-share the rest. The formats are those of CompletionLogProbs and `_create_completion_logprobs`
+Every token is the most probable one at its place. Its position and text determine its probability, between 0.5 and 0.9;
+words of the vocabulary share the rest. The formats are those of CompletionLogProbs and `_create_completion_logprobs`
 (vllm/entrypoints/openai/completion), ChatCompletionLogProbs (.../chat_completion/protocol.py) and Logprob
 (vllm/logprobs.py). As in vLLM, the token is one of the alternatives, and the first prompt token has none.
 """

@@ -92,7 +92,7 @@ class FileThread:
 
 
 def _log_failure(error: BaseException) -> None:
-    """Logs the exception of an action whose caller does not wait. An OSError needs no traceback."""
+    """Logs the exception of an action whose caller does not wait. An OSError is logged without a traceback."""
     if isinstance(error, OSError):
         logger.warning("cannot write: %s", error)
     else:

@@ -144,10 +144,10 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """The progress of a job. `url`, `node`: a router's address, which is needed after its registry record was removed.
-    `load_s`: seconds from the last start of the engine until it was ready. `stage_s`: seconds until the models were on
-    the node's disk; `stage_bytes`: bytes that this job copied to that disk. Both are None if `cluster.stage_to` is not
-    set."""
+    """The progress of a job. `url`, `node`: a router's address, from which a later router on the same node takes its
+    port; the registry record is removed before that. `load_s`: seconds from the last start of the engine until it was
+    ready. `stage_s`: seconds until the models were on the node's disk; `stage_bytes`: bytes that this job copied to
+    that disk. Both are None if `cluster.stage_to` is not set."""
 
     phase: JobPhase
     reason: FailureReason | None = None  # reason of the last engine failure

@@ -185,7 +185,8 @@ class RunDir:
 
     def change_desired(self, changes: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
         """Calls `changes` with the content of `desired.json` and writes the keys that it returns into the file. Other
-        processes wait meanwhile. Raises RegistryError if the file cannot be read, and the exceptions of `changes`."""
+        processes that want to change the file wait meanwhile. Raises RegistryError if the file cannot be read, and the
+        exceptions of `changes`."""
         with exclusive(self.desired_claim):
             desired = self.read_desired()
             self.write_desired({**desired, **changes(desired)})

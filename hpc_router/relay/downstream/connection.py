@@ -178,8 +178,8 @@ class ClientConnection(asyncio.Protocol):
         return self._writable
 
     async def drain(self, limit_s: float | None) -> None:
-        """Waits until the client has read most of the data. Raises DownstreamGoneError, also after `limit_s`
-        seconds."""
+        """Waits until the client has read most of the data. Raises DownstreamGoneError if the client disconnects or
+        takes longer than `limit_s` seconds."""
         try:
             async with asyncio.timeout(limit_s):
                 while not self._writable and self._transport is not None:

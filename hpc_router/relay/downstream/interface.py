@@ -115,8 +115,8 @@ class Request(ABC):
 
     @abstractmethod
     async def drain(self, *, limit_s: float | None = None) -> None:
-        """Waits until the client has read most of the written data. Raises DownstreamGoneError. A client that reads
-        nothing for `limit_s` seconds is disconnected, because its request occupies a replica."""
+        """Waits until the client has read most of the written data. Raises DownstreamGoneError. A client that takes
+        longer than `limit_s` seconds is disconnected, because its request occupies a replica."""
 
     @abstractmethod
     def abort(self) -> None:

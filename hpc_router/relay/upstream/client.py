@@ -104,9 +104,9 @@ class UpstreamClient:
         return connection
 
     async def response_started(self, call: "Exchange") -> Connection:
-        """Sends the request, waits for the head of the response, and returns the connection. The server may close a
-        pooled connection while it is being used again. If the server closes it at once without sending a byte, the
-        request is sent again over a new connection, unless `resend` is off."""
+        """Sends the request of `call`, waits for the head of the response, and returns the connection. If a pooled
+        connection ends at once, without a byte of the response, the server had probably closed it before it received
+        the request. The request is then sent again over a new connection, unless `resend` is off."""
         pooled = call.started or self._pooled(self._socket_path or call.address)
         if pooled is not None:
             try:
