@@ -85,8 +85,9 @@ def _network(fabric: str, have: Interfaces) -> ipaddress.IPv4Network | ipaddress
 
 
 def _of_own_name() -> str | None:
-    """Returns this node's address to which its host name resolves, here and most likely on other nodes; None if there
-    is none or it is a loopback address, as some distributions configure it."""
+    """Returns the address to which this node's host name resolves; None if that is no address of the node, or a
+    loopback address, as some distributions configure it. Other nodes most likely resolve the name to the same
+    address."""
     try:
         entries = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:

@@ -197,8 +197,8 @@ class CompletionEvents:
         return role + self._event({"tool_calls": [call]})
 
     def closing(self, choice: Choice) -> bytes:
-        """Returns the last event, with the finish reason. It also has the log probabilities of tokens whose text was
-        not sent, because a stop string removed it."""
+        """Returns the last event, with the finish reason, and the log probabilities of tokens that a stop string
+        removed."""
         completion = choice.completion
         entries = None if choice.logprobs is None else choice.logprobs[self._sent :] or None
         content = "" if self._generation.api is Api.TEXT else {}

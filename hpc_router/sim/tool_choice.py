@@ -6,7 +6,8 @@ from hpc_router.sim.generation import Tool
 
 
 def chat_tool(tools: object, choice: object) -> Tool | None:
-    """Parses the tools of chat: `{"type": "function", "function": {"name": ..., "parameters": ...}}`."""
+    """Returns the tool that a chat request forces, or None. A tool is `{"type": "function", "function": {"name":
+    ...}}`."""
     offered = [
         _tool(_inner(entry), "parameters", index=i, inner="'function' that has a ") for i, entry in _entries(tools)
     ]
@@ -15,7 +16,8 @@ def chat_tool(tools: object, choice: object) -> Tool | None:
 
 
 def response_tool(tools: object, choice: object) -> Tool | None:
-    """Parses tools of /v1/responses: `{"type": "function", "name": ..., "parameters": ...}`. Ignores other types."""
+    """Returns the tool that a request for /v1/responses forces, or None. A tool is `{"type": "function", "name": ...}`;
+    other types are ignored."""
     offered = [
         _tool(entry, "parameters", index=i)
         for i, entry in _entries(tools)
@@ -26,7 +28,8 @@ def response_tool(tools: object, choice: object) -> Tool | None:
 
 
 def message_tool(tools: object, choice: object) -> Tool | None:
-    """Parses the tools of /v1/messages: `{"name": ..., "input_schema": ...}`. The choice is an object with a `type`."""
+    """Returns the tool that a request for /v1/messages forces, or None. A tool is `{"name": ..., "input_schema": ...}`;
+    `choice` is an object with a `type`."""
     offered = [_tool(entry, "input_schema", index=i) for i, entry in _entries(tools)]
     if choice is not None and (
         not isinstance(choice, dict) or choice.get("type") not in ("auto", "any", "tool", "none")
