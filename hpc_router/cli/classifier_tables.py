@@ -19,6 +19,8 @@ def evaluation_text(result: Mapping[str, Any]) -> RenderableType:
         low, high = result["accuracy_interval"]
         accuracy = f"accuracy {result['accuracy']:.3f} ({low:.3f} to {high:.3f}), NMI {result['nmi']:.3f}"
         parts.append(Text(f"{accuracy}; clusters named by {result['cluster_names_from']}"))
+    if "confidence" in result:
+        parts.append(Text(_confidence(result["confidence"])))
     balance, low_margin = result["balance_efficiency"], result["low_margin_share"]
     unknown = result["no_known_terms_share"]
     parts.append(Text(f"balance efficiency {balance:.2f}, low margin {low_margin:.1%}, no known terms {unknown:.1%}"))
@@ -33,6 +35,12 @@ def evaluation_text(result: Mapping[str, Any]) -> RenderableType:
     latency = ((name, f"{t['p50_us']:.1f}", f"{t['p99_us']:.1f}") for name, t in result["latency"].items())
     parts.append(_table("latency in us", ("prompt", "p50", "p99"), latency))
     return Group(*parts)
+
+
+def _confidence(result: Mapping[str, float]) -> str:
+    lost = f"right decisions with a low margin {result['right_below_threshold']:.1%}"
+    text = f"calibration error {result['ece']:.3f}, {lost}"
+    return f"{text}, AUROC of prompts of no domain {result['auroc']:.3f}" if "auroc" in result else text
 
 
 def _cost_quality(result: Mapping[str, Any]) -> list[RenderableType]:

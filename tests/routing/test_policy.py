@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.confidence import Calibration
 from hpc_router.routing.policy import KINDS, Decision, Policy, RouteReason, build_policy
 from tests.routing.samples import artefact
 
@@ -144,7 +145,9 @@ def test_the_explanation_has_the_keys_of_the_contract() -> None:
 
 
 def test_the_reasons_are_those_of_the_contract() -> None:
-    assert " ".join(RouteReason) == "named classified policy low_margin no_known_terms spilled unavailable"
+    assert (
+        " ".join(RouteReason) == "named classified policy low_margin no_known_terms spilled unavailable out_of_domain"
+    )
 
 
 def test_an_unknown_policy_or_a_missing_classifier_is_refused() -> None:
@@ -171,6 +174,32 @@ def test_the_order_starts_with_the_choice_and_has_no_duplicates(
     assert set(order) <= experts | ({fallback} - {None})
     assert order[:1] == (() if decision.expert is None else (decision.expert,))
     assert (decision.expert is None) == (not experts and fallback is None)
+
+
+def by_confidence(min_confidence: float, *, calibrated: bool = True) -> Policy:
+    calibration = Calibration(bias=-2.0, by_margin=20.0, by_score=0.0) if calibrated else None
+    trained = dataclasses.replace(artefact(), margin_threshold=1.0, calibration=calibration)
+    return build_policy(
+        kind="classifier", classifier=Classifier(trained), fallback="general", min_confidence=min_confidence
+    )
+
+
+def test_a_decision_that_is_probably_wrong_goes_to_the_fallback() -> None:
+    """The confidence replaces the margin threshold, which no margin reaches here."""
+    certain = by_confidence(0.5).select(MATHS, ready=READY)
+    assert (certain.expert, certain.reason) == ("math", RouteReason.CLASSIFIED)
+    assert certain.margin is not None
+    probability = Calibration(bias=-2.0, by_margin=20.0, by_score=0.0).probability(certain.margin, 0.0)
+    below, above = (by_confidence(probability + d).select(MATHS, ready=READY) for d in (-1e-6, 1e-6))
+    assert below.reason is RouteReason.CLASSIFIED
+    assert (above.expert, above.cluster, above.reason) == ("general", "math", RouteReason.OUT_OF_DOMAIN)
+    assert by_confidence(0.0).select(MATHS, ready=READY).reason is RouteReason.CLASSIFIED
+    assert by_confidence(1.0).select(MATHS, ready=READY).reason is RouteReason.OUT_OF_DOMAIN
+
+
+def test_an_artefact_without_calibration_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.min_confidence: the artefact .* does not know how certain"):
+        by_confidence(0.5, calibrated=False)
 
 
 @pytest.mark.parametrize("text", ["Что это (пример)?", "(1) [2] {3}!", "17 + 4 = ?"])
