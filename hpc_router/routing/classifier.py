@@ -95,7 +95,9 @@ class Classifier:
         values, length, known = self._values(text)
         if self._soft is not None:
             cluster, expert, score, margin, runner_up = self._soft.choose(values, length)
-            return Classification(self.artefact.clusters[cluster], expert, score, margin, runner_up, known)
+            return _new_tuple(
+                Classification, (self.artefact.clusters[cluster], expert, score, margin, runner_up, known)
+            )
         top = max(values)
         best = values.index(top)  # the first one wins a tie
         for cluster in self._same_expert[best]:
