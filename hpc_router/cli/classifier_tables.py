@@ -48,7 +48,15 @@ def _cost_quality(result: Mapping[str, Any]) -> list[RenderableType]:
     single = ", ".join(f"{name} {value:.3f}" for name, value in result["single"].items())
     rows = (tuple(f"{r[key]:.3f}" for key in ("cost", "accuracy", "random", "oracle")) for r in result["curve"])
     routed = result["routed"]
+    worse = [
+        Text(
+            f"the dearer model is the worse one: {result['dear']} {result['single'][result['dear']]:.3f}, "
+            f"{result['cheap']} {result['single'][result['cheap']]:.3f}",
+            style="yellow",
+        )
+    ]
     return [
+        *(worse if result["dear_is_worse"] else []),
         Text(f"as routed: {routed['accuracy']:.3f} ({routed['low']:.3f} to {routed['high']:.3f})"),
         Text(
             f"above random mixing by {mean:.2f} points ({low:.2f} to {high:.2f}), averaged over costs; "

@@ -162,7 +162,8 @@ def _cost_quality(
     indices = [experts.index(name) if name in experts else None for name in chosen]
     routed = np.array([right[row, e] if e is not None else 0.0 for row, e in enumerate(indices)])
     low, high = evaluation.bootstrap_interval(lambda sample: float(routed[sample].mean()), rows=len(routed))
-    return {**curve, "routed": {"accuracy": float(routed.mean()), "low": low, "high": high}}
+    worse = float(right[:, expensive].mean()) < float(right[:, cheap].mean())
+    return {**curve, "dear_is_worse": worse, "routed": {"accuracy": float(routed.mean()), "low": low, "high": high}}
 
 
 def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> dict[str, Any]:

@@ -39,9 +39,14 @@ def load_policy(run: RunDir, deployment: Deployment) -> Policy:
 
 def _by_classifier(deployment: Deployment, folder: Path, *, shadow: Policy | None = None, own: bool = True) -> Policy:
     """Returns the policy with the classifier in `folder`. `own`: whether it decides, or is a shadow, whose artefact may
-    lack a calibration."""
+    lack calibration and measured quality."""
     config = deployment.policy
-    classifier = Classifier(read(folder), experts=deployment.experts or None, margin_threshold=config.margin)
+    classifier = Classifier(
+        read(folder),
+        experts=deployment.experts or None,
+        margin_threshold=config.margin,
+        cost_weight=config.cost_weight if own else None,
+    )
     return build_policy(
         kind=config.kind,
         classifier=classifier,

@@ -19,7 +19,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import NORM_SPACE, Artefact
+from hpc_router.routing.quality import Quality
 from hpc_router.routing.soft_scores import SoftScores
 from hpc_router.routing.term_sums import TermSums
 
@@ -64,10 +66,12 @@ class Classifier:
 
         `experts`: the experts of this deployment; None: all experts of the artefact. `margin_threshold`: None: the
         threshold of the artefact. `cost_weight`: how much quality one unit of cost is worth; None: as in the training.
+        Raises ConfigError for a cost weight and an artefact without measured quality.
         """
         self.artefact = artefact
         self.margin_threshold = artefact.margin_threshold if margin_threshold is None else margin_threshold
-        self.experts = tuple(name if experts is None or name in experts else None for name in artefact.experts)
+        table = artefact.experts if cost_weight is None else _quality_of(artefact).table(weight=cost_weight)
+        self.experts = tuple(name if experts is None or name in experts else None for name in table)
         self._clusters = len(artefact.clusters)
         self._in_space = artefact.norm == NORM_SPACE
         by_frequency = np.argsort(artefact.idf, kind="stable")
@@ -175,3 +179,13 @@ class Classifier:
         if self._offsets is not None:
             values = [value / length + offset for value, offset in zip(values, self._offsets, strict=True)]
         return values, length, int(sums[clusters + 1])
+
+
+def _quality_of(artefact: Artefact) -> Quality:
+    if artefact.quality is None:
+        raise ConfigError(
+            f"policy.cost_weight: the artefact {artefact.version} has no measured quality; train it with "
+            "method=measured, or leave the key out",
+            key="policy.cost_weight",
+        )
+    return artefact.quality

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router.errors import ArtefactError
+from hpc_router.errors import ArtefactError, ConfigError
 from hpc_router.routing.artefact import Artefact, SoftDecision, read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.quality import Quality
@@ -69,6 +69,16 @@ def test_a_higher_weight_of_the_cost_prefers_the_cheap_expert() -> None:
     cheaper = soft_artefact(soft=dataclasses.replace(SOFT, cost_weight=0.9))
     assert Classifier(cheaper).classify(prompt).expert == "small"
     assert Classifier(cheaper, cost_weight=0.0).classify(prompt).expert == "big"
+
+
+def test_the_weight_of_the_cost_also_moves_a_table_of_experts() -> None:
+    prompt = "Write a Python function that sorts a list of integers."
+    table = soft_artefact(soft=None, experts=("big", "small", "small"))
+    assert Classifier(table).classify(prompt).expert == "big"
+    assert Classifier(table, cost_weight=0.9).classify(prompt).expert == "small"
+    assert Classifier(table, cost_weight=0.0).experts == ("big", "small", "small")
+    with pytest.raises(ConfigError, match=r"policy\.cost_weight: the artefact .* has no measured quality"):
+        Classifier(artefact(), cost_weight=0.1)
 
 
 def test_a_decision_names_the_nearest_cluster_and_the_terms_that_count() -> None:

@@ -87,9 +87,15 @@ def _policy_faults(deployment: Deployment, exemplars: Mapping[str, list[str]]) -
     try:
         if policy.artefact is None:
             usable = usable_exemplars(dict(exemplars), features=Features())
-            calibrated = sum(map(len, usable.values())) >= MIN_DECISIONS
+            calibrated, measured = sum(map(len, usable.values())) >= MIN_DECISIONS, False
         else:
-            calibrated = artefact.read(Path(policy.artefact)).calibration is not None
+            trained = artefact.read(Path(policy.artefact))
+            calibrated, measured = trained.calibration is not None, trained.quality is not None
+        if policy.cost_weight is not None and not measured:
+            yield (
+                f"policy.cost_weight={policy.cost_weight:g}: the classifier has no measured quality; it needs "
+                "policy.artefact with a training of method=measured"
+            )
         if policy.min_confidence is not None and not calibrated:
             yield (
                 f"policy.min_confidence={policy.min_confidence:g}: the classifier does not know how certain its "

@@ -53,6 +53,11 @@ def test_with_an_encoder_the_descriptions_of_the_experts_with_exemplars_are_used
     assert encoder.ENCODER_PACKAGE in str(make_plan(sim, ask_engines=False).classifier)
 
 
+def test_a_cost_weight_without_measured_quality_is_a_fault() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.cost_weight=0\.5: the classifier has no measured quality"):
+        make_plan(load_deployment(["topology=sim", "policy.cost_weight=0.5"]), ask_engines=False)
+
+
 def test_a_confidence_that_nothing_gives_is_a_fault() -> None:
     few = ["topology=sim", *(f"experts.{name}.exemplars=[one {name} text]" for name in ("code", "law", "math"))]
     few += ["experts.medicine.exemplars=[]", "policy.min_confidence=0.5"]
