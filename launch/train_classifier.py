@@ -5,8 +5,8 @@
     python -m launch.train_classifier data=labelled.jsonl method=exemplars descriptions=d.yaml output=my-classifier
 
 Keys: data method=discovered|exemplars|measured features=cbtm|lexical|distilled clusters=N seed=0 encoder=PATH
-corpus=FILE descriptions=FILE output=DIR weight=0 (docs/classifier.md). `sbatch sbatch/train.sbatch KEY=VALUE...` runs
-the same as a job.
+corpus=FILE descriptions=FILE validation=FILE output=DIR weight=0 (docs/classifier.md).
+`sbatch sbatch/train.sbatch KEY=VALUE...` runs the same as a job.
 """
 
 import sys

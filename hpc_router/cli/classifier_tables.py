@@ -19,6 +19,8 @@ def evaluation_text(result: Mapping[str, Any]) -> RenderableType:
         low, high = result["accuracy_interval"]
         accuracy = f"accuracy {result['accuracy']:.3f} ({low:.3f} to {high:.3f}), NMI {result['nmi']:.3f}"
         parts.append(Text(f"{accuracy}; clusters named by {result['cluster_names_from']}"))
+    if "confidence" in result:
+        parts.append(Text(_confidence(result["confidence"])))
     balance, low_margin = result["balance_efficiency"], result["low_margin_share"]
     unknown = result["no_known_terms_share"]
     parts.append(Text(f"balance efficiency {balance:.2f}, low margin {low_margin:.1%}, no known terms {unknown:.1%}"))
@@ -35,12 +37,26 @@ def evaluation_text(result: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def _confidence(result: Mapping[str, float]) -> str:
+    lost = f"right decisions with a low margin {result['right_below_threshold']:.1%}"
+    text = f"calibration error {result['ece']:.3f}, {lost}"
+    return f"{text}, AUROC of prompts of no domain {result['auroc']:.3f}" if "auroc" in result else text
+
+
 def _cost_quality(result: Mapping[str, Any]) -> list[RenderableType]:
     mean, low, high = (100 * result["above_random_mixing"][key] for key in ("mean", "low", "high"))
     single = ", ".join(f"{name} {value:.3f}" for name, value in result["single"].items())
     rows = (tuple(f"{r[key]:.3f}" for key in ("cost", "accuracy", "random", "oracle")) for r in result["curve"])
     routed = result["routed"]
+    worse = [
+        Text(
+            f"the dearer model is the worse one: {result['dear']} {result['single'][result['dear']]:.3f}, "
+            f"{result['cheap']} {result['single'][result['cheap']]:.3f}",
+            style="yellow",
+        )
+    ]
     return [
+        *(worse if result["dear_is_worse"] else []),
         Text(f"as routed: {routed['accuracy']:.3f} ({routed['low']:.3f} to {routed['high']:.3f})"),
         Text(
             f"above random mixing by {mean:.2f} points ({low:.2f} to {high:.2f}), averaged over costs; "

@@ -13,7 +13,8 @@ import numpy as np
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing import evaluation
 from hpc_router.routing.artefact import Artefact, read
-from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.classifier import Classification, Classifier
+from hpc_router.routing.confidence import auroc, expected_calibration_error
 from hpc_router.routing.policy import ClassifierPolicy
 from hpc_router.routing.rebalancing import rebalance
 from hpc_router.routing.training.dataset import Row, read_rows
@@ -61,12 +62,49 @@ def evaluate(folder: Path, prompts: Path, *, fit: Path | None = None, costs: Map
         "low_margin_share": float(np.mean([m is not None and m < threshold for m in margins])),
     }
     labels = [row.label for row in rows]
+    if any(label is not None for label in labels):
+        report |= _confidence(classifier, results, labels)
     if all(label is not None for label in labels):
         report |= _accuracy(classifier, clusters, [str(label) for label in labels], margins, fit)
     if all(row.correct for row in rows):
         report["cost_quality"] = _cost_quality(classifier, rows, [str(each.expert) for each in results], costs)
     report["latency"] = evaluation.latency(classifier.classify, [row.text for row in rows])
     return report
+
+
+def _confidence(
+    classifier: Classifier, results: Sequence[Classification], labels: Sequence[str | None]
+) -> dict[str, Any]:
+    """Returns how well the calibrated probabilities fit, and how well they tell prompts of the artefact's labels from
+    others; empty if the artefact has no calibration or no expert.
+
+    Rows with another label, or without one, are prompts of no domain.
+    """
+    calibration = classifier.artefact.calibration
+    experts = {expert for expert in classifier.artefact.experts if expert is not None}
+    if calibration is None or not experts & set(labels):
+        return {}
+    confidence = [
+        0.0
+        if each.known_terms == 0
+        else 1.0
+        if each.margin is None
+        else calibration.probability(each.margin, each.score)
+        for each in results
+    ]
+    own = [n for n, label in enumerate(labels) if label in experts]
+    right = [results[n].expert == labels[n] for n in own]
+    stated = [confidence[n] for n in own]
+    margins = [results[n].margin for n, ok in zip(own, right, strict=True) if ok]
+    lost = [margin is not None and margin < classifier.margin_threshold for margin in margins]
+    report: dict[str, Any] = {
+        "ece": expected_calibration_error(stated, right),
+        "right_below_threshold": float(np.mean(lost)) if lost else 0.0,
+    }
+    others = sorted(set(range(len(labels))) - set(own))
+    if others:
+        report["auroc"] = auroc(stated, [confidence[n] for n in others])
+    return {"confidence": report}
 
 
 def _accuracy(
@@ -125,7 +163,8 @@ def _cost_quality(
     indices = [experts.index(name) if name in experts else None for name in chosen]
     routed = np.array([right[row, e] if e is not None else 0.0 for row, e in enumerate(indices)])
     low, high = evaluation.bootstrap_interval(lambda sample: float(routed[sample].mean()), rows=len(routed))
-    return {**curve, "routed": {"accuracy": float(routed.mean()), "low": low, "high": high}}
+    worse = float(right[:, expensive].mean()) < float(right[:, cheap].mean())
+    return {**curve, "dear_is_worse": worse, "routed": {"accuracy": float(routed.mean()), "low": low, "high": high}}
 
 
 def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> dict[str, Any]:

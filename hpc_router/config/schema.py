@@ -242,6 +242,11 @@ class PolicyConfig:
     window: int = bounded(2048, 1, 10**7)  # maximum number of characters of the user's messages that are classified
     # Minimum difference between the scores of the best two experts; null: the threshold in the artefact.
     margin: float | None = bounded(None, 0, 2)
+    # Minimum probability that a decision is right, else the fallback (reason out_of_domain). Null: `margin` decides.
+    min_confidence: float | None = bounded(None, 0, 1)
+    # How much measured quality one unit of an expert's cost is worth, for artefacts with measured quality. Null: the
+    # `weight` of the training.
+    cost_weight: float | None = bounded(None, 0, 1e9)
     # Score that one second of waiting is worth: a prompt for a busy expert goes to the second-best expert if the
     # difference in score is less than this value times the wait. Null: the prompt waits for the best expert.
     spill_per_s: float | None = bounded(None, 1e-9, 1e6)

@@ -183,6 +183,13 @@ def _check_resources(at: str, resources: ResourceConfig, cluster: ClusterConfig)
 
 
 def _check_classifier(deployment: Deployment) -> None:
+    policy = deployment.policy
+    if policy.min_confidence is not None and policy.margin is not None:
+        raise ConfigError(
+            f"policy.min_confidence={policy.min_confidence:g} and policy.margin={policy.margin:g} both say when the "
+            "fallback is used: set one of them to null",
+            key="policy.min_confidence",
+        )
     if deployment.policy.kind != "classifier" or deployment.policy.artefact is not None:
         return
     with_exemplars = [name for name, expert in deployment.experts.items() if expert.exemplars]

@@ -33,11 +33,24 @@ def load_policy(run: RunDir, deployment: Deployment) -> Policy:
             f"policy=classifier finds no artefact at {folder}: give policy.artefact=DIR, or experts with exemplars "
             "and start with `hpc-router up`"
         )
-    shadow = None if config.shadow is None else _by_classifier(deployment, Path(config.shadow))
+    shadow = None if config.shadow is None else _by_classifier(deployment, Path(config.shadow), own=False)
     return _by_classifier(deployment, folder, shadow=shadow)
 
 
-def _by_classifier(deployment: Deployment, folder: Path, *, shadow: Policy | None = None) -> Policy:
+def _by_classifier(deployment: Deployment, folder: Path, *, shadow: Policy | None = None, own: bool = True) -> Policy:
+    """Returns the policy with the classifier in `folder`. `own`: whether it decides, or is a shadow, whose artefact may
+    lack calibration and measured quality."""
     config = deployment.policy
-    classifier = Classifier(read(folder), experts=deployment.experts or None, margin_threshold=config.margin)
-    return build_policy(kind=config.kind, classifier=classifier, fallback=config.fallback, shadow=shadow)
+    classifier = Classifier(
+        read(folder),
+        experts=deployment.experts or None,
+        margin_threshold=config.margin,
+        cost_weight=config.cost_weight if own else None,
+    )
+    return build_policy(
+        kind=config.kind,
+        classifier=classifier,
+        fallback=config.fallback,
+        shadow=shadow,
+        min_confidence=config.min_confidence if own else None,
+    )

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hpc_router.errors import ArtefactError
+from hpc_router.routing.confidence import Calibration
 from hpc_router.routing.features import Features
 from hpc_router.routing.quality import Quality, stored_quality
 
@@ -37,6 +38,8 @@ TABLES = "tables.safetensors"
 NORM_TERMS = "terms"
 NORM_SPACE = "space"
 
+_SECTIONS: Final = ("soft", "calibration")
+"""Parts of the manifest that only some artefacts have; each is a dataclass of numbers."""
 _VOCABULARY = "vocabulary"
 # Each row: name of the tensor in the file, attribute of Artefact, type.
 _TENSORS: Final = (
@@ -56,6 +59,9 @@ class SoftDecision:
     sharpness: float
     nearest: int
     cost_weight: float = 0.0
+
+
+_Section = TypeVar("_Section", SoftDecision, Calibration)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +90,8 @@ class Artefact:
     training: Mapping[str, object] = field(default_factory=dict)
     soft: SoftDecision | None = None
     """How the measured quality in `training` decides; None if each cluster belongs to one expert."""
+    calibration: Calibration | None = None
+    """The probability that a decision is right; None if it is unknown."""
 
     def __post_init__(self) -> None:
         if not self.offsets.size:
@@ -110,7 +118,7 @@ class Artefact:
         return _version(self._content())
 
     def _content(self) -> dict[str, object]:
-        soft = {} if self.soft is None else {"soft": asdict(self.soft)}
+        optional = {key: asdict(value) for key in _SECTIONS if (value := getattr(self, key)) is not None}
         return {
             "schema": SCHEMA if self.soft is None else SOFT_SCHEMA,
             "method": self.method,
@@ -119,7 +127,7 @@ class Artefact:
             "clusters": list(self.clusters),
             "experts": list(self.experts),
             "margin_threshold": self.margin_threshold,
-            **soft,
+            **optional,
             "tables_sha256": hashlib.sha256(self.tables).hexdigest(),
             "training": dict(self.training),
         }
@@ -211,7 +219,8 @@ def _parse(manifest: Mapping[str, object], tensors: Mapping[str, NDArray[np.gene
         terms=tuple(text.split("\n")) if text else (),
         norm=_value(manifest, "norm", str, "string"),
         training=training if isinstance(training, dict) else {},
-        soft=_soft(manifest.get("soft")),
+        soft=_section(manifest, "soft", SoftDecision),
+        calibration=_section(manifest, "calibration", Calibration),
         **arrays,
     )
 
@@ -236,6 +245,8 @@ def _validate(artefact: Artefact) -> None:
             raise ValueError(f"tensor '{name}' has values that are not finite (NaN or infinity)")
     if not np.isfinite(artefact.margin_threshold):
         raise ValueError("margin_threshold is not a finite number")
+    if artefact.calibration is not None and not np.isfinite(list(asdict(artefact.calibration).values())).all():
+        raise ValueError("calibration has a value that is not finite")
     if artefact.soft is not None:
         _validate_soft(artefact, artefact.soft)
 
@@ -277,15 +288,18 @@ def _features(value: object) -> Features:
     return Features(**value)
 
 
-def _soft(value: object) -> SoftDecision | None:
+def _section(manifest: Mapping[str, object], key: str, schema: type[_Section]) -> _Section | None:
+    """Returns a section of numbers; None if the manifest has none."""
+    value = manifest.get(key)
     if value is None:
         return None
-    if not isinstance(value, dict) or value.keys() != {entry.name for entry in fields(SoftDecision)}:
-        raise ValueError(f"soft must have exactly these keys: {', '.join(e.name for e in fields(SoftDecision))}")
-    for key, number in value.items():
-        if isinstance(number, bool) or not isinstance(number, int if key == "nearest" else (int, float)):
-            raise TypeError(f"soft.{key} must be a number")
-    return SoftDecision(**value)
+    names = [entry.name for entry in fields(schema)]
+    if not isinstance(value, dict) or value.keys() != set(names):
+        raise ValueError(f"{key} must have exactly these keys: {', '.join(names)}")
+    for name, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, int if name == "nearest" else (int, float)):
+            raise TypeError(f"{key}.{name} must be a number")
+    return schema(**value)
 
 
 def _value(manifest: Mapping[str, object], key: str, types: type | tuple[type, ...], name: str) -> Any:

@@ -20,7 +20,9 @@ from typing import Final, NamedTuple, Self
 
 import numpy as np
 
+from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import NORM_SPACE, Artefact
+from hpc_router.routing.quality import Quality
 from hpc_router.routing.soft_scores import SoftScores
 from hpc_router.routing.term_sums import TermSums
 
@@ -65,10 +67,12 @@ class Classifier:
 
         `experts`: the experts of this deployment; None: all experts of the artefact. `margin_threshold`: None: the
         threshold of the artefact. `cost_weight`: how much quality one unit of cost is worth; None: as in the training.
+        Raises ConfigError for a cost weight and an artefact without measured quality.
         """
         self.artefact = artefact
         self.margin_threshold = artefact.margin_threshold if margin_threshold is None else margin_threshold
-        self.experts = tuple(name if experts is None or name in experts else None for name in artefact.experts)
+        table = artefact.experts if cost_weight is None else _quality_of(artefact).table(weight=cost_weight)
+        self.experts = tuple(name if experts is None or name in experts else None for name in table)
         self._excluded: tuple[int, ...] = ()  # clusters that are never chosen
         self._clusters = len(artefact.clusters)
         self._in_space = artefact.norm == NORM_SPACE
@@ -88,11 +92,22 @@ class Classifier:
         # For each cluster: all clusters of the same expert.
         self._same_expert = [[d for d, b in enumerate(self.experts) if a == b] for a in self.experts]
 
+    @property
+    def choices(self) -> frozenset[str]:
+        """The experts that a prompt may get."""
+        names = self.experts if self._soft is None else self._soft.experts
+        return frozenset(name for name in names if name is not None)
+
     def limited_to(self, experts: Collection[str]) -> Self:
-        """Returns a classifier that never chooses a cluster of another expert of the deployment. It shares the
-        tables. At least one of the experts must have a cluster."""
+        """Returns a classifier that never chooses another expert of the deployment. It shares the tables. At least one
+        of the experts must be one of `choices`."""
         limited = copy.copy(self)
-        limited._excluded = tuple(c for c, name in enumerate(self.experts) if name is not None and name not in experts)
+        limited.experts = tuple(name if name in experts else None for name in self.experts)
+        if self._soft is not None:
+            limited._soft = self._soft.limited_to(experts)
+        else:
+            others = (c for c, name in enumerate(self.experts) if name is not None and name not in experts)
+            limited._excluded = tuple(others)
         return limited
 
     @property
@@ -104,7 +119,9 @@ class Classifier:
         values, length, known = self._values(text)
         if self._soft is not None:
             cluster, expert, score, margin, runner_up = self._soft.choose(values, length)
-            return Classification(self.artefact.clusters[cluster], expert, score, margin, runner_up, known)
+            return _new_tuple(
+                Classification, (self.artefact.clusters[cluster], expert, score, margin, runner_up, known)
+            )
         top = max(values)
         best = values.index(top)  # the first one wins a tie
         for cluster in self._same_expert[best]:
@@ -184,3 +201,13 @@ class Classifier:
         for cluster in self._excluded:
             values[cluster] = _EXCLUDED
         return values, length, int(sums[clusters + 1])
+
+
+def _quality_of(artefact: Artefact) -> Quality:
+    if artefact.quality is None:
+        raise ConfigError(
+            f"policy.cost_weight: the artefact {artefact.version} has no measured quality; train it with "
+            "method=measured, or leave the key out",
+            key="policy.cost_weight",
+        )
+    return artefact.quality

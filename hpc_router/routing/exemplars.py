@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import Artefact
+from hpc_router.routing.confidence import calibrate
 from hpc_router.routing.features import Doubles, Features, Ids, Mask, TermCounts, counts_of, vocabulary_of
 
 FALSE_REJECTION_RATE: Final = 0.05
@@ -42,7 +43,7 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
     counts = counts_of(texts, vocabulary=vocabulary)
     idf = _idf(counts, prompts=len(texts))
     centroids = _centroids(counts, idf, label=label, clusters=len(names))
-    predicted, margins = _cross_validated(counts, label=label, clusters=len(names))
+    predicted, margins, scores = _cross_validated(counts, label=label, clusters=len(names))
     threshold = margin_threshold(margins[predicted == label])
     fingerprint = hashlib.sha256(json.dumps(usable, sort_keys=True).encode()).hexdigest()
     return Artefact(
@@ -54,6 +55,7 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
         terms=vocabulary.terms,
         weights=np.ascontiguousarray((centroids * idf).T, np.float32),
         idf=idf.astype(np.float32),
+        calibration=calibrate(margins, scores, predicted == label),
         discriminative=_discriminative(vocabulary.terms, counts, label=label, clusters=len(names)),
         training={
             "data": {"sha256": fingerprint, "prompts": {name: len(usable[name]) for name in names}},
@@ -149,8 +151,8 @@ def _centroids(counts: TermCounts, idf: Doubles, *, label: Ids, clusters: int) -
     return centroids
 
 
-def _cross_validated(counts: TermCounts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles]:
-    """Returns the predicted cluster and margin of each prompt, from a training without the prompt's fold."""
+def _cross_validated(counts: TermCounts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles, Doubles]:
+    """Returns predicted cluster, margin and score of each prompt, from a training without the prompt's fold."""
     folds = min(counts.texts, MAX_FOLDS)
     fold = np.arange(counts.texts) % folds
     scores = np.zeros((counts.texts, clusters))
@@ -164,7 +166,7 @@ def _cross_validated(counts: TermCounts, *, label: Ids, clusters: int) -> tuple[
             cosine = np.bincount(test.text, weights=unit * centroids[c][test.term], minlength=counts.texts)
             scores[held_out, c] = cosine[held_out]
     ranked = np.sort(scores, axis=1)
-    return scores.argmax(axis=1), ranked[:, -1] - ranked[:, -2]
+    return scores.argmax(axis=1), ranked[:, -1] - ranked[:, -2], ranked[:, -1]
 
 
 def _discriminative(terms: Sequence[str], counts: TermCounts, *, label: Ids, clusters: int) -> NDArray[np.uint8]:

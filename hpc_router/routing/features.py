@@ -97,10 +97,9 @@ class Features:
 
         The words are UTF-8 and include symbols beyond ASCII. Kind `cbtm` returns no symbols.
         """
-        if self.text_version == 1:
-            text = clip(text, window_bytes=self.window_bytes)
-        elif len(text) > self.window_bytes or not text.isascii():
-            text = clip_ends(text, window_bytes=self.window_bytes)
+        if len(text) > self.window_bytes or not text.isascii():
+            clipped = clip if self.text_version == 1 else clip_ends
+            text = clipped(text, window_bytes=self.window_bytes)
         if self.kind == "cbtm":
             return [word.encode() for word in self._cbtm_words(text.lower()) if not word[0].isdigit()], b""
         try:

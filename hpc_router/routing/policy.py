@@ -4,11 +4,13 @@ A policy decides at once, from the prompt and from the ready experts with their 
 replicas, and it never waits. `select` may return an expert that is not ready; the router then tries the experts of
 `order`. `explain` makes the same decision without changing the policy's state.
 
-Reasons of a decision: `low_margin` and `no_known_terms` describe the prompt, whichever expert gets it (the fallback,
-else the best expert). `unavailable`: the prompt's cluster has no expert in this deployment, or no expert is ready.
-`policy`: the prompt had no influence. `named` and `spilled` are set by the router and never by a policy.
+Reasons of a decision: `low_margin`, `out_of_domain` (the probability that the decision is right is too small) and
+`no_known_terms` describe the prompt, whichever expert gets it (the fallback, else the best expert). `unavailable`: the
+prompt's cluster has no expert in this deployment, or no expert is ready. `policy`: the prompt had no influence. Only
+the router sets `named` and `spilled`.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +18,7 @@ from typing import Final, NamedTuple, Protocol
 
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing.classifier import Classifier, Term
+from hpc_router.routing.confidence import Calibration
 
 KINDS = ("classifier", "least_in_flight", "model_field", "round_robin")
 
@@ -32,6 +35,7 @@ class RouteReason(StrEnum):
     NO_KNOWN_TERMS = "no_known_terms"
     SPILLED = "spilled"
     UNAVAILABLE = "unavailable"
+    OUT_OF_DOMAIN = "out_of_domain"
 
 
 _CLASSIFIED: Final = RouteReason.CLASSIFIED  # a global name is faster than a look-up in the enum
@@ -110,16 +114,30 @@ def versions(policy: Policy) -> tuple[str | None, str | None]:
 
 class ClassifierPolicy:
     """A policy that chooses the expert of the prompt's cluster. It chooses the fallback if the margin is low or the
-    cluster has no expert."""
+    cluster has no expert.
+
+    With `min_confidence`, it chooses the fallback if the probability that the decision is right is smaller, whatever
+    the margin is. Raises ConfigError if the artefact has no calibration.
+    """
 
     weighs_load = False
 
-    def __init__(self, classifier: Classifier, *, fallback: str | None, shadow: "Policy | None" = None) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        *,
+        fallback: str | None,
+        shadow: "Policy | None" = None,
+        min_confidence: float | None = None,
+    ) -> None:
         self.shadow = shadow
         self.version = classifier.version
         self._classifier = classifier
         self._fallback = fallback
         self._expert_of = dict(zip(classifier.artefact.clusters, classifier.experts, strict=True))
+        self._min_confidence = min_confidence
+        self._calibration = None if min_confidence is None else _calibration_of(classifier)
+        self._min_log_odds = 0.0 if min_confidence is None else _log_odds(min_confidence)
         self._orders: dict[tuple[str | None, str | None, str | None], tuple[str, ...]] = {}
 
     def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
@@ -128,7 +146,11 @@ class ClassifierPolicy:
         if known_terms == 0:
             # The classifier knows no term of the prompt, so the decision has no cluster, score or margin.
             return Decision(self._fallback or best, RouteReason.NO_KNOWN_TERMS)
-        if margin is not None and margin < self._classifier.margin_threshold:
+        if margin is None:
+            expert, reason = (best, RouteReason.UNAVAILABLE) if own is None else (own, _CLASSIFIED)
+        elif self._calibration is not None and self._calibration.log_odds(margin, score) < self._min_log_odds:
+            expert, reason = self._fallback or best, RouteReason.OUT_OF_DOMAIN
+        elif self._calibration is None and margin < self._classifier.margin_threshold:
             expert, reason = self._fallback or best, RouteReason.LOW_MARGIN
         elif own is None:
             expert, reason = best, RouteReason.UNAVAILABLE
@@ -152,10 +174,14 @@ class ClassifierPolicy:
 
     def limited_to(self, experts: Collection[str]) -> Policy:
         fallback = self._fallback if self._fallback in experts else None
-        if not any(name in experts for name in self._classifier.experts if name is not None):
+        if self._classifier.choices.isdisjoint(experts):
             return ModelField(fallback=fallback)
-        shadow = None if self.shadow is None else self.shadow.limited_to(experts)
-        return ClassifierPolicy(self._classifier.limited_to(experts), fallback=fallback, shadow=shadow)
+        return ClassifierPolicy(
+            self._classifier.limited_to(experts),
+            fallback=fallback,
+            shadow=None if self.shadow is None else self.shadow.limited_to(experts),
+            min_confidence=self._min_confidence,
+        )
 
 
 class RoundRobin:
@@ -229,14 +255,19 @@ class ModelField:
 
 
 def build_policy(
-    *, kind: str, classifier: Classifier | None = None, fallback: str | None = None, shadow: Policy | None = None
+    *,
+    kind: str,
+    classifier: Classifier | None = None,
+    fallback: str | None = None,
+    shadow: Policy | None = None,
+    min_confidence: float | None = None,
 ) -> Policy:
     """Returns the policy of a configured `kind`. Raises ConfigError for an unknown kind or a missing classifier."""
     match kind:
         case "classifier":
             if classifier is None:
                 raise ConfigError("policy=classifier: no classifier; give the experts exemplars or set policy.artefact")
-            return ClassifierPolicy(classifier, fallback=fallback, shadow=shadow)
+            return ClassifierPolicy(classifier, fallback=fallback, shadow=shadow, min_confidence=min_confidence)
         case "round_robin":
             return RoundRobin(fallback=fallback)
         case "least_in_flight":
@@ -245,6 +276,22 @@ def build_policy(
             return ModelField(fallback=fallback)
         case _:
             raise ConfigError(f"unknown policy '{kind}'{suggest(kind, KINDS)}")
+
+
+def _calibration_of(classifier: Classifier) -> Calibration:
+    calibration = classifier.artefact.calibration
+    if calibration is None:
+        raise ConfigError(
+            f"policy.min_confidence: the artefact {classifier.version} does not know how certain its decisions are; "
+            "train it again with method=exemplars or method=discovered, or use policy.margin"
+        )
+    return calibration
+
+
+def _log_odds(probability: float) -> float:
+    if probability in (0.0, 1.0):
+        return math.copysign(math.inf, probability - 0.5)
+    return math.log(probability / (1 - probability))
 
 
 def _next(names: list[str], *, after: str) -> str | None:

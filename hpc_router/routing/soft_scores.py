@@ -1,13 +1,15 @@
 """Chooses an expert by its expected quality in the nearest clusters of a prompt (soft clusters)."""
 
+import copy
 import math
 from collections.abc import Collection, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from hpc_router.routing.artefact import SoftDecision
 from hpc_router.routing.quality import Quality
 
 _EXCLUDED: Final = -math.inf
+_new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
 
 
 class SoftChoice(NamedTuple):
@@ -35,6 +37,13 @@ class SoftScores:
         self._sharpness = soft.sharpness
         self._further = range(min(soft.nearest, len(self._rates)) - 1)
 
+    def limited_to(self, experts: Collection[str]) -> Self:
+        """Returns the same scores of these experts only."""
+        limited, columns = copy.copy(self), [e for e, name in enumerate(self.experts) if name in experts]
+        limited.experts = tuple(self.experts[e] for e in columns)
+        limited._rates = [[rates[e] for e in columns] for rates in self._rates]
+        return limited
+
     def choose(self, values: list[float], length: float) -> SoftChoice:
         """Returns the best expert for a prompt with these values of the clusters. Changes `values`."""
         rates, factor = self._rates, self._sharpness / length
@@ -46,19 +55,27 @@ class SoftScores:
             value = max(values)
             nearest = values.index(value)
             share = math.exp(factor * (value - top))
-            scores = [score + share * rate for score, rate in zip(scores, rates[nearest], strict=True)]
+            scores = [score + share * rate for score, rate in zip(scores, rates[nearest])]  # noqa: B905
             total += share
         if len(scores) < 2:
             expert = self.experts[0] if scores else None
             return SoftChoice(cluster, expert, scores[0] / total if scores else 0.0, None, None)
         best_score = max(scores)
         best = scores.index(best_score)
-        second_score = max(max(scores[:best], default=_EXCLUDED), max(scores[best + 1 :], default=_EXCLUDED))
-        second = scores.index(second_score)
-        if second == best:  # equal scores
-            second = scores.index(second_score, best + 1)
-        margin = (best_score - second_score) / total
-        return SoftChoice(cluster, self.experts[best], best_score / total, margin, self.experts[second])
+        others = [*scores]
+        others[best] = _EXCLUDED
+        second_score = max(others)
+        experts = self.experts
+        return _new_tuple(
+            SoftChoice,
+            (
+                cluster,
+                experts[best],
+                best_score / total,
+                (best_score - second_score) / total,
+                experts[others.index(second_score)],
+            ),
+        )
 
     def expected(self, values: Sequence[float], length: float) -> dict[str, float]:
         """Returns the expected quality of each expert."""

@@ -1,8 +1,16 @@
 """Exemplars of three experts for the routing tests, and an artefact trained on them."""
 
-from hpc_router.routing.artefact import Artefact
+import dataclasses
+
+import numpy as np
+
+from hpc_router.routing.artefact import Artefact, SoftDecision
 from hpc_router.routing.exemplars import train
 from hpc_router.routing.features import Features
+from hpc_router.routing.quality import Quality
+from hpc_router.routing.training.soft_clusters import NEAREST
+
+SOFT = SoftDecision(sharpness=5.0, nearest=NEAREST)
 
 EXEMPLARS = {
     "code": [
@@ -28,3 +36,14 @@ EXEMPLARS = {
 
 def artefact(features: Features | None = None) -> Artefact:
     return train(EXEMPLARS, features=features)
+
+
+def soft_artefact(*, names: tuple[str, str] = ("big", "small"), **changes: object) -> Artefact:
+    """The artefact of three labels, with the measured quality of two experts."""
+    trained = artefact()
+    rates = np.array([[0.9, 0.2], [0.3, 0.8], [0.5, 0.6]])
+    measured = Quality(experts=names, rate=rates, cost=np.array([1.0, 0.0]))
+    training = {"quality": measured.to_json(trained.clusters)}
+    experts = (names[0], names[1], names[1])
+    values: dict[str, object] = {"experts": experts, "training": training, "soft": SOFT, **changes}
+    return dataclasses.replace(trained, **values)  # type: ignore[arg-type]

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.confidence import Calibration
 from hpc_router.routing.policy import KINDS, Decision, Policy, RouteReason, build_policy
-from tests.routing.samples import artefact
+from tests.routing.samples import artefact, soft_artefact
 
 READY = {"code": 0, "general": 0, "math": 0, "medicine": 0}
 MATHS = "Solve the equation 3x + 4 = 10 and prove it"
@@ -144,7 +145,9 @@ def test_the_explanation_has_the_keys_of_the_contract() -> None:
 
 
 def test_the_reasons_are_those_of_the_contract() -> None:
-    assert " ".join(RouteReason) == "named classified policy low_margin no_known_terms spilled unavailable"
+    assert (
+        " ".join(RouteReason) == "named classified policy low_margin no_known_terms spilled unavailable out_of_domain"
+    )
 
 
 def test_an_unknown_policy_or_a_missing_classifier_is_refused() -> None:
@@ -173,7 +176,53 @@ def test_the_order_starts_with_the_choice_and_has_no_duplicates(
     assert (decision.expert is None) == (not experts and fallback is None)
 
 
+def by_confidence(min_confidence: float, *, calibrated: bool = True) -> Policy:
+    calibration = Calibration(bias=-2.0, by_margin=20.0, by_score=0.0) if calibrated else None
+    trained = dataclasses.replace(artefact(), margin_threshold=1.0, calibration=calibration)
+    return build_policy(
+        kind="classifier", classifier=Classifier(trained), fallback="general", min_confidence=min_confidence
+    )
+
+
+def test_a_decision_that_is_probably_wrong_goes_to_the_fallback() -> None:
+    """The confidence replaces the margin threshold, which no margin reaches here."""
+    certain = by_confidence(0.5).select(MATHS, ready=READY)
+    assert (certain.expert, certain.reason) == ("math", RouteReason.CLASSIFIED)
+    assert certain.margin is not None
+    probability = Calibration(bias=-2.0, by_margin=20.0, by_score=0.0).probability(certain.margin, 0.0)
+    below, above = (by_confidence(probability + d).select(MATHS, ready=READY) for d in (-1e-6, 1e-6))
+    assert below.reason is RouteReason.CLASSIFIED
+    assert (above.expert, above.cluster, above.reason) == ("general", "math", RouteReason.OUT_OF_DOMAIN)
+    assert by_confidence(0.0).select(MATHS, ready=READY).reason is RouteReason.CLASSIFIED
+    assert by_confidence(1.0).select(MATHS, ready=READY).reason is RouteReason.OUT_OF_DOMAIN
+
+
+def test_an_artefact_without_calibration_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.min_confidence: the artefact .* does not know how certain"):
+        by_confidence(0.5, calibrated=False)
+
+
 @pytest.mark.parametrize("text", ["Что это (пример)?", "(1) [2] {3}!", "17 + 4 = ?"])
 def test_brackets_and_digits_alone_are_no_known_terms(text: str) -> None:
     """The exemplars of `code` have brackets and those of `math` have digits, but neither shows the topic."""
     assert by_classifier().select(text, ready=READY).reason is RouteReason.NO_KNOWN_TERMS
+
+
+@settings(deadline=None)
+@given(
+    st.text(st.characters(), max_size=50) | st.sampled_from([MATHS, "symptoms", "python function"]),
+    st.sets(st.sampled_from(["code", "general", "math", "medicine"])),
+    st.sampled_from(["table", "soft"]),
+)
+def test_a_policy_limited_to_experts_names_no_other(text: str, allowed: set[str], kind: str) -> None:
+    """Neither as the choice nor as a substitute."""
+    trained = artefact() if kind == "table" else soft_artefact(names=("math", "medicine"))
+    policy = build_policy(kind="classifier", classifier=Classifier(trained), fallback="general").limited_to(allowed)
+    decision = policy.select(text, ready=READY)
+    assert {decision.expert, decision.runner_up} - {None} <= allowed
+    assert set(policy.order(decision)) <= allowed
+
+
+def test_a_limited_policy_keeps_its_minimum_confidence() -> None:
+    limited = by_confidence(1.0).limited_to({"math", "code", "general"})
+    assert limited.select(MATHS, ready=READY).reason is RouteReason.OUT_OF_DOMAIN

@@ -96,6 +96,37 @@ def test_a_student_classifies_with_exemplars(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_descriptions_place_prompts_of_other_sources(tmp_path: Path) -> None:
+    """Measured: 0.990 on the training's sources and 0.779 on others; without descriptions 0.990 and 0.706.
+
+    With labelled prompts of a third source as validation, the calibration error is 0.038 and 0.077, and 3 % of the
+    right decisions on other sources fall below the margin threshold.
+    """
+    rows = [json.loads(line) for line in (DATA / "domains_train.jsonl").read_text().splitlines()]
+    other = {domain: expert for expert, domain in SHARED.items()}
+    given = prompts("mmlu_train")
+    validation = [
+        {"prompt": prompt, "domain": expert}
+        for domain, expert in other.items()
+        for prompt in [prompt for label, prompt in given if label == domain][:350]
+    ]
+    artefact = train_artefact(
+        tmp_path,
+        rows,
+        method="exemplars",
+        descriptions=ROOT / "conf" / "expert",
+        validation=write_jsonl(tmp_path / "validation.jsonl", validation),
+    )
+    same = evaluate(artefact, DATA / "domains_test.jsonl", costs={})
+    others = evaluate(artefact, DATA / "domains_other_sources.jsonl", costs={})
+    assert same["accuracy"] >= 0.985
+    assert others["accuracy"] >= 0.74
+    assert same["confidence"]["ece"] <= 0.05
+    assert others["confidence"]["ece"] <= 0.10
+    assert others["confidence"]["right_below_threshold"] <= 0.15
+
+
+@pytest.mark.long
 def test_measured_clusters_are_better_than_random_mixing(tmp_path: Path) -> None:
     """Measured: 1.2 points with 1,000 prompts and 24 clusters, 2.0 points with all prompts and 64 clusters."""
     rows = [json.loads(line) for line in (DATA / "mmlu_train.jsonl").read_text().splitlines()][:1000]

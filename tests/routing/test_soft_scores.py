@@ -2,21 +2,21 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router.errors import ArtefactError
-from hpc_router.routing.artefact import Artefact, SoftDecision, read
+from hpc_router.errors import ArtefactError, ConfigError
+from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.quality import Quality
 from hpc_router.routing.soft_scores import SoftScores
-from hpc_router.routing.training.soft_clusters import NEAREST, expected_scores
-from tests.routing.samples import artefact
+from hpc_router.routing.training.soft_clusters import expected_scores
+from tests.routing.samples import SOFT, artefact, soft_artefact
 
-SOFT = SoftDecision(sharpness=5.0, nearest=NEAREST)
 RATES_OF_TWO = {cluster: [0, 1] for cluster in artefact().clusters}
 VALUES = st.lists(st.floats(-2, 2), min_size=1, max_size=9)
 
@@ -25,16 +25,6 @@ def quality(clusters: int, experts: int, *, seed: int = 0) -> Quality:
     rng = np.random.default_rng(seed)
     names = tuple(f"e{number}" for number in range(experts))
     return Quality(experts=names, rate=rng.random((clusters, experts)), cost=np.arange(experts, dtype=np.float64))
-
-
-def soft_artefact(**changes: object) -> Artefact:
-    """The artefact of three labels, with the measured quality of two experts."""
-    trained = artefact()
-    rates = np.array([[0.9, 0.2], [0.3, 0.8], [0.5, 0.6]])
-    measured = Quality(experts=("big", "small"), rate=rates, cost=np.array([1.0, 0.0]))
-    training = {"quality": measured.to_json(trained.clusters)}
-    values: dict[str, object] = {"experts": ("big", "small", "small"), "training": training, "soft": SOFT, **changes}
-    return dataclasses.replace(trained, **values)  # type: ignore[arg-type]
 
 
 @given(VALUES, st.integers(1, 5), st.floats(0.1, 3))
@@ -71,6 +61,16 @@ def test_a_higher_weight_of_the_cost_prefers_the_cheap_expert() -> None:
     assert Classifier(cheaper, cost_weight=0.0).classify(prompt).expert == "big"
 
 
+def test_the_weight_of_the_cost_also_moves_a_table_of_experts() -> None:
+    prompt = "Write a Python function that sorts a list of integers."
+    table = soft_artefact(soft=None, experts=("big", "small", "small"))
+    assert Classifier(table).classify(prompt).expert == "big"
+    assert Classifier(table, cost_weight=0.9).classify(prompt).expert == "small"
+    assert Classifier(table, cost_weight=0.0).experts == ("big", "small", "small")
+    with pytest.raises(ConfigError, match=r"policy\.cost_weight: the artefact .* has no measured quality"):
+        Classifier(artefact(), cost_weight=0.1)
+
+
 def test_a_decision_names_the_nearest_cluster_and_the_terms_that_count() -> None:
     classifier = Classifier(soft_artefact())
     decided = classifier.classify("a Python function with an integer")
@@ -102,7 +102,7 @@ def test_a_soft_artefact_survives_writing_and_reading(tmp_path: Path) -> None:
         ({"soft": dataclasses.replace(SOFT, nearest=0)}, "nearest of 1 or more"),
     ],
 )  # fmt: skip
-def test_values_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+def test_values_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         soft_artefact(**changes)
 

@@ -13,6 +13,7 @@ from hpc_router.expert.engines.vllm import RUST_FRONTEND
 from hpc_router.expert.staging.model_files import list_files, local_models
 from hpc_router.expert.staging.node_disk import GB
 from hpc_router.routing import artefact
+from hpc_router.routing.confidence import MIN_DECISIONS
 from hpc_router.routing.exemplars import usable_exemplars
 from hpc_router.routing.features import Features
 
@@ -96,9 +97,22 @@ def _policy_faults(deployment: Deployment, exemplars: Mapping[str, list[str]]) -
         return
     try:
         if policy.artefact is None:
-            usable_exemplars(dict(exemplars), features=Features())
+            usable = usable_exemplars(dict(exemplars), features=Features())
+            calibrated, measured = sum(map(len, usable.values())) >= MIN_DECISIONS, False
         else:
-            artefact.read(Path(policy.artefact))
+            trained = artefact.read(Path(policy.artefact))
+            calibrated, measured = trained.calibration is not None, trained.quality is not None
+        if policy.cost_weight is not None and not measured:
+            yield (
+                f"policy.cost_weight={policy.cost_weight:g}: the classifier has no measured quality; it needs "
+                "policy.artefact with a training of method=measured"
+            )
+        if policy.min_confidence is not None and not calibrated:
+            yield (
+                f"policy.min_confidence={policy.min_confidence:g}: the classifier does not know how certain its "
+                f"decisions are; it needs {MIN_DECISIONS} exemplars, or an artefact trained with method=exemplars or "
+                "method=discovered (policy.margin needs neither)"
+            )
     except ArtefactError as error:
         yield f"policy.artefact={policy.artefact}: {error}"
     except ConfigError as error:

@@ -6,7 +6,7 @@ Only decisions of the current artefact count.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
@@ -14,6 +14,8 @@ from hpc_router.routing.policy import RouteReason
 
 Counted = Iterable[tuple[tuple[str, ...], int]]
 """The number of decisions by (artefact, cluster, reason)."""
+_UNCERTAIN: Final = (RouteReason.LOW_MARGIN.value, RouteReason.OUT_OF_DOMAIN.value)
+"""Reasons that count as a low margin. `policy.min_confidence` decides which of them occurs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ def drift(counted: Counted, *, artefact: str, training: Mapping[str, Any]) -> Dr
         if version == artefact:
             total += count
             clusters[cluster] = clusters.get(cluster, 0) + count
-            low += count if reason == RouteReason.LOW_MARGIN.value else 0
+            low += count if reason in _UNCERTAIN else 0
     if not total:
         return None
     scores = training.get("scores", {})

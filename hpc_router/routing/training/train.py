@@ -23,6 +23,7 @@ from hpc_router.config.parsing import bounded, check_values
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact, SoftDecision
 from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.confidence import Calibration, calibrate
 from hpc_router.routing.evaluation import majority
 from hpc_router.routing.exemplars import margin_threshold, usable_exemplars
 from hpc_router.routing.features import Doubles, Features, Floats, Ids, Mask
@@ -50,7 +51,7 @@ DISCOVERED_CLUSTERS: Final = 16
 FOLDS: Final = 5
 ONE_FOLD_FROM: Final = 2000
 """Number of prompts from which one held-out fold is large enough to set the threshold."""
-_PATHS: Final = ("data", "corpus", "descriptions", "output", "encoder")
+_PATHS: Final = ("data", "corpus", "descriptions", "validation", "output", "encoder")
 _PACKAGES: Final = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers")
 
 
@@ -67,18 +68,31 @@ class TrainConfig:
     corpus: str | None = None  # further text for the student: JSON lines, or one passage per line
     # method=exemplars with features=distilled: descriptions of the labels; a file, or a folder of expert files
     descriptions: str | None = None
+    # method=exemplars: labelled prompts of other sources, for the margin threshold and for `policy.min_confidence` only
+    validation: str | None = None
     output: str = ""
     weight: float = bounded(0.0, 0, 1e9)  # method=measured: how much correctness one unit of cost is worth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """Decisions on labelled prompts that the training did not see: one entry per prompt in each field."""
+
+    margins: Doubles
+    scores: Doubles
+    right: Mask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSet:
-    """What a training learns from. `left_out`: number of rows of the file that are not in `rows`."""
+    """What a training learns from. `left_out`: number of rows of the file that are not in `rows`. `validation`:
+    labelled prompts of other sources, which only show how certain the decisions are."""
 
     rows: Sequence[Row]
     left_out: int = 0
     corpus: Sequence[str] = ()
     descriptions: Mapping[str, str] = field(default_factory=dict)
+    validation: Sequence[Row] = ()
 
 
 def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
@@ -91,8 +105,24 @@ def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
     descriptions: dict[str, str] = {}
     if config.descriptions is not None:
         descriptions = read_descriptions(Path(config.descriptions), labels={str(row.label) for row in rows})
-    given = TrainingSet(rows=rows, left_out=left_out, corpus=corpus, descriptions=descriptions)
+    given = TrainingSet(
+        rows=rows,
+        left_out=left_out,
+        corpus=corpus,
+        descriptions=descriptions,
+        validation=_validation_rows(config, rows),
+    )
     return train_on(given, config=config, progress=progress)
+
+
+def _validation_rows(config: TrainConfig, rows: Sequence[Row]) -> list[Row]:
+    """Returns the labelled rows of the validation file without prompts of the training. Raises ConfigError."""
+    if config.validation is None:
+        return []
+    path = Path(config.validation)
+    found, _ = deduplicated(read_rows(path), path=path, need_label=True)
+    known = {" ".join(row.text.lower().split()) for row in rows}
+    return [row for row in found if " ".join(row.text.lower().split()) not in known]
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
@@ -131,10 +161,14 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
     trained = _clustered(config, given, progress)
     names, space, assignment = trained.names, trained.space, trained.assignment
     artefact = _artefact(config, space, names, trained.experts, trained.directions)
-    tested, predicted, margins = _cross_validated(config, trained, texts, progress)
+    tested, predicted, margins, values = _cross_validated(config, trained, texts, progress)
     correct = predicted == assignment[tested]
     # Between experts of nearly the same expected quality, a small margin is no reason to use another one.
     threshold = 0.0 if trained.soft is not None else margin_threshold(margins[correct])
+    calibration = None
+    if trained.soft is None:
+        held_out = Decisions(margins=margins, scores=values, right=correct)
+        threshold, calibration = _confidence(artefact, held_out, given.validation)
     shares = np.bincount(predicted, minlength=len(names)) / len(tested)
     scores: dict[str, object] = {
         "held_out_agreement": float(np.mean(correct)),
@@ -147,6 +181,7 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
             "rows": len(rows),
             "left_out": given.left_out,
             "corpus": len(given.corpus),
+            "validation": len(given.validation),
         },
         "settings": {k: v for k, v in asdict(config).items() if k not in _PATHS},
         "scores": scores,
@@ -162,7 +197,35 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
         scores["held_out_score"] = round(trained.held_out_score, 6)
     discriminative = _discriminative(artefact.terms, artefact.idf)
     return replace(
-        artefact, margin_threshold=threshold, discriminative=discriminative, training=training, soft=trained.soft
+        artefact,
+        margin_threshold=threshold,
+        calibration=calibration,
+        discriminative=discriminative,
+        training=training,
+        soft=trained.soft,
+    )
+
+
+def _confidence(artefact: Artefact, held_out: Decisions, validation: Sequence[Row]) -> tuple[float, Calibration | None]:
+    """Returns margin threshold and calibration from held-out decisions of the training's sources and, if there are
+    any, from decisions on prompts of other sources, which count as much."""
+    threshold = margin_threshold(held_out.margins[held_out.right])
+    if not validation:
+        return threshold, calibrate(held_out.margins, held_out.scores, held_out.right)
+    classifier = Classifier(artefact)
+    decided = [classifier.classify(row.text) for row in validation]
+    others = Decisions(
+        margins=np.array([each.margin for each in decided]),
+        scores=np.array([each.score for each in decided]),
+        right=np.array([each.expert == row.label for each, row in zip(decided, validation, strict=True)]),
+    )
+    parts = held_out, others
+    weight = np.concatenate([np.full(len(part.right), 1 / len(part.right)) for part in parts])
+    margins, scores, right = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("margins", "scores", "right")
+    )
+    return min(threshold, margin_threshold(others.margins[others.right])), calibrate(
+        margins, scores, right, weight=weight
     )
 
 
@@ -182,6 +245,10 @@ def _check_settings(config: TrainConfig) -> None:
             f"descriptions={config.descriptions} needs method=exemplars and features=distilled, which place a label "
             "with the help of a sentence encoder",
             key="descriptions",
+        )
+    if config.validation is not None and config.method != "exemplars":
+        raise ConfigError(
+            f"validation={config.validation} needs method=exemplars, whose clusters are labels", key="validation"
         )
     if config.clusters is not None and config.clusters < 2 and config.method != "exemplars":
         raise ConfigError(f"clusters={config.clusters}: a classifier needs 2 or more", key="clusters")
@@ -363,16 +430,16 @@ def _discriminative(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
 
 def _cross_validated(
     config: TrainConfig, trained: _Clusters, texts: Sequence[str], progress: ProgressCallback
-) -> tuple[Ids, Ids, Doubles]:
-    """Returns the row numbers of held-out prompts, their predicted clusters, and their margins (lead over the best
-    other cluster).
+) -> tuple[Ids, Ids, Doubles, Doubles]:
+    """Returns the row numbers of held-out prompts, their predicted clusters, their margins (lead over the best other
+    cluster), and their scores.
 
     Each fold is classified by a training without it. A cluster whose prompts are all held out keeps its direction.
     """
     names, space, assignment, directions = trained.names, trained.space, trained.assignment, trained.directions
     tested_folds = FOLDS if len(texts) < ONE_FOLD_FROM else 1
     fold = np.random.default_rng([config.seed, 1]).permutation(len(texts)) % FOLDS
-    predicted, margins = np.zeros(len(texts), np.intp), np.zeros(len(texts))
+    predicted, margins, scores = np.zeros(len(texts), np.intp), np.zeros(len(texts)), np.zeros(len(texts))
     for number in range(tested_folds):
         progress("held out", number, tested_folds)
         held_out = fold == number
@@ -381,12 +448,12 @@ def _cross_validated(
         fold_directions = np.where(known[:, None], fold_directions, directions)
         classifier = Classifier(_artefact(config, space, names, names, fold_directions, held_out=held_out))
         for i in np.flatnonzero(held_out).tolist():
-            values = classifier.scores(texts[i])
-            best, second = sorted(values, reverse=True)[:2]
-            predicted[i], margins[i] = values.index(best), best - second
+            decided = classifier.classify(texts[i])
+            predicted[i], scores[i] = names.index(decided.cluster), decided.score
+            margins[i] = np.inf if decided.margin is None else decided.margin
     progress("held out", tested_folds, tested_folds)
     tested = np.flatnonzero(fold < tested_folds)
-    return tested, predicted[tested], margins[tested]
+    return tested, predicted[tested], margins[tested], scores[tested]
 
 
 def _packages(config: TrainConfig) -> dict[str, str]:

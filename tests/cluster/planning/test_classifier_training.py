@@ -8,6 +8,7 @@ from hpc_router.cluster.planning import classifier_training
 from hpc_router.cluster.planning.plan import make_plan
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import Deployment
+from hpc_router.errors import ConfigError
 from hpc_router.routing.training import encoder, train
 
 
@@ -50,6 +51,19 @@ def test_with_an_encoder_the_descriptions_of_the_experts_with_exemplars_are_used
     assert sorted(descriptions) == ["code", "law", "math", "medicine"]  # the generalist has no exemplars
     assert descriptions["law"] == sim.experts["law"].description
     assert encoder.ENCODER_PACKAGE in str(make_plan(sim, ask_engines=False).classifier)
+
+
+def test_a_cost_weight_without_measured_quality_is_a_fault() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.cost_weight=0\.5: the classifier has no measured quality"):
+        make_plan(load_deployment(["topology=sim", "policy.cost_weight=0.5"]), ask_engines=False)
+
+
+def test_a_confidence_that_nothing_gives_is_a_fault() -> None:
+    few = ["topology=sim", *(f"experts.{name}.exemplars=[one {name} text]" for name in ("code", "law", "math"))]
+    few += ["experts.medicine.exemplars=[]", "policy.min_confidence=0.5"]
+    with pytest.raises(ConfigError, match=r"policy\.min_confidence=0\.5: .* needs 10 exemplars"):
+        make_plan(load_deployment(few), ask_engines=False)
+    make_plan(load_deployment(["topology=sim", "policy.min_confidence=0.5"]), ask_engines=False)
 
 
 @pytest.mark.parametrize("override", ["policy=round_robin", "policy.artefact=somewhere"])

@@ -8,7 +8,7 @@ TRAINING = {"scores": {"cluster_share": {"a": 0.5, "b": 0.5}, "low_margin_share"
 
 
 def test_the_same_mix_is_no_drift() -> None:
-    counted = [(("v", "a", "classified"), 5), (("v", "b", "low_margin"), 5)]
+    counted = [(("v", "a", "classified"), 5), (("v", "b", "low_margin"), 3), (("v", "b", "out_of_domain"), 2)]
     found = drift(counted, artefact="v", training=TRAINING)
     assert found is not None
     assert (found.cluster_distance, found.low_margin_share, found.trained_low_margin_share) == (0, 0.5, 0.1)

@@ -79,6 +79,19 @@ def test_with_shuffled_results_the_choice_is_no_better_than_the_best_expert(tmp_
     assert result["routed"]["low"] > max(result["single"].values())
 
 
+def test_eval_says_when_the_dearer_expert_is_the_worse_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = measured_rows(each=20)
+    for row in rows:
+        row["correct"] = {"dear": row["domain"] == "cooking", "cheap": row["domain"] != "cooking"}
+        row["cost"] = {"dear": 2.0, "cheap": 1.0}
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    train(config(data), progress=quiet).write(tmp_path / "a")
+    assert evaluate(tmp_path / "a", data, costs={})["cost_quality"]["dear_is_worse"]
+    assert not evaluate(tmp_path / "a", data, costs={"dear": 0.5})["cost_quality"]["dear_is_worse"]
+    assert main(["classify", "eval", str(tmp_path / "a"), str(data)]) == 0
+    assert "the dearer model is the worse one: dear 0.333, cheap 0.667" in capsys.readouterr().out
+
+
 def test_a_table_of_experts_is_not_edited_where_there_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
