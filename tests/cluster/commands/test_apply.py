@@ -1,10 +1,12 @@
 """Two `apply` at the same time: the one whose change is lost says so."""
 
+import json
 import threading
 from pathlib import Path
 
 import pytest
 
+from hpc_router.cli.main import main
 from hpc_router.cluster.commands import apply
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.config import frozen
@@ -111,3 +113,14 @@ def test_a_loop_with_an_earlier_config_takes_no_job_for_outdated(run: RunDir) ->
     control = ControlLoop(run)
     apply.write_change(apply.find_change(run, ["experts.math.engine.options.seed=1"], config_dir=None))
     assert control.preview().desired.revisions == {}
+
+
+def test_the_config_of_a_run_that_is_down_is_for_the_next_up(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    run.write_desired({"down": True})
+    assert main(["apply", "--run", str(run.path), "experts.math.engine.options.seed=1"]) == 0
+    assert f"no job runs: `hpc-router up --run {run.path}` starts them with this config" in capsys.readouterr().out
+    assert frozen.read(run.config).experts["math"].engine.options["seed"] == 1
+    assert main(["apply", "--json", "--run", str(run.path), "experts.math.engine.options.seed=2"]) == 0
+    displayed = capsys.readouterr()
+    assert json.loads(displayed.out)["replaced"] == ["math"]
+    assert "no job runs" in displayed.err
