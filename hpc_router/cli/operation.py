@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from hpc_router.cli.output import print_lines, print_value, print_warnings
@@ -56,9 +58,12 @@ def apply(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return 0
     control = write_change(change)
-    if not arguments.no_wait:
-        roll_out(control, print)
-        print("every job has this config")
+    show = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    if control.preview().desired.down:
+        show(f"no job runs: `hpc-router up --run {shlex.quote(str(run.path))}` starts them with this config")
+    elif not arguments.no_wait:
+        roll_out(control, show)
+        show("every job has this config")
     return 0
 
 

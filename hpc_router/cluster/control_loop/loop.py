@@ -165,17 +165,14 @@ class ControlLoop:
     def _report_handovers(self, observed: Observed) -> None:
         """Writes an event for each replica that became ready while its predecessor served. A file in the successor's
         folder shows that the event was written, so that it is written once even if the loop is replaced."""
-        ready = {attempt.replica for attempt in all_attempts(observed) if attempt.ready}
-        self._handed_over &= ready
-        for slot, attempts in observed.items():
+        ready = {attempts[-1].replica: attempts for attempts in observed.values() if attempts[-1].ready}
+        seen, self._handed_over = self._handed_over, set(ready)
+        for attempts in (attempts for replica, attempts in ready.items() if replica not in seen):
             newest = attempts[-1]
-            if newest.replica not in ready or newest.replica in self._handed_over:
-                continue
-            self._handed_over.add(newest.replica)
             before = next((a for a in reversed(attempts[:-1]) if served_until_ready(a, newest)), None)
             if before is not None and JobDir(self.run, newest.replica).report_handover():
                 reason = f"{before.replica} served until it was ready"
-                self.run.event("handover_done", replica=newest.replica, expert=slot.expert, reason=reason)
+                self.run.event("handover_done", replica=newest.replica, expert=newest.slot.expert, reason=reason)
 
     def _release(self, wanted: Sequence[ReleaseJob], excluded: tuple[str, ...]) -> None:
         new = [action for action in wanted if action.replica not in self._released]

@@ -1,10 +1,12 @@
 """What `apply` says and keeps: of another `apply` at the same time, and of the values that `set` has set."""
 
+import json
 import threading
 from pathlib import Path
 
 import pytest
 
+from hpc_router.cli.main import main
 from hpc_router.cluster.commands import apply
 from hpc_router.cluster.commands import set as set_
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
@@ -138,3 +140,14 @@ def test_a_config_that_a_setting_does_not_fit_is_refused(run: RunDir) -> None:
         ConfigError, match=r"the setting policy\.fallback=math does not fit .*`hpc-router set policy\.f"
     ):
         apply.find_change(run, ["~experts.math"], config_dir=None)
+
+
+def test_the_config_of_a_run_that_is_down_is_for_the_next_up(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    run.write_desired({"down": True})
+    assert main(["apply", "--run", str(run.path), "experts.math.engine.options.seed=1"]) == 0
+    assert f"no job runs: `hpc-router up --run {run.path}` starts them with this config" in capsys.readouterr().out
+    assert frozen.read(run.config).experts["math"].engine.options["seed"] == 1
+    assert main(["apply", "--json", "--run", str(run.path), "experts.math.engine.options.seed=2"]) == 0
+    displayed = capsys.readouterr()
+    assert json.loads(displayed.out)["replaced"] == ["math"]
+    assert "no job runs" in displayed.err

@@ -38,7 +38,7 @@ FAILED_SUBMISSIONS: Final = (
 CALM_S: Final = 400.0
 """After the storm everything must be ready again within this time."""
 UNKNOWN_S: Final = 150.0
-"""Longest time of an answering controller for which a job may run that no record names."""
+"""Longest time, while the controller answers a control loop, for which a job may run that no record names."""
 
 
 class Broken(AssertionError):
@@ -331,7 +331,9 @@ class Storm:
                 wanted = known and records is not None and records.stop is None and job.node not in slurm.lost
                 if wanted and agent.phase in ("waiting", "loading", "ready") and not agent.hung:
                     serving[agent.replica.rpartition(".")[0]] += 1
-                self.unknown_s[agent.replica] += 0 if known or slurm.now < slurm.away_until else seconds
+                self.unknown_s[agent.replica] += (
+                    0 if known or slurm.now < slurm.away_until or not self.loops else seconds
+                )
                 self._must(
                     self.unknown_s[agent.replica] <= UNKNOWN_S, f"no record knows job {job.job_id} of {agent.replica}"
                 )
