@@ -128,7 +128,7 @@ def _section(schema: type, value: Mapping[Any, Any], at: str) -> Any:
         required = item.default == REQUIRED or (item.default is MISSING and item.default_factory is MISSING)
         if required and given.get(item.name, REQUIRED) == REQUIRED:
             key = _join(at, item.name)
-            raise ConfigError(f"'{key}' is missing: it has no default", key=key)
+            raise ConfigError(f"'{key}' is missing: it has no default", key=at)  # the place that made the section
     return schema(**given)
 
 

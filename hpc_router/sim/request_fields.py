@@ -53,6 +53,17 @@ class RequestFields:
             raise ApiError(f"'{key}' must be at least {minimum}{upper}.", param=key)
         return value
 
+    def number(self, key: str) -> float | None:
+        value = self._body.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ApiError(f"'{key}' must be a number.", param=key)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ApiError(f"'{key}' is too large.", param=key) from error
+
     def count(self, key: str) -> int | None:
         """Returns the number of log probabilities that the field `key` requests: -1 for the whole vocabulary, None if
         it is absent."""

@@ -11,6 +11,7 @@ from hpc_router.sim.generation import Api, Embedding, Generation, ParsedPrompt, 
 from hpc_router.sim.logprobs import MAX_LOGPROBS, VOCABULARY_SIZE
 from hpc_router.sim.prompt_parsing import chat_prompt, inputs, items, message, messages
 from hpc_router.sim.request_fields import RequestFields
+from hpc_router.sim.sampling import check_sampling
 from hpc_router.sim.structured_outputs import constrained_text, tool_arguments
 from hpc_router.sim.tool_choice import chat_tool, message_tool, response_tool
 
@@ -22,6 +23,7 @@ _INCLUDE_LOGPROBS: Final = "message.output_text.logprobs"
 
 def parse_chat(raw: bytes) -> Generation:
     fields = RequestFields(raw)
+    check_sampling(fields)
     stream = fields.flag("stream")
     limit = fields.integer("max_completion_tokens", minimum=1)
     tool = chat_tool(fields.value("tools"), fields.value("tool_choice"))
@@ -54,6 +56,7 @@ def parse_chat(raw: bytes) -> Generation:
 
 def parse_completion(raw: bytes) -> Generation:
     fields = RequestFields(raw)
+    check_sampling(fields)
     stream, echo, top = fields.flag("stream"), fields.flag("echo"), fields.count("logprobs")
     prompts = inputs(fields.value("prompt"), key="prompt")
     max_tokens = fields.integer("max_tokens", minimum=0)
@@ -82,6 +85,7 @@ def parse_completion(raw: bytes) -> Generation:
 
 def parse_response(raw: bytes) -> Generation:
     fields = RequestFields(raw)
+    check_sampling(fields)
     instructions, include = fields.text("instructions"), fields.value("include")
     system = [] if instructions is None else [("system", instructions)]
     tool = response_tool(fields.value("tools"), fields.value("tool_choice"))
@@ -114,6 +118,7 @@ def parse_response(raw: bytes) -> Generation:
 def parse_message(raw: bytes) -> Generation:
     """Parses a request for /v1/messages, which has no `ignore_eos` (vllm/entrypoints/anthropic/protocol.py)."""
     fields = RequestFields(raw)
+    check_sampling(fields)
     limit = fields.integer("max_tokens", minimum=1)
     if limit is None:
         raise ApiError("'max_tokens' is required.", param="max_tokens")

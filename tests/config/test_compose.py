@@ -80,7 +80,10 @@ OVERRIDES = [
     (["experts.Big={model: x, engine: {kind: sim}}"], ["'Big' cannot name an expert", "lower-case"]),
     (["experts.auto={model: x, engine: {kind: sim}}"], ["'auto' cannot name an expert", "not auto or router"]),
     (["experts.router={model: x, engine: {kind: sim}}"], ["'router' cannot name an expert"]),
-    (["experts.new.engine.kind=sim"], ["'experts.new.model' is missing"]),
+    (
+        ["experts.new.engine.kind=sim"],
+        ["override 'experts.new.engine.kind=sim': 'experts.new.model' is missing: it has no default"],
+    ),
     # GPUs
     (["experts.math.resources.gpus=2"], ["experts.math.resources.gpus=2", "cluster.gpus=0"]),
     (["experts.math.resources.nodes=2"], ["experts.math.resources.nodes=2", "cluster=local is one node"]),
@@ -108,6 +111,7 @@ FILES = [
     ("experts:\n  a: {model: x\n  b: 3\n", ["mine.yaml:4", "not valid YAML"]),
     ("experts:\n\ta: 1\n", ["mine.yaml:3", "not valid YAML"]),
     (f"experts:\n  a: {{model: x, {EXPERT}}}\n  a: {{model: y}}\n", ["mine.yaml:4", "'a' is given twice"]),
+    (f"experts:\n  a: {{{EXPERT}}}\n", ["mine.yaml: 'experts.a.model' is missing"]),
     (f"experts:\n  a: {{modl: x, {EXPERT}}}\n", ["mine.yaml: unknown key 'experts.a.modl'", "'model'?"]),
     (f"experts:\n  a: {{model: x, replicas: many, {EXPERT}}}\n", ["mine.yaml: 'experts.a.replicas': 'many'"]),
     (f"experts:\n  a: {{model: x, exemplars: no, {EXPERT}}}\n", ["mine.yaml", "is not a list"]),

@@ -242,6 +242,7 @@ async def test_leaving_aborts_at_once(start: Start, path: str, stream: bool, whe
         (RESPONSES, {"input": "x", "max_output_tokens": 0}, "'max_output_tokens'"),
         (RESPONSES, {"input": "x", "previous_response_id": 3}, "'previous_response_id'"),
         (RESPONSES, {"input": "x", "store": "maybe"}, "'store'"),
+        (RESPONSES, {"input": "x", "temperature": 2.1}, "temperature must be in [0, 2], got 2.1."),
         (MESSAGES, {"max_tokens": 1}, "'messages'"),
         (MESSAGES, {"messages": TURNS}, "'max_tokens' is required"),
         (MESSAGES, {"messages": TURNS, "max_tokens": 1, "system": 3}, "system"),

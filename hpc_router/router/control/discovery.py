@@ -2,7 +2,7 @@
 
 The registry says which replicas exist. A probe says whether the process there answers and is the expected one: an agent
 proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request. One
-that only takes connections may be slow or hang; it is used while no other replica serves its experts.
+that takes connections and is silent may be slow or hang; it is used while no other replica serves its experts.
 
 A replica whose heartbeats stop is not ejected while its probes succeed, because then only its file system has stalled.
 A replica leaves the table when its owner withdraws its record. This module does not know the workers.
@@ -251,11 +251,13 @@ class Discovery:
 
     async def _judge(self, replica: Replica) -> None:
         """Probes the replica and acts on the result. An unanswered probe of an external endpoint is ignored if it has
-        answered requests meanwhile, and ejects it only if other replicas stand in for it."""
+        answered requests meanwhile. Silence, with the connection open, ejects it only if other replicas stand in for
+        it."""
         started_at, watch = self.clock(), self._watches[replica.name]
         assert self._prober is not None
         result = await self._prober.probe(replica, external_s=self._external_limit_s(replica, watch))
-        if result is Incident.PROBE_UNANSWERED and watch.served_at >= started_at:
+        unanswered = result in (Incident.PROBE_LATE, Incident.PROBE_UNANSWERED)
+        if unanswered and replica.record.kind is RecordKind.EXTERNAL and watch.served_at >= started_at:
             replica.trouble = None
             return
         if result is Incident.PROBE_UNANSWERED and not self._is_dispensable(replica):

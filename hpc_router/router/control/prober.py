@@ -71,7 +71,7 @@ class Prober:
             connected = isinstance(error, aiohttp.ClientError) and not isinstance(error, aiohttp.ClientConnectorError)
             if isinstance(error, OSError) and not connected:
                 return Incident.PROBE_FAILED
-            return Incident.PROBE_UNANSWERED if external else Incident.PROBE_FAILED
+            return Incident.PROBE_LATE if external else Incident.PROBE_FAILED
 
     async def _probe_agent(self, replica: Replica) -> Event | Incident:
         challenge = new_token()

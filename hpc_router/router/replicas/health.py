@@ -17,8 +17,8 @@ from typing import Final
 from hpc_router import backoff
 
 MAX_LATE_PROBES: Final = 3
-"""Number of unanswered probes in a row that eject a replica. The network may be the cause of fewer. They eject an
-external endpoint only while other replicas serve its experts."""
+"""Number of unanswered probes in a row that eject a replica. The network may be the cause of fewer. A silent external
+endpoint is ejected only while other replicas serve its experts."""
 
 
 class Incident(StrEnum):
@@ -29,7 +29,7 @@ class Incident(StrEnum):
     ANSWERED = "answered"  # a request succeeded after earlier ones had failed
     PROBE_OK = "probe_ok"  # the replica passed the challenge, whatever state it reported
     PROBE_LATE = "probe_late"  # no response within the timeout
-    PROBE_UNANSWERED = "probe_unanswered"  # an external endpoint took the connection, and gave no valid response
+    PROBE_UNANSWERED = "probe_unanswered"  # an external endpoint took the connection and was silent
     PROBE_FAILED = "probe_failed"  # connection refused, wrong identity, or an invalid response
 
 

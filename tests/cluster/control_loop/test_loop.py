@@ -452,18 +452,26 @@ def test_the_loop_ends_with_its_run_directory(run: RunDir, tmp_path: Path) -> No
         loop.wait()
 
 
-def test_the_loop_ends_on_sigterm(run: RunDir) -> None:
-    """It ignores the walltime warning of its router's job."""
+@pytest.mark.parametrize("options", [[], ["--tied"]], ids=["alone", "tied"])
+def test_the_loop_ends_on_sigterm(run: RunDir, options: list[str]) -> None:
+    """It ignores the walltime warning of its router's job. A loop that is tied to a process still reads its stdin then;
+    a buffered reader would abort the interpreter with "Fatal Python error: _enter_buffered_busy"."""
     run.desired.write_text(json.dumps({"down": True}))
-    loop = subprocess.Popen(
-        [sys.executable, "-m", "hpc_router.cli", "reconcile", "--loop", "--run", str(run.path)],
-        stderr=subprocess.DEVNULL,
-    )
-    eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM) and _ignores(loop.pid, signal.SIGUSR2))
-    loop.send_signal(signal.SIGUSR2)
-    loop.terminate()
-    assert loop.wait(20) == 0
-    assert start_ticks(loop.pid) is None
+    with subprocess.Popen(
+        [sys.executable, "-m", "hpc_router.cli", "reconcile", "--loop", *options, "--run", str(run.path)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as loop:
+        eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM) and _ignores(loop.pid, signal.SIGUSR2))
+        if options:
+            eventually_sync(lambda: len(list(Path(f"/proc/{loop.pid}/task").iterdir())) > 1)  # the one that reads
+        loop.send_signal(signal.SIGUSR2)
+        loop.terminate()
+        assert loop.wait(20) == 0
+        assert start_ticks(loop.pid) is None
+        assert loop.stderr is not None
+        assert "Fatal" not in loop.stderr.read()
 
 
 def _handles(pid: int, number: signal.Signals) -> bool:

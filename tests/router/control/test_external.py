@@ -24,13 +24,13 @@ from tests.support.waiting import eventually
 
 NAME = "math-x0.g1"
 LIMIT_S = 0.3
-"""Time limit of a probe in one test. It is long enough for a busy machine, where an answer may be this much later."""
+"""Time limit of a probe. It is long enough for a busy machine, where an answer may be this much later."""
 
 
 @dataclass
 class Endpoint:
     """Answers requests with `chat_status`, and probes with `status` and `body` after `delay_s`; to None it gives no
-    answer."""
+    answer, and 0 breaks the connection."""
 
     status: int | None = 200
     body: bytes = b"{}"
@@ -52,6 +52,8 @@ class Endpoint:
         await asyncio.sleep(self.delay_s)
         if self.status is None:
             await self.go_on.wait()
+        if self.status == 0 and request.transport is not None:
+            request.transport.abort()
         return web.Response(status=self.status or 404, body=self.body, headers=self.headers)
 
 
@@ -152,14 +154,14 @@ async def test_probes_without_an_answer_leave_the_only_replica_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that answers one request at a time answers no probe during a long one."""
-    monkeypatch.setattr(discovery, "EXTERNAL_PROBE_S", 0.05)
+    monkeypatch.setattr(discovery, "EXTERNAL_PROBE_S", LIMIT_S)
     run, endpoint = a_run(tmp_path), Endpoint(status=None)
     async with registered(run, endpoint), a_router(run, a_deployment()) as router:
         await ready(router)
         await eventually(lambda: len(endpoint.probed) > 2 * MAX_LATE_PROBES)
         (replica,) = router.control.table.all()
         assert (standing(router), replica.trouble) == (
-            RoutingState.READY, f"GET {endpoint.url}/v1/models: no answer within 0.05 s",
+            RoutingState.READY, f"GET {endpoint.url}/v1/models: no answer within {LIMIT_S:g} s",
         )  # fmt: skip
         assert await ask(router) == 200
 
@@ -201,6 +203,17 @@ async def test_a_slow_answer_to_a_probe_brings_it_back_and_is_waited_for_from_th
             before = len(endpoint.probed)
             await eventually(lambda: len(endpoint.probed) > before + MAX_LATE_PROBES)
             assert standing(router) is RoutingState.READY
+
+
+async def test_connections_that_break_without_an_answer_eject_it(tmp_path: Path) -> None:
+    """As those through a tunnel whose other end is gone."""
+    run = a_run(tmp_path)
+    async with registered(run, Endpoint(status=0)), a_router(run, a_deployment()) as router:
+        await eventually(lambda: standing(router) is RoutingState.EJECTED)
+        (replica,) = router.control.table.all()
+        assert replica.health.late_probes >= MAX_LATE_PROBES
+        assert replica.trouble is not None
+        assert "Server disconnected" in replica.trouble
 
 
 @pytest.mark.parametrize("probe", ["/v1/models", "/health", None])

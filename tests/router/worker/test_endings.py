@@ -185,7 +185,7 @@ async def test_an_answer_that_was_not_to_be_a_stream_is_held(tmp_path: Path) -> 
     run = a_run(tmp_path)
     half = stream([b'{"a'], then="reset", content_type=JSON)
     async with (
-        fake_replica(run, "math-0.g1", half, half, answer),
+        fake_replica(run, "math-0.g1", half, answer),
         a_router(run, a_deployment("math")) as router,
     ):
         await ready(router)
