@@ -35,7 +35,10 @@ def route(arguments: argparse.Namespace) -> int:
 
     access = router_access(find_run(arguments.run))
     try:
-        response = call_blocking("POST", f"{access.url}/route", token=access.token, body={"prompt": arguments.prompt})
+        response = call_blocking(
+            "POST", f"{access.url}/route", token=access.token, body={"prompt": arguments.prompt},
+            certificate=access.certificate,
+        )  # fmt: skip
     except Unreachable as error:
         raise LaunchError(f"the router does not answer at {access.url}: {error}") from error
     if response.status != 200:

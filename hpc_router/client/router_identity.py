@@ -6,10 +6,13 @@ for `PROOF_S` seconds, or until a request fails. This module knows no tokens, ru
 client loads an HTTP library only when it is used.
 """
 
+import contextlib
 import json
 import math
 import socket
+import ssl
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -17,6 +20,7 @@ from urllib.parse import urlsplit
 
 from hpc_router.net.auth import challenge_answer, equal_secrets, new_token, replica_key
 from hpc_router.net.protocol import HEALTH, ProbeResponse
+from hpc_router.net.tls import client_context
 from hpc_router.state.registry import Record
 
 PROOF_S: Final = 10.0
@@ -48,8 +52,10 @@ def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIME
         return IdentityCheck.NO_NONCE
     challenge = new_token()
     try:
-        answer = _get(record.url, f"{HEALTH}?challenge={challenge}", deadline=time.monotonic() + timeout_s)
+        answer = _get(record, f"{HEALTH}?challenge={challenge}", deadline=time.monotonic() + timeout_s)
         proven = proves(json.loads(answer), record=record, secret=secret, challenge=challenge)
+    except ssl.SSLError:
+        return IdentityCheck.OTHER_PROCESS
     except OSError:
         return IdentityCheck.UNREACHABLE
     except (ValueError, RecursionError):
@@ -57,14 +63,14 @@ def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIME
     return IdentityCheck.PROVEN if proven else IdentityCheck.OTHER_PROCESS
 
 
-def _get(url: str, target: str, *, deadline: float) -> bytes:
+def _get(record: Record, target: str, *, deadline: float) -> bytes:
     """Returns the body of an HTTP/1.0 response, which ends when the server closes the connection. Uses no HTTP library,
     because no library limits the time of a whole response. Raises OSError, and ValueError for a bad address or for more
     than `MAX_RESPONSE_BYTES`."""
-    at = urlsplit(url)
-    if at.scheme != "http" or not at.hostname:
-        raise ValueError(f"{url!r} is not the address of a router")
-    with socket.create_connection((at.hostname, at.port or 80), timeout=_left_s(deadline)) as sock:
+    at = urlsplit(record.url)
+    if at.scheme != ("http" if record.certificate is None else "https") or not at.hostname or not at.port:
+        raise ValueError(f"{record.url!r} is not the address of a router")
+    with _connected(at.hostname, at.port, record.certificate, deadline=deadline) as sock:
         sock.sendall(f"GET {target} HTTP/1.0\r\nHost: {at.netloc}\r\n\r\n".encode("ascii"))
         raw = b""
         while len(raw) <= MAX_RESPONSE_BYTES:
@@ -76,6 +82,18 @@ def _get(url: str, target: str, *, deadline: float) -> bytes:
                 return raw.partition(b"\r\n\r\n")[2]
             raw += chunk
     raise ValueError(f"the response is longer than {MAX_RESPONSE_BYTES} bytes")
+
+
+@contextlib.contextmanager
+def _connected(host: str, port: int, certificate: str | None, *, deadline: float) -> Iterator[socket.socket]:
+    """Connects to a router, with TLS if it has a certificate. Raises OSError."""
+    with socket.create_connection((host, port), timeout=_left_s(deadline)) as sock:
+        if certificate is None:
+            yield sock
+            return
+        sock.settimeout(_left_s(deadline))
+        with client_context(certificate).wrap_socket(sock) as secured:
+            yield secured
 
 
 def _left_s(deadline: float) -> float:
@@ -122,4 +140,4 @@ class IdentityCache:
 
 
 def _owner(router: Record) -> tuple[Any, ...]:
-    return router.url, router.nonce, router.replica
+    return router.url, router.nonce, router.replica, router.certificate

@@ -19,6 +19,7 @@ import openai
 
 from hpc_router.client.following import SOCKET_OPTIONS, RequestNotTakenError, ResponseLostError, RouterFollower
 from hpc_router.client.leader import REGISTRY_TIMEOUT_S, NoRouterError
+from hpc_router.net.tls import client_context
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
 
@@ -44,7 +45,8 @@ class _HttpFollower(RouterFollower["http.Request", "http.Response"]):
     """Base class of the two transports below, with the code that they share."""
 
     @abstractmethod
-    async def exchange(self, request: "http.Request") -> "http.Response": ...
+    async def exchange(self, request: "http.Request", certificate: str | None) -> "http.Response":
+        """Sends the request. `certificate`: the only one that the router may have, in PEM; None: plain HTTP."""
 
     async def respond(self, request: "http.Request") -> "http.Response":
         if request.url.host != PLACEHOLDER_HOST:
@@ -60,7 +62,7 @@ class _HttpFollower(RouterFollower["http.Request", "http.Response"]):
 
     async def send(self, request: "http.Request", router: Record, token: str) -> "http.Response":
         try:
-            response = await self.exchange(_addressed(request, router, token))
+            response = await self.exchange(_addressed(request, router, token), router.certificate)
         except http.TransportError as error:
             self.invalidate()
             if isinstance(error, http.ConnectError | http.ConnectTimeout):
@@ -77,16 +79,20 @@ class FollowingTransport(_HttpFollower, http.BaseTransport):
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s, check_lock=_BlockingLock())
-        self._inner = http.HTTPTransport(**_options())
+        self._inner: dict[str | None, http.HTTPTransport] = {None: http.HTTPTransport(**_options())}
 
     def handle_request(self, request: "http.Request") -> "http.Response":
         return _completed(self.respond(request))
 
     def close(self) -> None:
-        self._inner.close()
+        for inner in self._inner.values():
+            inner.close()
 
-    async def exchange(self, request: "http.Request") -> "http.Response":
-        return self._inner.handle_request(request)
+    async def exchange(self, request: "http.Request", certificate: str | None) -> "http.Response":
+        inner = self._inner.get(certificate)
+        if inner is None:
+            inner = self._inner.setdefault(certificate, http.HTTPTransport(**_options(certificate)))
+        return inner.handle_request(request)
 
     async def discard(self, response: "http.Response") -> None:
         response.close()
@@ -104,16 +110,20 @@ class AsyncFollowingTransport(_HttpFollower, http.AsyncBaseTransport):
 
     def __init__(self, run: RunDir, *, follow_s: float) -> None:
         super().__init__(run, follow_s=follow_s, check_lock=anyio.Lock())
-        self._inner = http.AsyncHTTPTransport(**_options())
+        self._inner: dict[str | None, http.AsyncHTTPTransport] = {None: http.AsyncHTTPTransport(**_options())}
 
     async def handle_async_request(self, request: "http.Request") -> "http.Response":
         return await self.respond(request)
 
     async def aclose(self) -> None:
-        await self._inner.aclose()
+        for inner in self._inner.values():
+            await inner.aclose()
 
-    async def exchange(self, request: "http.Request") -> "http.Response":
-        return await self._inner.handle_async_request(request)
+    async def exchange(self, request: "http.Request", certificate: str | None) -> "http.Response":
+        inner = self._inner.get(certificate)
+        if inner is None:
+            inner = self._inner[certificate] = http.AsyncHTTPTransport(**_options(certificate))
+        return await inner.handle_async_request(request)
 
     async def discard(self, response: "http.Response") -> None:
         await response.aclose()
@@ -171,10 +181,12 @@ class _ReportingStream(http.SyncByteStream, http.AsyncByteStream):
         await self._inner.aclose()
 
 
-def _options() -> dict[str, Any]:
-    """Returns the arguments for the HTTP library's transport, synchronous or asynchronous."""
+def _options(certificate: str | None = None) -> dict[str, Any]:
+    """Returns the arguments for the HTTP library's transport, synchronous or asynchronous. `certificate`: the router's,
+    in PEM."""
     limits = http.Limits(max_connections=1000, max_keepalive_connections=100)
-    return {"trust_env": False, "limits": limits, "socket_options": SOCKET_OPTIONS}
+    verify = True if certificate is None else client_context(certificate)
+    return {"trust_env": False, "limits": limits, "socket_options": SOCKET_OPTIONS, "verify": verify}
 
 
 def _completed(blocking: Coroutine[Any, Any, _T]) -> _T:

@@ -266,6 +266,9 @@ class RouterConfig:
     standby: bool = True  # true: on Slurm, a standby job waits for the end of the router's job and replaces it
     # Origins of web pages whose scripts may use the router, such as http://localhost:3000; "*" allows every page.
     allowed_origins: list[str] = field(default_factory=list)
+    # Absolute path of the PEM file with the router's certificate chain: the router then serves HTTPS; null: HTTP.
+    tls_cert: str | None = None
+    tls_key: str | None = None  # absolute path of the PEM file with the private key of router.tls_cert
     max_body_mb: float = bounded(32.0, 1e-6, 4096)  # maximum size of a request body in MiB; larger ones get 413
     # Maximum size in MiB of an unstreamed response that is buffered until complete, so that the request can be retried.
     hold_mb: float = bounded(8.0, 1e-6, 4096)

@@ -70,10 +70,23 @@ def check_router(router: RouterConfig) -> None:
         check_host("router.host", router.host)
     for origin in router.allowed_origins:
         _check_origin(origin)
+    _check_tls(router)
     if router.eject_most_s < router.eject_s:
         key = "router.eject_most_s"
         valid = f"router.eject_s={router.eject_s:g} or more"
         raise ConfigError(f"{key}={router.eject_most_s:g}: shorter than the first ejection (valid: {valid})", key=key)
+
+
+def _check_tls(router: RouterConfig) -> None:
+    for name, path, other in (
+        ("tls_cert", router.tls_cert, router.tls_key),
+        ("tls_key", router.tls_key, router.tls_cert),
+    ):
+        key = f"router.{name}"
+        if path is None and other is not None:
+            raise ConfigError(f"{key}=null: HTTPS needs both router.tls_cert and router.tls_key", key=key)
+        if path is not None and not path.startswith("/"):
+            raise ConfigError(f"{key}={path}: not an absolute path (valid: /path/to/file.pem)", key=key)
 
 
 def _check_origin(origin: str) -> None:

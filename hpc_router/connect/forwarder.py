@@ -27,6 +27,7 @@ from hpc_router.errors import (
     UpstreamError,
 )
 from hpc_router.net.protocol import DRAINING_HEADER
+from hpc_router.net.tls import client_context
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
     Request,
@@ -161,6 +162,8 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
     async def send(self, call: ForwardedRequest, router: Record, token: str) -> ForwardedResponse:
         request = call.request
         head = b"%bauthorization: Bearer %b\r\n" % (call.head, token.encode()) if call.without_token else call.head
+        if router.certificate is not None:
+            self._client.tls = client_context(router.certificate)
         try:
             upstream = await call.exchange.enter_async_context(
                 self._client.request(

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
+
+from hpc_router.net.tls import client_context
 
 DEFAULT_TIMEOUT_S: Final = 2.0
 MAX_RESPONSE_BYTES: Final = 2**20
@@ -49,15 +52,24 @@ async def call(
     *,
     token: str | None = None,
     body: Mapping[str, Any] | None = None,
+    certificate: str | None = None,
 ) -> HttpResponse:
-    """Sends one request and returns the response, whatever its status. Raises Unreachable."""
+    """Sends one request and returns the response, whatever its status. `certificate`: the only one, in PEM, that an
+    https server may have; None: as the system's authorities say. Raises Unreachable."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        async with client.request(method, url, headers=headers, json=body, allow_redirects=False) as response:
+        async with client.request(
+            method, url, headers=headers, json=body, allow_redirects=False, ssl=tls_option(certificate)
+        ) as response:
             text = (await bounded_body(response)).decode(errors="replace")
             return HttpResponse(response.status, _parsed(text))
     except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
         raise Unreachable(str(error) or type(error).__name__) from error
+
+
+def tls_option(certificate: str | None) -> ssl.SSLContext | bool:
+    """Returns the `ssl` argument of aiohttp's requests. Raises ValueError if `certificate` is not one."""
+    return True if certificate is None else client_context(certificate)
 
 
 async def bounded_body(response: aiohttp.ClientResponse) -> bytes:
@@ -77,12 +89,13 @@ def call_blocking(
     token: str | None = None,
     body: Mapping[str, Any] | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    certificate: str | None = None,
 ) -> HttpResponse:
     """Sends one request from code without an event loop, and blocks. Otherwise like `call`."""
 
     async def once() -> HttpResponse:
         async with session(timeout_s=timeout_s) as client:
-            return await call(client, method, url, token=token, body=body)
+            return await call(client, method, url, token=token, body=body, certificate=certificate)
 
     return asyncio.run(once())
 

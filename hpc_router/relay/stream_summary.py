@@ -7,7 +7,6 @@ looks like a `usage` is not mistaken for one.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import orjson
 
@@ -35,9 +34,11 @@ class StreamSummary:
 
     def counting(self, write: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
         """Returns a function that counts events and passes them to `write`."""
+        mark = self._delta_mark
 
-        def write_counted(events: bytes) -> bool:
-            self.add(events)
+        def write_counted(events: bytes) -> bool:  # as `add`, without its call
+            self.chunks += events.count(mark)
+            self._second_last, self._last = self._last, events
             return write(events)
 
         return write_counted
@@ -57,17 +58,14 @@ def stated_tokens(data: bytes | bytearray) -> int | None:
         value = orjson.loads(data)
     except orjson.JSONDecodeError:
         return None
-    usage = _usage_in(value)
-    if usage is None and isinstance(value, dict):
-        usage = _usage_in(value.get("response"))
-    if usage is None:
+    if type(value) is not dict:
         return None
-    count = usage.get("completion_tokens", usage.get("output_tokens"))
-    if count is None and "prompt_tokens" in usage:
-        return 0
+    usage = value.get("usage")
+    if usage is None and type(response := value.get("response")) is dict:
+        usage = response.get("usage")
+    if type(usage) is not dict:
+        return None
+    count = usage.get("completion_tokens")
+    if count is None:
+        count = usage.get("output_tokens", 0 if "prompt_tokens" in usage else None)
     return count if type(count) is int and count >= 0 else None
-
-
-def _usage_in(value: object) -> dict[str, Any] | None:
-    usage = value.get("usage") if isinstance(value, dict) else None
-    return usage if isinstance(usage, dict) else None

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, RegistryError
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
+from hpc_router.net.tls import read_certificate, server_context
 from hpc_router.relay.downstream.server import raise_file_limit
 from hpc_router.router.children import RouterSettings, run_control, run_worker
 from hpc_router.router.ipc.shared_counters import Counters
@@ -155,12 +157,18 @@ def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
 
 
 def _record(deployment: Deployment, replica: str, sock: socket.socket, *, nonce: str) -> Record:
+    """Returns the router's first record. Raises ConfigError if its certificate cannot be used."""
     host, port = sock.getsockname()[:2]
+    config, certificate = deployment.router, None
+    if config.tls_cert is not None and config.tls_key is not None:
+        certificate = read_certificate(Path(config.tls_cert))
+        server_context(Path(config.tls_cert), Path(config.tls_key))  # raises if the pair is not usable
     address = _fabric(deployment) if host in _EVERYWHERE else host
     return Record(
         kind=RecordKind.ROUTER,
         replica=replica,
-        url=http_url(address, port),
+        url=http_url(address, port, tls=certificate is not None),
+        certificate=certificate,
         state=State.STARTING,
         serves={},
         generation=split_replica(replica)[2],

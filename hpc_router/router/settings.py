@@ -16,7 +16,10 @@ from hpc_router.errors import ConfigError, suggest
 
 KEY: Final = "settings"
 _FIXED: Final = frozenset(
-    {"place", "resources", "host", "port", "workers", "open", "reconcile", "standby", "drain_s", "max_body_mb"}
+    {
+        *("place", "resources", "host", "port", "workers", "open", "reconcile", "standby", "drain_s", "max_body_mb"),
+        *("tls_cert", "tls_key"),
+    }
 )
 LIVE: Final = (
     *(f"policy.{item.name}" for item in fields(PolicyConfig)),

@@ -68,7 +68,7 @@ class Record:
     `serves` maps each expert to the model name that its requests to the engine need; None: the router asks the engine.
     `probe`: path of the health probe of an external endpoint; None: the router only opens a connection. `load_s`:
     seconds from the start of the engine until it was ready. `accepts`: the kinds of input that the engine accepts, out
-    of text, image, audio, tools and embeddings.
+    of text, image, audio, tools and embeddings. `certificate`: the certificate of a router that serves HTTPS, in PEM.
     """
 
     kind: RecordKind
@@ -89,12 +89,15 @@ class Record:
     probe: str | None = MODELS
     load_s: float | None = None
     accepts: tuple[str, ...] | None = None
+    certificate: str | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
         if self.kind is not RecordKind.EXTERNAL:
             del value["probe"]
+        if self.certificate is None:
+            del value["certificate"]
         return value
 
     @classmethod
@@ -135,14 +138,16 @@ def _check_types(record: Record) -> None:
     accepts_ok = all(isinstance(item, str) for item in record.accepts or ())
     generation_ok = isinstance(record.generation, int) and not isinstance(record.generation, bool)
     url_ok = isinstance(record.url, str) and _URL.fullmatch(record.url) is not None
-    texts_ok = all(isinstance(text, str | None) for text in (record.nonce, record.probe, record.engine.frontend))
+    texts = (record.nonce, record.probe, record.certificate, record.engine.frontend)
+    texts_ok = all(isinstance(text, str | None) for text in texts)
     if not (serves_ok and numbers_ok and engine_ok and accepts_ok and generation_ok and url_ok and texts_ok):
         raise RegistryError(f"record {record.replica!r} has a value of the wrong type")
     split_replica(record.replica)
 
 
-def http_url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def http_url(host: str, port: int, *, tls: bool = False) -> str:
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def replica_name(expert: str, slot: int | str, generation: int) -> str:

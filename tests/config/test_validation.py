@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from hpc_router.config.schema import ClusterConfig, ClusterKind, Deployment, EngineConfig, ExpertConfig, ResourceConfig
+from hpc_router.config.schema import (
+    ClusterConfig,
+    ClusterKind,
+    Deployment,
+    EngineConfig,
+    ExpertConfig,
+    ResourceConfig,
+    RouterConfig,
+)
 from hpc_router.config.validation import check, check_fabric
 from hpc_router.errors import ConfigError
 
@@ -180,3 +188,16 @@ def test_slurm_keys_without_kind_slurm_are_refused(key: str) -> None:
     """Otherwise the engines would start on the login node."""
     with pytest.raises(ConfigError, match=f"cluster.{key}=x: this key is for Slurm"):
         check(Deployment(cluster=replace(ClusterConfig(), **{key: "x"})))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"tls_cert": "/c.pem"}, "router.tls_key=null: HTTPS needs both router.tls_cert and router.tls_key"),
+        ({"tls_key": "/k.pem"}, "router.tls_cert=null: HTTPS needs both router.tls_cert and router.tls_key"),
+        ({"tls_cert": "c.pem", "tls_key": "/k.pem"}, "router.tls_cert=c.pem: not an absolute path"),
+    ],
+)
+def test_https_needs_a_certificate_and_its_key(router: dict[str, Any], message: str) -> None:
+    assert message in refused(replace(deployment(), router=RouterConfig(**router)))
+    check(replace(deployment(), router=RouterConfig(tls_cert="/c.pem", tls_key="/k.pem")))

@@ -23,6 +23,7 @@ from hpc_router.state.registry import RegistryReader, State
 from hpc_router.state.run_directory import RunDir, open_run
 from tests.e2e.deployment import cli
 from tests.e2e.support import engine
+from tests.support.certificates import make_certificate
 from tests.support.needs import ROOT
 from tests.support.waiting import eventually
 
@@ -97,9 +98,9 @@ def asynchronous(client: openai.AsyncOpenAI) -> Call:
 
 
 @asynccontextmanager
-async def a_router(path: Path, generation: int) -> AsyncIterator["subprocess.Popen[str]"]:
+async def a_router(path: Path, generation: int, *overrides: str) -> AsyncIterator["subprocess.Popen[str]"]:
     """A router in a process of its own, once its record is ready and it has a replica."""
-    argv = [sys.executable, "-m", "launch.router", f"run={path}", *QUICK]
+    argv = [sys.executable, "-m", "launch.router", f"run={path}", *QUICK, *overrides]
     process = await asyncio.to_thread(partial(subprocess.Popen, argv, cwd=ROOT, text=True))
     try:
         await eventually(lambda: state_of(open_run(path), generation) is State.READY)
@@ -129,7 +130,9 @@ async def forwarded(run: RunDir) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def under_load(folder: Path) -> AsyncIterator[tuple[Callers, Callable[[], Awaitable["subprocess.Popen[str]"]]]]:
+async def under_load(
+    folder: Path, *overrides: str
+) -> AsyncIterator[tuple[Callers, Callable[[], Awaitable["subprocess.Popen[str]"]]]]:
     """18 callers without retries of their own, and the function that starts the next router. Fails if a caller has not
     got a complete answer by the end of the block."""
     path = folder / "run"
@@ -156,7 +159,7 @@ async def under_load(folder: Path) -> AsyncIterator[tuple[Callers, Callable[[], 
 
         async def start_next() -> "subprocess.Popen[str]":
             callers.generation += 1
-            return await stack.enter_async_context(a_router(path, callers.generation))
+            return await stack.enter_async_context(a_router(path, callers.generation, *overrides))
 
         try:
             yield callers, start_next
@@ -164,12 +167,14 @@ async def under_load(folder: Path) -> AsyncIterator[tuple[Callers, Callable[[], 
             await callers.ended()
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-async def test_two_handovers_fail_no_call(tmp_path: Path, overlap: bool) -> None:
-    """Each drain begins while all callers have requests in flight, and ends when these are answered. With `overlap` the
-    successor is ready before. Without it, the successor starts on the same port after the end, and requests wait for
-    it."""
-    async with under_load(tmp_path) as (callers, start_next):
+@pytest.mark.parametrize(("overlap", "tls"), [(True, False), (False, False), (True, True)])
+async def test_two_handovers_fail_no_call(tmp_path: Path, overlap: bool, tls: bool) -> None:
+    """Over HTTP and HTTPS. Each drain begins while all callers have requests in flight, and ends when these are
+    answered. With `overlap` the successor is ready before. Without it, the successor starts on the same port after the
+    end, and requests wait for it."""
+    cert, key = make_certificate(tmp_path) if tls else (None, None)
+    overrides = (f"router.tls_cert={cert}", f"router.tls_key={key}") if tls else ()
+    async with under_load(tmp_path, *overrides) as (callers, start_next):
         router = await start_next()
         await eventually(lambda: callers.all_have(1))
         for generation in (2, 3):

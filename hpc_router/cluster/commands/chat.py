@@ -9,7 +9,7 @@ import aiohttp
 
 from hpc_router.cluster.commands.router_access import RouterAccess
 from hpc_router.errors import HpcRouterError
-from hpc_router.net.http_client import session
+from hpc_router.net.http_client import session, tls_option
 from hpc_router.net.protocol import CHAT
 from hpc_router.relay.sse import DONE, EventSplitter, EventTooLargeError, UnfinishedEventError, payloads
 
@@ -39,7 +39,9 @@ async def chat(access: RouterAccess, messages: Sequence[Message], *, model: str)
     try:
         async with (
             session(timeout_s=None) as client,
-            client.post(access.url + CHAT, json=body, headers=headers, timeout=limits) as response,
+            client.post(
+                access.url + CHAT, json=body, headers=headers, timeout=limits, ssl=tls_option(access.certificate)
+            ) as response,
         ):
             if response.status != 200:
                 raise ChatError(_message(await response.text(errors="replace"), status=response.status))

@@ -30,6 +30,8 @@ def exports(run: RunDir, environment: Mapping[str, str]) -> tuple[list[str], str
         access = router_access(run)
         url, token = access.url, access.token
         note = f"the address of {access.replica} changes when it moves; that of `hpc-router connect --port N` does not"
+        if access.certificate is not None:
+            note += "; clients must trust its certificate (router.tls_cert), for example by SSL_CERT_FILE"
     values = {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": token}
     if any(environment.get(name) for name in _PROXIES):
         for name in ("no_proxy", "NO_PROXY"):

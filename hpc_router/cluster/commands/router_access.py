@@ -27,6 +27,11 @@ class RouterAccess:
         return self.record.url
 
     @property
+    def certificate(self) -> str | None:
+        """The only certificate that the router may have, in PEM; None if it serves HTTP."""
+        return self.record.certificate
+
+    @property
     def replica(self) -> str:
         return self.record.replica
 

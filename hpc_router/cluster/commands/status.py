@@ -92,7 +92,7 @@ def ask_router(run: RunDir, path: str = "/status") -> tuple[RouterAccess | None,
     except LaunchError as error:
         return None, {}, str(error)
     try:
-        answer = call_blocking("GET", f"{access.url}{path}", token=access.token)
+        answer = call_blocking("GET", f"{access.url}{path}", token=access.token, certificate=access.certificate)
     except Unreachable as error:
         return access, {}, f"the router does not answer at {access.url}: {error}"
     if answer.status != 200 or not isinstance(answer.body, dict):

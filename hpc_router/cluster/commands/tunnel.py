@@ -55,12 +55,17 @@ class Tunnel:
 
     def notes(self) -> list[str]:
         """Returns further commands for the laptop, as shell comments."""
+        scheme = "https" if self.url.startswith("https:") else "http"
         token = shlex.join(["ssh", self.login, shlex.join(["cat", str(self.run / "token")])])
         lines = [
             "run this on the laptop and leave it running; in another terminal there:",
-            f"  export OPENAI_BASE_URL=http://localhost:{self.port}/v1",
+            f"  export OPENAI_BASE_URL={scheme}://localhost:{self.port}/v1",
             f'  export OPENAI_API_KEY="$({token})"',
         ]
+        if scheme == "https":
+            lines.append(
+                "the certificate must name localhost; a `hpc-router connect --detach` started before needs none"
+            )
         if self.guessed:
             lines.append("the config does not set cluster.login, so the command names this host; if `ssh` from outside")
             lines.append("cannot reach it, put the right host in its place (and set cluster.login for the next run)")

@@ -30,7 +30,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.state.job_records import FailureReason
-from hpc_router.state.registry import RecordKind, split_replica
+from hpc_router.state.registry import RecordKind, record_file, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
 
 logger = logging.getLogger(__name__)
@@ -156,9 +156,10 @@ class _BringUp:
         experts = expert_views(shown)
         if wait_all and any(view.state not in _FINAL and _never_starts(view) is None for view in experts):
             return None
-        url = routers[-1].url
+        url, record = routers[-1].url, record_file(self._run.registry / f"{routers[-1].replica}.json").read()
+        path, certificate = "/ready" if experts else "/health", None if record is None else record.certificate
         try:
-            ready = call_blocking("GET", f"{url}/ready" if experts else f"{url}/health").status == 200
+            ready = call_blocking("GET", url + path, certificate=certificate).status == 200
         except Unreachable:
             return None
         return url if ready else None

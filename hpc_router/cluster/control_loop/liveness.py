@@ -69,7 +69,7 @@ async def _unanswering(records: Sequence[Record]) -> dict[str, bool]:
 
         async def answers(record: Record) -> bool:
             try:
-                response = await call(client, "GET", record.url + HEALTH)
+                response = await call(client, "GET", record.url + HEALTH, certificate=record.certificate)
             except Unreachable:
                 return False
             return isinstance(response.body, dict) and response.body.get("replica") == record.replica

@@ -7,6 +7,7 @@ wakes three tasks and creates a request, a writer and a response object.
 import asyncio
 import resource
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Final
@@ -72,13 +73,15 @@ async def listening(
     max_body: int,
     keep_alive_s: float = KEEP_ALIVE_S,
     cross_origin: CrossOrigin = OFF,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[asyncio.Server]:
     """Serves on `sock` until the end of the block, which closes all connections and cancels running handlers. If the
     caller closes the yielded server earlier, existing connections stay open and no new ones are accepted. Request
-    bodies above `max_body` bytes are rejected. `cross_origin` adds its header lines to every response."""
+    bodies above `max_body` bytes are rejected. `cross_origin` adds its header lines to every response. `tls`: the
+    context to serve HTTPS with; None: plain HTTP."""
     server = Server(handler, max_body=max_body, keep_alive_s=keep_alive_s, cross_origin=cross_origin)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited by its connections
-    listener = await server.loop.create_server(server.connection, sock=sock, backlog=BACKLOG)
+    listener = await server.loop.create_server(server.connection, sock=sock, backlog=BACKLOG, ssl=tls)
     try:
         yield listener
     finally:

@@ -39,7 +39,8 @@ class UpstreamClient:
     """An HTTP client that pools its connections between requests.
 
     `socket_path`: path of a Unix socket that all connections use instead of the address. `tls`: the context for https;
-    None: the system's certificates, loaded at first use. `resend`: whether a request is sent again if the server had
+    None: the system's certificates, loaded at first use;
+    a change applies to later connections. `resend`: whether a request is sent again if the server had
     closed its pooled connection; otherwise the caller decides. `socket_options`: options of each TCP connection, as
     arguments of `setsockopt`.
     """
@@ -57,7 +58,7 @@ class UpstreamClient:
         self._resend = resend
         self._socket_options = tuple(socket_options)
         self._socket_path = socket_path
-        self._tls = tls
+        self.tls = tls
         self._pool: dict[Address | str, list[Connection]] = {}  # idle connections in order of last use
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -213,9 +214,9 @@ class UpstreamClient:
             self._sweep = asyncio.get_running_loop().call_later(max(0.0, next_at - now), self._close_expired)
 
     async def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = await asyncio.to_thread(ssl.create_default_context)  # in a thread, because it reads files
-        return self._tls
+        if self.tls is None:
+            self.tls = await asyncio.to_thread(ssl.create_default_context)  # in a thread, because it reads files
+        return self.tls
 
 
 def request_head(method: str, address: Address, target: str, head: bytes, body: bytes | None) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 from hpc_router.net import protocol
 from hpc_router.router.replicas.lifetime import max_tokens_of
 
+_new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
 _GENERATE: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.EMBEDDINGS}
 
 
@@ -27,10 +28,11 @@ def traits_of(path: str, fields: Mapping[str, Any], *, user: str) -> RequestTrai
     choices = 1
     if "n" in fields or "best_of" in fields:
         choices = max(_count(fields.get("n")), _count(fields.get("best_of")))
-    prompt = fields.get("prompt")
-    if type(prompt) is list and prompt and type(prompt[0]) is not int:
-        choices *= len(prompt)  # a list of prompts
-    return RequestTraits(user, True, choices, max_tokens_of(fields))
+    if "prompt" in fields:
+        prompt = fields["prompt"]
+        if type(prompt) is list and prompt and type(prompt[0]) is not int:
+            choices *= len(prompt)  # a list of prompts
+    return _new_tuple(RequestTraits, (user, True, choices, max_tokens_of(fields)))
 
 
 def _count(value: object) -> int:

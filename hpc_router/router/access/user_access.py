@@ -8,24 +8,22 @@ ends once, however the request ends. The counts of the workers are in shared mem
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from statistics import median
-from typing import Final
+from typing import Any, Final
 
 from hpc_router.errors import ExpertForbiddenError, RateLimitedError, suggest
 from hpc_router.relay.in_flight import Cells
-from hpc_router.router.access.request_traits import RequestTraits
-from hpc_router.router.access.window_count import left_s, settle, try_add, window_at
-from hpc_router.router.replicas.admission import DepartureRate
-from hpc_router.state.user_tokens import SLOTS, UserToken, find_token
+from hpc_router.router.access.request_traits import RequestTraits, traits_of
+from hpc_router.router.access.window_count import WINDOW_S, left_s, settle, try_add
+from hpc_router.router.replicas.admission import DEFAULT_WAIT_S, MAX_WAIT_S, MIN_WAIT_S, RATE_WINDOW_S
+from hpc_router.state.user_tokens import SLOTS, TokenLimits, UserToken, find_token
 
 DEFAULT_OUTPUT_TOKENS: Final = 256
 """Tokens that a request without `max_tokens` reserves at an expert whose responses are not measured yet."""
 SAMPLES: Final = 256
-"""Number of responses per expert of which the median is used."""
-_REFRESH: Final = 16
+"""Number of responses per expert of which the median is used; up to `_REFRESH` more."""
+_REFRESH: Final = 64
 """Number of responses after which the median is computed again."""
 Clock = Callable[[], float]
 _REQUESTS: Final = SLOTS
@@ -35,59 +33,65 @@ _TOKENS: Final = 2 * SLOTS
 class TokenSource(StrEnum):
     """Where the number of generated tokens comes from."""
 
+    __hash__ = str.__hash__  # written in C, while the hash of an enum is Python code
+
     USAGE = "usage"  # the response states it
     CHUNKS = "chunks"  # counted events of the stream
     RESERVED = "reserved"  # neither: the reservation stays
 
 
-@dataclass(slots=True)
 class OutputLengths:
     """The median number of generated tokens of each expert's last responses, as this worker saw them."""
 
-    _samples: dict[str, deque[int]] = field(default_factory=dict)
-    _medians: dict[str, int] = field(default_factory=dict)
-    _fresh: dict[str, int] = field(default_factory=dict)
+    __slots__ = ("_medians", "_samples")
+
+    def __init__(self) -> None:
+        self._samples: dict[str, deque[int]] = {}
+        self._medians: dict[str, int] = {}
 
     def add(self, expert: str, tokens: int) -> None:
-        samples = self._samples.setdefault(expert, deque(maxlen=SAMPLES))
+        samples = self._samples.get(expert)
+        if samples is None:
+            samples = self._samples[expert] = deque()
         samples.append(tokens)
-        count = self._fresh[expert] = self._fresh.get(expert, 0) + 1
-        if count >= _REFRESH or len(samples) < _REFRESH:
-            self._fresh[expert] = 0
-            self._medians[expert] = round(median(samples))
+        count = len(samples)
+        if count < _REFRESH or not count % _REFRESH:
+            self._medians[expert] = sorted(samples)[count // 2]
+            if count > SAMPLES:
+                for _ in range(_REFRESH):
+                    samples.popleft()
 
     def expected(self, expert: str) -> int:
         return self._medians.get(expert, DEFAULT_OUTPUT_TOKENS)
 
 
-@dataclass(slots=True, eq=False)
 class Charge:
     """What one request has taken of its token's limits. `reserved`: tokens reserved in `window`, for `choices`
     responses. `counted`: whether the number of generated tokens is needed."""
 
-    access: "UserAccess"
-    expert: str
-    reserved: int
-    window: int
-    choices: int
-    counted: bool
-    _ended: bool = False
+    __slots__ = ("_access", "_choices", "_window", "counted", "expert", "reserved")
+
+    def __init__(
+        self, access: "UserAccess", expert: str, reserved: int, window: int, choices: int, counted: bool
+    ) -> None:
+        self._access: UserAccess | None = access
+        self.expert = expert
+        self.reserved = reserved
+        self._window = window
+        self._choices = choices
+        self.counted = counted
 
     def end(self, generated: int | None) -> None:
         """Gives the place back, and replaces the reservation by `generated` tokens; None: the reservation stays. Later
         calls have no effect."""
-        if self._ended:
+        access, self._access = self._access, None
+        if access is None:
             return
-        self._ended = True
-        access = self.access
         access.leave()
-        if not self.counted or generated is None:
-            return
-        settle(
-            access.cells, _TOKENS + access.token.slot,
-            added_in=self.window, window=window_at(access.clock()), difference=generated - self.reserved,
-        )  # fmt: skip
-        access.lengths.add(self.expert, generated // self.choices)
+        if self.counted and generated is not None:
+            window = int(access.clock() // WINDOW_S)
+            settle(access.cells, access.tokens_at, self._window, window, generated - self.reserved)
+            access.lengths.add(self.expert, generated if self._choices == 1 else generated // self._choices)
 
 
 class UserAccess:
@@ -95,7 +99,8 @@ class UserAccess:
     `cells` and reads those of the others from `peers`."""
 
     __slots__ = (
-        "_departures", "_in_flight", "cells", "clock", "experts", "expires_at", "lengths", "peers", "revoked", "token",
+        "_in_flight", "_in_flight_at", "_left", "_mean_s", "_requests_at", "_since", "cells", "clock", "experts",
+        "expires_at", "lengths", "peers", "revoked", "token", "tokens_at", "unlimited",
     )  # fmt: skip
 
     def __init__(
@@ -103,7 +108,7 @@ class UserAccess:
     ) -> None:
         self.cells, self.peers, self.lengths, self.clock = cells, peers, lengths, clock
         self._in_flight = 0
-        self._departures = DepartureRate()
+        self._since, self._left, self._mean_s = clock(), 0, DEFAULT_WAIT_S
         self.renew(token)
 
     def renew(self, token: UserToken) -> None:
@@ -112,6 +117,8 @@ class UserAccess:
         self.revoked = False
         self.expires_at = float("inf") if token.expires_at is None else token.expires_at
         self.experts = None if token.experts is None else frozenset(token.experts)
+        self.unlimited = token.limits == TokenLimits()
+        self._in_flight_at, self._requests_at, self.tokens_at = token.slot, _REQUESTS + token.slot, _TOKENS + token.slot
 
     def revoke(self) -> None:
         self.revoked, self.expires_at = True, 0.0
@@ -127,60 +134,67 @@ class UserAccess:
         """Returns those of the experts that the token may use."""
         return experts if self.experts is None else self.experts.intersection(experts)
 
-    def charge(self, traits: RequestTraits, expert: str) -> Charge:
+    def charge(self, path: str, fields: Mapping[str, Any], expert: str) -> Charge:
         """Counts a request to the expert. Raises RateLimitedError, and counts nothing, if that would exceed a limit."""
-        token, cells, now = self.token, self.cells, self.clock()
-        limits, slot, window, reserved = token.limits, token.slot, window_at(now), 0
-        self._in_flight += 1
-        cells[slot] = self._in_flight
-        try:
-            if limits.concurrency is not None:
-                self._check_concurrency(limits.concurrency, now)
-            counted = limits.tokens is not None and traits.generates
+        cells, peers, limits, now = self.cells, self.peers, self.token.limits, self.clock()
+        self._in_flight = in_flight = self._in_flight + 1
+        cells[self._in_flight_at] = in_flight
+        if limits.concurrency is not None:
+            at = self._in_flight_at
+            for peer in peers:
+                in_flight += peer[at]
+            if in_flight > limits.concurrency:
+                self._forget()
+                text = f"limit of {limits.concurrency} requests at the same time"
+                raise self._limited("concurrency", text, retry_after_s=self._wait_s(now))
+        window, reserved, choices, counted = int(now // WINDOW_S), 0, 1, False
+        if limits.tokens is not None:
+            traits = traits_of(path, fields, user=self.token.user)
+            counted = traits.generates
             if counted:
-                assert limits.tokens is not None
-                window, reserved = self._reserve(traits, expert, limits.tokens, window, now)
-            if limits.requests is not None:
-                added = try_add(cells, self.peers, _REQUESTS + slot, window, 1, limits.requests)
+                choices = traits.choices
+                reserved = choices * (self.lengths.expected(expert) if traits.max_tokens is None else traits.max_tokens)
+                added = try_add(cells, peers, self.tokens_at, window, reserved, limits.tokens)
                 if added is None:
-                    if counted:
-                        at = _TOKENS + slot
-                        settle(cells, at, added_in=window, window=window, difference=-reserved)
-                    text = f"limit of {limits.requests} requests per minute"
-                    raise self._limited("requests", text, retry_after_s=left_s(now))
-        except RateLimitedError:
-            self._in_flight -= 1
-            cells[slot] = self._in_flight
-            raise
-        return Charge(self, expert, reserved, window, traits.choices, counted)
+                    self._forget()
+                    raise self._too_many_tokens(traits, expert, reserved, limits.tokens, now)
+                window = added
+        if limits.requests is not None and try_add(cells, peers, self._requests_at, window, 1, limits.requests) is None:
+            self._forget()
+            if counted:
+                settle(cells, self.tokens_at, window, window, -reserved)
+            text = f"limit of {limits.requests} requests per minute"
+            raise self._limited("requests", text, retry_after_s=left_s(now))
+        return Charge(self, expert, reserved, window, choices, counted)
 
     def leave(self) -> None:
         """Counts the end of a request."""
-        self._in_flight -= 1
-        self.cells[self.token.slot] = self._in_flight
-        if self.token.limits.concurrency is not None:
-            self._departures.left(self.clock())
+        self._in_flight = in_flight = self._in_flight - 1
+        self.cells[self._in_flight_at] = in_flight
+        self._left += 1
 
-    def _check_concurrency(self, limit: int, now: float) -> None:
-        total, slot = self._in_flight, self.token.slot
-        for peer in self.peers:
-            total += peer[slot]
-        if total > limit:
-            text = f"limit of {limit} requests at the same time"
-            raise self._limited("concurrency", text, retry_after_s=self._departures.wait_s(1, now))
+    def _wait_s(self, now: float) -> float:
+        """Returns the expected time in seconds until a request of this token ends: the mean time between such ends
+        since the start of the present interval, or in the last one."""
+        elapsed_s = now - self._since
+        if self._left:
+            self._mean_s = elapsed_s / self._left
+        if elapsed_s > RATE_WINDOW_S:
+            self._since, self._left = now, 0
+        return min(max(self._mean_s, MIN_WAIT_S), MAX_WAIT_S)
 
-    def _reserve(self, traits: RequestTraits, expert: str, limit: int, window: int, now: float) -> tuple[int, int]:
-        """Reserves the tokens that a request may generate. Returns the window and the number."""
-        each = self.lengths.expected(expert) if traits.max_tokens is None else traits.max_tokens
-        amount = each * traits.choices
-        added = try_add(self.cells, self.peers, _TOKENS + self.token.slot, window, amount, limit)
-        if added is None:
-            what = "max_tokens" if traits.max_tokens is not None else f"the usual length of {expert}'s responses"
-            text = f"limit of {limit} generated tokens per minute, of which this request reserves {amount} ({what})"
-            if amount > limit:
-                text += f": set max_tokens so that it reserves at most {limit}"
-            raise self._limited("tokens", text, retry_after_s=left_s(now) if amount <= limit else None)
-        return added, amount
+    def _forget(self) -> None:
+        self._in_flight = in_flight = self._in_flight - 1
+        self.cells[self._in_flight_at] = in_flight
+
+    def _too_many_tokens(
+        self, traits: RequestTraits, expert: str, reserved: int, limit: int, now: float
+    ) -> RateLimitedError:
+        what = "max_tokens" if traits.max_tokens is not None else f"the usual length of {expert}'s responses"
+        text = f"limit of {limit} generated tokens per minute, of which this request reserves {reserved} ({what})"
+        if reserved > limit:
+            text += f": set max_tokens so that it reserves at most {limit}"
+        return self._limited("tokens", text, retry_after_s=left_s(now) if reserved <= limit else None)
 
     def _limited(self, limit: str, text: str, *, retry_after_s: float | None) -> RateLimitedError:
         message = f"user {self.token.user} has reached the {text}"

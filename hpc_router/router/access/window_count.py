@@ -55,7 +55,7 @@ def try_add(cells: Cells, peers: Sequence[Cells], at: int, window: int, amount: 
         window = of
 
 
-def settle(cells: Cells, at: int, *, added_in: int, window: int, difference: int) -> None:
+def settle(cells: Cells, at: int, added_in: int, window: int, difference: int) -> None:
     """Corrects what was added in the window `added_in` by `difference`. `window`: the present one. In a later window,
     only more is added: what was added too much has expired with its window."""
     cell = cells[at]
@@ -63,4 +63,4 @@ def settle(cells: Cells, at: int, *, added_in: int, window: int, difference: int
     if difference < 0 and of != added_in:
         return
     count = difference + (cell & MAX_COUNT if cell >> _SHIFT == of else 0)
-    cells[at] = of << _SHIFT | min(max(count, 0), MAX_COUNT)
+    cells[at] = of << _SHIFT | (0 if count < 0 else count if count <= MAX_COUNT else MAX_COUNT)

@@ -68,11 +68,13 @@ class Predecessor:
         if record is None:
             return
         async with self._fetching, session() as client:
-            key = replica_key(self.secret, record.nonce or "")
+            key, trusted = replica_key(self.secret, record.nonce or ""), record.certificate
             try:
                 if self._verified != (record.url, record.nonce):
                     challenge = new_token()
-                    health = await call(client, "GET", f"{record.url}{HEALTH}?challenge={challenge}")
+                    health = await call(
+                        client, "GET", f"{record.url}{HEALTH}?challenge={challenge}", certificate=trusted
+                    )
                     answer = health.body.get("answer") if isinstance(health.body, dict) else None
                     if not equal_secrets(str(answer), challenge_answer(key, challenge)):
                         logger.warning("%s: another process answers at %s", record.replica, record.url)
@@ -80,7 +82,9 @@ class Predecessor:
                     self._verified = record.url, record.nonce
                 skip, more = 0, True
                 while more:
-                    response = await call(client, "GET", f"{record.url}{HANDOVER}?skip={skip}", token=key)
+                    response = await call(
+                        client, "GET", f"{record.url}{HANDOVER}?skip={skip}", token=key, certificate=trusted
+                    )
                     if response.status != 200 or not isinstance(response.body, dict):
                         logger.warning(
                             "%s refused to hand over its session turns: %s", record.replica, response.message

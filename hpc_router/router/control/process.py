@@ -20,6 +20,7 @@ from typing import Any, Final
 from hpc_router.background_tasks import background
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
+from hpc_router.router.control.certificate_watcher import CertificateWatcher
 from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.control.continuity import Continuity
 from hpc_router.router.control.discovery import Discovery
@@ -119,7 +120,11 @@ class ControlProcess:
     async def watching(self, present: Mapping[int, socket.socket]) -> AsyncIterator[None]:
         """Discovers and probes replicas within the block. `present`: sockets to the workers that are running
         already."""
-        async with self.token_watcher.watching(), self._watching(present):
+        certificate = None if self.lease is None else self.lease.record.certificate
+        renewals = CertificateWatcher(
+            self.base.router, certificate, self.files, self._certificate_changed, self.task_failed
+        )
+        async with self.token_watcher.watching(), self._watching(present), renewals.watching():
             yield
 
     @asynccontextmanager
@@ -342,6 +347,11 @@ class ControlProcess:
 
     def _tokens_changed(self, tokens: tuple[UserToken, ...]) -> None:
         self.workers.set_tokens(messages.UserTokensChanged(tokens))
+
+    def _certificate_changed(self, certificate: str) -> None:
+        assert self.lease is not None
+        self.lease.change(certificate=certificate)
+        self.workers.notify(messages.CertificateChanged())
 
     def _settings(self) -> messages.Settings:
         deployment = self.deployment

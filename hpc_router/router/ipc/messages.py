@@ -217,6 +217,11 @@ class UserTokensChanged(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class CertificateChanged(Message):
+    """The report that the files of `router.tls_cert` and `router.tls_key` have new content, which fits together."""
+
+
+@dataclass(frozen=True, slots=True)
 class Inherit(Message):
     """The counts and the session turns of the worker's predecessor, which the worker continues."""
 

@@ -77,8 +77,11 @@ def outliving(replicas: Sequence[Replica], needed_s: float) -> Sequence[Replica]
 
 def max_tokens_of(fields: Mapping[str, object]) -> int | None:
     """Returns the maximum length of the response that a request body states, in tokens; None without a valid one."""
-    value = next((value for key in _KEYS if (value := fields.get(key)) is not None), None)
-    return value if type(value) is int and value > 0 else None
+    for key in _KEYS:
+        value = fields.get(key)
+        if value is not None:
+            return value if type(value) is int and value > 0 else None
+    return None
 
 
 def _percentile(samples: Collection[float]) -> float:

@@ -35,8 +35,8 @@ class ControlClient:
     """The worker's end of the connection, and the state that the control process sends to the worker.
 
     `ejects_at_once`: whether the first failed connection ejects a replica. `informed` is set after the first snapshot,
-    `released` once no new clients come. `on_settings` is called after `settings` has changed. `users`: the tokens of
-    users other than the owner.
+    `released` once no new clients come. `on_settings` is called after `settings` has changed, `on_certificate` when the
+    files of the certificate have. `users`: the tokens of users other than the owner.
     """
 
     table: ReplicaTable
@@ -49,6 +49,7 @@ class ControlClient:
     serving: bool = False
     settings: messages.Settings | None = None
     on_settings: Callable[[], None] | None = None
+    on_certificate: Callable[[], None] | None = None
     _channel: RpcPeer | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
     _observations: int = 0
@@ -171,6 +172,9 @@ class ControlClient:
                     self.on_settings()
             case messages.UserTokensChanged(tokens):
                 self.users.update(tokens)
+            case messages.CertificateChanged():
+                if self.on_certificate is not None:
+                    self.on_certificate()
             case messages.Inherit(metrics, turns):
                 self.metrics.absorb(metrics)
                 for session, turn in turns:

@@ -7,13 +7,16 @@ requests; it closes its socket as soon as clients are no longer sent to it.
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hpc_router.background_tasks import background
-from hpc_router.config.schema import Deployment
+from hpc_router.config.schema import Deployment, RouterConfig
 from hpc_router.errors import HpcRouterError
+from hpc_router.net.tls import load_pair, server_context
 from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.relay.upstream.client import UpstreamClient
@@ -90,10 +93,12 @@ async def serving(
             users=link.users, in_flight=in_flight,
         )  # fmt: skip
         max_body = int(config.max_body_mb * 2**20)
-        async with listen(gateway.handle, sock, max_body=max_body, cross_origin=gateway.cross_origin) as listener:
+        tls = await asyncio.to_thread(_tls, config)
+        serve = listen(gateway.handle, sock, max_body=max_body, cross_origin=gateway.cross_origin, tls=tls)
+        async with serve as listener:
             link.start_serving()
             try:
-                async with following_settings(gateway, link, run):
+                async with following_settings(gateway, link, run), _following_certificate(tls, config, link):
                     yield gateway
             finally:
                 listener.close()
@@ -125,6 +130,38 @@ async def following_settings(gateway: Gateway, link: ControlClient, run: RunDir)
     if link.settings is not None:
         changed.set()
     async with background("settings", follow, link.task_failed):
+        yield
+
+
+def _tls(config: RouterConfig) -> ssl.SSLContext | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return server_context(Path(config.tls_cert), Path(config.tls_key))
+
+
+@asynccontextmanager
+async def _following_certificate(
+    tls: ssl.SSLContext | None, config: RouterConfig, link: ControlClient
+) -> AsyncIterator[None]:
+    """Uses a renewed certificate for later connections within the block."""
+    if tls is None or config.tls_cert is None or config.tls_key is None:
+        yield
+        return
+    cert, key, changed = Path(config.tls_cert), Path(config.tls_key), asyncio.Event()
+
+    async def follow() -> None:
+        while True:
+            await changed.wait()
+            changed.clear()
+            try:
+                await asyncio.to_thread(server_context, cert, key)  # the files may have changed again
+                await asyncio.to_thread(load_pair, tls, cert, key)
+                logger.info("the certificate of %s is used from now on", cert)
+            except HpcRouterError as error:
+                logger.warning("the certificate was not changed: %s", error)
+
+    link.on_certificate = changed.set
+    async with background("certificate", follow, link.task_failed):
         yield
 
 

@@ -11,8 +11,6 @@ from hpc_router.errors import BadRequestError, ExpertForbiddenError, UnknownMode
 from hpc_router.net import protocol
 from hpc_router.relay.api_formats import api_format_of
 from hpc_router.relay.downstream.interface import Request
-from hpc_router.relay.stream_summary import StreamSummary
-from hpc_router.router.access.request_traits import traits_of
 from hpc_router.router.access.user_access import UserAccess
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import should_spill
@@ -108,11 +106,8 @@ class RequestRouting:
 
     def charge(self, routed: RoutedRequest, access: UserAccess) -> None:
         """Charges the request to the limits of its token. Raises RateLimitedError."""
-        endpoint = routed.endpoint
-        traits = traits_of(endpoint.path, routed.call.fields, user=access.token.user)
-        routed.charge = charge = access.charge(traits, routed.experts[0])
-        if charge.counted:
-            routed.summary = StreamSummary(endpoint.api_format.delta_mark)
+        if not access.unlimited:
+            routed.charge = access.charge(routed.endpoint.path, routed.call.fields, routed.experts[0])
 
     def policy_for(self, access: UserAccess | None) -> Policy:
         """Returns the policy for the experts that the token allows."""

@@ -21,7 +21,7 @@ from hpc_router.relay.downstream.interface import (
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
-from hpc_router.relay.stream_summary import StreamSummary
+from hpc_router.relay.stream_summary import StreamSummary, stated_tokens
 from hpc_router.relay.upstream.interface import (
     PendingRequest,
     ResponseCallback,
@@ -174,25 +174,40 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.settle()
         self.dispatcher.in_flight.leave()
 
+    def _settle_short(self, status: int, body: bytes) -> None:
+        """Ends the charge of a request whose complete response is `body`."""
+        charge, self.charge = self.charge, None
+        assert charge is not None
+        if not charge.counted or not 200 <= status < 300:
+            charge.end(0)
+            return
+        generated = stated_tokens(body)
+        charge.end(generated)
+        tokens = self.dispatcher.metrics.tokens
+        if generated is not None:
+            tokens.add_many(generated, charge.expert, TokenSource.USAGE)
+        else:
+            tokens.add_many(charge.reserved, charge.expert, TokenSource.RESERVED)
+
     def settle(self) -> None:
         """Ends the charge of the request: its place is free, and the tokens that it has generated replace those that it
         had reserved."""
-        charge, summary, self.charge = self.charge, self.summary, None
+        charge, self.charge = self.charge, None
         if charge is None:
             return
-        if summary is None:
+        if not charge.counted:
             charge.end(None)
             return
-        generated, source = self._generated(summary)
+        generated, source = self._generated(self.summary)
         charge.end(generated)
         if source is not None:
             count = charge.reserved if generated is None else generated
             self.dispatcher.metrics.tokens.add_many(count, charge.expert, source)
 
-    def _generated(self, summary: StreamSummary) -> tuple[int | None, TokenSource | None]:
+    def _generated(self, summary: StreamSummary | None) -> tuple[int | None, TokenSource | None]:
         """Returns the number of generated tokens, and its source; None and RESERVED if the engine may have generated
         any number. A request that the engine refused, or that no engine has begun, has generated none."""
-        if summary.accepted:
+        if summary is not None and summary.accepted:
             if (stated := summary.stated_tokens()) is not None:
                 return stated, TokenSource.USAGE
             return (summary.chunks, TokenSource.CHUNKS) if summary.streamed else (None, TokenSource.RESERVED)
@@ -212,9 +227,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.measure(reservation)
         reservation.release()
         if self.charge is not None:
-            if self.summary is not None:
-                self.summary.body = body
-            self.settle()
+            self._settle_short(status, body)
         dispatcher.in_flight.leave()
         self.request.respond(status, head, body)
         return True
@@ -230,8 +243,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if encoded:
             return None
         assert self.reservation is not None
-        head = self.accept(self.reservation, status, headers)
         self.relay = relay = self.new_relay()
+        head = self.accept(self.reservation, status, headers)
         return relay.begin_events(status, head)
 
     def on_end(self) -> None:
@@ -251,6 +264,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         stream = self.call.fields.get("stream") is True
         detector = self.endpoint.api_format.abort_detector
         limits = self.dispatcher.relay_limits
+        if self.charge is not None and self.charge.counted:
+            self.summary = StreamSummary(self.endpoint.api_format.delta_mark)
         return ResponseRelay(self.request, limits, detector, stream=stream, summary=self.summary)
 
     def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:

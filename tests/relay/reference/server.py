@@ -7,6 +7,7 @@ calls per piece; pieces go into the transport past it, from where the upstream's
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -124,6 +125,7 @@ async def listening(
     max_body: int,
     keep_alive_s: float = KEEP_ALIVE_S,
     cross_origin: CrossOrigin = OFF,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[asyncio.Server]:
     """See `server.listening`. Every request is the handler's from the beginning."""
     loop = asyncio.get_running_loop()
@@ -150,7 +152,7 @@ async def listening(
         access_log=None,
         logger=_logger(),
     )
-    listener = await loop.create_server(server, sock=sock, backlog=BACKLOG)
+    listener = await loop.create_server(server, sock=sock, backlog=BACKLOG, ssl=tls)
     try:
         yield listener
     finally:

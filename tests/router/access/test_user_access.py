@@ -40,7 +40,7 @@ class Router:
     def charge(self, worker: int = 0, *, expert: str = "math", **fields: Any) -> Charge:
         access = self.workers[worker].access_of(TOKEN.id)
         assert access is not None
-        return access.charge(traits_of(CHAT, fields, user="alice"), expert)
+        return access.charge(CHAT, fields, expert)
 
 
 def refusal(router: Router, worker: int = 0, **fields: Any) -> RateLimitedError:
@@ -80,7 +80,10 @@ def test_the_wait_for_a_place_follows_from_the_requests_that_ended() -> None:
         router.clock.now += 5.0
         charge.end(None)
     router.charge()
-    assert refusal(router).retry_after_s == pytest.approx(30.0 / 4, rel=0.4)
+    assert refusal(router).retry_after_s == 5.0
+    router.clock.now += 20.0
+    assert refusal(router).retry_after_s == 10.0, "40 seconds for four"
+    assert refusal(router).retry_after_s == 10.0, "the last interval counts until another request has ended"
 
 
 def test_tokens_are_reserved_from_max_tokens_and_settled() -> None:
@@ -113,6 +116,9 @@ def test_without_max_tokens_the_median_of_the_experts_responses_is_reserved() ->
     for tokens in (10, 500, 30):
         router.charge(max_tokens=1000).end(tokens)
     assert router.charge().reserved == 30
+    for _ in range(1000):
+        router.charge(max_tokens=1).end(1)
+    assert router.charge().reserved == 1, "the last responses count"
     assert router.charge(expert="law").reserved == DEFAULT_OUTPUT_TOKENS
 
 

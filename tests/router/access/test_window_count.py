@@ -61,12 +61,12 @@ def test_a_worker_whose_clock_was_read_before_the_turn_of_the_minute_counts_in_t
 def test_a_reservation_is_settled_in_its_window_only() -> None:
     cells = defaultdict[int, int](int)
     assert try_add(cells, (), AT, 7, 10, 10) == 7
-    settle(cells, AT, added_in=7, window=7, difference=-4)
+    settle(cells, AT, 7, 7, -4)
     assert try_add(cells, (), AT, 7, 5, 10) is None
     assert try_add(cells, (), AT, 7, 4, 10) == 7
-    settle(cells, AT, added_in=7, window=8, difference=-4)
+    settle(cells, AT, 7, 8, -4)
     assert try_add(cells, (), AT, 8, 10, 10) == 8, "nothing is given back that the new window has not lent"
-    settle(cells, AT, added_in=7, window=9, difference=3)
+    settle(cells, AT, 7, 9, 3)
     assert try_add(cells, (), AT, 9, 8, 10) is None
     assert try_add(cells, (), AT, 9, 7, 10) == 9, "what was generated beyond the reservation counts when it is known"
 

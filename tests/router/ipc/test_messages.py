@@ -8,6 +8,7 @@ from hpc_router.config.schema import PolicyConfig, RouterConfig
 from hpc_router.router.ipc.messages import (
     AttachCommand,
     Call,
+    CertificateChanged,
     DrainCommand,
     EndCommand,
     Failure,
@@ -62,11 +63,12 @@ MESSAGES: list[Message] = [
     ReplicaObservation(2, "math-0.g1", None, None, Event.SAYS_DRAINING, None),
     FindTurn("session"), GetStatus(), GetOverview(), GetHandover(3), GetExposition(),
     Snapshot(4, REPLICAS, {"math": 5}, {"code": 7.5}),
-    Inherit(METRICS, (("session", TURN),)), ReplicaWell("math-0.g1"), Release(), GetMetrics(), Sync(),
+    Inherit(METRICS, (("session", TURN),)), ReplicaWell("math-0.g1"), Release(), CertificateChanged(),
+    GetMetrics(), Sync(),
     Settings(PolicyConfig(), RouterConfig(workers=2, queue_timeout_s=1.5), "v1", None, {"law": "base"}),
     UserTokensChanged(
         (
-            UserToken("0a1b2c3d", "al", "0" * 64, 5, 1.5, 7.5, TokenLimits(requests=3, concurrency=2), ("math", "law")),
+            UserToken("0a1b2c3d", "al", "0" * 64, 5, 1.5, 7.5, TokenLimits(requests=3, tokens=2), ("math", "law")),
             UserToken("0a1b2c3e", "bob", "1" * 64, 6, 1.5),
         )
     ),
