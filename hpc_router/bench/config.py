@@ -83,6 +83,8 @@ class BenchConfig:
     trace_block: int = bounded(512, 1, 10**5)  # words per hashed block of a trace; fewer shorten all its requests
     # Classes of conversations, by name; empty: single prompts. `rates` are then conversations per second.
     classes: dict[str, LoadClass] = field(default_factory=dict)
+    # Answers in the history of conversations. engine: those that it gave; prepared: texts that the seed determines.
+    history: Literal["engine", "prepared"] = "engine"
     conversations: int = bounded(256, 1, 10**6)  # number of different conversations; they are repeated after the last
     # goodput: open loop; instead of all `rates`, find the highest rate whose goodput target holds.
     search: Literal["goodput"] | None = None
@@ -124,6 +126,15 @@ class BenchConfig:
 
 
 DURATION_S: Final = 30.0
+MAX_STEPS: Final = 10_000
+"""Maximum number of requests of one conversation."""
+
+
+def longest(lengths: Lengths | None) -> float:
+    """Returns the maximum of a random length; 0 without one."""
+    if lengths is None:
+        return 0.0
+    return lengths.mean if lengths.kind == "fixed" else lengths.high
 
 
 def read_config(value: dict[str, Any]) -> BenchConfig:
@@ -180,6 +191,8 @@ def _check_classes(config: BenchConfig) -> None:
     for name, one in config.classes.items():
         for key in ("turns", "input_words", "output_tokens", "system_words", "tool_turns", "tool_words"):
             _check_lengths(f"classes.{name}.{key}", getattr(one, key))
+        if longest(one.turns) * (1 + longest(one.tool_turns)) > MAX_STEPS:
+            raise _invalid(f"classes.{name}.turns", longest(one.turns), f"at most {MAX_STEPS} requests each")
     given = [key for key in ("input_words", "output_tokens") if getattr(config, key) is not None]
     if config.classes and (given or config.think_s):
         key = f"bench.{given[0]}" if given else "bench.think_s"

@@ -1,19 +1,23 @@
 """The conversations of a load: system prompts, turns, tool turns, pauses and cancellations. Pure functions of the seed.
 
-A request of a conversation contains everything that was said before it. The answers in this history are prepared
-texts, not those of the engine, so that every run sends the same bytes. All texts are random words of the prompts of one
-domain, so different conversations share a prefix only where they share a system prompt.
+A request of a conversation contains everything that was said before it. The answers in this history are marks,
+for which the load generator puts the engine's answers, or prepared texts, so that every run sends the same bytes. All
+texts are random words of the prompts of one domain, so different conversations share a prefix only where they share a
+system prompt.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from hpc_router.bench.config import Lengths, LoadClass
 from hpc_router.bench.prompts import BenchPrompt
 
 Message = dict[str, Any]
+ANSWER_MARK: Final = "\x01"
+"""With four digits: the content of the response to that step of the conversation, from 0000 (`load.c`)."""
+MAX_STEPS: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class DomainWords:
     def __init__(self, prompts: Sequence[BenchPrompt]) -> None:
         words: dict[str | None, dict[str, None]] = {}
         for prompt in prompts:
-            words.setdefault(prompt.domain, {}).update(dict.fromkeys(prompt.text.split()))
+            words.setdefault(prompt.domain, {}).update(dict.fromkeys(filter(str.isprintable, prompt.text.split())))
         self._words = {domain: list(found) for domain, found in words.items()}
         self.all = list(dict.fromkeys(word for found in self._words.values() for word in found))
 
@@ -68,19 +72,26 @@ class DomainWords:
 
 
 def conversations(
-    classes: Mapping[str, LoadClass], prompts: Sequence[BenchPrompt], *, count: int, shared: str, own: str
+    classes: Mapping[str, LoadClass],
+    prompts: Sequence[BenchPrompt],
+    *,
+    count: int,
+    shared: str,
+    own: str,
+    prepared: bool,
 ) -> Iterator[Conversation]:
-    """Yields `count` conversations. `shared`: seed of the system prompts. `own`: seed of everything else."""
+    """Yields `count` conversations. `shared`: seed of the system prompts. `own`: seed of everything else. `prepared`:
+    whether histories have prepared answers instead of marks."""
     vocabulary, names = DomainWords(prompts), list(classes)
     weights = [one.weight for one in classes.values()]
     source = random.Random(f"{own}:conversations")
     for _ in range(count):
         name = source.choices(names, weights)[0]
-        yield _conversation(name, classes[name], vocabulary, source, shared=f"{shared}:{name}")
+        yield _conversation(name, classes[name], vocabulary, source, shared=f"{shared}:{name}", prepared=prepared)
 
 
 def _conversation(
-    name: str, one: LoadClass, vocabulary: DomainWords, source: random.Random, *, shared: str
+    name: str, one: LoadClass, vocabulary: DomainWords, source: random.Random, *, shared: str, prepared: bool
 ) -> Conversation:
     domain = source.choice(vocabulary.domains)
     history: list[Message] = []
@@ -97,12 +108,18 @@ def _conversation(
         leave_after = source.randint(1, tokens) if source.random() < one.cancel_share else 0
         steps.append(ConversationStep(tuple(history), tokens, pause_s, turn, leave_after))
         text = vocabulary.text(source, tokens, domain)
-        history.append({"role": "assistant", "content": text} if call is None else _tool_call(call, text))
+        if call is not None:
+            history.append(_tool_call(call, text))
+        else:
+            answer = text if prepared else f"{ANSWER_MARK}{len(steps) - 1:04}"
+            history.append({"role": "assistant", "content": answer})
 
     for turn in range(1, draw_length(source, one.turns) + 1):
         history.append(
             {"role": "user", "content": vocabulary.text(source, draw_length(source, one.input_words), domain)}
         )
+        if len(steps) >= MAX_STEPS // 2:
+            break
         tools = 0 if one.tool_turns is None else draw_length(source, one.tool_turns)
         pause_s = _pause(source, one.think_s) if turn > 1 else 0.0
         for tool in range(tools):

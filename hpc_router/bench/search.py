@@ -7,7 +7,7 @@ proportion. The search continues from stored results, because it has no other st
 import math
 from collections.abc import Mapping
 
-from hpc_router.bench.config import BenchConfig, Lengths
+from hpc_router.bench.config import BenchConfig, longest
 from hpc_router.bench.figures import Figures
 
 _DIGITS = 4
@@ -57,21 +57,15 @@ def most_in_flight(config: BenchConfig, rate_per_s: float) -> int | None:
         seconds = good.ttft_s + good.tpot_s * _longest_answer(config)
     if seconds is None:
         return None
-    requests = max((_most(one.turns) * (1 + _most(one.tool_turns)) for one in config.classes.values()), default=1.0)
+    requests = max((longest(one.turns) * (1 + longest(one.tool_turns)) for one in config.classes.values()), default=1.0)
     return math.ceil(2 * rate_per_s * seconds * requests) + 10
-
-
-def _most(lengths: Lengths | None) -> float:
-    if lengths is None:
-        return 0.0
-    return lengths.mean if lengths.kind == "fixed" else lengths.high
 
 
 def _longest_answer(config: BenchConfig) -> float:
     lengths = [one.output_tokens for one in config.classes.values()]
     if not lengths and config.output_tokens is not None:
         lengths = [config.output_tokens]
-    return max(map(_most, lengths), default=config.max_tokens)
+    return max(map(longest, lengths), default=config.max_tokens)
 
 
 def _rounded(rate: float) -> float:

@@ -44,7 +44,7 @@ _NOT_IN_KEY: Final = (
     "trust",
     "drain_s",
     "retry",
-    "search",
+    "search_share",
     "search_step",
     "search_points",
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.bench.config import BenchConfig
-from hpc_router.bench.conversations import DomainWords, Message, conversations, draw_length
+from hpc_router.bench.conversations import ANSWER_MARK, DomainWords, Message, conversations, draw_length
 from hpc_router.bench.prompts import BenchPrompt
 from hpc_router.bench.traces import TracedText, read_trace
 from hpc_router.errors import ConfigError
@@ -185,11 +185,18 @@ def _conversations(config: BenchConfig, prompts: Sequence[BenchPrompt], point: P
     own = f"{config.seed}:{point.name}:{job}"
     bodies: list[RequestBody] = []
     chains: list[ChainStep] = []
-    made = conversations(config.classes, prompts, count=config.conversations, shared=str(config.seed), own=own)
+    made = conversations(
+        config.classes,
+        prompts,
+        count=config.conversations,
+        shared=str(config.seed),
+        own=own,
+        prepared=config.history == "prepared",
+    )
     for one in made:
         for step in one.steps:
             chains.append(ChainStep(len(bodies), step.leave_after, step.pause_s, last=step is one.steps[-1]))
-            encoded = _encoded(config, step.messages, step.max_tokens)
+            encoded = _encoded(config, step.messages, step.max_tokens).replace(b"\\u0001", ANSWER_MARK.encode())
             bodies.append(RequestBody(encoded, one.domain, one.load_class, step.turn))
     return Workload(
         bodies,

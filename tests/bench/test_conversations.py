@@ -22,7 +22,7 @@ CHAT: dict[str, Any] = {
 
 
 def configured(classes: dict[str, Any], **more: Any) -> BenchConfig:
-    return read_config({"rates": [1], "conversations": 60, "classes": classes, **more})
+    return read_config({"rates": [1], "conversations": 60, "history": "prepared", "classes": classes, **more})
 
 
 def loaded(classes: dict[str, Any], *, rate: float = 1, repeat: int = 0, job: int = 0, **more: Any) -> Workload:
@@ -127,6 +127,7 @@ def test_classes_are_mixed_by_weight() -> None:
         ({"think_s": 1.0}, "bench.think_s"),
         ({"output_tokens": {"mean": 4}}, "bench.output_tokens"),
         ({"direct": True}, "bench.direct"),
+        ({"classes": {"a": {"turns": {"mean": 5001}, "tool_turns": {"mean": 1}}}}, "bench.classes.a.turns"),
         ({"classes": {"a": {"turns": {"kind": "uniform", "low": 3, "high": 2}}}}, "bench.classes.a.turns.low"),
         ({"classes": {"a": {"cancel_share": 2}}}, "bench.classes.a.cancel_share"),
     ],

@@ -44,6 +44,25 @@ def test_invalid_points_are_measured_again_with_retry(tmp_path: Path) -> None:
     assert [key for key, _ in sweep(tmp_path, retry=True).missing()] == [first]
 
 
+def test_a_search_continues_from_its_stored_rates(tmp_path: Path) -> None:
+    """Whether the target holds depends on the stored share alone, so a stricter target reads the same points."""
+    searching = {"rates": [1], "search": "goodput", "search_step": 1.5}
+    one = sweep(tmp_path, **searching)
+    shares = {1.0: 1.0, 2.0: 0.97, 4.0: 0.5, 2.828: 0.96}
+    while missing := one.missing():
+        [(key, point)] = missing
+        assert point.rate_per_s is not None
+        record = {"valid": True, "exceeded": point.rate_per_s == 4.0, "good_share": shares.pop(point.rate_per_s)}
+        one.store.add(key, record, None)
+    assert not shares
+    again = sweep(tmp_path, **searching)
+    assert again.measured_rates() == {1.0: True, 2.0: True, 4.0: False, 2.828: True}
+    assert [point.rate_per_s for _, point in again.points()] == [1.0, 2.0, 4.0, 2.828]
+    stricter = sweep(tmp_path, **searching, search_share=0.99)
+    assert stricter.measured_rates() == {1.0: True, 2.0: False}
+    assert [point.rate_per_s for _, point in stricter.missing()] == [1.414]
+
+
 def test_the_key_depends_on_everything_that_changes_the_measurement(tmp_path: Path) -> None:
     base = {key for key, _ in sweep(tmp_path).points()}
     others = [

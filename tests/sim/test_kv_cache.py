@@ -1,4 +1,4 @@
-"""The prefix cache: what vLLM 0.32 finds again, and when. tests/e2e/test_engines.py compares it with a real engine."""
+"""The prefix cache: what vLLM 0.32 finds again, and when."""
 
 import asyncio
 from collections.abc import Sequence

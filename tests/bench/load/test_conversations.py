@@ -1,6 +1,8 @@
 """Conversations on the simulated engine, whose prefix cache shows what was sent in which order."""
 
 import asyncio
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from hpc_router.bench.load.generator import LoadResult, LoadTarget, run_load
 from hpc_router.bench.prompts import built_in
 from hpc_router.bench.workload import Point, workload
 from hpc_router.sim import SimConfig, SimServer
+from tests.bench.fakes import DONE, ROLE, WHOLE, fake_router, piece, responds
+from tests.sim.calls import client
 
 FAST = SimConfig(ttft_s=0.0, itl_s=0.0, jitter=0.0, enable_prompt_tokens_details=True)
 CHAT: dict[str, Any] = {
@@ -26,7 +30,11 @@ async def loaded(
     config = read_config({"model": "sim", "warmup_s": 0.0, "extra": {"ignore_eos": True}, **values})
     work = workload(config, built_in(), point)
     target = LoadTarget(engine.url, "t")
-    return await asyncio.to_thread(run_load, target, config, work, folder, most_in_flight=most)
+    load = await asyncio.to_thread(run_load, target, config, work, folder, most_in_flight=most)
+    # The load may end just after it has connected. Connections are accepted in order, so now the engine has all.
+    async with client(engine) as session:
+        assert (await session.get("/health")).status == 200
+    return load
 
 
 def measured(load: LoadResult) -> list[Observation]:
@@ -77,6 +85,46 @@ async def test_an_open_loop_starts_conversations_at_their_arrivals(tmp_path: Pat
     arrivals = workload(config, built_in(), Point(rate_per_s=20)).arrivals_s
     assert arrivals is not None
     assert sorted(round(at, 6) for at in starts) == [round(at, 6) for at in arrivals if at < 2.0]
+
+
+async def test_the_history_has_the_engine_s_answers(tmp_path: Path) -> None:
+    """Each request sends the content that the engine streamed before, with its escapes, and a cache finds it."""
+    classes = {"chat": {**CHAT, "output_tokens": {"mean": 24}}}
+    async with SimServer(FAST) as engine:
+        load = await loaded(engine, tmp_path, Point(users=2), requests=8, classes=classes, conversations=50)
+        bodies = [json.loads(received.body or b"") for received in engine.recent.last(100)]
+    conversations: dict[str, list[dict[str, Any]]] = {}
+    for body in bodies:
+        conversations.setdefault(body["messages"][1]["content"], []).append(body)
+    complete = [one for one in conversations.values() if len(one) == 4]
+    assert complete
+    for one in complete:
+        said = [m["content"] for m in one[-1]["messages"] if m["role"] == "assistant"]
+        assert all(text.startswith("sim simulated answer") and len(text.split()) == 24 for text in said)
+        assert len(set(said)) == 3
+        for before, after in pairwise(one):
+            assert after["messages"][: len(before["messages"])] == before["messages"]
+    # 80 words and an answer of 24, of which the last was not in the cache: six full blocks.
+    assert {o.cached_tokens for o in measured(load) if o.turn == 2} == {96}
+
+
+async def test_escapes_in_an_answer_are_sent_as_they_came(tmp_path: Path) -> None:
+    text = 'say "no" \\ \n \u00e9 and \U0001f600'
+    async with fake_router(responds(ROLE, piece(text[:9]), piece(text[9:], finish="length"), DONE)) as fake:
+        config = read_config({"warmup_s": 0.0, "requests": 3, "classes": {"chat": {**CHAT, "turns": {"mean": 3}}}})
+        work = workload(config, built_in(), Point(users=1))
+        await asyncio.to_thread(run_load, fake.target, config, work, tmp_path)
+    said = [m["content"] for m in fake.bodies[2]["messages"] if m["role"] == "assistant"]
+    assert said == [text, text]
+
+
+async def test_prepared_answers_are_the_same_bytes_in_every_run(tmp_path: Path) -> None:
+    classes = {"chat": CHAT}
+    config = read_config({"warmup_s": 0.0, "requests": 8, "classes": classes, "history": "prepared"})
+    work = workload(config, built_in(), Point(users=1))
+    async with fake_router(responds(*WHOLE)) as fake:
+        await asyncio.to_thread(run_load, fake.target, config, work, tmp_path)
+    assert fake.bodies[:8] == [json.loads(one.body) for one in work.bodies[:8]]
 
 
 async def test_a_cancelled_request_is_no_failure_and_no_response(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@
  *              a pause after the previous response, and may disconnect after some events of a step. Closed loop: a
  *              connection begins with the next chain when its chain has ended. Open loop: a chain begins at each
  *              arrival, and a later step is due when its pause has passed. Needs --measure; replaces --order, --others,
- *              --think and --leave-after-events.
+ *              --think and --leave-after-events. In a request, the byte 1 and four digits stand for the content of the
+ *              response to that step of the chain (from 0000); content-length is adjusted.
  * --most-in-flight  Open loop: ends the load as soon as more requests than this run or wait for a connection.
  * --leave-...  The client closes the connection after K events, or T milliseconds after the request began.
  * --label      Up to three response headers whose values are recorded.
@@ -47,6 +48,7 @@ enum error {
 };
 enum { REUSED = 1, RETRIED = 2, STREAM = 4, MEASURED = 8, FILLING = 16 };
 enum { HEADERS = 3 };
+enum { ANSWER = 1, ANSWER_DIGITS = 4 };
 #define UNKNOWN UINT32_MAX
 
 struct record {
@@ -78,7 +80,11 @@ struct user {
     uint32_t number;
     int fd;
     bool connected, active, writing, closes;
-    const struct step *step; /* the current step of its chain; NULL between chains */
+    const struct step *step, *first_step; /* the current and the first step of its chain; NULL between chains */
+    const char *data;                     /* the request as it is sent */
+    size_t length;
+    struct buffer *answers, assembled; /* the content of the response to each step so far, as in its JSON */
+    uint32_t answer_room;
     uint32_t leave_events;
     int64_t due_at; /* open loop: when the next step of its chain is due; 0 for the first one */
     size_t sent;
@@ -94,7 +100,7 @@ struct user {
 
 struct request {
     const char *data;
-    uint32_t length;
+    uint32_t length, body, answers; /* body: its length; answers: number of responses that it names */
 };
 
 static struct {
@@ -262,6 +268,34 @@ static bool has_text(const char *data, size_t length, const char *name, size_t w
     return false;
 }
 
+/* The buffer for the content of the response to the current step. */
+static struct buffer *answer_of(struct user *one)
+{
+    uint32_t number = (uint32_t)(one->step - one->first_step);
+    if (number >= one->answer_room) {
+        one->answers = resize(one->answers, (number + 1) * sizeof *one->answers);
+        memset(one->answers + one->answer_room, 0, (number + 1 - one->answer_room) * sizeof *one->answers);
+        one->answer_room = number + 1;
+    }
+    return &one->answers[number];
+}
+
+/* Keeps the string after `"content":`, still escaped, for later requests of the chain. */
+static void keep_content(struct user *one, const char *line, size_t length)
+{
+    const char *at = memmem(line, length, "\"content\":", 10), *end = line + length, *from;
+    if (!at)
+        return;
+    for (at += 10; at < end && *at == ' ';)
+        at++;
+    if (at == end || *at++ != '"')
+        return;
+    for (from = at; at < end && *at != '"'; at++)
+        at += *at == '\\';
+    if (at < end && at > from)
+        buffer_add(answer_of(one), from, (size_t)(at - from));
+}
+
 /* Whether `"name":` is followed by an array with an element. */
 static bool has_element(const char *data, size_t length, const char *name, size_t wanted)
 {
@@ -349,6 +383,8 @@ static void read_line(struct user *one, const char *line, size_t length)
     one->has_content |= has_text(line, length, "\"content\":", 10) || has_text(line, length, "\"text\":", 7) ||
                         has_text(line, length, "\"reasoning_content\":", 20) ||
                         has_text(line, length, "\"reasoning\":", 12) || has_element(line, length, "\"tool_calls\":", 13);
+    if (one->step && !one->step->last)
+        keep_content(one, line, length);
     one->stamp = timestamp_of(line, length);
     if (has_text(line, length, "\"finish_reason\":", 16)) {
         one->is_done = true; /* a vLLM that is stopped ends running responses in this form too */
@@ -550,9 +586,8 @@ static void fail_or_retry(struct user *one, enum error error)
 
 static void send_request(struct user *one)
 {
-    const struct request *request = &requests[one->record.prompt];
-    while (one->sent < request->length) {
-        ssize_t sent = send(one->fd, request->data + one->sent, request->length - one->sent, MSG_NOSIGNAL);
+    while (one->sent < one->length) {
+        ssize_t sent = send(one->fd, one->data + one->sent, one->length - one->sent, MSG_NOSIGNAL);
         if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
             poll_writable(one, true);
             return;
@@ -596,6 +631,45 @@ static uint32_t prompt_of(uint64_t sequence, uint8_t part)
     return others_count ? others[turn % others_count] : (uint32_t)(turn % request_count);
 }
 
+/* Copies a body with the responses that it names. */
+static void add_with_answers(struct user *one, struct buffer *to, const char *data, size_t length)
+{
+    const char *end = data + length, *mark;
+    while ((mark = memchr(data, ANSWER, (size_t)(end - data)))) {
+        buffer_add(to, data, (size_t)(mark - data));
+        uint32_t number = 0;
+        for (int i = 1; i <= ANSWER_DIGITS; i++)
+            number = number * 10 + (uint32_t)(mark[i] - '0');
+        if (number < one->answer_room && one->answers[number].used)
+            buffer_add(to, one->answers[number].data, one->answers[number].used);
+        data = mark + 1 + ANSWER_DIGITS;
+    }
+    buffer_add(to, data, (size_t)(end - data));
+}
+
+/* Chooses the bytes that are sent: those of the request, or a copy with the responses that it names. */
+static void assemble(struct user *one)
+{
+    const struct request *request = &requests[one->record.prompt];
+    one->data = request->data;
+    one->length = request->length;
+    if (!request->answers)
+        return;
+    static struct buffer body;
+    struct buffer *made = &one->assembled;
+    char number[32];
+    size_t head = request->length - request->body, found = 0;
+    const char *value = header_value(request->data, head, "content-length", &found);
+    body.used = made->used = 0;
+    add_with_answers(one, &body, request->data + head, request->body);
+    buffer_add(made, request->data, (size_t)(value - request->data));
+    buffer_add(made, number, (size_t)snprintf(number, sizeof number, "%zu", body.used));
+    buffer_add(made, value + found, head - (size_t)(value + found - request->data));
+    buffer_add(made, body.data, body.used);
+    one->data = made->data;
+    one->length = made->used;
+}
+
 /* Chooses the step that begins now. Returns when it was due. */
 static int64_t begin_step(struct user *one)
 {
@@ -603,8 +677,10 @@ static int64_t begin_step(struct user *one)
     if (!one->step) {
         if (arrivals)
             due = begun_at + (int64_t)(arrivals[chains_begun] * SECOND);
-        one->step = chains[chains_begun++ % chain_count];
+        one->step = one->first_step = chains[chains_begun++ % chain_count];
         one->due_at = 0;
+        for (uint32_t i = 0; i < one->answer_room; i++)
+            one->answers[i].used = 0;
     }
     one->leave_events = one->step->leave_events;
     return due;
@@ -637,6 +713,7 @@ static void begin(struct user *one)
         measured_begun += one->record.flags == MEASURED;
     } else
         one->record.prompt = prompt_of(sequence, one->record.flags);
+    assemble(one);
     one->record.prompt_tokens = one->record.tokens = one->record.cached_tokens = UNKNOWN;
     measured_active += one->record.flags == MEASURED && !counted;
     if (one->record.flags == MEASURED && !arrivals)
@@ -852,6 +929,22 @@ static double *read_doubles(const char *path, size_t *count)
     return (double *)(void *)data;
 }
 
+/* Finds the responses that a request names. */
+static void find_answers(struct request *request)
+{
+    size_t found;
+    const char *end = request->data + request->length, *blank = memmem(request->data, request->length, "\r\n\r\n", 4);
+    if (!blank || !header_value(request->data, (size_t)(blank + 4 - request->data), "content-length", &found))
+        refuse("a request without content-length", options.requests);
+    request->body = (uint32_t)(end - blank - 4);
+    for (const char *at = blank + 4; (at = memchr(at, ANSWER, (size_t)(end - at))); at += 1 + ANSWER_DIGITS) {
+        for (int i = 1; i <= ANSWER_DIGITS; i++)
+            if (at + i >= end || at[i] < '0' || at[i] > '9')
+                refuse("not the number of a step", options.requests);
+        request->answers++;
+    }
+}
+
 static void read_requests(void)
 {
     size_t length, room = 0;
@@ -866,7 +959,10 @@ static void read_requests(void)
             refuse("the last request is cut off", options.requests);
         if (request_count == room)
             requests = resize(requests, (room = room ? room * 2 : 64) * sizeof *requests);
-        requests[request_count++] = (struct request){data + at, one};
+        requests[request_count] = (struct request){data + at, one, 0, 0};
+        if (options.chains)
+            find_answers(&requests[request_count]);
+        request_count++;
         at += one;
     }
     if (!request_count)
