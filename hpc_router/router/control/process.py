@@ -86,6 +86,7 @@ class ControlProcess:
     _departure_rates: dict[str, DepartureRate] = field(default_factory=dict)
     _stats: dict[str, ReplicaStats] = field(default_factory=dict)
     _training: tuple[str, Mapping[str, Any]] = ("", {})
+    _measuring: asyncio.Handle | None = None
 
     def __post_init__(self) -> None:
         cluster = self.deployment.cluster
@@ -312,5 +313,12 @@ class ControlProcess:
         self.workers.publish_changes()
 
     def _table_changed(self) -> None:
-        self.continuity.update(self.table)
+        """Measures and publishes at the end of the present step of the event loop, once for all changes in the step:
+        one read of the registry may bring that a replica drains and that its successor is ready."""
+        if self._measuring is None:
+            self._measuring = asyncio.get_running_loop().call_soon(self._measure)
         self.workers.publish_soon()
+
+    def _measure(self) -> None:
+        self._measuring = None
+        self.continuity.update(self.table)
