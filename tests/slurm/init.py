@@ -64,7 +64,17 @@ def python_folders() -> list[str]:
     """Where this interpreter is, beside its environment. One of Debian's own lies in /usr, which a release has, too."""
     if sys.base_prefix != "/usr":
         return [sys.prefix, sys.base_prefix]
-    return [sys.prefix, sysconfig.get_path("stdlib"), str(Path(sys.executable).resolve())]
+    return [sys.prefix, sysconfig.get_path("stdlib"), os.path.realpath(sys.executable)]
+
+
+def copy_links(path: Path, root: Path) -> None:
+    """Makes the links on the way from `path` to its file those of this machine: /usr/bin/python3 may be another one."""
+    while path.is_symlink():
+        if path.is_relative_to("/usr"):
+            place = root / path.relative_to("/")
+            place.unlink(missing_ok=True)
+            place.symlink_to(path.readlink())
+        path = path.parent / path.readlink()
 
 
 def enter_release(root: Path, folder: Path, *, login: bool) -> None:
@@ -81,6 +91,7 @@ def enter_release(root: Path, folder: Path, *, login: bool) -> None:
     for path in (*bound, str(CLONE), *python_folders()):
         if path in bound or not any(Path(path).is_relative_to(other) for other in bound):
             bind(path, merged)
+    copy_links(Path(sys.executable), merged)
     for name in USERS:
         shutil.copy2(f"/etc/{name}", merged / "etc" / name)
     left.mkdir()

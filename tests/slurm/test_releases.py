@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import releases
-from tests.slurm.cluster import SlurmCluster
-from tests.slurm.configuration import PROCTRACKS, Proctrack
+from tests.slurm.cluster import SlurmCluster, lacking
+from tests.slurm.configuration import Proctrack
 from tests.slurm.host import SlurmClusterError
 from tests.support.needs import ROOT
 from tests.support.processes import with_word
@@ -106,9 +106,9 @@ def test_a_debootstrap_that_fails_says_why_and_leaves_nothing(making: Path) -> N
     assert made(making) == []
 
 
-@pytest.mark.parametrize("proctrack", PROCTRACKS)
-def test_a_cluster_of_the_release(there: releases.Root, proctrack: Proctrack) -> None:
+def test_a_cluster_of_the_release(there: releases.Root) -> None:
     """Its nodes and this machine use the release's Slurm. The root itself is not written to."""
+    proctrack: Proctrack = "linuxproc" if lacking("cgroup") else "cgroup"
     name = f"written-{os.getpid()}"
     with SlurmCluster(release=there.release, proctrack=proctrack) as cluster:
         environment = {**os.environ, **cluster.environment}

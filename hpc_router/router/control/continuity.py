@@ -1,8 +1,8 @@
 """Measures how long experts have no ready replica, and counts whether a successor was ready when a replica reached the
 end of its walltime.
 
-`update` is called after each change of the replica table. An expert is measured from the first time that it was ready
-in this router. No I/O.
+`update` is called after changes of the replica table, once for all changes in one step of the event loop. An expert is
+measured from the first time that it was ready in this router. No I/O.
 """
 
 import time

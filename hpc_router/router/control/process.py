@@ -97,6 +97,7 @@ class ControlProcess:
     _reading: asyncio.Future[RunFiles] | None = None
     _overview: tuple[float, dict[str, Any]] | None = None
     _overview_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _measuring: asyncio.Handle | None = None
 
     def __post_init__(self) -> None:
         cluster = self.deployment.cluster
@@ -369,5 +370,12 @@ class ControlProcess:
         self.workers.publish_changes()
 
     def _table_changed(self) -> None:
-        self.continuity.update(self.table)
+        """Measures and publishes at the end of the present step of the event loop, once for all changes in the step:
+        one read of the registry may bring that a replica drains and that its successor is ready."""
+        if self._measuring is None:
+            self._measuring = asyncio.get_running_loop().call_soon(self._measure)
         self.workers.publish_soon()
+
+    def _measure(self) -> None:
+        self._measuring = None
+        self.continuity.update(self.table)

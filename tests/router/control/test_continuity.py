@@ -1,6 +1,8 @@
 """Time without a ready replica, and how replicas reach the end of their walltime, by a clock of the test's."""
 
+import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from hpc_router.router.control.continuity import Continuity
 from hpc_router.router.replicas.replica import Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.state.registry import Record, RecordKind, State, split_replica
+from tests.router.fakes import a_deployment, a_router, a_run
 
 END = 1000.0
 NEAR_END_S = 120.0
@@ -147,3 +150,22 @@ def test_an_ejected_replica_has_not_handed_over(world: World) -> None:
     world.now = END - 1
     world.turns(first, RoutingState.EJECTED)
     assert world.seen.handovers == {}
+
+
+async def test_changes_of_one_step_are_one_change(tmp_path: Path) -> None:
+    """One read of the registry brings that the predecessor drains and that its successor is ready. Workers are told of
+    both at once, so no request sees the time in between."""
+    async with a_router(a_run(tmp_path), a_deployment("math")) as router:
+        world = World()
+        world.table, world.seen = router.control.table, router.control.continuity
+        first = world.starts("math-0.g1")
+        await asyncio.sleep(0)
+        world.turns(first, RoutingState.DRAINING)
+        world.starts("math-0.g2")
+        await asyncio.sleep(0)
+        assert world.seen.unready_s("math") == 0
+        world.turns(first, RoutingState.READY)
+        world.table.remove("math-0.g2")
+        world.turns(first, RoutingState.DRAINING)
+        await asyncio.sleep(0)
+        assert world.seen.unready_s("math") > 0

@@ -15,6 +15,7 @@ begin() {
     hpc_router_message=
     hpc_router_terminated=
     shift
+    hpc_router_seen || exit 1
     for replica in "$@"; do
         hpc_router_unwanted "$hpc_router_jobs/$replica" || hpc_router_replicas+=("$replica")
     done
@@ -96,6 +97,19 @@ hpc_router_recorded() {
 hpc_router_plain() {
     set +eu +o pipefail
     set +o posix
+}
+
+# Whether this node sees the run directory. Slurm 24.11 and later create the missing folders of a job's log on a node
+# that does not, so the job starts. It must end without a record, as if it could not start. A file system may show new
+# files late.
+hpc_router_seen() {
+    local try
+    for try in 1 2 3 4 5; do
+        [[ ! -e ${hpc_router_jobs%/*}/config.yaml ]] || return 0
+        ((try == 5)) || sleep 1
+    done
+    printf 'hpc-router: %s does not see the run directory %s\n' "$(uname -n)" "${hpc_router_jobs%/*}" >&2
+    return 1
 }
 
 # Whether the replica of this folder is not wanted: its end is recorded, or sbatch seemed to fail and the replica was

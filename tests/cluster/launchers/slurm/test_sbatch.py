@@ -184,6 +184,7 @@ def run_script(
     run = RunDir(tmp_path / "run")
     for each in requests:
         (run.jobs / each.replica).mkdir(parents=True)
+    run.config.touch()
     before(run)
     deployment = Deployment(cluster=ClusterConfig(kind="slurm", **cluster))  # type: ignore[arg-type]
     (job,) = batch_jobs(run, deployment, requests)
@@ -302,6 +303,23 @@ def test_a_child_may_get_sigterm_first(tmp_path: Path, pause: str, status: int, 
     record = ended(tmp_path)
     assert record["status"] == status
     assert (str(record["message"]).startswith(message)) if message else (record["message"] is None)
+
+
+def test_a_job_on_a_node_that_does_not_see_the_run_directory_ends_at_once(tmp_path: Path) -> None:
+    """Slurm 24.11 and later create the missing folders of the job's log there, so that the job starts. It must leave
+    no record, which nobody could read."""
+    began, no_pause = tmp_path / "began", tmp_path / "no-pause"
+    no_pause.write_text("sleep() { :; }\n")
+    status = run_script(
+        tmp_path,
+        request(),
+        setup=[f"touch {began}"],
+        before=lambda run: run.config.unlink(),
+        environment={"BASH_ENV": str(no_pause)},
+    )
+    assert status == 1
+    assert not began.exists()
+    assert not (tmp_path / "run" / "jobs" / "math-0.g1" / "ended.json").exists()
 
 
 def job_of(job_id: str) -> JobInfo:
