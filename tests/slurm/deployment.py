@@ -88,6 +88,11 @@ class OnSlurm(Deployed):
         """The job's nodes as Slurm lists them: n[1-2]."""
         return self.cluster.run(["squeue", "--noheader", "--format=%N", f"--jobs={self.job_id(replica)}"]).strip()
 
+    def excluded_of(self, replica: str) -> str:
+        """The nodes on which the job may not start, as Slurm lists them."""
+        words = self.cluster.run(["scontrol", "--oneliner", "show", "job", self.job_id(replica)]).split()
+        return next(word.partition("=")[2] for word in words if word.startswith("ExcNodeList="))
+
     def newest(self, slot: str) -> str:
         found = self.claimed(f"{slot}.g")
         return max(found, key=_generation)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.deployment import OnSlurm, on_slurm
+from tests.slurm.deployment import on_slurm
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.slurm
@@ -16,11 +16,6 @@ OVERRIDES = (
 )
 
 
-def excluded(one: OnSlurm, replica: str) -> str:
-    words = one.cluster.run(["scontrol", "--oneliner", "show", "job", one.job_id(replica)]).split()
-    return next(word.partition("=")[2] for word in words if word.startswith("ExcNodeList="))
-
-
 def test_a_drained_node_gets_neither_replacement_nor_standby(cluster: SlurmCluster) -> None:
     with on_slurm(cluster, "drained", *OVERRIDES) as one:
         router = one.serving("router-0")
@@ -28,17 +23,17 @@ def test_a_drained_node_gets_neither_replacement_nor_standby(cluster: SlurmClust
         eventually_sync(lambda: one.job(standby).info())
         node = one.nodes_of("math-0.g1")
         one.verb("drain", node, "--wait")
-        assert excluded(one, standby) == node
+        assert one.excluded_of(standby) == node
         replacement = one.until_ready("math-0", after="math-0.g1")
         assert one.nodes_of(replacement) != node
-        assert excluded(one, replacement) == node
+        assert one.excluded_of(replacement) == node
 
         one.cluster.run(["scancel", one.job_id(router)])
         one.until_ready("router-0", after=router)
         assert one.nodes_of(standby) != node
         successor = eventually_sync(lambda: r if (r := one.newest("router-0")) != standby else None, within_s=60)
         eventually_sync(lambda: one.job(successor).info())
-        assert excluded(one, successor) == node
+        assert one.excluded_of(successor) == node
 
         one.verb("drain", "--undo", node)
-        assert excluded(one, successor) == "(null)"
+        assert one.excluded_of(successor) == "(null)"
