@@ -12,10 +12,10 @@ Rules, one slot at a time:
    router serves, and Slurm starts it when the present job has ended.
 5. A ready job near its walltime hands over (`handover` says when): its successor is submitted, or released if it waits
    in the queue, and the old job drains when the successor is ready. If Slurm refuses a successor that overlaps with the
-   old job, the next successor waits for the old job's end. Failures of successors count only once the old job has ended.
-6. Jobs of an earlier config (`rolling`) are replaced slot by slot. A ready job hands over at once; where two jobs cannot
-   run at the same time, it drains. A job that is not ready is ended. If Slurm refuses an overlapping successor, the
-   ready job drains only after Slurm has accepted a successor that waits for its end.
+   old job, the next one waits for the old job's end. Failures of successors count only once the old job has ended.
+6. Jobs of an earlier config (`rolling`) are replaced slot by slot. A ready job hands over at once; where two jobs
+   cannot run at the same time, it drains. A job that is not ready is ended. If Slurm refuses an overlapping successor,
+   the ready job drains only after Slurm has accepted a successor that waits for its end.
 7. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
 """
 
