@@ -41,8 +41,8 @@ def _scalar(text: str) -> str | None:
 
 
 def change(run: RunDir, values: Mapping[str, Any], reset: Sequence[str]) -> dict[str, Any]:
-    """Changes settings, and returns all settings that now override the config, with the types of their fields. Raises
-    ConfigError."""
+    """Sets the keys in `values`, and resets those in `reset` to the config's values. Returns all settings that now
+    override the config, with the types of their fields. Raises ConfigError."""
     deployment, settings = deployment_of(run), dict[str, Any]()
 
     def changes(desired: Mapping[str, Any]) -> dict[str, Any]:

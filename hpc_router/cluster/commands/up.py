@@ -91,8 +91,8 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
 
 
 def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
-    """Returns the text after a second Ctrl-C: which jobs and files are left. Removes the run directory if this call
-    created it and it has no jobs."""
+    """Returns the text for the user after a second Ctrl-C: which jobs and files are left. If this call created the run
+    directory and it has no jobs, removes it."""
     if made and not unended_jobs(run):
         discard(run, before=before)
         return ENDED_TEXT
@@ -100,8 +100,8 @@ def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
 
 
 def train_classifier(run: RunDir, deployment: Deployment, *, replace: bool = False) -> None:
-    """Trains the classifier from the experts' exemplars, if the run needs one and has none. `replace`: also if it has
-    one."""
+    """Trains the classifier from the experts' exemplars, if the run needs one and has none. `replace`: whether to train
+    a new one even if the run has one."""
     if not needs_training(deployment) or (run.classifier.is_dir() and not replace):
         return
     try:
@@ -149,7 +149,8 @@ class _BringUp:
         return None
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
-        """Returns the router's address once it serves; with `wait_all`, once no expert is starting. Until then None."""
+        """Returns the router's address once the router and an expert serve; with `wait_all`, once no expert is starting
+        any more. Returns None before that."""
         routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.state is DisplayedState.READY and v.url]
         if not routers or routers[-1].url is None:
             return None
@@ -180,7 +181,7 @@ class _BringUp:
 
 
 def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
-    """Returns the reason if no router, or no expert, can ever serve; None if a router and an expert may still serve."""
+    """Returns the reason if it is certain that no router, or no expert, will serve; else None."""
     reasons = {view.replica: reason for view in shown if (reason := _cannot_become_ready(view)) is not None}
     experts = [view.replica for view in expert_views(shown)]
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
@@ -203,7 +204,7 @@ def _cannot_become_ready(view: ReplicaView) -> str | None:
 
 
 def _never_starts(view: ReplicaView) -> str | None:
-    """Returns why its job will never start with its present options; None if it may."""
+    """Returns why the replica's job will never start with its present options; None if it may start."""
     waiting = explain_pending(view.pending_reason, view.job_id) if view.pending_reason is not None else None
     return (
         f"{view.pending_reason}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None

@@ -54,7 +54,8 @@ def parse_expiry(text: str, *, now: float) -> float:
 
 
 def check_experts(run: RunDir, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names without duplicates. Raises ConfigError for one that is neither in the config nor registered."""
+    """Returns the names without duplicates. Raises ConfigError for a name that is neither in the config nor registered,
+    and if there are no names."""
     registered = {e for record in RegistryReader(run.registry).snapshot().values() for e in record.serves}
     valid = set(readable_deployment(run).experts) | registered
     for name in names:
@@ -66,7 +67,7 @@ def check_experts(run: RunDir, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def described(token: UserToken, *, now: float) -> dict[str, Any]:
-    """Returns the entry as JSON values, with `expired`."""
+    """Returns the token's entry as JSON values, with the key `expired`."""
     expired = token.expires_at is not None and token.expires_at <= now
     return token.to_json() | {"expired": expired}
 
