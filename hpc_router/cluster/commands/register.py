@@ -1,6 +1,6 @@
 """Registers external endpoints: a server outside the run gets a registry record without lease beats, nonce or expiry.
 
-Nothing is started or stopped, and the endpoint need not answer now, because the router probes it until it does.
+Nothing is started or stopped. The endpoint need not answer now, because the router probes it until it answers.
 Registering the same expert and address again updates the endpoint.
 """
 

@@ -1,4 +1,4 @@
-"""Changes replica counts in `desired.json`; the control loop carries them out."""
+"""Changes replica counts in `desired.json`; the control loop then submits or ends jobs."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

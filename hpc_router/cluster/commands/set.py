@@ -34,7 +34,7 @@ def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | list[str] | No
 
 
 def _scalar(text: str) -> str | None:
-    """Returns the value without quotes; None for null."""
+    """Returns the value in `text` without its quotes; None for `null` or `~`."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     return None if text.lower() in ("null", "~") else text

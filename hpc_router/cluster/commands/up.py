@@ -1,6 +1,6 @@
-"""Brings a deployment up and waits until it serves.
+"""Brings a deployment up and waits until its router serves.
 
-The plan is checked before anything is created. Passes of the control loop run here until the endpoint serves; then the
+The plan is checked before anything is created. Passes of the control loop run here until the router serves; then the
 loop beside the router continues. Ctrl-C ends the jobs that this call submitted. A second Ctrl-C does not wait for their
 end, but prints which jobs may still run. If nothing can serve, the deployment is taken down.
 """
@@ -53,7 +53,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The result of `up`: the endpoint serves at `url`. `shown`: the views of all replicas."""
+    """The result of `up`: a router serves at `url`. `shown`: the views of all replicas."""
 
     run: RunDir
     url: str
@@ -66,8 +66,9 @@ class Served:
 
 
 def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
-    """Starts the deployment and returns once the endpoint serves. Raises ConfigError before anything is created,
-    LaunchError if nothing can serve, and Interrupted after Ctrl-C."""
+    """Starts the deployment and returns once its router serves. `wait_all`: whether to wait until no expert is starting
+    any more. Raises ConfigError before anything is created, LaunchError if nothing can serve, and Interrupted after
+    Ctrl-C."""
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else with_desired_counts(deployment, desired_of(run, deployment))
     check_reach(deployment)
@@ -124,7 +125,7 @@ class _BringUp:
         want_up(run, observed)
 
     def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served | None:
-        """Runs passes until the endpoint serves. Returns None after the first Ctrl-C, once the jobs of this call have
+        """Runs passes until the router serves. Returns None after the first Ctrl-C, once the jobs of this call have
         ended."""
         while not interrupted.is_set():
             seen = self._control.run_pass()  # safe beside the router's own loop: claims decide

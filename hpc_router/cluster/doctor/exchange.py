@@ -107,7 +107,7 @@ def clock_server(host: str) -> Iterator[int]:
 
 
 def _serve(server: socket.socket) -> None:
-    """Answers connections until the socket is shut down."""
+    """Answers each connection with the time of this host, until the socket is shut down."""
     while True:
         try:
             connection, _ = server.accept()

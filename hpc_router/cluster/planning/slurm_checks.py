@@ -30,8 +30,8 @@ _PURGED: Final = 3
 
 
 def slurm(deployment: Deployment) -> CheckResult:
-    """Returns findings from `scontrol show config` and, with accounting, from `sacctmgr`. Empty if Slurm does not
-    answer; the callers also run `sinfo`, which shows the reason."""
+    """Returns findings from `scontrol show config` and, if Slurm has accounting, from `sacctmgr`. Returns none if Slurm
+    does not answer; `sinfo`, which the callers run as well, shows the reason."""
     try:
         config = ask_config()
     except SlurmCommandError:

@@ -36,7 +36,7 @@ class HeldJob:
 
 
 def ask_held_job(job_id: str) -> HeldJob:
-    """Asks Slurm about the job. Raises SlurmCommandError."""
+    """Returns the job as Slurm describes it. Raises SlurmCommandError."""
     argv = ["scontrol", "--details", "--oneliner", "show", "job", job_id]
     return parse_held_job(run_slurm_command(argv, timeout_s=TIMEOUT_S, environment={"SLURM_TIME_FORMAT": "standard"}))
 

@@ -47,7 +47,7 @@ def site_faults(deployment: Deployment, site: SlurmSite) -> list[str]:
 
 
 def site_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """Returns warnings for jobs that Slurm would accept, but cannot start now or at all."""
+    """Returns warnings about jobs that Slurm would accept, but that have to wait for nodes or can never all run."""
     warnings = []
     for request in _requests(deployment):
         for partition in _partitions(request, site):

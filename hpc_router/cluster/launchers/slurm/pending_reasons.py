@@ -10,7 +10,8 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class PendingReason:
-    """The explanation of a reason. `hopeless`: whether the job will never start with its present options."""
+    """The explanation of Slurm's reason why a job waits. `hopeless`: whether the job will never start with its present
+    options."""
 
     what: str
     advice: str | None = None

@@ -162,8 +162,8 @@ def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobO
 
 
 def excluded(cluster: ClusterConfig, request: JobRequest) -> str | None:
-    """Returns the nodes on which this job may not start: the nodes that the config excludes, and the nodes excluded
-    since then."""
+    """Returns the nodes on which this job may not start, joined by commas: those that the config excludes, and those
+    that `request` excludes. Returns None if there are none."""
     configured = effective_options(cluster, request.resources).exclude
     return ",".join(filter(None, [configured, *request.exclude])) or None
 

@@ -272,7 +272,7 @@ def explain(text: str, deployment: Deployment, expert: str) -> str:
 
 
 def _values(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str, bool]]:
-    """Returns each config key of the option `name`, its value, and whether it is set."""
+    """Returns (config key, value, whether it is set) for each config key that gives the option `name` of the expert."""
     at, resources = resources_of(deployment, expert)
     if name == "runs":
         return [(name, deployment.runs, True)]

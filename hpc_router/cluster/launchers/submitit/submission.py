@@ -51,7 +51,7 @@ def from_json(text: str) -> list[Submission]:
 
 
 def task_command(python: str, folder: Path) -> tuple[str, ...]:
-    """Returns the command of a task of a submitted job: submitit loads the pickle in `folder`, which calls
+    """Returns the command of a task of a submitted job. With it submitit loads the pickle in `folder` and calls
     `job_entry.start`."""
     return (python, "-u", "-m", "submitit.core._submit", str(folder))
 
