@@ -129,7 +129,7 @@ def base_url(url: str) -> str:
 
 
 def read_token(path: Path) -> str:
-    """Returns the token in the file. Raises ConfigError."""
+    """Returns the token in the file. Raises ConfigError if the file cannot be read or has no valid token."""
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -167,7 +167,7 @@ def _existing(run: RunDir, *, expert: str, url: str) -> str | None:
 
 
 def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Record:
-    """Writes the record and its token, and returns the record. `new`: whether the record gets a name with the first
+    """Writes the record and its token, and returns the record. `new`: whether to give the record a name with the first
     free number."""
     if not new:
         _write_token(run, record.replica, token)

@@ -136,8 +136,7 @@ def _is_on_other_loopback(record: Record, here: LocalHost) -> bool:
 
 
 def _local_host() -> LocalHost:
-    """Returns this host with its full name, or with its short name if the full name is only an address of its
-    loopback."""
+    """Returns this host with its full name; with its short name if the full name is that of a loopback address."""
     host, full = socket.gethostname(), socket.getfqdn()
     best = host if full.partition(".")[0] == "localhost" else full
     return LocalHost(getpass.getuser(), best, frozenset({host, best, host.partition(".")[0]}))

@@ -206,7 +206,7 @@ def _forgotten(desired: Mapping[str, Any]) -> dict[str, float]:
 
 
 def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str, by: str | None = None) -> None:
-    """Excludes the nodes from new jobs. `by`: the user or program that excludes them (default: this user)."""
+    """Keeps new jobs off these nodes. `by`: the user or program that excludes them (default: this user)."""
     facts = {"reason": reason, "by": by or getpass.getuser(), "at": round(time.time(), 3)}
     new: list[str] = []
 

@@ -305,8 +305,9 @@ def _submit_next(
 
 
 def _final_failures(ends: Sequence[Exit], desired: Desired, *, tolerated: Set[FailureReason]) -> list[Exit]:
-    """Returns those of the failures `ends`, newest first, that the replica or its config has caused, if they are too
-    many or a restart cannot fix the newest. Otherwise returns an empty list: a further job may be submitted."""
+    """Returns the failures in `ends` that count, newest first, if they end the attempts of a slot: there are
+    `max_failures` of them, or a restart cannot fix the newest. Otherwise returns an empty list. A failure that is not
+    the replica's fault, or for one of the `tolerated` reasons, does not count."""
     blamed = [end for end in ends if end.reason not in BLAMELESS and end.reason not in tolerated]
     final = blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures)
     return blamed if final else []

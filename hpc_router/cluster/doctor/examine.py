@@ -141,7 +141,8 @@ def _running(job: DoctorJob, started: Mapping[str, Any]) -> Found:
 
 
 def _read_clock(started: Mapping[str, Any]) -> tuple[ClockReading | None, str | None]:
-    """Returns the node's clock and None, or None and the error text if its port cannot be reached."""
+    """Returns the clock difference to the node, and None. If the port of the node's job cannot be reached, returns None
+    and the error text."""
     try:
         return read_clock(str(started["address"]), int(started["port"])), None
     except OSError as error:
