@@ -27,8 +27,9 @@ MAX_LIFE_SHARE: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class HandoverPolicy:
-    """The rules by which the jobs of one expert hand over. `margin_s`: added to the expected times. `warn_s`: seconds
-    before the end of the walltime at which Slurm's warning makes a job drain. `drain_s`: time limit of the drain."""
+    """The rules by which the jobs of one expert hand over. `margin_s`: seconds by which a handover begins earlier than
+    its expected duration requires. `warn_s`: seconds before the end of the walltime at which Slurm's warning makes a
+    job drain. `drain_s`: time limit of the drain."""
 
     mode: HandoverMode = "none"
     margin_s: float = 60.0

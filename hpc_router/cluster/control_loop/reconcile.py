@@ -161,8 +161,8 @@ Action = Submit | ReleaseJob | Drain | Cancel | Kill | Wait | GiveUp
 def reconcile(
     desired: Desired, observed: Observed, now: float, handovers: Mapping[str, Due] | None = None
 ) -> list[Action]:
-    """Returns the actions of one pass. `now`: Unix seconds. `handovers`: the result of `schedule`; None: it is computed
-    here."""
+    """Returns the actions of one pass. `now`: Unix seconds. `handovers`: the result of `schedule`; if None, this
+    function calls it."""
     if desired.clear and not desired.down:  # `up` came after `down`: its jobs must stay
         return []
     wanted = desired.slots()
