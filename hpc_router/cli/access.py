@@ -79,7 +79,7 @@ def _token_list(arguments: argparse.Namespace) -> int:
 
 
 def _token_revoke(arguments: argparse.Namespace) -> int:
-    """make tokens invalid, for all requests that begin a second later
+    """make tokens invalid: requests that begin more than a second later are refused
 
     hpc-router token revoke 3f2a9c01
     hpc-router token revoke --user alice

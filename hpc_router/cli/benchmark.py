@@ -26,7 +26,7 @@ def add_bench(verbs: "Verbs[Parser]") -> None:
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Returns the options that the user gave; the others keep the benchmark's defaults."""
+    """Returns those of the options `names` that the user gave. The benchmark has defaults for the others."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
@@ -114,7 +114,7 @@ def _add_soak(benchmarks: "Verbs[Parser]") -> None:
 
 
 def _bench_soak(arguments: argparse.Namespace) -> int:
-    """load a deployment of its own while its processes are killed, and report what fails
+    """start a deployment, load it while its processes are killed, and report what fails
 
     hpc-router bench soak                             a minute
     hpc-router bench soak --seconds 600               the long form

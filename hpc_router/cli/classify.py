@@ -28,7 +28,7 @@ def with_cluster_names(artefact: Artefact) -> Artefact:
 
 
 def predict(folder: Path, prompts: Path, *, fallback: str | None = None) -> Iterator[dict[str, object]]:
-    """Reads and checks all prompts, then yields one decision per prompt."""
+    """Reads and checks all prompts, then yields one decision per prompt. `fallback`: as `policy.fallback`."""
     artefact = read(folder)
     policy = ClassifierPolicy(Classifier(with_cluster_names(artefact)), fallback=fallback)
     for row in read_rows(prompts):
@@ -39,8 +39,9 @@ def evaluate(folder: Path, prompts: Path, *, fit: Path | None = None, costs: Map
     """Returns the artefact's balance, margins and latency on these prompts; if they have labels, also its accuracy, and
     if they have `correct`, cost against quality.
 
-    `fit`: labelled prompts that name the clusters (default: the artefact's experts, else the evaluated prompts).
-    `costs`: cost of an answer by expert, instead of the measured one.
+    `fit`: labelled prompts; each cluster is named after the commonest label of its prompts. None: clusters are named
+    after the artefact's experts, else by the evaluated prompts. `costs`: cost of an answer by expert, instead of the
+    measured one.
     """
     artefact = read(folder)
     classifier = Classifier(with_cluster_names(artefact))
@@ -142,7 +143,8 @@ def _accuracy(
 def _cost_quality(
     classifier: Classifier, rows: Sequence[Row], chosen: Sequence[str], costs: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Returns the curve of cost and quality, and the quality of the `chosen` experts."""
+    """Returns the curve of cost and quality, and the share of the prompts that the experts in `chosen` (one per prompt)
+    answer correctly."""
     quality = classifier.artefact.quality
     if quality is None:
         return {"note": "this artefact has no measured quality: train it with method=measured"}
@@ -184,7 +186,8 @@ def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> di
 
 
 def _with_table(folder: Path) -> Artefact:
-    """Returns the artefact. Raises ConfigError if its clusters do not belong to experts."""
+    """Returns the artefact in `folder`. Raises ConfigError if it decides by measured quality, because its clusters then
+    belong to no expert."""
     artefact = read(folder)
     if artefact.soft is not None:
         raise ConfigError(

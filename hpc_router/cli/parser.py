@@ -68,7 +68,8 @@ def add_verb(
 ) -> Parser:
     """Adds a verb, or a task of one, and returns its parser. The name is the last word of the name of `body`; the help
     is the docstring of `body`: a summary, an empty line, examples. `details` follows the summary. `run` and `json` add
-    `--run` and `--json`. `task`: a task of a verb that has `--run` as well, which may then stand before the task."""
+    `--run` and `--json`. `task`: whether this is a task whose verb has `--run` as well; a `--run` before the task then
+    counts."""
     summary, _, examples = (inspect.getdoc(body) or "").partition("\n\n")
     parser = verbs.add_parser(
         body.__name__.strip("_").rpartition("_")[2],
@@ -134,7 +135,7 @@ def number(text: str) -> float:
 
 
 def interval(text: str) -> float:
-    """Returns a time in seconds."""
+    """Returns the time in seconds that an argument gives; argparse refuses times below 0.1 or above 3600."""
     value = number(text)
     if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds (valid: 0.1 to 3600)")

@@ -148,14 +148,14 @@ def _text(value: object) -> str:
 
 
 def _left(ends_at: float | None) -> str:
-    """Returns the time until the end of the walltime as text."""
+    """Returns text with the time until `ends_at`, the end of the walltime."""
     if ends_at is None:
         return "-"
     return _minutes(max(0, int(ends_at - time.time())) // 60)
 
 
 def duration(seconds: float | None) -> str:
-    """Returns a duration as text with about two digits; empty without one."""
+    """Returns a duration as text with about two digits; empty for None."""
     if seconds is None:
         return ""
     if seconds < 0.0995:
@@ -173,7 +173,8 @@ def _minutes(minutes: int) -> str:
 
 
 def _remark(replica: Mapping[str, Any]) -> str:
-    """Returns the problem of a replica and the name of its successor; for an external endpoint also its address."""
+    """Returns the problem of a replica; without one, why its job waits or which replica is to replace it. For an
+    external endpoint, its address comes first."""
     waits = f"waits: {replica['pending']}" if replica["pending"] else None
     successor = f"{replica['successor']} is to replace it" if replica["successor"] else None
     problem = replica["message"] or replica["trouble"] or waits or successor
@@ -259,7 +260,7 @@ class UpProgress:
 
 
 def _failure(view: ReplicaView) -> str:
-    """Returns why a replica does not serve, or why its job waits."""
+    """Returns why a replica failed, else why its job waits, else an empty text."""
     if view.reason is not None:
         return f"{view.reason.value}: {view.message or ''}"
     return f"waits: {view.pending_reason}" if view.pending_reason is not None else ""

@@ -47,14 +47,14 @@ def _seconds(row: Mapping[str, Any]) -> float:
 
 @dataclass(slots=True)
 class TopView:
-    """The screen for one overview after another. `sort`: a key of `SORTS`. `first`: number of replicas that are
+    """Formats one overview after another for the screen. `sort`: a key of `SORTS`. `first`: number of replicas that are
     scrolled out at the top."""
 
     sort: str = "name"
     first: int = 0
 
     def key(self, pressed: str) -> bool:
-        """Handles a key. Returns False if it ends the view."""
+        """Handles the key `pressed`. Returns False if it ends the view."""
         orders = list(SORTS)
         if pressed == "s":
             self.sort = orders[(orders.index(self.sort) + 1) % len(orders)]
@@ -65,7 +65,8 @@ class TopView:
         return pressed not in ("q", "\x03", "\x04")
 
     def screen(self, value: Overview, *, height: int, interactive: bool = True) -> RenderableType:
-        """Returns the screen. `height`: number of lines; tables that do not fit are cut and say so."""
+        """Returns the screen for the overview `value`. `height`: number of lines; a table that does not fit is cut, and
+        says how many rows are missing. `interactive`: whether the last line lists the keys."""
         head = _head(value)
         attention = [Text(f"! {line}", style="red", no_wrap=True, overflow="ellipsis") for line in value["attention"]]
         most = max(1, min(MAX_ATTENTION, height - 8))
@@ -93,7 +94,8 @@ class TopView:
 
 
 def _cut(rows: Rows, most: int) -> tuple[Rows, int]:
-    """Returns the rows that fit, and the number of those that do not. The last line then tells that number."""
+    """Returns at most `most` rows, and the number of rows left out. If there are any, one row less is returned, because
+    the table's last line tells their number."""
     return (rows, 0) if len(rows) <= most else (rows[: most - 1], len(rows) - most + 1)
 
 
@@ -184,8 +186,8 @@ def _until(at: float | None, now: float) -> str:
 
 
 def watch(read: Callable[[], Overview | str], view: TopView, *, interval_s: float) -> None:
-    """Shows overviews on the terminal until a key ends it. `read` returns an overview, or a text if there is none;
-    the last overview then stays on the screen."""
+    """Shows overviews on the terminal until the user ends it with a key. `read` returns an overview, or a text that
+    says why there is none; the last overview then stays on the screen below that text."""
     console = Console()
     shown: Overview | None = None
     with _single_keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:

@@ -1,6 +1,6 @@
 """Changes the config of a running deployment and replaces its jobs one after the other, without an interruption.
 
-The new config is checked as `plan` does before anything changes. Then `config.yaml` is replaced, with its predecessor
+Before anything changes, the new config gets the checks of `plan`. Then `config.yaml` is replaced, its predecessor is
 kept as `config.previous.yaml`, and the control loop rolls the change out. Where two jobs can run at once, a job is
 replaced when its successor is ready. The rollout stops at the first expert whose successor fails; the old job serves
 on.
@@ -48,7 +48,7 @@ _FIXED: Final[Mapping[str, str]] = {
 class Change:
     """A checked change of a run's config. `keys`: the keys that differ, each with the old and the new value.
     `replaced`: the names of the experts, and `router`, whose jobs are replaced. `settings`: the values set by
-    `hpc-router set`; those of `keys` give way to the new config."""
+    `hpc-router set`; where a key is in `keys`, the new config's value replaces the setting."""
 
     run: RunDir
     before: Deployment
@@ -58,11 +58,11 @@ class Change:
     settings: Mapping[str, Any]
 
     def kept_settings(self) -> dict[str, Any]:
-        """Returns the settings that stay: those whose key the new config does not change."""
+        """Returns the settings that remain: those whose key is not in `keys`."""
         return {key: value for key, value in self.settings.items() if key not in self.keys}
 
     def _is_kept(self, key: str) -> bool:
-        """Returns whether the key does not belong to an added or removed expert."""
+        """Returns False for a key of an expert that the change adds or removes, else True."""
         changed = self.before.experts.keys() ^ self.after.experts.keys()
         return not any(key.startswith(f"experts.{name}.") for name in changed)
 
@@ -73,7 +73,7 @@ class Change:
         }
 
     def lines(self) -> list[str]:
-        """Returns the change as lines of text."""
+        """Returns a description of the change for the user, as lines of text."""
         old, new = hosts(self.before.experts), hosts(self.after.experts)
         return [
             *(f"{key}: {_text(was)} -> {_text(now)}" for key, (was, now) in self.keys.items() if self._is_kept(key)),
@@ -91,10 +91,10 @@ class Change:
 
 
 def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None, previous: bool = False) -> Change:
-    """Returns the change that these overrides make, checked as `plan` does. `previous`: the overrides apply to the
-    config before the last `apply`. Without overrides and `previous`, the change only moves the run to this version of
-    the package. Raises ConfigError for an invalid config, for one that a setting of `hpc-router set` does not fit, for
-    a key that cannot change, and for overrides that change nothing."""
+    """Returns the change that these overrides make, with the checks of `plan`. `previous`: whether the overrides apply
+    to the config before the last `apply`. Without overrides and `previous`, the change only moves the run to this
+    version of the package. Raises ConfigError if the config is invalid or does not permit a setting of `hpc-router
+    set`, if a key cannot change, or if the overrides change nothing."""
     before = frozen.read(run.config)
     base = frozen.read(run.previous_config) if previous else before
     after = with_requested(base, overrides, config_dir=config_dir)
@@ -119,15 +119,15 @@ def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | Non
 
 
 def _replaced(before: Deployment, after: Deployment) -> list[str]:
-    """Returns the experts, and last the router, whose jobs are replaced."""
+    """Returns the names of the experts whose jobs the change replaces, and last `router` if its job is replaced."""
     old, new = revisions(before), revisions(after)
     names = [name for name in old.keys() & new.keys() if old[name] != new[name]]
     return sorted(names, key=lambda name: (name == ROUTER, name))
 
 
 def _check_settings(change: Change) -> None:
-    """Raises ConfigError if a setting that stays is invalid in the new config: the router could then use none of
-    them."""
+    """Raises ConfigError if a setting that remains is invalid in the new config: the router could then use none of the
+    settings."""
     kept = change.kept_settings()
     for key, value in kept.items():
         try:
@@ -141,8 +141,8 @@ def _check_settings(change: Change) -> None:
 
 
 def write_change(change: Change) -> ControlLoop:
-    """Replaces the run's config and returns a control loop that replaces the jobs; every control loop of the run now
-    does this. Raises ConfigError if another `apply` has changed the config in the meantime."""
+    """Replaces the run's config. From then on every control loop of the run replaces the outdated jobs; returns such a
+    loop. Raises ConfigError if another `apply` has changed the config in the meantime."""
     run = change.run
     observed = ControlLoop(run, read_only=True).preview(fresh=True).observed  # may wait for Slurm
     with exclusive(run.config_claim):
@@ -159,16 +159,17 @@ def write_change(change: Change) -> ControlLoop:
 
 
 def _check_config_is(run: RunDir, config: Deployment) -> None:
-    """Raises ConfigError if the run has another config, because another `apply` has replaced it."""
+    """Raises ConfigError if the run's config is not `config`, because another `apply` has replaced it."""
     if frozen.read(run.config) != config:
         raise ConfigError(f"the config of {run.path} was changed meanwhile: look at it and apply again")
 
 
 def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:
-    """Runs passes until every job has the new config. Raises LaunchError if the rollout stops, ConfigError if another
-    `apply` replaces the config, and Interrupted after Ctrl-C.
+    """Runs passes until every job has the new config. `show` gets the progress as text. Raises LaunchError if the
+    rollout stops, ConfigError if another `apply` replaces the config, and Interrupted after Ctrl-C.
 
-    These passes may run beside the loop of the router's job, and are needed while that job runs an older version.
+    The loop of the router's job may run passes at the same time. These passes are needed nevertheless: the loop runs
+    none if its job has an older version of the package.
     """
     shown, checked = "", None
     with interrupt_event() as interrupted, explaining_interrupt(lambda: GOES_ON):
@@ -208,8 +209,8 @@ def outdated(seen: LoopPass) -> list[Attempt]:
 
 
 def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
-    """Returns the jobs that the rollout still waits for, as text; empty when every slot has a ready job of the new
-    config."""
+    """Returns text on the jobs in `left` and the slots that the rollout still waits for; empty when every slot has a
+    ready job of the new config."""
     if left:
         queued = [
             a for a in all_attempts(seen.observed) if a.live and a.report.pending_reason not in (None, DEPENDENCY)

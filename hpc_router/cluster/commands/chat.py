@@ -32,7 +32,7 @@ class Head:
 
 
 async def chat(access: RouterAccess, messages: Sequence[Message], *, model: str) -> AsyncGenerator[Head | str, None]:
-    """Yields the head, then the parts of the answer's text. Raises ChatError."""
+    """Yields the head, then the parts of the answer's text. `model`: an expert, or `auto`. Raises ChatError."""
     body = {"model": model, "messages": list(messages), "stream": True}
     headers = {"Authorization": f"Bearer {access.token}"}
     limits = aiohttp.ClientTimeout(total=None, sock_read=IDLE_S)

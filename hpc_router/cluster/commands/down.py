@@ -50,8 +50,8 @@ class NoWatcher:
 
 
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
-    """Ends the deployment and returns the number of ended jobs. Raises LaunchError if jobs run on another host or if an
-    `up` starts in the meantime, and Interrupted after Ctrl-C."""
+    """Ends the deployment and returns the number of ended jobs. Raises LaunchError if the only jobs left run on another
+    host or if an `up` starts in the meantime, and Interrupted after Ctrl-C."""
     with explaining_interrupt(lambda: leftover_text(run)):
         try:
             control = ControlLoop(run)
@@ -64,7 +64,7 @@ def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
 
 
 def leftover_text(run: RunDir) -> str:
-    """Returns the text after an interrupt: the jobs that may still run, and the command that ends them."""
+    """Returns the text for the user after an interrupt: the jobs that may still run, and the command that ends them."""
     jobs, command = unended_jobs(run), f"`hpc-router down --run {shlex.quote(str(run.path))}`"
     if not jobs:
         return f"{command} removes what is left"
@@ -72,15 +72,15 @@ def leftover_text(run: RunDir) -> str:
 
 
 def unended_jobs(run: RunDir) -> list[str]:
-    """Returns the replicas whose files do not show that their job has ended. Reads files only, because Slurm may take
+    """Returns the replicas without a file that shows the end of their job. Reads files only, because Slurm may take
     long to answer."""
     jobs = [JobDir(run, folder.name) for folder in run.jobs.glob("*")]
     return sorted(job.replica for job in jobs if job.exit() is None and job.ended() is None)
 
 
 def end_all(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
-    """Repeats passes until no job is left, then removes their records and files. Returns the number of ended jobs,
-    including those in `before`."""
+    """Repeats passes until no job is left, then removes the records and files of the jobs. Returns the number of ended
+    jobs. `before`: replicas with jobs before the first pass; they count as ended as well."""
     ended = set(before)
     while True:
         seen = control.run_pass(clear=True)

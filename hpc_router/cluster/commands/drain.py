@@ -1,9 +1,9 @@
 """Drains the replicas that the user names: they finish their requests and end, and the control loop replaces them.
 
-A replica gets a drain call over HTTP; if it cannot be reached, its job gets SIGTERM, which drains it too. A router is
-drained only if it is named itself. A standby router is drained only if its full name is given, because it replaces the
-router that is named. No job starts on a drained node until `drain --undo`, not even one that is already in the queue.
-The desired replica counts do not change.
+A replica gets a drain call over HTTP; if it cannot be reached, its job gets SIGTERM, which drains it as well. A router
+is drained only if the user names it, not with its node. A standby router is drained only if its full name is given,
+because it replaces the router that is named. No job starts on a drained node until `drain --undo`, not even one that is
+already in the queue. The desired replica counts do not change.
 """
 
 import shlex
@@ -33,9 +33,9 @@ MARGIN_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class DrainResult:
-    """What `drain` did. `asked`: replicas that got the drain call. `signalled`: replicas whose job got a signal
-    instead. `left`: replicas that had not ended in time; None if `drain` did not wait. `successor`: the router that
-    stays. `excluded`: nodes on which no further job starts."""
+    """What `drain` did. `asked`: replicas that got the drain call. `signalled`: replicas whose job got SIGTERM instead.
+    `left`: replicas that had not ended in time; None if `drain` did not wait. `successor`: the router that remains.
+    `excluded`: nodes on which no further job starts."""
 
     asked: tuple[str, ...]
     signalled: tuple[str, ...]
@@ -56,8 +56,8 @@ class DrainResult:
         ]
 
     def needs_reconcile(self, run: RunDir) -> bool:
-        """Returns whether no control loop will replace the jobs. A control loop ends with its router, so a loop is left
-        only if another router stays."""
+        """Returns whether the drained jobs are replaced only by `hpc-router reconcile`, because no control loop
+        remains. A control loop ends with its router, so a loop remains only if a router does."""
         if self.successor is not None:
             return False
         return any(split_replica(name)[0] == ROUTER for name in self.replicas) or live_router(run) is None
@@ -99,7 +99,7 @@ def _standbys(attempts: Sequence[Attempt]) -> list[Attempt]:
 
 
 def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
-    """Returns the newest live router that is not drained; None if there is none."""
+    """Returns the newest live router that is neither in `chosen` nor asked to end; None if there is none."""
     routers = [a for a in all_attempts(observed) if a.live and a.slot.expert == ROUTER]
     left = [a for a in routers if a not in chosen and not a.stop_requested]
     return max(left, key=lambda a: a.generation).replica if left else None
@@ -130,14 +130,15 @@ def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
 
 
 def undo(control: ControlLoop, nodes: Sequence[str]) -> None:
-    """Lets jobs start on these nodes again, also those in the queue. Raises ConfigError for a node that is not
+    """Lets jobs start on these nodes again, including jobs in the queue. Raises ConfigError for a node that is not
     drained."""
     include_nodes(control.run, nodes)
     control.apply_exclusions(control.preview(fresh=True))
 
 
 def _ask(control: ControlLoop, chosen: Sequence[Attempt]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Drains these jobs. Returns the replicas that got the drain call, and those whose job was signalled instead."""
+    """Drains the jobs in `chosen`. Returns the replicas that got the drain call, and those whose job got SIGTERM
+    instead."""
     records = control.observer.records
     registered = [a for a in chosen if a.replica in records and a.slot.expert != ROUTER]
     for attempt in registered:
@@ -152,7 +153,7 @@ def _ask(control: ControlLoop, chosen: Sequence[Attempt]) -> tuple[tuple[str, ..
 
 
 def unserved_warnings(observed: Observed, going: Sequence[Attempt], records: Iterable[Record]) -> Iterator[str]:
-    """Yields a warning for each expert whose last ready replicas are among those in `going`."""
+    """Yields a warning for each expert all of whose ready replicas are in `going`, the jobs that are about to end."""
     elsewhere = {expert for record in records if record.kind is RecordKind.EXTERNAL for expert in record.serves}
     for expert in sorted({attempt.slot.expert for attempt in going} - {ROUTER} - elsewhere):
         ready = [a for a in all_attempts(observed) if a.ready and a.slot.expert == expert]
@@ -167,8 +168,8 @@ def wait(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> DrainResult:
-    """Waits until all drained replicas have ended or the drain time is over; returns the result with `left`. Only reads
-    files, unless no control loop will replace the jobs: then it runs passes itself."""
+    """Waits until all drained replicas have ended or the drain time is over; returns the result with `left`. Reads only
+    files if a control loop replaces the jobs; otherwise runs passes that replace them."""
     cluster, router = control.deployment.cluster, control.deployment.router
     deadline = clock() + max(cluster.drain_s, router.drain_s) + MARGIN_S
     no_loop = drained.needs_reconcile(control.run)
@@ -184,8 +185,8 @@ def wait(
 
 
 def interrupted_text(run: RunDir, drained: DrainResult) -> str:
-    """Returns the text after an interrupt: which replicas still drain, and the command that replaces them if no control
-    loop will."""
+    """Returns the text for the user after an interrupt: which replicas still drain, and the command that replaces them
+    if no control loop does."""
     left = ", ".join(name for name in drained.replicas if not _has_ended(run, name))
     parts = [f"{left} will end after the requests in flight" if left else "all have ended"]
     if drained.needs_reconcile(run):
@@ -194,7 +195,8 @@ def interrupted_text(run: RunDir, drained: DrainResult) -> str:
 
 
 def _unfilled(seen: LoopPass, replicas: Sequence[str]) -> bool:
-    """Returns whether another pass is needed: a job is still observed, or its slot waits after failures."""
+    """Returns whether the replicas' slots need another pass: one of the `replicas` is still live, or a slot waits
+    before its next job is submitted."""
     slots = {split_replica(name)[:2] for name in replicas}
     live = any(a.live and a.replica in replicas for a in all_attempts(seen.observed))
     return live or any(isinstance(a, Wait) and split_replica(a.replica)[:2] in slots for a in seen.actions)
@@ -213,7 +215,7 @@ def _nodes(attempt: Attempt, record: Record | None) -> set[str]:
 def _selected_nodes(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> tuple[str, ...]:
-    """Returns those of `names` that are nodes, spelled as Slurm does."""
+    """Returns those of `names` that are nodes, in Slurm's spelling: without the domain."""
     attempts = all_attempts(observed)
     others = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed)}
     nodes = _union({a.replica: _nodes(a, records.get(a.replica)) for a in attempts})

@@ -85,7 +85,8 @@ def ends(files: Mapping[str, Sequence[Path]]) -> dict[Path, Position]:
 
 
 def follow(run: RunDir, name: str | None, *, since: Mapping[Path, Position]) -> Iterator[tuple[str, str]]:
-    """Yields (replica, line) for new lines, also of files that are created later. Never ends."""
+    """Yields (replica, line) for each line after `since`, also for files that are created later. Never ends. `name`: as
+    for `log_files`."""
     positions = dict(since)
     while True:
         for replica, files in log_files(run, name).items():
@@ -96,8 +97,8 @@ def follow(run: RunDir, name: str | None, *, since: Mapping[Path, Position]) -> 
 
 
 def _grown(path: Path, positions: dict[Path, Position]) -> Iterator[str]:
-    """Yields the lines after `positions`, and updates these. After a rotation, the end of the older file comes
-    first."""
+    """Yields the lines of the log that were written after its entry in `positions`, and updates the entry. After a
+    rotation, the end of the older file comes first."""
     try:
         with path.open("rb") as stream:
             inode = os.fstat(stream.fileno()).st_ino

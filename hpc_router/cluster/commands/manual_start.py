@@ -1,8 +1,9 @@
 """Claims a replica for a service that a user starts by hand: the next generation of the router, or a slot of an expert.
 
 The claiming process becomes the service: a process of this host, or a step of the Slurm job in which `srun` was called.
-The control loop does not manage such experts (slots `h0`, `h1`, ...), but such a router counts as the run's router. For
-an expert on several nodes the first task of the step claims, and the other tasks join it.
+The control loop does not manage an expert that was started by hand (slots `h0`, `h1`, ...), but a router that was
+started by hand counts as the run's router. For an expert on several nodes, the first task of the step claims, and the
+other tasks join it.
 """
 
 import itertools
@@ -99,7 +100,8 @@ def join_expert(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Returns the replica that the first task of this step claims. Raises LaunchError after JOIN_S."""
+    """Waits until the first task of this step has claimed a replica, and returns the replica. Raises LaunchError after
+    JOIN_S."""
     deadline = clock() + JOIN_S
     while (replica := _claimed(run, expert, step)) is None:
         if clock() >= deadline:

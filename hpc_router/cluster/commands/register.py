@@ -1,6 +1,6 @@
 """Registers external endpoints: a server outside the run gets a registry record without lease beats, nonce or expiry.
 
-Nothing is started or stopped, and the endpoint need not answer now, because the router probes it until it does.
+Nothing is started or stopped. The endpoint need not answer now, because the router probes it until it answers.
 Registering the same expert and address again updates the endpoint.
 """
 
@@ -35,7 +35,7 @@ _VALID_URLS: Final = "valid: http://host:port, http://host:port/v1, https://host
 
 @dataclass(frozen=True, slots=True)
 class ExternalEndpoint:
-    """A checked external endpoint. `warning`: why its model is not known."""
+    """A checked external endpoint. `model`: None if it is not known; `warning` then says why. `probe`: see `Record`."""
 
     expert: str
     url: str
@@ -48,7 +48,8 @@ class ExternalEndpoint:
 def examine(
     *, expert: str, url: str, model: str | None = None, token: str | None = None, probe: str | None = MODELS
 ) -> ExternalEndpoint:
-    """Checks an endpoint and returns it; changes no run. `probe`: see `Record`. Raises ConfigError."""
+    """Checks an endpoint and returns it, without registering it. `model`: None: the endpoint is asked. `probe`: see
+    `Record`. Raises ConfigError for an invalid value, or if the endpoint has several models."""
     if probe is not None and not _PROBE.fullmatch(probe):
         raise ConfigError(f"--probe-path {probe!r}: not a path (valid: /health, /v1/models, ...)")
     if model is not None and not (model.isprintable() and model.strip() == model != ""):
@@ -65,7 +66,7 @@ def examine(
 
 
 def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
-    """Writes the record of an endpoint, new or updated, and returns it."""
+    """Writes the record of an endpoint to the registry, or updates it, and returns the record."""
     known = _existing(run, expert=endpoint.expert, url=endpoint.url)
     record = Record(
         kind=RecordKind.EXTERNAL,
@@ -128,7 +129,7 @@ def base_url(url: str) -> str:
 
 
 def read_token(path: Path) -> str:
-    """Returns the token in the file. Raises ConfigError."""
+    """Returns the token in the file. Raises ConfigError if the file cannot be read or has no valid token."""
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -139,7 +140,8 @@ def read_token(path: Path) -> str:
 
 
 def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]:
-    """Returns the only model of the endpoint, or a warning. Raises ConfigError if it serves several."""
+    """Returns the endpoint's only model and None, or None and a warning if it cannot be found out. Raises ConfigError
+    if the endpoint serves several models."""
     url, later = url_at(base, MODELS), "the router will ask again; --model names the model now"
     try:
         answer = call_blocking("GET", url, token=token, timeout_s=DEFAULT_TIMEOUT_S)
@@ -165,7 +167,8 @@ def _existing(run: RunDir, *, expert: str, url: str) -> str | None:
 
 
 def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Record:
-    """Writes the record and returns it. A new record gets the first free number in its name."""
+    """Writes the record and its token, and returns the record. `new`: whether to give the record a name with the first
+    free number."""
     if not new:
         _write_token(run, record.replica, token)
         registry.publish(run.registry, record)

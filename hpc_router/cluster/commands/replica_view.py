@@ -35,9 +35,9 @@ class DisplayedState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """One replica. `reason` and `message` are those of its last failure; if nothing failed, `message` says how its
-    models get to the node's disk. `load_s`, `stage_s`, `stage_bytes`: see `JobProgress`. `successor`: the replica that
-    is to replace it."""
+    """The displayed state of one replica. `reason` and `message` are those of its last failure; if nothing failed,
+    `message` says how its models get to the node's disk. `load_s`, `stage_s`, `stage_bytes`: see `JobProgress`.
+    `successor`: the replica that is to replace it."""
 
     expert: str
     replica: str

@@ -47,13 +47,14 @@ _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)
 
 
 def router_access(run: RunDir) -> RouterAccess:
-    """Returns the proven router. Raises LaunchError if no router serves, or if another process answers at its
-    address."""
+    """Returns access to the run's router after it has proven its identity. Raises LaunchError if no router serves, or
+    if another process answers at its address."""
     return prove_identity(run, recorded_router(run))
 
 
 def recorded_router(run: RunDir) -> Record:
-    """Returns the router's record without a proof of its identity. Raises LaunchError if there is none."""
+    """Returns the record of the run's router without a proof of its identity. Raises LaunchError if no router
+    serves."""
     record = live_router(run)
     if record is None:
         raise LaunchError(f"no router serves {run.path}; `hpc-router up --run {run.path}` starts one")

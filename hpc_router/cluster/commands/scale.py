@@ -1,4 +1,4 @@
-"""Changes replica counts in `desired.json`; the control loop carries them out."""
+"""Changes replica counts in `desired.json`; the control loop then submits or ends jobs."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,8 +32,9 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
 
 
 def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], list[str]]:
-    """Sets replica counts; returns the count of every expert, and warnings. Runs a pass here if no router's control
-    loop will. Raises ConfigError for a deployment that cannot run."""
+    """Sets the replica counts of the experts in `counts`; returns the counts of all experts, and warnings. Runs a pass
+    itself if no router serves, because no control loop would then do it. Raises ConfigError for a deployment that
+    cannot run."""
     control = ControlLoop(run)
     seen = control.preview()
     desired_state.check_counts(control.deployment, counts)
@@ -49,7 +50,7 @@ def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], li
 
 
 def _unserved_warnings(seen: LoopPass, counts: Mapping[str, int], records: Mapping[str, Record]) -> Iterator[str]:
-    """Yields a warning for each expert that loses its last ready replica."""
+    """Yields a warning for each expert in `counts` that gets the count 0 or loses its last ready replica."""
     for expert, count in counts.items():
         own = [attempt for attempt in all_attempts(seen.observed) if attempt.slot.expert == expert]
         going = [a for a in own if a.live and a.slot.managed and int(a.slot.name) >= count]

@@ -34,15 +34,15 @@ def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | list[str] | No
 
 
 def _scalar(text: str) -> str | None:
-    """Returns the value without quotes; None for null."""
+    """Returns the value in `text` without its quotes; None for `null` or `~`."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     return None if text.lower() in ("null", "~") else text
 
 
 def change(run: RunDir, values: Mapping[str, Any], reset: Sequence[str]) -> dict[str, Any]:
-    """Changes settings, and returns all settings that now override the config, with the types of their fields. Raises
-    ConfigError."""
+    """Sets the keys in `values`, and resets those in `reset` to the config's values. Returns all settings that now
+    override the config, with the types of their fields. Raises ConfigError."""
     deployment, settings = deployment_of(run), dict[str, Any]()
 
     def changes(desired: Mapping[str, Any]) -> dict[str, Any]:

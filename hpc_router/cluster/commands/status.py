@@ -21,8 +21,8 @@ _ROUTER_KEYS = ("in_flight", "capacity", "models", "silent", "trouble", "error_s
 
 
 def status(run: RunDir) -> dict[str, Any]:
-    """Returns `{run, down, full, slurm, router, policy, experts}`; unknown values are None. `full`: why the run
-    directory cannot be written. `slurm`: why the Slurm controller did not answer."""
+    """Returns `{run, down, full, slurm, router, policy, experts}`; unknown values are None. `down`: whether the run was
+    taken down. `full`: why the run directory cannot be written. `slurm`: why the Slurm controller did not answer."""
     control = ControlLoop(run, read_only=True)
     seen = control.preview(fresh=True)
     down = seen.desired.down
@@ -85,8 +85,8 @@ def replica_views(control: ControlLoop, seen: LoopPass) -> list[ReplicaView]:
 
 
 def ask_router(run: RunDir, path: str = "/status") -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
-    """Asks the router for the object at `path`. Returns its access, the answer, and the error; each is None or empty if
-    missing."""
+    """Asks the router for the JSON object at `path`. Returns its access, None if no router serves or proves its
+    identity; the object, empty without an answer; and the error as text, None after success."""
     try:
         access = router_access(run)
     except LaunchError as error:
@@ -101,8 +101,9 @@ def ask_router(run: RunDir, path: str = "/status") -> tuple[RouterAccess | None,
 
 
 def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the view with the router's values. The router's state counts for an external endpoint, because only the
-    router probes it."""
+    """Returns the view as JSON, with the values in `known`, the router's own data on this replica. The router's state
+    of the replica replaces the displayed one if that is ready or registered, because only the router probes
+    replicas."""
     merged = view.to_json() | {"phase": view.state.value} | dict.fromkeys(_ROUTER_KEYS)
     if known is None:
         return merged
@@ -113,8 +114,8 @@ def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def process_problems(router: Mapping[str, Any]) -> list[str]:
-    """Returns lines on restarts of the router's processes and of their background tasks. `router`: the section `router`
-    of its `/status`."""
+    """Returns lines about restarts of the router's processes and background tasks. `router`: the section `router` of
+    its `/status`."""
     workers = [(f"worker {w['worker']}", w) for w in router.get("workers") or ()]
     problems = [
         f"{name} was started again {_times(process['restarts'])}: the last one {process['last_end']}"

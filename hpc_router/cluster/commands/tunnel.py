@@ -38,8 +38,8 @@ class LocalHost:
 @dataclass(frozen=True, slots=True)
 class Tunnel:
     """An `ssh` tunnel. `argv` runs on the laptop until it is interrupted. `url`: address of the router or of `connect`.
-    `login`: the host that has the run directory. `guessed`: whether `login` is only this host, because the config names
-    none. `unproven`: the node on whose loopback the router's identity could not be checked."""
+    `login`: the host that has the run directory. `guessed`: whether `login` is this host because the config names no
+    login host. `unproven`: the node on whose loopback the router's identity could not be checked."""
 
     url: str
     argv: tuple[str, ...]
@@ -95,8 +95,8 @@ def tunnel_to_forwarder(running: RunningForwarder, *, login: str | None, here: L
 def _tunnel(
     url: str, target: str, *, node: str | None, login: str | None, here: LocalHost, port: int, run: Path
 ) -> Tunnel:
-    """Returns a tunnel to `target`. `node`: the only host that reaches the target; None if every host of the cluster
-    does."""
+    """Returns a tunnel to `target`. `node`: the only host that can connect to the target; None if every host of the
+    cluster can."""
     if not 0 < port < 65536:
         raise ConfigError(f"--port {port}: not a port (valid: 1 to 65535)")
     gateway, forward = login or here.login, f"{port}:{target}"
@@ -125,7 +125,7 @@ def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
 
 def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
     """Returns the tunnel to the run's router. Raises LaunchError if no router serves or proves its identity.
-    `unproven`: whether to accept a router that cannot be reached from here."""
+    `unproven`: whether to accept a router on the loopback of another node, which cannot be checked from here."""
     record, here = recorded_router(run), _local_host()
     unreachable_node = record.node if unproven and _is_on_other_loopback(record, here) else None
     if unreachable_node is None:
@@ -141,8 +141,7 @@ def _is_on_other_loopback(record: Record, here: LocalHost) -> bool:
 
 
 def _local_host() -> LocalHost:
-    """Returns this host with its full name, or with its short name if the full name is only an address of its
-    loopback."""
+    """Returns this host with its full name; with its short name if the full name is that of a loopback address."""
     host, full = socket.gethostname(), socket.getfqdn()
     best = host if full.partition(".")[0] == "localhost" else full
     return LocalHost(getpass.getuser(), best, frozenset({host, best, host.partition(".")[0]}))
@@ -156,7 +155,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_at(login: str, node: str | None, here: LocalHost) -> bool:
-    """Returns whether `login` is on `node`. A name that may stand for several hosts does not count."""
+    """Returns whether the login host `login` is the host `node`; True if `node` is None. A name that may stand for
+    several hosts does not count."""
     host = login.rpartition("@")[2]
     names = here.names if node in here.names else frozenset({node, (node or "").partition(".")[0]})
     return node is None or host in names

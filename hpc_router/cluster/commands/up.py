@@ -1,6 +1,6 @@
-"""Brings a deployment up and waits until it serves.
+"""Brings a deployment up and waits until its router serves.
 
-The plan is checked before anything is created. Passes of the control loop run here until the endpoint serves; then the
+The plan is checked before anything is created. Passes of the control loop run here until the router serves; then the
 loop beside the router continues. Ctrl-C ends the jobs that this call submitted. A second Ctrl-C does not wait for their
 end, but prints which jobs may still run. If nothing can serve, the deployment is taken down.
 """
@@ -53,7 +53,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The result of `up`: the endpoint serves at `url`. `shown`: the views of all replicas."""
+    """The result of `up`: a router serves at `url`. `shown`: the views of all replicas."""
 
     run: RunDir
     url: str
@@ -66,8 +66,9 @@ class Served:
 
 
 def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
-    """Starts the deployment and returns once the endpoint serves. Raises ConfigError before anything is created,
-    LaunchError if nothing can serve, and Interrupted after Ctrl-C."""
+    """Starts the deployment and returns once its router serves. `wait_all`: whether to wait until no expert is starting
+    any more. Raises ConfigError before anything is created, LaunchError if nothing can serve, and Interrupted after
+    Ctrl-C."""
     deployment, run = target.deployment, target.run
     wanted = deployment if run is None else with_desired_counts(deployment, desired_of(run, deployment))
     check_reach(deployment)
@@ -91,8 +92,8 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
 
 
 def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
-    """Returns the text after a second Ctrl-C: which jobs and files are left. Removes the run directory if this call
-    created it and it has no jobs."""
+    """Returns the text for the user after a second Ctrl-C: which jobs and files are left. If this call created the run
+    directory and it has no jobs, removes it."""
     if made and not unended_jobs(run):
         discard(run, before=before)
         return ENDED_TEXT
@@ -100,8 +101,8 @@ def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
 
 
 def train_classifier(run: RunDir, deployment: Deployment, *, replace: bool = False) -> None:
-    """Trains the classifier from the experts' exemplars, if the run needs one and has none. `replace`: also if it has
-    one."""
+    """Trains the classifier from the experts' exemplars, if the run needs one and has none. `replace`: whether to train
+    a new one even if the run has one."""
     if not needs_training(deployment) or (run.classifier.is_dir() and not replace):
         return
     try:
@@ -124,7 +125,7 @@ class _BringUp:
         want_up(run, observed)
 
     def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served | None:
-        """Runs passes until the endpoint serves. Returns None after the first Ctrl-C, once the jobs of this call have
+        """Runs passes until the router serves. Returns None after the first Ctrl-C, once the jobs of this call have
         ended."""
         while not interrupted.is_set():
             seen = self._control.run_pass()  # safe beside the router's own loop: claims decide
@@ -149,7 +150,8 @@ class _BringUp:
         return None
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
-        """Returns the router's address once it serves; with `wait_all`, once no expert is starting. Until then None."""
+        """Returns the router's address once the router and an expert serve; with `wait_all`, once no expert is starting
+        any more. Returns None before that."""
         routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.state is DisplayedState.READY and v.url]
         if not routers or routers[-1].url is None:
             return None
@@ -181,7 +183,7 @@ class _BringUp:
 
 
 def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
-    """Returns the reason if no router, or no expert, can ever serve; None if a router and an expert may still serve."""
+    """Returns the reason if it is certain that no router, or no expert, will serve; else None."""
     reasons = {view.replica: reason for view in shown if (reason := _cannot_become_ready(view)) is not None}
     experts = [view.replica for view in expert_views(shown)]
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
@@ -204,7 +206,7 @@ def _cannot_become_ready(view: ReplicaView) -> str | None:
 
 
 def _never_starts(view: ReplicaView) -> str | None:
-    """Returns why its job will never start with its present options; None if it may."""
+    """Returns why the replica's job will never start with its present options; None if it may start."""
     waiting = explain_pending(view.pending_reason, view.job_id) if view.pending_reason is not None else None
     return (
         f"{view.pending_reason}: {waiting.what}; {waiting.advice}" if waiting is not None and waiting.hopeless else None

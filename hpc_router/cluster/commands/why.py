@@ -53,7 +53,7 @@ RANK_LINES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why a replica does not serve. `what`: the problem. `lines`: from the replica's log."""
+    """Why the replica in `view` does not serve. `what`: the problem. `lines`: lines from the replica's log."""
 
     view: ReplicaView
     what: str
@@ -103,8 +103,8 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
 
 
 def _step_cause(cause: Cause) -> Cause:
-    """Returns the cause unchanged, unless the replica is a step that waits in the user's job. Slurm gives no reason for
-    such a step, so the returned cause has a text of this module."""
+    """Returns the cause unchanged, unless the replica is a step that has not begun in the user's job. Slurm gives no
+    reason for such a step, so a general explanation is returned."""
     view = cause.view
     if view.state is not DisplayedState.SUBMITTED or view.job_id is None:
         return cause
@@ -113,7 +113,7 @@ def _step_cause(cause: Cause) -> Cause:
 
 
 def _handovers(shown: Sequence[ReplicaView], planned: Sequence[PlannedHandover], *, now: float) -> list[Cause]:
-    """Returns the handovers of the displayed replicas that are due or in progress."""
+    """Returns a cause for each displayed replica whose handover is due or in progress."""
     found = {handover.replica: handover for handover in planned}
     return [_handover(view, found[view.replica], now=now) for view in shown if view.replica in found]
 
@@ -140,8 +140,9 @@ def _handover(view: ReplicaView, planned: PlannedHandover, *, now: float) -> Cau
 def _last_ends(
     run: RunDir, shown: Sequence[ReplicaView], observed: Observed, *, forgiven: Mapping[str, int], now: float
 ) -> list[Cause]:
-    """Returns a cause for each slot whose newest ended job failed or cut off answers in the last hour. Leaves out
-    failures before the last `up` or `scale`, and the displayed job, whose end its state shows."""
+    """Returns a cause for each slot whose newest ended job failed or cut off responses in the last hour. Leaves out
+    failures that the last `up` or `scale` has forgiven. A failed job that is itself displayed is left out as well,
+    because its state shows the failure."""
     causes = []
     for view in shown:
         slot = Slot(*split_replica(view.replica)[:2])
@@ -160,7 +161,8 @@ def _last_ends(
 
 
 def _silent_slurm(shown: Sequence[ReplicaView], trouble: str | None) -> list[Cause]:
-    """Returns a cause if Slurm's controller does not answer: job states may be old, and no job can be submitted."""
+    """Returns one cause if Slurm's controller does not answer (`trouble` says why), else none. Job states may then be
+    old, and no job can be submitted."""
     if trouble is None or not shown:
         return []
     view = next((view for view in shown if view.expert == ROUTER), shown[0])
@@ -168,7 +170,8 @@ def _silent_slurm(shown: Sequence[ReplicaView], trouble: str | None) -> list[Cau
 
 
 def _with_signals_note(causes: list[Cause]) -> list[Cause]:
-    """Returns these causes, with the note on signals added to the advice for jobs that were signalled from outside."""
+    """Returns these causes. The advice for jobs that were signalled from outside gets a note if a job's signals reach
+    the engine as well."""
     note = signals_note() if any(_signalled(cause) for cause in causes) else None
     if note is None:
         return causes
@@ -183,8 +186,8 @@ def _signalled(cause: Cause) -> bool:
 
 
 def router_causes(shown: Sequence[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:
-    """Returns the problems of the serving router's processes and settings. `answer`: its `/status`; empty if it does
-    not answer."""
+    """Returns a cause for each problem of the serving router's processes and settings. `answer`: the router's
+    `/status`; empty if the router does not answer."""
     router = answer.get("router") or {}
     view = next((v for v in shown if v.replica == router.get("replica")), None)
     if view is None:
@@ -198,8 +201,8 @@ def router_causes(shown: Sequence[ReplicaView], answer: Mapping[str, Any]) -> li
 
 
 def _write_failures(run: RunDir, shown: list[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:
-    """Returns a cause if the run directory cannot be written: its file system is full, or the router reports an error
-    such as an exceeded quota."""
+    """Returns one cause if the run directory cannot be written, else none: its file system is full, or the router
+    reports an error such as an exceeded quota."""
     what = run.space_error() or (answer.get("router") or {}).get("write_trouble")
     if what is None or not shown:
         return []
@@ -208,8 +211,8 @@ def _write_failures(run: RunDir, shown: list[ReplicaView], answer: Mapping[str, 
 
 
 def _node_causes(run: RunDir, shown: Sequence[ReplicaView], observed: Observed, *, now: float) -> list[Cause]:
-    """Returns the nodes that the control loop has excluded, and the nodes that failed as often but are too many to
-    exclude."""
+    """Returns a cause for each node that the control loop has excluded. Also returns one for each node that has failed
+    as often but is not excluded, because too many nodes would be."""
     if not shown:
         return []
     view = next((view for view in shown if view.expert == ROUTER), shown[0])
@@ -226,7 +229,7 @@ def _node_causes(run: RunDir, shown: Sequence[ReplicaView], observed: Observed, 
 
 
 def _degraded(shown: list[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:
-    """Returns the replicas that are ready, but that the router has ejected or finds degraded."""
+    """Returns a cause for each of these ready replicas that the router has ejected or finds degraded."""
     known = {r["replica"]: r for e in (answer.get("experts") or {}).values() for r in e.get("replicas")}
     causes = []
     for view in shown:
@@ -284,14 +287,15 @@ def _rank_log_lines(run: RunDir, replica: str) -> list[str]:
 
 
 def expected(starts_at: float | None, *, now: float) -> str:
-    """Returns Slurm's estimate of a start as text, in local time."""
+    """Returns text with Slurm's estimate of a job's start, in local time. `starts_at`, `now`: Unix seconds; None: no
+    estimate."""
     if starts_at is None:
         return "Slurm gives no estimate yet"
     return f"Slurm expects to start it at {_moment(starts_at, now=now)}"
 
 
 def _moment(at: float, *, now: float) -> str:
-    """Returns a time as text in local time, with the minutes, hours or days until then."""
+    """Returns the time `at` as text, in local time, with the minutes, hours or days from `now` until then."""
     begin, today = datetime.fromtimestamp(at), datetime.fromtimestamp(now)
     day = "" if begin.date() == today.date() else f"{begin:%Y-%m-%d} "
     minutes = round((at - now) / 60)

@@ -1,7 +1,7 @@
 """The desired state of a run: its frozen `config.yaml`, overridden by `desired.json`.
 
-Commands change `desired.json`, and so does the leading loop when it excludes a node, one process at a time. If the file
-lacks a key, the value of the config applies.
+Commands change `desired.json`, and the leading control loop does when it excludes a node. A lock lets one process at a
+time change the file. If the file lacks a key, the value of the config applies.
 """
 
 import getpass
@@ -31,8 +31,8 @@ def deployment_of(run: RunDir) -> Deployment:
 
 
 def readable_deployment(run: RunDir) -> Deployment:
-    """Returns the run's frozen config, or the defaults if the config is damaged or of another version, because the
-    run's router may serve nevertheless."""
+    """Returns the run's frozen config. If the config is damaged or of another version of this package, returns the
+    defaults, because the run's router may serve nevertheless."""
     try:
         return deployment_of(run)
     except ConfigError:
@@ -123,7 +123,7 @@ def want_config(
 
 
 def version_of(run: RunDir) -> str | None:
-    """Returns the version of this package that `apply` moved the run to; None if it was never applied."""
+    """Returns the version of this package to which the last `apply` moved the run; None if there was no `apply`."""
     version = run.read_desired().get("version")
     return version if isinstance(version, str) else None
 
@@ -147,7 +147,8 @@ def want_down(run: RunDir) -> None:
 
 
 def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observed: Observed) -> None:
-    """Sets these replica counts. Raises ConfigError for an expert that the run does not have."""
+    """Writes the replica counts of the experts in `counts` to `desired.json`; earlier failures then no longer count.
+    Raises ConfigError as `check_counts` does."""
     check_counts(deployment, counts)
     forgiven = _newest_ended(observed)
     run.change_desired(
@@ -172,7 +173,7 @@ def with_desired_counts(deployment: Deployment, desired: Desired) -> Deployment:
 
 
 def with_counts(deployment: Deployment, counts: Mapping[str, int]) -> Deployment:
-    """Returns the deployment with these replica counts."""
+    """Returns the deployment with these replica counts. Experts that `counts` lacks keep theirs."""
     experts = {name: replace(e, replicas=counts.get(name, e.replicas)) for name, e in deployment.experts.items()}
     return replace(deployment, experts=experts)
 
@@ -193,8 +194,8 @@ def _exclusions(desired: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forgotten_nodes(run: RunDir) -> dict[str, float]:
-    """Returns for each node the Unix time up to which its failures no longer count, because it was then allowed
-    again."""
+    """Returns the Unix time at which each node was last allowed again. Failures of the node before that time no longer
+    count."""
     return _forgotten(run.read_desired())
 
 
@@ -205,7 +206,7 @@ def _forgotten(desired: Mapping[str, Any]) -> dict[str, float]:
 
 
 def exclude_nodes(run: RunDir, nodes: Sequence[str], *, reason: str, by: str | None = None) -> None:
-    """Excludes the nodes from new jobs. `by`: the user or program that excludes them (default: this user)."""
+    """Keeps new jobs off these nodes. `by`: the user or program that excludes them (default: this user)."""
     facts = {"reason": reason, "by": by or getpass.getuser(), "at": round(time.time(), 3)}
     new: list[str] = []
 
@@ -241,13 +242,13 @@ def _newest_ended(observed: Observed) -> dict[str, int]:
 
 
 def _texts(value: object) -> dict[str, str]:
-    """Returns the entries of a JSON object that are texts."""
+    """Returns the entries of a JSON object whose value is a string; empty if `value` is no object."""
     return {str(k): v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
 
 
 def _counts(value: object) -> dict[str, int]:
-    """Returns the entries of a JSON object that are whole numbers. Skips others, so that a mistake in a hand-edited
-    file does not end the loop."""
+    """Returns the entries of a JSON object whose value is a whole number of at least 0. Skips other entries, so that a
+    mistake in a hand-edited file does not end the control loop."""
     if not isinstance(value, dict):
         return {}
     return {str(k): v for k, v in value.items() if isinstance(v, int) and not isinstance(v, bool) and v >= 0}

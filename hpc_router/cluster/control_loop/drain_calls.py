@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 def ask_to_drain(
     run: RunDir, records: Sequence[Record], until_at: Mapping[str, float | None] | None = None
 ) -> list[Record]:
-    """Calls `/drain` of all agents at the same time, for at most two seconds. Returns the records of the agents that
-    did not agree. `until_at`: by replica, the time until which requests in flight may run (see `Drain`)."""
+    """Calls `/drain` of the agents in `records` at the same time, for at most two seconds. Returns the records of those
+    that refused or did not answer. `until_at`: by replica, the time until which requests in flight may run (see
+    `Drain`)."""
     return asyncio.run(_ask(run.secret(), records, until_at or {})) if records else []
 
 

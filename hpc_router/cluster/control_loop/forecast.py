@@ -25,8 +25,8 @@ alive."""
 
 @dataclass(frozen=True, slots=True)
 class ExpectedReady:
-    """The time at which an expert will be ready (Unix seconds). `ready_at` is None if the time is unknown; `reason`
-    says why the replica is not ready yet."""
+    """The time at which a replica is expected to be ready (Unix seconds). `ready_at` is None if the time is unknown;
+    `reason` says why the replica is not ready yet."""
 
     ready_at: float | None
     replica: str
@@ -35,9 +35,9 @@ class ExpectedReady:
 
 @dataclass(frozen=True, slots=True)
 class PlannedHandover:
-    """A handover that is due or in progress. `late_s`: expected seconds without a serving replica; None if unknown or
-    zero. `reason`: why the successor waits. `refused`: Slurm's message if it refused to run the successor together with
-    this job; `mode` then differs from the configured one."""
+    """The handover of `replica`, which is due or in progress. `late_s`: expected seconds without a serving replica;
+    None if unknown or zero. `reason`: why the successor waits. `refused`: Slurm's message if it refused to run the
+    successor beside `replica`; `mode` then differs from the configured one."""
 
     replica: str
     mode: str
@@ -53,8 +53,9 @@ class PlannedHandover:
 def forecast(
     observed: Observed, due: Mapping[str, Due], durations: Mapping[str, Durations], now: float
 ) -> tuple[dict[str, ExpectedReady], list[PlannedHandover], list[ExpectedReady]]:
-    """Returns when each expert without a ready replica will have one, the handovers, and all replicas that are not
-    ready yet. Pure. `due`: the handover of each replica near its walltime. `durations`: measured times by expert."""
+    """Returns when each expert without a ready replica will have one, the handovers that are due, and the expected
+    times of all replicas that are not ready yet. Pure. `due`: the handovers that `handover.schedule` returns.
+    `durations`: measured times by expert."""
     expected: dict[str, ExpectedReady] = {}
     starting: list[ExpectedReady] = []
     ready = {slot.expert for slot, attempts in observed.items() if any(a.ready for a in attempts)}
@@ -106,8 +107,9 @@ def _planned(
 
 
 def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
-    """Returns when this attempt will be ready, from Slurm's estimate of its start, or else from the measured times.
-    `ready_at` is None if that time has already passed."""
+    """Returns when this attempt will be ready: the start of its job plus the measured load time. For a job that waits,
+    the start is Slurm's estimate, or else follows from the measured queue times. `ready_at` is None if it has already
+    passed."""
     if attempt.ready:
         return ExpectedReady(attempt.ready_at, attempt.replica, None)
     load_s, pending = max(known.load_s, default=0.0), attempt.job is JobState.PENDING

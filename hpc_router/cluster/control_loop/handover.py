@@ -27,8 +27,9 @@ MAX_LIFE_SHARE: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class HandoverPolicy:
-    """The rules by which the jobs of one expert hand over. `warn_s`: seconds before the end of the walltime at which
-    Slurm's warning makes a job drain. `drain_s`: time limit of the drain."""
+    """The rules by which the jobs of one expert hand over. `margin_s`: seconds by which a handover begins earlier than
+    its expected duration requires. `warn_s`: seconds before the end of the walltime at which Slurm's warning makes a
+    job drain. `drain_s`: time limit of the drain."""
 
     mode: HandoverMode = "none"
     margin_s: float = 60.0
@@ -106,7 +107,8 @@ def measured(observed: Observed) -> dict[str, Durations]:
 def schedule(
     observed: Observed, policies: Mapping[str, HandoverPolicy], durations: Mapping[str, Durations]
 ) -> dict[str, Due]:
-    """Returns the handover of each ready replica with a known walltime, by replica."""
+    """Returns the handover of each ready replica with a known walltime, by replica. Leaves out replicas whose policy is
+    not to hand over."""
     jobs: defaultdict[str, _Job] = defaultdict(_Job)
     for attempts in observed.values():
         for attempt in attempts:
@@ -140,7 +142,8 @@ def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mappi
 
 
 def _stagger(jobs: list[_Job]) -> None:
-    """Starts handovers earlier where two of them would overlap. Changes the last handover first."""
+    """Makes `due_at` of these jobs earlier where two handovers would overlap. Begins with the last two jobs, so that
+    the last handover stays at its time."""
     jobs.sort(key=lambda job: (job.due_at, job.first_slot))
     for job, later in zip(reversed(jobs[:-1]), reversed(jobs[1:]), strict=True):
         room_s = (job.due_at - job.earliest_at) / len(jobs)

@@ -15,7 +15,7 @@ from hpc_router.state.run_directory import RunDir
 def job_requests(
     run: RunDir, deployment: Deployment, replicas: Sequence[str], *, exclude: tuple[str, ...]
 ) -> list[JobRequest]:
-    """Returns the job request of each replica. `exclude`: the nodes on which no job may start."""
+    """Returns the job request of each of the `replicas`. `exclude`: the nodes on which no job may start."""
     experts = {replica: split_replica(replica)[0] for replica in replicas}
     resources = {expert: resources_of(deployment, expert)[1] for expert in experts.values()}
     revisions = {expert: revision(deployment, expert) for expert in resources}

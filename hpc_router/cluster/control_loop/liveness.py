@@ -1,9 +1,10 @@
 """Hang detector: finds agents whose lease beats have stopped and that do not answer at `/health`.
 
-Such an agent is lost, and its job may have ended. The agent hangs if its job still runs after HUNG_BEATS intervals, or
-at once if its node neither accepts nor refuses a connection: the node is then off, and Slurm marks it down much later.
-Neither sign is enough alone, because a stalled file system stops beats and a busy node answers late. This process
-measures the time since the last beat with its own clock, so it finds no lost agent in its first intervals.
+Such an agent is lost, and its job may have ended. The agent hangs if its job still runs after HUNG_BEATS lease
+intervals without a beat, or at once if its node neither accepts nor refuses a connection: the node is then off, and
+Slurm marks it down much later. Missing beats alone do not show a lost agent, because a stalled file system stops beats;
+nor does a missing answer alone, because a busy node answers late. This process measures the time since the last beat
+with its own clock, so it finds no lost agent in its first intervals.
 """
 
 import asyncio
@@ -24,8 +25,9 @@ CONNECT_S: Final = 2.0
 
 
 class SilentReplicas(NamedTuple):
-    """The replicas whose beats have stopped and that do not answer. `lost`: since at least LOST_BEATS intervals.
-    `hung`, a subset of `lost`: since at least HUNG_BEATS intervals, or with a node that cannot be reached."""
+    """The replicas whose beats have stopped and that do not answer. `lost`: those without a beat for LOST_BEATS
+    intervals. `hung`, a subset of `lost`: those without a beat for HUNG_BEATS intervals, or whose node cannot be
+    reached."""
 
     lost: set[str]
     hung: set[str]
@@ -82,7 +84,8 @@ async def _unanswering(records: Sequence[Record]) -> dict[str, bool]:
 
 
 async def _is_reachable(url: str) -> bool:
-    """Returns whether the node accepts or refuses a connection."""
+    """Returns True if the host of `url` accepts or refuses a connection, and False if it does neither within
+    CONNECT_S."""
     parts = urlsplit(url)
     try:
         async with asyncio.timeout(CONNECT_S):

@@ -69,8 +69,9 @@ MAX_MISSED_PASSES: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class LoopPass:
-    """One pass: its desired and observed state, and its actions. `durations`: measured times by expert. `handovers`:
-    those near the walltime, by replica."""
+    """One pass: its desired and observed state, and its actions. `durations`: measured times by expert. `handovers`: by
+    replica, the handover of each ready replica with a known walltime. `submitted`: replicas whose jobs the pass
+    submitted. `refused`: the error if Slurm refused a job."""
 
     desired: Desired
     observed: Observed
@@ -86,8 +87,8 @@ class LoopPass:
 
 
 class ControlLoop:
-    """The control loop of one run: observes the run and carries out the actions. `read_only`: whether it only shows the
-    state and carries out no action."""
+    """The control loop of one run: observes the run and carries out the actions. `read_only`: whether the observer
+    writes nothing; the caller then uses only `preview`."""
 
     def __init__(
         self,
@@ -113,15 +114,15 @@ class ControlLoop:
         self._excluded: tuple[str, ...] | None = None
 
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Returns the pass without carrying out its actions. `clear`: whether every job must end. `fresh`: whether to
-        query the Slurm controller now."""
+        """Returns a pass without carrying out its actions. `clear`: see `Desired`. `fresh`: whether to query the Slurm
+        controller now."""
         observed = self.observer.observe(fresh=fresh)
         return self.decide(replace(self._desired(), clear=clear), observed)
 
     def _desired(self) -> Desired:
-        """Returns the desired state. Leaves the wanted revisions out if they are those of another config than this loop
-        has: then no job is outdated, because `apply` is about to replace the config, or has done so since this loop
-        read it."""
+        """Returns the desired state. If its revisions are not those of this loop's config, it has no revisions, so that
+        no job counts as outdated: `apply` is about to replace the config, or has replaced it since this loop read
+        it."""
         desired = desired_of(self.run, self.deployment)
         if desired.revisions and self._revisions is None:
             self._revisions = revisions(self.deployment)
@@ -134,8 +135,8 @@ class ControlLoop:
         return LoopPass(desired, observed, actions, durations, handovers)
 
     def run_pass(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Carries out one pass and returns it. A refused submission is part of the result, and its exit record counts
-        as a failure."""
+        """Carries out one pass and returns it. If a submission is refused, the error is in `refused` of the pass, and
+        the exit record of the refused job counts as a failure."""
         seen = self.preview(clear=clear, fresh=fresh)
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)
@@ -210,10 +211,10 @@ class ControlLoop:
         return submitted, refused
 
     def apply_exclusions(self, seen: LoopPass, submitted: Sequence[str] = ()) -> None:
-        """Applies `excluded_nodes` to the jobs in the queue if the nodes have changed since the last call, whoever
-        changed them. `submitted`: the jobs of this pass, whose requests had the nodes that were excluded at its
-        beginning. A job that has started since a node was excluded is ended, because it may run there. If Slurm does
-        not answer, the next call repeats this."""
+        """Changes the excluded nodes of the jobs in the queue, if those of the run have changed since the last call.
+        `submitted`: the jobs that this pass has submitted with the exclusions of its beginning. If a node was excluded
+        since then, jobs that have started in the meantime are ended, because they may run there. If Slurm does not
+        answer, the next call tries again."""
         wanted = excluded_nodes(self.run)
         if self._excluded is None and not wanted and not forgotten_nodes(self.run):
             self._excluded = wanted  # no job can have been submitted with other nodes
@@ -274,7 +275,7 @@ class ControlLoop:
         self._reported = {str(action.slot) for action in given_up}
 
     def leads(self, replica: str) -> bool:
-        """Returns whether no live router is newer than `replica`."""
+        """Returns whether the router `replica` leads, that is, no live router is newer."""
         records = self.observer.read_records()
         reports = self.launcher.observe([name for name, r in records.items() if r.kind is RecordKind.ROUTER])
         living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
@@ -317,8 +318,8 @@ def _stamp(run: RunDir) -> Stamp | None:
 
 @contextlib.contextmanager
 def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM and SIGINT set, and, if `tied`, also the end of stdin. Ignores SIGUSR2: at some
-    sites Slurm sends it to every process of a job, but only the router in that job must handle it."""
+    """Yields an event that SIGTERM and SIGINT set; if `tied`, the end of stdin sets it as well. Ignores SIGUSR2: at
+    some sites Slurm sends it to every process of a job, but only the router in that job must handle it."""
     descriptor = sys.stdin.fileno() if tied else -1
     with ignored(signal.SIGUSR2), interrupt_event(once=False) as event:
 

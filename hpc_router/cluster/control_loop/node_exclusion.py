@@ -1,4 +1,4 @@
-"""Excludes nodes that have failed twice from further jobs. Only the leading loop does this.
+"""Keeps further jobs off nodes that have failed twice. Only the leading loop does this.
 
 A node has failed if Slurm ended a job on it with NODE_FAIL or BOOT_FAIL, if an engine on it ended with a CUDA error, or
 if a job on it ended within QUICK_S of its start although its expert became ready on another node. Two failures of a
@@ -51,7 +51,7 @@ def failing_nodes(observed: Observed, forgotten: Mapping[str, float], now: float
 
 
 def _node(attempt: Attempt) -> str | None:
-    """Returns Slurm's name of the attempt's node; None if it ran on several or is not known."""
+    """Returns Slurm's name of the attempt's node; None if the attempt ran on several nodes or its node is not known."""
     name = (attempt.node or "").partition(".")[0]
     return None if not name or "[" in name or "," in name else name
 
@@ -69,7 +69,7 @@ def _is_of_the_node(attempt: Attempt, node: str, attempts: Iterable[Attempt]) ->
 
 
 def _failed_twice(failed: Iterable[Attempt]) -> bool:
-    """Returns whether one of these jobs began after another had failed."""
+    """Returns whether these failed jobs count as two failures, because one of them began after another had failed."""
     first_at = min(a.exit.at for a in failed if a.exit is not None)
     return any((a.started_at or a.submitted_at or a.claimed_at) >= first_at for a in failed)
 
@@ -81,8 +81,8 @@ def _told(failed: Iterable[Attempt]) -> str:
 
 
 class NodeExclusion:
-    """The writer of `excluded_nodes` in `desired.json`. If a command overwrites an exclusion at the same time, the next
-    pass repeats it."""
+    """Excludes nodes that have failed twice, in `excluded_nodes` of `desired.json`. Each pass writes an exclusion that
+    is missing there, unless a user has allowed the node again."""
 
     def __init__(
         self,

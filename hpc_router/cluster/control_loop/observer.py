@@ -1,8 +1,8 @@
 """Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the commands.
 
 If a job ended without an exit record, the observer writes one, so that each failure has a time and all readers see the
-same reason. It also writes one for a claim whose submitting process is gone. If that process did submit a job, the
-job's agent reads this record and ends. Jobs that have ended are not read again, because an old run has many.
+same reason. The observer also writes one for a claim whose submitting process is gone. If that process did submit a
+job, the job's agent reads this record and ends. Jobs that have ended are not read again, because an old run has many.
 """
 
 import json
@@ -98,8 +98,9 @@ class RunObserver:
         return self.records
 
     def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
-        """Returns the replicas about which the controller must be queried now. Each newly lost replica is returned
-        once, because its job may have ended. Routers are left out, because this loop ends with its router."""
+        """Returns the replicas that were lost since the last query: their jobs may have ended, so the caller queries
+        Slurm now. Each lost replica is returned once, and none within MIN_QUERY_INTERVAL_S of the last query. Routers
+        are left out, because this loop ends with its router."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
         silent = self._hang_detector.silent(
@@ -169,9 +170,10 @@ class RunObserver:
         return attempt
 
     def _explain(self, replica: str, report: JobReport) -> Attempt:
-        """Returns the attempt of a job that drained although no request to drain is recorded. Slurm's reason for the
-        end replaces the recorded one, because the job knows only that it got a signal. Slurm may report its state later
-        than the end. A job that Slurm has purged keeps its own reason."""
+        """Returns the attempt of a job that drained although no request to drain is recorded. The job knows only that
+        it got a signal, so a reason from Slurm, such as preemption, replaces its recorded reason. Slurm may report that
+        reason later than the end, so later passes repeat this for EXPLAINED_S. If Slurm has forgotten the job, the
+        recorded reason stays."""
         attempt, word = self._ended[replica], report.native_state or ""
         assert attempt.exit is not None
         final, reason, end = STATES.get(word) is JobState.ENDED, REASONS.get(word), attempt.exit
@@ -187,9 +189,9 @@ class RunObserver:
         return attempt
 
     def _end(self, job: JobRecords, report: JobReport, stop: Stop) -> Exit:
-        """Returns the exit record for a job that wrote none. If its batch script wrote no log, the node does not see
-        the run directory: the reason is a failed node if other nodes have seen the directory. Otherwise the reason is
-        the directory, because every job would fail in the same way."""
+        """Returns the exit record for a job that wrote none. If the job's batch script wrote no log, its node does not
+        see the run directory. The reason is then NODE_FAILED if other nodes have seen the directory, else RUN_UNSEEN,
+        because every job would fail in the same way."""
         if (stop.drain_at or stop.cancel_at) is not None and job.replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if report.end is not None and report.end.reason is not FailureReason.KILLED:
@@ -213,7 +215,7 @@ def _has_batch_log(job: JobDir) -> bool:
 
 
 def record_exit(job: JobDir, end: Exit) -> Exit:
-    """Writes `exit.json` unless the job has written it, and logs the end. Returns the record in the file."""
+    """Writes `end` to `exit.json` and logs it, unless the job has written that file. Returns the record in the file."""
     if create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n"):
         _log_end(job, end)
     return job.exit() or end
@@ -225,8 +227,8 @@ def _log_end(job: JobDir, end: Exit) -> None:
 
 
 def _is_alive(submitter: Submitter | None) -> bool:
-    """Returns whether the submitter runs on this host. A submitter on another host counts as gone; its claim is then
-    abandoned when it is older than CLAIM_S."""
+    """Returns whether the process that submits a job runs on this host. On another host it counts as gone; its claim is
+    then abandoned after CLAIM_S."""
     here = submitter is not None and submitter.host == socket.gethostname()
     return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 

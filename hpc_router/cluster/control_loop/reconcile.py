@@ -8,14 +8,14 @@ Rules, one slot at a time:
    STABLE_S, and after `up` or `scale` (`Desired.forgiven`). An end that is not the replica's fault (its node failed, it
    was preempted) only adds a pause.
 3. A claim without a job is abandoned after CLAIM_S. A surplus job is drained, then cancelled, then killed.
-4. The loop runs in the router's job and ends with it, so the next router is submitted while the present one serves, and
-   Slurm starts it when that job has ended.
-5. A ready job near its walltime hands over (`handover` says when): its successor is submitted, or a waiting one is
-   released, and the job drains when that is ready. If Slurm refuses an overlapping successor, the next one waits for
-   the job's end. Failures of successors count only once the job has ended.
-6. Jobs of an earlier config (`rolling`) are replaced slot by slot: a ready one hands over at once, or drains where two
-   jobs cannot run at the same time; any other is ended. If Slurm refuses an overlapping successor, the ready one drains
-   only after Slurm has accepted a job that waits for its end.
+4. The control loop runs in the router's job and ends with it, so the next router's job is submitted while the present
+   router serves, and Slurm starts it when the present job has ended.
+5. A ready job near its walltime hands over (`handover` says when): its successor is submitted, or released if it waits
+   in the queue, and the old job drains when the successor is ready. If Slurm refuses a successor that overlaps with the
+   old job, the next one waits for the old job's end. Failures of successors count only once the old job has ended.
+6. Jobs of an earlier config (`rolling`) are replaced slot by slot. A ready job hands over at once; where two jobs
+   cannot run at the same time, it drains. A job that is not ready is ended. If Slurm refuses an overlapping successor,
+   the ready job drains only after Slurm has accepted a successor that waits for its end.
 7. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
 """
 
@@ -53,16 +53,17 @@ KILL_AGAIN_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """The desired state of a run. `replicas`: number of replicas per expert. `forgiven`: per slot, the generation up to
-    which failures do not count. `standby`: whether a router that has served for STANDBY_S gets a successor whose job
-    waits for its end.
+    """The desired state of a run. `replicas`: number of replicas per expert. `router`: whether the run must have a
+    router. `forgiven`: per slot, the generation up to which failures do not count. `standby`: whether a router that has
+    served for STANDBY_S gets a successor whose job waits for its end.
 
-    `handovers`: how the jobs of each expert and of the router are replaced near their walltime. `revisions`: the config
-    revision that the jobs should have. `overlapping`: the experts whose old and new jobs can run at the same time.
-    `excluded`: the nodes on which no new job may start.
+    `handovers`: how the jobs of each expert and of the router are replaced near their walltime. `revisions`: by expert,
+    the config revision that the jobs should have. `overlapping`: the experts whose old and new jobs can run at the same
+    time. `excluded`: the nodes on which no new job may start.
 
-    `down`: whether the run must have no jobs. `clear`: whether every live job must end. Only the command `down` sets
-    `clear`, because a loop that still runs must not end a router that was started after `down`.
+    `down`: whether the run must have no jobs. `clear`: whether every live job must end, including routers and jobs that
+    were started by hand. Only the command `down` sets `clear`, because a loop that still runs must not end a router
+    that was started after `down`.
     """
 
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -147,7 +148,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Action: submit no further job for this slot. `exit`: its newest failure."""
+    """Action: submit no further job for this slot. `exit`: the newest of its `failures` failures."""
 
     slot: Slot
     failures: int
@@ -160,8 +161,8 @@ Action = Submit | ReleaseJob | Drain | Cancel | Kill | Wait | GiveUp
 def reconcile(
     desired: Desired, observed: Observed, now: float, handovers: Mapping[str, Due] | None = None
 ) -> list[Action]:
-    """Returns the actions of one pass. `now`: Unix seconds. `handovers`: by replica, if the caller has computed them
-    already."""
+    """Returns the actions of one pass. `now`: Unix seconds. `handovers`: the result of `schedule`; if None, this
+    function calls it."""
     if desired.clear and not desired.down:  # `up` came after `down`: its jobs must stay
         return []
     wanted = desired.slots()
@@ -181,7 +182,7 @@ def reconcile(
 
 
 def backoff_s(failures: int) -> float:
-    """Returns the pause in seconds after the n-th failure in a row: 0, 2, 4, ... 60."""
+    """Returns the pause in seconds after this number of failures in a row: 0, 2, 4, ... 60."""
     return backoff.pause_s(failures - 2, first_s=BACKOFF_S, max_s=BACKOFF_MAX_S)
 
 
@@ -214,7 +215,7 @@ def _fill_slot(
 
 
 def _handover(live: Sequence[Attempt], handovers: Mapping[str, Due], now: float) -> tuple[Attempt, Due] | None:
-    """Returns the newest ready job of a slot and its handover if that is due, else None."""
+    """Returns the newest ready job of a slot and its handover; None if no job is ready or the handover is not due."""
     ready = next((attempt for attempt in reversed(live) if attempt.ready and not attempt.stop_requested), None)
     due = handovers.get(ready.replica) if ready is not None else None
     return None if ready is None or due is None or now < due.due_at else (ready, due)
@@ -241,13 +242,13 @@ def _hand_over(
 
 
 def _waits_for(successor: Attempt | None, job: Attempt) -> bool:
-    """Returns whether Slurm has accepted the successor to start at the job's end."""
+    """Returns whether the successor's job is in Slurm's queue and starts when `job` ends."""
     return successor is not None and successor.after is not None and successor.after == job.job_id
 
 
 def _tried(newer: Sequence[Attempt]) -> list[Attempt]:
-    """Returns the successors without the first one that Slurm refused, because that refusal concerns only the
-    overlap."""
+    """Returns the attempts in `newer` without the first one that Slurm refused. That refusal shows only that two jobs
+    cannot run at the same time, so it is no failure of the successor."""
     refused = next((attempt for attempt in newer if _is_refused(attempt)), None)
     return [attempt for attempt in newer if attempt is not refused]
 
@@ -262,9 +263,10 @@ def _submit_successor(
     after: str | None,
     tolerated: Set[FailureReason] = TOLERATED,
 ) -> Iterator[Action]:
-    """Yields the submission of a successor for a job that serves. The slot is not given up while the job serves.
-    Refusals only add a pause, because a limit may refuse a second job now and allow it later, and a router without a
-    successor ends the service."""
+    """Yields the submission of a successor for a job that serves, or a Wait. After too many failures yields nothing,
+    but does not give up the slot. A failure for one of the `tolerated` reasons only adds a pause. By default these are
+    Slurm's refusals: a limit may refuse a second job now and allow it later, and a router without a successor ends the
+    service."""
     submitting = _submit_next(slot, generation, tried, desired, now, after=after, tolerated=tolerated)
     yield from (action for action in submitting if not isinstance(action, GiveUp))
 
@@ -288,8 +290,8 @@ def _submit_next(
     after: str | None = None,
     tolerated: Set[FailureReason] = frozenset(),
 ) -> Iterator[Action]:
-    """Yields the submission of the next generation, after a pause if the attempts in `past` failed. A failure for one
-    of the `tolerated` reasons does not count towards giving up the slot."""
+    """Yields one action: the submission of the next generation, a Wait for the pause after failures in `past`, or
+    GiveUp. A failure for one of the `tolerated` reasons does not count towards giving up the slot."""
     ends = _consecutive_failures(past, forgiven=desired.forgiven.get(str(slot), 0))
     blamed = _final_failures(ends, desired, tolerated=tolerated)
     if blamed:
@@ -303,15 +305,17 @@ def _submit_next(
 
 
 def _final_failures(ends: Sequence[Exit], desired: Desired, *, tolerated: Set[FailureReason]) -> list[Exit]:
-    """Returns the failures, newest first, after which no further job is submitted; empty if one is."""
+    """Returns the failures in `ends` that count, newest first, if they end the attempts of a slot: there are
+    `max_failures` of them, or a restart cannot fix the newest. Otherwise returns an empty list. A failure that is not
+    the replica's fault, or for one of the `tolerated` reasons, does not count."""
     blamed = [end for end in ends if end.reason not in BLAMELESS and end.reason not in tolerated]
     final = blamed and (blamed[0].reason in PERMANENT or len(blamed) >= desired.max_failures)
     return blamed if final else []
 
 
 def rollout_failure(job: Attempt, attempts: Sequence[Attempt], desired: Desired) -> Exit | None:
-    """Returns the newest failure of the successors of an outdated job, if no further one is submitted; else None.
-    `attempts`: those of its slot, oldest first."""
+    """Returns the newest failure of the successors of the outdated `job` if no further successor will be submitted;
+    None if one is live or will be submitted. `attempts`: those of the job's slot, oldest first."""
     newer = [attempt for attempt in attempts if attempt.generation > job.generation]
     if any(attempt.live for attempt in newer):
         return None
@@ -343,8 +347,9 @@ def _has_served_long_enough(router: Attempt, now: float) -> bool:
 
 
 def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
-    """Returns the exits of the failures since the last success, newest first. Leaves out a job that Slurm refused while
-    an older job of the slot still ran, because that refusal concerns only the overlap."""
+    """Returns the exits of the failures since the last success and after generation `forgiven`, newest first. Leaves
+    out a job that Slurm refused while an older job of the slot still ran, because that refusal shows only that the two
+    could not overlap."""
     ends: list[Exit] = []
     for attempt in reversed(attempts):
         end = _exit_of(attempt)
@@ -362,8 +367,8 @@ def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list
 
 
 def _exit_of(attempt: Attempt) -> Exit:
-    """Returns the exit of an attempt that cannot serve again. The observer writes an exit for every job that ended; a
-    job that hangs and a claim have none."""
+    """Returns the exit of an attempt that cannot serve again. A job that hangs and an abandoned claim have no exit
+    record, so one is made here."""
     if attempt.exit is not None:
         return attempt.exit
     if attempt.submitted:
@@ -383,8 +388,8 @@ def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iter
 
 
 def _stop(attempt: Attempt, desired: Desired, now: float, *, handover: bool = False) -> Action:
-    """Returns the next action that ends the attempt. `handover`: a successor serves already, so requests in flight may
-    use the rest of the walltime."""
+    """Returns the next action that ends the attempt: Drain, Wait, Cancel or Kill. `handover`: whether a successor
+    serves already; requests in flight may then use the rest of the walltime."""
     replica, stop = attempt.replica, attempt.stop
     drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:

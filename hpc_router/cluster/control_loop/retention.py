@@ -71,7 +71,8 @@ class Retention:
         self._due_at = -float("inf")
 
     def apply(self, observed: Observed, now: float) -> list[str]:
-        """Removes expired generations and returns their replicas. Logs an error; the next call then tries again."""
+        """Removes the files of expired generations and returns their replicas. If an error occurs, logs it; the next
+        call tries again."""
         began = self._clock()
         if began < self._due_at:
             return []
@@ -105,8 +106,8 @@ class Retention:
         return logs
 
     def _remove(self, replica: str, logs: list[Path] | tuple[()]) -> None:
-        """Removes a replica's logs, and then its folder: while the folder exists, an interrupted removal is
-        repeated."""
+        """Removes a replica's logs, and then its folder. In this order an interrupted removal is repeated, because the
+        folder still exists."""
         for path in logs:
             path.unlink(missing_ok=True)
         renamed = self._run.jobs / f"{_REMOVED}{replica}"

@@ -24,7 +24,7 @@ def is_outdated(attempt: Attempt, revisions: Mapping[str, str]) -> bool:
 
 
 def may_roll(wanted: Sequence[Slot], observed: Observed, revisions: Mapping[str, str]) -> set[Slot]:
-    """Returns the slots whose outdated jobs may be replaced now."""
+    """Returns those of the `wanted` slots whose outdated jobs may be replaced now."""
     waiting = [slot for slot in wanted if any(a.live and is_outdated(a, revisions) for a in observed.get(slot, ()))]
     if not waiting:
         return set()

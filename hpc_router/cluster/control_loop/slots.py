@@ -15,7 +15,8 @@ from hpc_router.state.registry import State, replica_name
 
 
 class Slot(NamedTuple):
-    """The place of one replica. `name` is a number, or a letter and a number."""
+    """The place of one replica. `name` is a number; or a letter and a number, if the control loop does not manage the
+    slot."""
 
     expert: str
     name: str

@@ -28,8 +28,8 @@ Found = Iterator[tuple[str, str, Finding]]
 
 @dataclass(frozen=True, slots=True)
 class DoctorReport:
-    """The findings of one run, in the order in which they were made. Each item has the name of the check, the host
-    (`login` or the node's name), and the finding."""
+    """The findings of one run of `doctor`, in the order in which they were made. Each item is the name of a check, the
+    host (`login` or the node's name), and the finding."""
 
     findings: tuple[tuple[str, str, Finding], ...]
 
@@ -47,7 +47,7 @@ class DoctorReport:
 
 def examine(deployment: Deployment, runs: Path, *, job: bool, progress: Callable[[str], None]) -> DoctorReport:
     """Runs all checks and returns the report. `runs`: the folder of run directories, as for `plan`. `job`: whether to
-    submit also a job that examines a node. KeyboardInterrupt, which SIGTERM raises too, cancels the job and removes its
+    submit a job that examines a node. KeyboardInterrupt, which SIGTERM raises as well, cancels the job and removes its
     files."""
     found = list(_login(CheckedHost(deployment, runs)))
     if deployment.cluster.kind == "slurm" and job:
@@ -97,7 +97,7 @@ def _node(job: DoctorJob, progress: Callable[[str], None]) -> Found:
 
 
 def _not_started(job: DoctorJob, start: JobStart) -> tuple[str, str, Finding]:
-    """Returns the finding that says why the job wrote no file."""
+    """Returns the finding that says why the job has not written its first file."""
     deployment = job.deployment
     if start.pending_reason is not None:
         why = explain_pending(start.pending_reason, job.job_id)
@@ -141,7 +141,8 @@ def _running(job: DoctorJob, started: Mapping[str, Any]) -> Found:
 
 
 def _read_clock(started: Mapping[str, Any]) -> tuple[ClockReading | None, str | None]:
-    """Returns the node's clock and None, or None and the error text if its port cannot be reached."""
+    """Returns the clock difference to the node, and None. If the port of the node's job cannot be reached, returns None
+    and the error text."""
     try:
         return read_clock(str(started["address"]), int(started["port"])), None
     except OSError as error:
@@ -149,7 +150,8 @@ def _read_clock(started: Mapping[str, Any]) -> tuple[ClockReading | None, str | 
 
 
 def _facts(node: Mapping[str, Any], deployment: Deployment, host: str, runs: str) -> Found:
-    """Yields the findings that follow from the facts in the job's file."""
+    """Yields the findings that follow from `node`, the facts in the file that the job wrote. `host`: the node's
+    name."""
     for name, findings in node["checks"].items():
         for finding in findings:
             yield name, host, node_checks.of_json(finding)
@@ -169,7 +171,7 @@ def _asked(deployment: Deployment) -> dict[str, str | None]:
 
 
 def _signals(job: DoctorJob, started: Mapping[str, Any], reading: ClockReading | None) -> Finding:
-    """Waits for the job's record of its signal and returns the finding."""
+    """Waits until the job has recorded the signal before its walltime ends, and returns the finding about it."""
     value, queued = job.signals(), job.in_queue()
     end = started.get("end_time")
     ends_at = float(end) if end else (queued.ends_at if queued is not None else None)

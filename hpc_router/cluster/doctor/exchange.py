@@ -74,16 +74,16 @@ class ExchangeFolder:
 
 
 def read_now(path: Path) -> dict[str, Any] | None:
-    """Returns the JSON object at `path`, or None. Refreshes the folder first, because an NFS client caches that a file
-    is missing."""
+    """Returns the JSON object at `path`; None if there is no such file. Refreshes the folder first, because an NFS
+    client caches that a file is missing."""
     with suppress(OSError):
         refresh_folder(path.parent)
     return read_json(path)
 
 
 def own_address(fabric: str | None) -> tuple[str, str | None]:
-    """Returns this host's address on the network `fabric` (`cluster.fabric`), and None. Without an address on that
-    network, returns another address of this host and the reason."""
+    """Returns this host's address on the network `fabric` (`cluster.fabric`), and None. If the host has no address on
+    that network, returns another address of the host, and the reason as text."""
     try:
         return address(fabric, kind="slurm"), None
     except ConfigError as error:
@@ -107,7 +107,7 @@ def clock_server(host: str) -> Iterator[int]:
 
 
 def _serve(server: socket.socket) -> None:
-    """Answers connections until the socket is shut down."""
+    """Answers each connection with the time of this host, until the socket is shut down."""
     while True:
         try:
             connection, _ = server.accept()

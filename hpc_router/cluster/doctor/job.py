@@ -119,7 +119,8 @@ class DoctorJob:
         self.job_id = answer.strip().partition(";")[0]
 
     def wait_for_start(self) -> JobStart:
-        """Waits until the job's first file is visible, or until the time limits show that it will not be."""
+        """Waits until the job's first file is visible, and returns its content. If a time limit passes or the job ends
+        before that, returns what Slurm and the logs show."""
         waits_until, queue_at, begun_at = time.monotonic() + START_S, 0.0, None
         job: QueuedJob | None = None
         while True:
@@ -139,7 +140,8 @@ class DoctorJob:
             time.sleep(POLL_S)
 
     def _unstarted(self, job: QueuedJob | None, ended: Ended | None) -> JobStart:
-        """Returns the outcome of a job that ran but wrote no first file, from its logs."""
+        """Returns the outcome of a job that ran without writing its first file. `job`: as squeue lists it. `ended`: the
+        batch script's record. The error text comes from the job's logs."""
         logs = [*sorted(self._dir.path.glob("*_log.err")), *sorted(self._dir.path.glob("*_batch.log"))]
         lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
         own = [line for line in lines if line.strip() and not _OF_STEP.match(line)]
@@ -159,8 +161,8 @@ class DoctorJob:
             return None
 
     def round_trips(self) -> Iterator[ClockReading]:
-        """Measures the time that a renamed file takes to the node and back. Yields one clock reading per round trip,
-        and stops early if the job does not answer."""
+        """Measures how long a renamed file takes until the node sees it, and back. Yields one clock reading per round
+        trip, and stops early if the job does not answer."""
         for number in range(ROUNDS):
             sent = time.time()
             replace_json(self.exchange.ping(number), {"at": sent})
@@ -175,12 +177,12 @@ class DoctorJob:
         return _until(lambda: read_now(self.exchange.node), FACTS_S)
 
     def signals(self) -> dict[str, Any] | None:
-        """Waits for the job's record of its signal and returns it; None if it does not come in time."""
+        """Waits until the job has recorded its signal, and returns the record; None if it does not come in time."""
         return _until(lambda: read_now(self.exchange.signals), SIGNAL_S)
 
     def shown(self) -> dict[str, str]:
-        """Returns the fields in which Slurm describes the job, such as `Partition` and `Requeue`; empty if scontrol
-        fails."""
+        """Returns what `scontrol show job` prints about the job, by field, such as `Partition` and `Requeue`; empty if
+        scontrol fails."""
         try:
             argv = ["scontrol", "--oneliner", "show", "job", self.job_id or ""]
             text = run_slurm_command(argv, timeout_s=SUBMIT_S)
@@ -208,7 +210,7 @@ class DoctorJob:
 
 
 def doctor_resources(deployment: Deployment) -> tuple[str, ResourceConfig]:
-    """Returns the name of the expert whose job options doctor's job uses, and a small job with these options. The
+    """Returns the name of an expert, and the resources of doctor's job: that expert's job options with small sizes. The
     expert is the first one with GPUs. If none has GPUs, it is the first expert; if there are no experts, `router`."""
     experts = hosts(deployment.experts)
     name = next((n for n, e in experts.items() if e.resources.gpus), next(iter(experts), "router"))

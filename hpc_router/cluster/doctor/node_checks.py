@@ -39,7 +39,8 @@ def shared_folder(delays_s: Sequence[float], *, sees_login: bool, beat_s: float,
 
 
 def file_operations(node: Mapping[str, Any], runs: str) -> Finding:
-    """Checks whether the node can create files in the folder `runs`. The package does not use flock there."""
+    """Checks whether the node can create files in the folder `runs`. The finding says whether flock works there,
+    although the package does not use it."""
     kind = node["file_system"] or "an unknown file system"
     if node["creates_files"] is not None:
         what = f"{runs}, {kind}: files cannot be created there with hard links: {node['creates_files']}"
@@ -209,5 +210,5 @@ def changed_by_site(asked: Mapping[str, str | None], job: Mapping[str, str]) -> 
 
 
 def of_json(value: Mapping[str, Any]) -> Finding:
-    """Returns the finding that `Finding.to_json` has written."""
+    """Returns the finding from the JSON object that `Finding.to_json` returned."""
     return Finding(Severity(value["state"]), str(value["what"]), value.get("fix"), value.get("key"))

@@ -43,8 +43,8 @@ sys.stdin.read()
 
 
 class SignalWatch:
-    """A recorder that shows whether SIGUSR2 reaches this process, and a child in a session of its own, such as an
-    engine."""
+    """Records whether SIGUSR2 reaches this process, and whether it reaches a child process. Like an engine, the child
+    has a session of its own."""
 
     def __init__(self, exchange: ExchangeFolder) -> None:
         self._exchange = exchange
@@ -62,7 +62,8 @@ class SignalWatch:
         self._at = self._at or time.time()
 
     def look(self) -> None:
-        """Writes the record once the time limit for the child is over."""
+        """Writes the record of a received signal, once, after the time in which the child must have received it as
+        well."""
         if self._at is not None and not self.done and time.time() > self._at + CHILD_S:
             self.done = True
             replace_json(self._exchange.signals, {"at": self._at, "descendants": self._sign.exists()})
@@ -129,7 +130,7 @@ def _gpu_list() -> list[str] | None:
 
 
 def serve(exchange: ExchangeFolder, watch: SignalWatch) -> None:
-    """Answers pings and watches for the signal, until the file `stop` exists or LIMIT_S is over."""
+    """Answers the files that `doctor` writes and records SIGUSR2, until the file `stop` exists or LIMIT_S is over."""
     number, until = 0, time.monotonic() + LIMIT_S
     while time.monotonic() < until and not exchange.stop.exists():
         if number < ROUNDS and read_now(exchange.ping(number)) is not None:

@@ -29,10 +29,10 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """State of one claimed job; unknown values are None. Times are Unix seconds.
+    """The state of one claimed job; unknown values are None. Times are Unix seconds.
 
-    `pending_reason`: Slurm's reason why the job waits (`Resources`). `starts_at`: Slurm's estimate. `end`: how the job
-    ended, if it left no exit record itself.
+    `pending_reason`: Slurm's reason why the job waits (`Resources`). `starts_at`: Slurm's estimate of the start. `end`:
+    how the job ended, if the job left no exit record.
     """
 
     state: JobState
@@ -46,9 +46,9 @@ class JobReport:
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """The job of one replica: its command and its resources. `after`: id of the job for whose end it waits.
-    `dependency_met`: whether an earlier job with the same `sbatch.dependency` has started. `exclude`: nodes on which it
-    may not start. `revision`: digest of the config values that the job reads."""
+    """The job of one replica: its command and its resources. `after`: id of the job for whose end this job waits.
+    `dependency_met`: whether an earlier job with the same `sbatch.dependency` has started. `exclude`: nodes on which
+    this job may not start. `revision`: digest of the config values that this job reads."""
 
     replica: str
     argv: tuple[str, ...]
@@ -68,10 +68,10 @@ class Launcher(Protocol):
     Slurm controller."""
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Claims and submits. Returns the replicas that this call submitted, without those that another process had
-        claimed.
+        """Claims these replicas and submits their jobs. Returns the replicas that this call submitted, without those
+        that another process had claimed.
 
-        Raises LaunchError for a refusal, after writing an exit record into each refused job's folder.
+        If a job is refused, writes an exit record into its folder, and raises LaunchError at the end.
         """
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
@@ -79,19 +79,19 @@ class Launcher(Protocol):
         last `cluster.ask_s` seconds is used."""
 
     def release(self, requests: Sequence[JobRequest]) -> None:
-        """Lets these waiting jobs start before the end of the job they wait for. A failure is only logged."""
+        """Lets these jobs, which wait for the end of another job, start before that end. A failure is only logged."""
 
     def cancel(self, replicas: Iterable[str]) -> None:
-        """Sends SIGTERM to these jobs: they drain and end."""
+        """Sends SIGTERM to these jobs, which then drain and end."""
 
     def kill(self, replicas: Iterable[str]) -> None:
-        """Sends SIGKILL to the processes of these jobs, and of no others."""
+        """Sends SIGKILL to the processes of these jobs. Leaves the other replicas of a shared job alone."""
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        """Returns the ids of jobs that still hold resources, from a new query."""
+        """Queries Slurm now, and returns the ids of these replicas' jobs that still hold resources."""
 
     def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Changes the excluded nodes of jobs in the queue to those of these requests. Returns the replicas whose jobs
+        """Sets the excluded nodes of jobs in the queue to those of their `requests`. Returns the replicas whose jobs
         are not in the queue any more. Raises LaunchError if Slurm does not answer."""
 
     def trouble(self) -> str | None:

@@ -48,8 +48,8 @@ def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
 
 
 def _environment(rank: int) -> dict[str, str]:
-    """Returns the environment of the service: without Slurm's variables, but with the job's id, end and rank in
-    variables of our own."""
+    """Returns the environment of the service: without Slurm's variables, but with the job's id, its end and the `rank`
+    in variables of this package."""
     own = {"HPC_ROUTER_RANK": str(rank)}
     if "SLURM_JOB_ID" in os.environ:
         own[JOB_ID] = os.environ["SLURM_JOB_ID"]

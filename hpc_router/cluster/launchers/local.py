@@ -42,7 +42,7 @@ class LocalLauncher:
         return {replica: self._report(JobDir(self.run, replica)) for replica in replicas}
 
     def release(self, requests: Sequence[JobRequest]) -> None:
-        """Does nothing: jobs of this machine wait for no other."""
+        """Does nothing, because jobs of this machine never wait for another job."""
 
     def cancel(self, replicas: Iterable[str]) -> None:
         for replica in replicas:
@@ -112,7 +112,8 @@ class LocalLauncher:
         return JobState.RUNNING if alive else JobState.ENDED
 
     def _processes(self, job: JobDir) -> tuple[Process | None, Process | None]:
-        """Returns submitit's controller and the service; None if unknown or on another host."""
+        """Returns the processes of submitit's controller and of the service; each is None if it is not known or runs on
+        another host."""
         info, service = job.info(), job.process()
         controller = None
         if info is not None and info.start_ticks is not None and info.job_id.isdecimal():
@@ -130,7 +131,7 @@ def _submission(run: RunDir, request: JobRequest, gpus: tuple[int, ...]) -> Subm
 
 
 def _signal(process: Process | None, number: signal.Signals) -> bool:
-    """Sends the signal. Returns whether the process was still alive and got it."""
+    """Sends the signal `number`. Returns whether the process was still alive and got it."""
     if process is None:
         return False
     try:

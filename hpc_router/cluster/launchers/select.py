@@ -36,8 +36,8 @@ def check_reach(deployment: Deployment) -> None:
 
 @dataclass(frozen=True)
 class Launchers:
-    """Passes each job to its launcher. `submitting`: returns the launcher for a request. `running`: the launcher that
-    observes and ends the jobs of each kind of runner."""
+    """Passes each job to its launcher. `submitting`: a function that returns the launcher that submits a request.
+    `running`: by kind of runner, the launcher that observes and ends its jobs."""
 
     run: RunDir
     submitting: Callable[[JobRequest], _Submitting]
@@ -46,8 +46,8 @@ class Launchers:
     slurm: SlurmLauncher | None = None
 
     def jobs(self, requests: Sequence[JobRequest]) -> list[BatchJob]:
-        """Returns the Slurm jobs, or steps of one, that `submit` starts for these requests; none for processes of this
-        machine."""
+        """Returns the Slurm jobs, or steps of one Slurm job, that `submit` starts for these requests. Leaves out
+        requests for processes of this machine."""
         by_launcher = self._by_launcher(requests)
         return [
             j for launcher, own in by_launcher if not isinstance(launcher, LocalLauncher) for j in launcher.jobs(own)

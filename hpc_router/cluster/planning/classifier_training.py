@@ -1,7 +1,8 @@
 """The classifier that `up` trains from the experts' exemplars.
 
-Where a sentence encoder is installed beside `up`, a student of it is trained, and descriptions count as well. Otherwise
-words alone decide, and descriptions are not read, because their words seldom occur in prompts.
+If a sentence encoder is installed in the environment of `up`, the classifier is trained to decide like the encoder, and
+learns from the experts' descriptions as well. Otherwise it learns only from the words of the exemplars. The words of a
+description seldom occur in prompts, so descriptions are then not read.
 """
 
 from hpc_router.config.schema import Deployment
@@ -22,7 +23,7 @@ def needs_training(deployment: Deployment) -> bool:
 
 
 def training_text(deployment: Deployment) -> str | None:
-    """Returns what the classifier will be trained from; None if none is trained."""
+    """Returns text on what the classifier will be trained from; None if no classifier is trained."""
     if not needs_training(deployment):
         return None
     if installed_encoder() is not None:
@@ -34,7 +35,8 @@ def training_text(deployment: Deployment) -> str | None:
 
 
 def trained_classifier(deployment: Deployment, *, progress: ProgressCallback) -> Artefact:
-    """Trains the classifier. Takes about a minute with an encoder. Raises ConfigError as `usable_exemplars` does."""
+    """Trains the classifier and returns it. Takes about a minute with an encoder. Raises ConfigError for exemplars that
+    cannot be used (see `usable_exemplars`)."""
     given = exemplars_of(deployment)
     encoder = installed_encoder()
     if encoder is None:

@@ -59,7 +59,8 @@ def _machine_faults(deployment: Deployment) -> Iterator[str]:
 
 
 def _variable_faults(deployment: Deployment) -> Iterator[str]:
-    """Yields faults of a variable that would choose the front end of vLLM, whose options are then not checked."""
+    """Yields a fault for each environment in the config that sets RUST_FRONTEND. The variable chooses vLLM's HTTP
+    server, whose options `plan` checks only if the engine option `frontend` chooses it."""
     experts = {name: e for name, e in hosts(deployment.experts).items() if e.engine.kind == "vllm"}
     given = {"cluster.env": deployment.cluster.env} if experts else {}
     for key, env in (given | {f"experts.{name}.engine.env": e.engine.env for name, e in experts.items()}).items():

@@ -27,8 +27,8 @@ REFUSED: Final = 2
 def check_flags(
     engines: Mapping[str, Engine], experts: Mapping[str, ExpertConfig], cluster: ClusterConfig
 ) -> tuple[list[str], list[str]]:
-    """Returns faults and warnings. Engines with the same command are checked once, and different commands run in
-    parallel."""
+    """Returns faults and warnings about the flags of these engines. Engines with the same command are checked once, and
+    different commands run in parallel."""
     with tempfile.TemporaryDirectory(prefix="hpc-router-") as folder:
         place = Place(Path(folder))
         commands = {name: engine.check_command(place) for name, engine in engines.items()}
@@ -59,14 +59,15 @@ def check_flags(
 
 
 def _without_names(command: list[str], *names: str) -> tuple[str, ...]:
-    """Returns the command with spaces in place of these names, because the check covers flags and not models."""
+    """Returns the command with empty words in place of these names. Commands that differ only in names are then equal
+    and checked once."""
     return tuple("" if word in names else word for word in command)
 
 
 def _run(
     command: list[str], engine: Engine, expert: ExpertConfig, cluster: ClusterConfig, place: Place
 ) -> tuple[int, str]:
-    """Runs the command. Returns its exit status and the last line of its output."""
+    """Runs the command that checks an engine's flags. Returns its exit status and the last line of its output."""
     environment = engine_environment(engine, expert, place, inherited=os.environ, cluster=cluster)
     environment["TMPDIR"] = os.environ.get("TMPDIR", "/tmp")  # the agent's own folder does not exist yet
     try:

@@ -27,7 +27,8 @@ class Finding:
 
     @property
     def advice(self) -> str | None:
-        """Returns what to do. Where the text of `what` already names the valid values, returns only the key to edit."""
+        """Returns what to do: the fix, else the key to edit, else None. A finding has no `fix` if `what` already names
+        the valid values."""
         return self.fix or (f"edit {self.key}" if self.key is not None else None)
 
     def to_json(self) -> dict[str, Any]:
@@ -35,17 +36,18 @@ class Finding:
 
 
 def ok(what: str) -> Finding:
-    """Returns a finding for a fact, which needs no action."""
+    """Returns a finding that needs no action."""
     return Finding(Severity.OK, what)
 
 
 def note(what: str, fix: str | None = None, key: str | None = None) -> Finding:
-    """Returns a finding for a consequence of the config, with which the deployment works."""
+    """Returns a finding for a consequence of the config that the user should know. The deployment works
+    nevertheless."""
     return Finding(Severity.NOTE, what, fix, key)
 
 
 def fault(what: str, fix: str | None = None, key: str | None = None) -> Finding:
-    """Returns a finding for a fault, with which a part of the deployment will not work."""
+    """Returns a finding for a fault: a part of the deployment will not work."""
     return Finding(Severity.FAULT, what, fix, key)
 
 

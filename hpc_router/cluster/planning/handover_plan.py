@@ -20,8 +20,8 @@ from hpc_router.config.walltime import walltime_s
 @dataclass(frozen=True, slots=True)
 class HandoverPlan:
     """How one expert or the router hands over. `gap_s`: seconds without a ready replica at the end of a walltime, if
-    there is only one replica. `gpu_minutes`: GPU time of one replica's overlap. Both are None if no job was measured
-    yet. `why`: the reason for this mode."""
+    the expert has only one replica. `gpu_minutes`: GPU time for which the old and the new job of a replica overlap.
+    Both are None if no job was measured yet. `why`: the reason for this mode."""
 
     expert: str
     mode: HandoverMode

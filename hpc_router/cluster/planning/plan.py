@@ -141,8 +141,9 @@ def script_without_secrets(job: BatchJob) -> str:
 
 
 def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines: bool = True) -> Plan:
-    """Returns the plan. `ask_engines`: whether to run also the checks that start programs: the engines' interpreters
-    check flags, and Slurm checks the jobs. Raises ConfigError with one line per fault."""
+    """Returns the plan. `run`: the run directory; None for a new run. `ask_engines`: whether to make the checks that
+    start programs: the engines' interpreters check flags, and Slurm checks the jobs. Raises ConfigError with one line
+    per fault."""
     run = run or RunDir(NEW_RUN)
     engines, engine_faults = build_engines(deployment.experts)
     faults = list(own_faults(deployment, exemplars=exemplars_of(deployment), engine_faults=engine_faults))
@@ -173,8 +174,8 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
 
 
 def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
-    """Asks Slurm about its nodes. Returns the answer and no warnings, or None and a warning if Slurm does not
-    answer."""
+    """Asks Slurm about its partitions and nodes. Returns the answer and no warnings, or None and a warning if Slurm
+    does not answer."""
     if deployment.cluster.kind != "slurm":
         return None, []
     try:
@@ -186,8 +187,9 @@ def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
 def _slurm_faults(
     deployment: Deployment, jobs: tuple[BatchJob, ...], site: SlurmSite | None
 ) -> tuple[list[str], list[str]]:
-    """Returns faults and warnings about the jobs; none on cluster=local. Only sbatch decides what is a fault, because a
-    site's submit plugin may choose another partition, and a qos may allow more than the partition."""
+    """Returns faults and warnings about the jobs; none on cluster=local. A value that `site` does not allow is a fault
+    only if sbatch refuses the job: a site's submit plugin may choose another partition, and a qos may allow more than
+    the partition."""
     if deployment.cluster.kind == "allocation":
         return _allocation_faults(deployment, jobs)
     if site is None:

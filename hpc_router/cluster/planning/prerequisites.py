@@ -48,7 +48,7 @@ Check = Callable[[CheckedHost], CheckResult]
 
 
 def prerequisites(host: CheckedHost, *, ask: bool) -> CheckResult:
-    """Runs all checks for `plan` and returns their findings. `ask`: whether to run also the checks that start programs
+    """Runs all checks for `plan` and returns their findings. `ask`: whether to include the checks that start programs
     or write files."""
     found: list[Finding] = []
     for name, check in CHECKS.items():
@@ -102,9 +102,9 @@ def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..
 
 
 def run_directory(host: CheckedHost) -> CheckResult:
-    """Checks that Slurm can name log files in the run directory, and that nodes can see it. A local file system is only
-    a warning, because a cluster may be one host; the first job shows whether its node sees the directory
-    (FailureReason.RUN_UNSEEN)."""
+    """Checks that Slurm can name log files in the run directory, and that nodes can see it. If the directory is on a
+    local file system, that is only a warning, because a cluster may be one host. The first job shows whether its node
+    sees the directory (FailureReason.RUN_UNSEEN)."""
     runs, kind = host.runs.absolute(), host.cluster.kind
     try:
         check_run_path(runs, kind)
@@ -146,7 +146,7 @@ def file_system(path: Path) -> str | None:
 
 
 def software(host: CheckedHost) -> CheckResult:
-    """Checks that modules and the container exist. Inside a job only the container is checked, because the job has
+    """Checks that modules and the container exist. Inside a job checks only the container, because the job has already
     loaded its modules."""
     cluster = replace(host.cluster, kind="local") if host.on_node else host.cluster
     faults, warnings = software_faults(cluster)
@@ -155,7 +155,7 @@ def software(host: CheckedHost) -> CheckResult:
 
 
 def slurm_settings(host: CheckedHost) -> CheckResult:
-    """Checks Slurm's settings. A job skips this check, because the settings are the same on every node."""
+    """Checks Slurm's settings. Returns no findings inside a job, because the settings are the same on every node."""
     return CheckResult() if host.runs_jobs else slurm(host.deployment)
 
 

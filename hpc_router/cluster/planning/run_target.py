@@ -63,7 +63,9 @@ class RunTarget:
 
 
 def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None) -> RunTarget:
-    """Returns the target of an `up` with these arguments, without creating anything. Raises ConfigError."""
+    """Returns the target of an `up` with these arguments, without creating anything. `given`: the run directory of
+    `--run`. Raises ConfigError for overrides that are invalid or differ from the run's config, and for a folder that is
+    no run directory."""
     named = os.environ.get("HPC_ROUTER_RUN")
     path = given or (Path(named) if named else None)
     if path is not None and (path / "config.yaml").exists():
@@ -82,9 +84,9 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
 
 
 def with_requested(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """Returns the deployment that these overrides request for a run with the config `base`. Overrides that choose a
-    config group make a whole config, which `up` requires to equal `base`. Other overrides change single values of
-    `base`."""
+    """Returns the deployment that `overrides` request for a run with the config `base`. If they choose a config group,
+    or with `config_dir`, the result is a whole config without values of `base`; `up` requires it to equal `base`.
+    Otherwise the result is `base` with single values changed."""
     if config_dir is not None or any(parse_override(text).key_or_group in frozen.GROUPS for text in overrides):
         return with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
     return with_absolute_paths(compose.with_overrides(base, overrides))
@@ -96,7 +98,7 @@ def freeze(run: RunDir, deployment: Deployment) -> bool:
 
 
 def latest_of(runs: Path) -> str | None:
-    """Returns the name of the run to which the link `latest` points."""
+    """Returns the name of the run to which the link `latest` points; None if there is no such link."""
     try:
         return str((runs / "latest").readlink())
     except OSError:
@@ -104,7 +106,8 @@ def latest_of(runs: Path) -> str | None:
 
 
 def discard(run: RunDir, *, before: str | None) -> None:
-    """Removes a run that could not be started, and makes `latest` point to the run `before` again."""
+    """Removes a run that could not be started. If `latest` points to it, the link then points to the run `before`, or
+    is removed if that run does not exist."""
     runs = run.path.parent
     if latest_of(runs) == run.path.name:
         if before is not None and (runs / before).is_dir():
@@ -137,7 +140,7 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
 
 def _claim_latest(run: RunDir, deployment: Deployment, *, digest: str) -> RunDir | None:
     """Makes `latest` point to the run and returns None. If another `up` with an equal config was first, returns the run
-    of that `up`."""
+    of that `up`. `digest`: hash of the config."""
     claim = run.path.parent / f".new-{digest}"
     while True:
         try:

@@ -30,8 +30,8 @@ _PURGED: Final = 3
 
 
 def slurm(deployment: Deployment) -> CheckResult:
-    """Returns findings from `scontrol show config` and, with accounting, from `sacctmgr`. Empty if Slurm does not
-    answer; the callers also run `sinfo`, which shows the reason."""
+    """Returns findings from `scontrol show config` and, if Slurm has accounting, from `sacctmgr`. Returns none if Slurm
+    does not answer; `sinfo`, which the callers run as well, shows the reason."""
     try:
         config = ask_config()
     except SlurmCommandError:
@@ -108,14 +108,15 @@ def _tracking(config: Config) -> Finding:
 
 
 def needed_jobs(deployment: Deployment) -> int:
-    """Returns the number of jobs that the deployment keeps in the queue: the router, its standby, and the replicas."""
+    """Returns the number of jobs that the deployment keeps running or in the queue: the router, its standby, and the
+    replicas."""
     router = 0 if deployment.router.place == "here" else 1 + deployment.router.standby
     replicas = sum(expert.replicas for expert in hosts(deployment.experts).values())
     return router + -(-replicas // deployment.cluster.replicas_per_job)
 
 
 def _ask_limits(deployment: Deployment) -> dict[str, int]:
-    """Returns limits on the number of jobs, by name; empty if sacctmgr does not answer."""
+    """Returns Slurm's limits on the number of the user's jobs, by name; empty if sacctmgr does not answer."""
     cluster = deployment.cluster
     mine = ["sacctmgr", "--noheader", "--parsable2", "show"]
     where = [f"account={cluster.account}"] if cluster.account else []
@@ -131,7 +132,8 @@ def _ask_limits(deployment: Deployment) -> dict[str, int]:
 
 
 def parse_limits(text: str, columns: Iterable[str], whose: str) -> dict[str, int]:
-    """Parses a line of sacctmgr: `test|4||6|` gives {"account test: maxsubmit": 4, "account test: grpsubmit": 6}."""
+    """Returns the limits in the output of sacctmgr: `test|4||6|` gives {"account test: maxsubmit": 4, "account test:
+    grpsubmit": 6} if `whose` is "account". `columns`: names of the output's columns."""
     _, *limits = columns
     return {
         f"{whose} {name}: {limit}": int(value)

@@ -74,7 +74,7 @@ def _container_faults(cluster: ClusterConfig) -> Iterator[str]:
 
 
 def _has_program(cluster: ClusterConfig) -> bool:
-    """Returns whether the container's program is on the PATH of the engines."""
+    """Returns whether the program that starts containers is on the PATH that the engines get."""
     return shutil.which(cluster.container.program, path=cluster.env.get("PATH")) is not None
 
 

@@ -20,7 +20,7 @@ OPTION: Final = "dependency"
 
 def met_dependencies(run: RunDir, deployment: Deployment, wanted: Set[str]) -> Set[str]:
     """Returns those of the `wanted` dependencies with which a job of this run has started. Reads `jobs/` once, and not
-    at all if none is wanted."""
+    at all if `wanted` is empty."""
     if not wanted or not run.jobs.is_dir():
         return set()
     jobs = (JobDir(run, folder.name) for folder in run.jobs.glob("[!.]*"))

@@ -36,7 +36,7 @@ class HeldJob:
 
 
 def ask_held_job(job_id: str) -> HeldJob:
-    """Asks Slurm about the job. Raises SlurmCommandError."""
+    """Returns the job as Slurm describes it. Raises SlurmCommandError."""
     argv = ["scontrol", "--details", "--oneliner", "show", "job", job_id]
     return parse_held_job(run_slurm_command(argv, timeout_s=TIMEOUT_S, environment={"SLURM_TIME_FORMAT": "standard"}))
 
@@ -89,8 +89,8 @@ def current_step_id(environment: Mapping[str, str] = os.environ) -> str | None:
 
 def step_fault(jobs: Sequence[BatchJob]) -> str | None:
     """Returns a fault if a step for one of these jobs cannot start beside the step in which this process runs. Returns
-    None if all these steps can start, or if this process runs in no step. Also returns None if other steps run, because
-    these may be the replicas. Raises SlurmCommandError."""
+    None if this process runs in no step, or if all those steps can start. Returns None without a test if other steps
+    run in the job, because they may be the replicas. Raises SlurmCommandError."""
     step_id = current_step_id()
     if step_id is None or not jobs:
         return None

@@ -129,8 +129,8 @@ class SlurmLauncher:
         self._query_soon()
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        """Does the same as `Launcher.remaining`; also cancels and returns jobs of this run in Slurm's queue that have
-        no record in `jobs/`."""
+        """Returns what `Launcher.remaining` returns, and the jobs of this run in Slurm's queue that have no record in
+        `jobs/`. Cancels the latter."""
         infos = [info for replica in replicas if (info := JobDir(self.run, replica).info()) is not None]
         jobs = {info.job_id for info in infos if info.runner is Runner.SLURM}
         snapshot = self.queue.snapshot(fresh=True)
@@ -201,7 +201,8 @@ class SlurmLauncher:
         return {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
 
     def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
-        """Returns whether the job's replica has ended, or was asked to end, and is not known to run in this job."""
+        """Returns whether the replica of job `job_id` has ended, or was asked to end, without a record that it runs in
+        this job."""
         if queued.folder != str(self.run.path) or not queued.name:
             return False
         job = JobDir(self.run, queued.name.partition(":")[0])
@@ -211,8 +212,8 @@ class SlurmLauncher:
         return job.exit() is not None or (stop is not None and stop.cancel_at is not None)
 
     def _purged(self, job: JobRecords, snapshot: QueueSnapshot | None) -> bool:
-        """Returns whether Slurm has forgotten the job: it is missing in two answers that this process got after it knew
-        of the job. Timestamps are not compared, because the clocks of two hosts differ."""
+        """Returns whether Slurm has forgotten the job: two answers that this process got after it first knew the job do
+        not list it. Timestamps are not compared, because the clocks of two hosts differ."""
         info = job.info
         if info is None or info.runner is not Runner.SLURM or snapshot is None:
             return False
@@ -237,8 +238,9 @@ class SlurmLauncher:
                     _scancel("--signal=KILL", step)
 
     def _targets(self, replicas: Iterable[str]) -> tuple[list[str], list[str]]:
-        """Returns the ids of whole jobs, and of steps in shared jobs. A shared job in the queue is cancelled when all
-        its replicas were asked to end; until then each replica reads `stop.json` before it starts."""
+        """Returns the ids of the jobs, and of the steps in shared jobs, that scancel has to end for these replicas. A
+        shared job in the queue is cancelled when all its replicas were asked to end. If the job starts before that,
+        each replica that was asked to end reads `stop.json` and does not start."""
         whole, steps = set(), []
         for replica in replicas:
             job = JobDir(self.run, replica)

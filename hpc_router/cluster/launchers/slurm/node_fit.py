@@ -19,8 +19,8 @@ from hpc_router.errors import suggest
 
 
 def configured_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:
-    """Returns the config key that sets the option `name`, and its value: the key of the resources at `at` if they set
-    it, else that of the cluster."""
+    """Returns the config key that sets the option `name`, and its value. The resources, whose key is `at`, take
+    precedence over the cluster. The value is None if neither sets the option."""
     own, general = getattr(resources, name), getattr(cluster, name)
     if own is not None:
         return f"{at}.{name}", str(own)
@@ -40,13 +40,14 @@ def partition_of(deployment: Deployment, expert: str) -> str:
 
 
 def site_faults(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """Returns a fault for each value that no node can satisfy."""
+    """Returns a fault for each value that no node of the requested partitions can satisfy, and for unknown
+    partitions."""
     faults = [fault for request in _requests(deployment) for fault in _faults(request, site)]
     return list(dict.fromkeys(faults))
 
 
 def site_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """Returns warnings for jobs that Slurm would accept, but cannot start now or at all."""
+    """Returns warnings about jobs that Slurm would accept, but that have to wait for nodes or can never all run."""
     warnings = []
     for request in _requests(deployment):
         for partition in _partitions(request, site):
@@ -76,14 +77,14 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
 
 
 def can_overlap(deployment: Deployment, site: SlurmSite, expert: str) -> bool:
-    """Returns whether the expert's partitions have GPUs for one replica more than it has."""
+    """Returns whether the expert's partitions have enough GPUs for all its replicas and one more."""
     config = deployment.experts[expert]
     partitions, available = _gpus_that_fit(deployment, site, expert)
     return not partitions or available >= config.resources.gpus * config.resources.nodes * (config.replicas + 1)
 
 
 def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tuple[list[Partition], int]:
-    """Returns the expert's partitions, and how many GPUs they have on nodes that can run it."""
+    """Returns the expert's partitions, and the number of their GPUs on nodes that can run a replica."""
     request = _Request(*resources_of(deployment, expert), deployment.cluster, 1)
     partitions, gpu_type = _partitions(request, site), request.option("gpu_type")[1]
     kinds = [kind for partition in partitions for kind in partition.kinds if _fits(request, kind)]
@@ -124,7 +125,8 @@ def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: s
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """The resources that the router or a replica requests. `together`: number of replicas that share a job."""
+    """The resources that the router or a replica requests. `at`: their config key. `together`: number of replicas that
+    share a job."""
 
     at: str
     resources: ResourceConfig
@@ -132,11 +134,12 @@ class _Request:
     together: int
 
     def option(self, name: str) -> tuple[str, str | None]:
-        """Returns the config key of the option and its value."""
+        """Returns the config key that sets the option `name`, and its value."""
         return configured_at(self.at, self.resources, self.cluster, name)
 
     def size(self, name: str, unit: str) -> str:
-        """Returns `key=value` as in the config, followed by the size of the whole job if replicas share it."""
+        """Returns the size `name` as `key=value`. If replicas share a job, the text also has the size of the whole job
+        in `unit`."""
         key, value = f"{self.at}.{name}", getattr(self.resources, name)
         if self.together == 1:
             return f"{key}={value:g}"
@@ -152,7 +155,7 @@ def _requests(deployment: Deployment) -> Iterator[_Request]:
 
 
 def _partition_names(request: _Request, site: SlurmSite) -> list[str]:
-    """Returns the requested partitions, or the default one."""
+    """Returns the requested partitions, else the default one; empty if there is neither."""
     _, value = request.option("partition")
     return value.split(",") if value is not None else [site.default] if site.default is not None else []
 
@@ -173,7 +176,7 @@ def _faults(request: _Request, site: SlurmSite) -> Iterator[str]:
 
 
 def _request_faults(request: _Request, partitions: Sequence[Partition]) -> Iterator[str]:
-    """Yields a fault for each value that none of these partitions can satisfy."""
+    """Yields a fault for each value, and for each combination of values, that none of these partitions can satisfy."""
     name = f"partition {' or '.join(partition.name for partition in partitions)}"
     kinds = [kind for partition in partitions for kind in partition.kinds]
     alone = [*_size_faults(request, kinds, name), *_constraint_faults(request, kinds, name)]
@@ -184,7 +187,8 @@ def _request_faults(request: _Request, partitions: Sequence[Partition]) -> Itera
 
 
 def _size_faults(request: _Request, kinds: Sequence[NodeKind], name: str) -> Iterator[str]:
-    """Yields the faults of each size by itself."""
+    """Yields a fault for each resource size that is too large for every kind of node. Checks each size alone. `name`:
+    the partitions, for the text."""
     resources = request.resources
     type_key, gpu_type = request.option("gpu_type")
     most = max((kind.gpus_of(gpu_type) for kind in kinds), default=0)
@@ -217,8 +221,8 @@ def _walltime_faults(request: _Request, partitions: Sequence[Partition], name: s
 
 
 def _together_faults(request: _Request, partitions: Sequence[Partition], name: str) -> Iterator[str]:
-    """Yields faults of the resource sizes in combination: a node must have all of them, and a partition must have
-    enough such nodes."""
+    """Yields a fault if no node has all requested resources at once, or no partition has enough such nodes. `name`: the
+    partitions, for the text."""
     resources = request.resources
     fitting = max((sum(k.nodes for k in p.kinds if _fits(request, k)) for p in partitions), default=0)
     total = max((sum(k.nodes for k in p.kinds) for p in partitions), default=0)

@@ -1,7 +1,7 @@
 """Finds out which processes of a job receive the job's signals, from Slurm's configuration.
 
 Slurm sends a step's signals to the processes that its process-tracking plugin finds. `proctrack/linuxproc` finds every
-descendant of the step, also the engine; `proctrack/cgroup` and `proctrack/pgid` signal the agent alone.
+descendant of the step, including the engine; `proctrack/cgroup` and `proctrack/pgid` signal the agent alone.
 """
 
 from typing import Final

@@ -53,7 +53,7 @@ class BatchJob:
         return self.run.jobs / self.replicas[0]
 
     def options(self) -> dict[str, Any]:
-        """Returns the options of sbatch by their long names; the value True makes a flag."""
+        """Returns the options of sbatch by their long names. An option without an argument has the value True."""
         options, count = effective_options(self.cluster, self.resources), len(self.requests)
         sizes = {
             "nodes": self.resources.nodes,
@@ -162,27 +162,29 @@ def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobO
 
 
 def excluded(cluster: ClusterConfig, request: JobRequest) -> str | None:
-    """Returns the nodes on which this job may not start: the nodes that the config excludes, and the nodes excluded
-    since then."""
+    """Returns the nodes on which this job may not start, joined by commas: those that the config excludes, and those
+    that `request` excludes. Returns None if there are none."""
     configured = effective_options(cluster, request.resources).exclude
     return ",".join(filter(None, [configured, *request.exclude])) or None
 
 
 def without_job_dependencies(dependency: str) -> str | None:
-    """Returns the parts of a dependency that name no other job, such as `singleton`. They apply to every job."""
+    """Returns the parts of a dependency that name no other job, such as `singleton`; None if there are none. These
+    parts apply to every job."""
     parts = [part for part in dependency.split(",") if not part.strip().lower().startswith("after")]
     return ",".join(parts) or None
 
 
 def option_words(options: Mapping[str, Any], *, quoted: bool = False) -> list[str]:
-    """Returns command-line words: `{"mem": "4G", "exclusive": True}` -> `--mem=4G --exclusive`."""
+    """Returns command-line words: `{"mem": "4G", "exclusive": True}` -> `--mem=4G --exclusive`. `quoted`: whether to
+    quote the values for a shell."""
     quote = shlex.quote if quoted else str
     return [f"--{name}" if value is True else f"--{name}={quote(str(value))}" for name, value in options.items()]
 
 
 def setup_faults(setup: Sequence[str]) -> list[str]:
     """Returns a fault for each setup line that bash cannot parse: such a line would end the job before it leaves a
-    record. Nothing is executed. Without /bin/bash on this machine there are no faults."""
+    record. Nothing is executed. If this machine has no /bin/bash, returns none."""
     faults = []
     for number, line in enumerate(setup):
         # Tested alone, because `} ; {` would be valid in the script, and in the script, because lines may be continued.
@@ -197,8 +199,8 @@ def _guarded(number: int, line: str) -> tuple[str, ...]:
 
 
 def _syntax_fault(text: str) -> str | None:
-    """Returns bash's first syntax error in the text, or None. Parses with `extglob`, which changes the syntax and which
-    an earlier line may have set."""
+    """Returns bash's first syntax error in the text, or None. Bash parses with the option `extglob`, because an earlier
+    line may have set it and it changes the syntax."""
     try:
         done = subprocess.run(
             ["/bin/bash", "-O", "extglob", "-n"],

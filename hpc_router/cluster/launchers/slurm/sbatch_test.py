@@ -22,7 +22,8 @@ _NAMES: Final = ("job-name", "output", "chdir")
 
 
 def check_submission(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str], list[str]]:
-    """Returns faults and warnings, one line each."""
+    """Tests these jobs with sbatch. Returns a fault for each refusal, as one line, and warnings about jobs that were
+    not tested or that Slurm may accept later."""
     faults: dict[str, None] = {}
     shapes = _group_by_shape(jobs)
     warnings = (

@@ -35,7 +35,7 @@ class NodeKind:
     state: str
 
     def gpus_of(self, kind: str | None) -> int:
-        """Returns the number of GPUs of this type per node; None counts all types."""
+        """Returns the number of GPUs of the type `kind` per node; None counts all types."""
         return sum(self.gpus.values()) if kind is None else self.gpus.get(kind, 0)
 
     @property
@@ -68,7 +68,7 @@ def ask_site() -> SlurmSite:
 
 
 def parse_site(text: str) -> SlurmSite:
-    """Parses lines of FORMAT; other lines are ignored."""
+    """Returns the partitions in the output of sinfo. Ignores lines that do not have the fields of FORMAT."""
     found: dict[str, Partition] = {}
     for line in text.splitlines():
         words = [word.strip() for word in line.split("|")]

@@ -20,6 +20,6 @@ def parse_config(text: str) -> dict[str, str]:
 
 
 def seconds(config: Mapping[str, str], name: str) -> int | None:
-    """The value of a setting such as `MinJobAge = 300 sec`."""
+    """Returns the seconds in a setting such as `MinJobAge = 300 sec`; None if the setting is missing or no number."""
     match = re.match(r"\d+", config.get(name, ""))
     return int(match[0]) if match else None

@@ -1,8 +1,8 @@
 """A snapshot of the user's Slurm jobs from one `squeue`, shared by all processes that observe a run.
 
-The snapshot is in the run directory, so that the controller is queried once per `cluster.ask_s`, however many loops and
-verbs there are. A process that finds the snapshot too old claims the next query by creating a file; verbs may query at
-once. If the controller does not answer, the last snapshot stays valid.
+The snapshot is a file in the run directory, so that the Slurm controller is queried once per `cluster.ask_s`, however
+many loops and verbs there are. A process that finds the snapshot too old creates a lock file and makes the next query;
+verbs may query at once. If the controller does not answer, the last snapshot stays valid.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class QueuedJob:
 
 @dataclass(frozen=True, slots=True)
 class QueueSnapshot:
-    """All jobs of this user at `asked_at` (Unix seconds), also those that ended a few minutes ago."""
+    """All jobs of this user at `asked_at` (Unix seconds), including those that ended a few minutes ago."""
 
     asked_at: float
     jobs: Mapping[str, QueuedJob] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Queue:
         """Why the last query of this process failed."""
 
     def snapshot(self, *, fresh: bool = False) -> QueueSnapshot | None:
-        """Returns the newest snapshot; None if there was no answer yet. `fresh`: whether to query Slurm now."""
+        """Returns the newest snapshot; None if Slurm has never answered. `fresh`: whether to query Slurm now."""
         if not fresh:
             self._read()
             if self._snapshot is not None and abs(time.time() - self._snapshot.asked_at) < self._ask_s:
@@ -101,7 +101,8 @@ class Queue:
 
     @contextlib.contextmanager
     def _asking(self, *, fresh: bool) -> Iterator[bool]:
-        """Yields whether this process may query. A claim that is older than `ask_s` was left by a process that died."""
+        """Yields whether this process may query Slurm now: it holds the lock file, `fresh` is set, or the file cannot
+        be created. Removes a lock file that is older than `ask_s`, because its process has died."""
         if fresh:
             yield True
             return

@@ -19,8 +19,8 @@ _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")
 
 @dataclass(frozen=True, slots=True)
 class SubmitError:
-    """A known error. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`: whether Slurm
-    only cannot answer now, and no value is wrong."""
+    """A known error. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`: whether no
+    value is wrong and Slurm only cannot answer now."""
 
     pattern: re.Pattern[str]
     keys: tuple[str, ...]
@@ -240,12 +240,12 @@ _NOISE: Final = re.compile(
 
 
 def find(text: str) -> SubmitError | None:
-    """Returns the known error that the text matches; None for an unknown text."""
+    """Returns the known error that matches the text of sbatch; None if there is none."""
     return next((error for error in TABLE if error.pattern.search(text)), None)
 
 
 def is_temporary(text: str) -> bool:
-    """Returns whether Slurm cannot accept the job now, but may accept it later."""
+    """Returns whether the text says that Slurm cannot accept the job now, but may accept it later."""
     error = find(text)
     return error is not None and error.temporary
 
@@ -258,7 +258,8 @@ def one_line(text: str) -> str:
 
 
 def explain(text: str, deployment: Deployment, expert: str) -> str:
-    """Returns one line: the keys to edit with their values, the error, the advice. `expert` may be the router."""
+    """Returns one line: the config keys to edit with their values, the error, the advice. `expert`: whose job was
+    refused; it may be the router."""
     message, error = one_line(text), find(text)
     if error is not None and error.temporary:
         return f"Slurm cannot take it now: {message} ({error.advice})"
@@ -271,7 +272,7 @@ def explain(text: str, deployment: Deployment, expert: str) -> str:
 
 
 def _values(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str, bool]]:
-    """Returns each config key of the option `name`, its value, and whether it is set."""
+    """Returns (config key, value, whether it is set) for each config key that gives the option `name` of the expert."""
     at, resources = resources_of(deployment, expert)
     if name == "runs":
         return [(name, deployment.runs, True)]

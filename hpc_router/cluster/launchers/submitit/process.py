@@ -38,7 +38,8 @@ class SubmissionResult:
 
 
 def submit(submission: Submission) -> SubmissionResult:
-    """Submits one job. On this machine its id is the process id of submitit's controller."""
+    """Submits one job. If submitit runs the job on this machine, the id of the job is the process id of submitit's
+    controller."""
     replicas = list(submission.argv_of)
     if all((stop := job.stop()) is not None and stop.cancel_at is not None for job in submission.jobs):
         return SubmissionResult(replicas, error=CANCELLED)

@@ -51,7 +51,7 @@ def from_json(text: str) -> list[Submission]:
 
 
 def task_command(python: str, folder: Path) -> tuple[str, ...]:
-    """Returns the command of a task of a submitted job: submitit loads the pickle in `folder`, which calls
+    """Returns the command of a task of a submitted job. With it submitit loads the pickle in `folder` and calls
     `job_entry.start`."""
     return (python, "-u", "-m", "submitit.core._submit", str(folder))
 
@@ -93,7 +93,8 @@ def _run_submitter(text: str, *, environment: Mapping[str, str], timeout_s: floa
 
 
 def _results(output: bytes) -> dict[str, str | None]:
-    """Parses one JSON line per job. The last line is incomplete if the process was stopped while it wrote."""
+    """Returns the error of each replica, None if its job was submitted, from one JSON line per job. Ignores an
+    incomplete last line, which a stopped process leaves."""
     results: dict[str, str | None] = {}
     for line in output.splitlines():
         try:
@@ -107,7 +108,8 @@ def _results(output: bytes) -> dict[str, str | None]:
 def record_refusals(
     run: RunDir, errors: Mapping[str, str | None], exit_for: Callable[[str, str], Exit] | None = None
 ) -> None:
-    """Writes an exit record for each job that was not submitted; raises LaunchError if there is such a job.
+    """Writes an exit record for each replica in `errors` whose job was not submitted. Then raises LaunchError, unless
+    all these jobs were cancelled before their submission.
 
     `exit_for(replica, error)` makes the record of a job that Slurm refused; without it the job counts as crashed.
     """
