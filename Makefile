@@ -4,7 +4,7 @@ BIN := .venv/bin
 SCRIPTS = $(wildcard sbatch/* findings/*.sh) .ci/run .ci/engine-env .ci/client-env $(shell find hpc_router -name '*.sh')
 .DEFAULT_GOAL := help
 .PHONY: help venv engines demo check shellcheck format test test-long clean bench bench-peers .venv-transformers .venv-vllm \
-  .venv-train .venv-bench-peers clients slurm-newest
+  .venv-train .venv-bench-peers clients slurm-newest engines-newest
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ venv: .venv/.stamp
 	PYTHON=$(PYTHON) .ci/engine-env $(@:.venv-%=%)
 
 engines: .venv-transformers .venv-vllm .venv-train ## the environments of the real engines (about 4 GB)
+
+engines-newest: .venv/.stamp engines ## try other versions of the engines, and report what changes (20 minutes)
+	$(BIN)/python -m tests.e2e.newest
 
 clients: ## the clients that `make test-long` runs (2.5 GB)
 	PYTHON=$(PYTHON) .ci/client-env

@@ -12,6 +12,10 @@ VLLM_ENV = f"{{VLLM_CACHE_ROOT: {ROOT}/.venv-vllm/cache, TORCHDYNAMO_DISABLE: '1
 compiled, which would delay the first response even of an eager engine."""
 
 
+ENGINE_ENV = "TEST_ENV_{}"
+"""Name of the variable with another environment of an engine, such as TEST_ENV_VLLM."""
+
+
 def need(present: bool, what: str) -> None:
     """Skips the test, or fails it in CI, unless `present`."""
     if not present:
@@ -19,7 +23,9 @@ def need(present: bool, what: str) -> None:
 
 
 def engine_python(name: str) -> Path:
-    """The interpreter of an engine's environment, which `make engines` creates."""
-    python = ROOT / f".venv-{name}" / "bin" / "python"
+    """The interpreter of an engine's environment, which `make engines` creates, or that of the environment which a
+    variable names (`ENGINE_ENV`)."""
+    folder = os.environ.get(ENGINE_ENV.format(name.upper())) or ROOT / f".venv-{name}"
+    python = Path(folder) / "bin" / "python"
     need(python.exists(), f"{python.parent.parent.name} (make engines)")
     return python

