@@ -12,8 +12,9 @@ _GENERATE: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.EMBEDDINGS}
 
 
 class RequestTraits(NamedTuple):
-    """`user`: the user of the token. `generates`: whether its response is generated tokens. `choices`: number of
-    responses that it asks for. `max_tokens`: the maximum length of each in tokens; None if it states none."""
+    """The traits of one request. `user`: the user of its token. `generates`: whether its response consists of generated
+    tokens, unlike an embedding. `choices`: number of responses that it asks for. `max_tokens`: the limit of the length
+    of each response in tokens; None if the request states none."""
 
     user: str
     generates: bool
