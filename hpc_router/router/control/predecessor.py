@@ -63,7 +63,8 @@ class Predecessor:
             await asyncio.sleep(POLL_S)
 
     async def fetch(self) -> None:
-        """Fetches the turns that are new since the last call. An older router that does not answer is only logged."""
+        """Fetches the turns and counts that are new since the last call. If the older router does not answer, this is
+        logged and changes nothing."""
         record = self._record
         if record is None:
             return

@@ -43,7 +43,7 @@ class TokenWatcher:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Checks the file within the block, once before it."""
+        """Reads the file once, then checks it within the block."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_READ_S):
                 await self._check()

@@ -76,9 +76,9 @@ class Workers:
     """The connections to all workers, and the data that the workers have sent.
 
     `experts`: the configured experts, which have a queue column even without a replica. `seeds`: the replicas that the
-    workers knew when this process started. `tokens`: the users' tokens; None before they are read, and the workers then
-    keep those that they have. `informed` is set with the first snapshot. `on_unknown_session` is awaited when a session
-    is looked up that no worker has served.
+    workers knew when this process started. `tokens`: the users' tokens; until they are read it is None, and the workers
+    keep the tokens that they have. `informed` is set when the first snapshot is sent. `on_unknown_session` is awaited
+    when a session is looked up that no worker has served.
     """
 
     table: ReplicaTable
@@ -133,17 +133,17 @@ class Workers:
         self.notify(messages.Release())
 
     def configure(self, settings: messages.Settings) -> None:
-        """Sends the settings to all workers, now and when a worker is attached."""
+        """Sends the settings to all workers now, and later to each worker that is attached."""
         self.settings = settings
         self.notify(settings)
 
     def set_tokens(self, tokens: messages.UserTokensChanged) -> None:
-        """Sends the users' tokens to all workers, now and when a worker is attached."""
+        """Sends the users' tokens to all workers now, and later to each worker that is attached."""
         self.tokens = tokens
         self.notify(tokens)
 
     async def metrics(self) -> list[messages.MetricsDump]:
-        """Returns the counts of each worker, including those of its predecessors."""
+        """Returns the counts of each worker, including those of earlier processes with the worker's number."""
         await asyncio.gather(*map(self._collect, self.all))
         return [connection.metrics for connection in self.all]
 
@@ -240,8 +240,8 @@ class Workers:
         self._send_snapshot(connection)
 
     def _seed(self, snapshot: Iterable[ReplicaSnapshot]) -> None:
-        """Merges the replicas that one worker knows into `seeds`. A replica that any worker found ejected is
-        ejected."""
+        """Adds the replicas that one worker knows to `seeds`. If the workers know different states of a replica and one
+        of them is ejected, that state is kept."""
         known = ReplicaTable()
         apply_snapshot(known, snapshot)
         for replica in known.all():
