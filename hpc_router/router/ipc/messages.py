@@ -66,7 +66,8 @@ class ReloadCommand(Message):
 
 @dataclass(frozen=True, slots=True)
 class AttachCommand(Message):
-    """The command that brings the socket of a channel to this worker, or to the control process if `worker` is None."""
+    """The command that brings a child the socket of a channel to another process: to this worker, or to the control
+    process if `worker` is None."""
 
     worker: int | None
 
@@ -231,8 +232,8 @@ class Inherit(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWell(Message):
-    """The report that a probe found the replica ready, so that the worker offers it also to requests that avoided
-    it."""
+    """The report that a probe found the replica ready. The worker then offers it to all waiting requests, even those
+    that avoid it because it failed them."""
 
     replica: str
 
