@@ -24,7 +24,8 @@ _STREAM_HEAD: Final = b"content-type: application/x-ndjson\r\ncache-control: no-
 
 
 def _hash_of(tag: bytes) -> str:
-    """Returns the content security policy's source for the page's only element `tag`."""
+    """Returns the hash of the content of the page's only element `tag`, in the form in which the content security
+    policy lists allowed content."""
     content = _PAGE.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
