@@ -120,7 +120,8 @@ def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Featur
 
 
 def _without_texts(counts: TermCounts, removed: Mask) -> TermCounts:
-    """Returns the counts with empty rows for the removed texts. The numbers of the rows do not change."""
+    """Returns the counts without the entries of the removed texts. Their rows stay, empty, so that the row numbers do
+    not change."""
     kept = ~removed[counts.text]
     return replace(counts, text=counts.text[kept], term=counts.term[kept], count=counts.count[kept])
 

@@ -7,7 +7,8 @@ replicas, and it never waits. `select` may return an expert that is not ready; t
 Reasons of a decision: `low_margin`, `out_of_domain` (the probability that the decision is right is too small) and
 `no_known_terms` describe the prompt, whichever expert gets it (the fallback, else the best expert). `unavailable`: the
 prompt's cluster has no expert in this deployment, or no expert is ready. `policy`: the prompt had no influence. Only
-the router sets `named` and `spilled`.
+the router sets `named` (the request names the expert) and `spilled` (the best expert is busy, so the runner-up gets the
+request).
 """
 
 import math
@@ -185,8 +186,8 @@ class ClassifierPolicy:
 
 
 class RoundRobin:
-    """A policy that chooses the ready experts in turn, sorted by name. The set of ready experts may change between
-    calls."""
+    """A policy that chooses each ready expert once, in the order of their names, and then begins again. The set of
+    ready experts may change between calls."""
 
     version = None
     weighs_load = True
@@ -222,7 +223,7 @@ class RoundRobin:
 
 
 class LeastInFlight(RoundRobin):
-    """A policy that chooses the ready expert with the fewest requests in flight. In a tie, the experts take turns."""
+    """A policy that chooses the ready expert with the fewest requests in flight; among equals, like `RoundRobin`."""
 
     def _candidates(self, ready: Mapping[str, int]) -> list[str]:
         ready = self._usable(ready)
