@@ -1,5 +1,5 @@
-"""The properties of a request that limits and scheduling depend on, read from its head and body only if they are
-needed."""
+"""The properties of a request that its user's limits and the scheduling depend on. They are read from its path and
+body, and only where a limit uses them."""
 
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple

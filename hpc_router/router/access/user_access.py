@@ -1,9 +1,9 @@
 """What a user's token allows: its experts, and the limits of its requests over all workers. No I/O.
 
 A request is charged before it gets a place: it counts as one request of the present minute, as one in flight, and
-reserves the tokens that it may generate. At its end, the reservation is replaced by what was generated. One `Charge`
-ends once, however the request ends. The counts of the workers are in shared memory (see `window_count`); they start at
-0 with each router.
+reserves the tokens that it may generate. At its end, the reservation is replaced by the tokens that it has generated.
+One `Charge` ends once, however the request ends. The counts of the workers are in shared memory (see `window_count`);
+they start at 0 when a router starts.
 """
 
 import time

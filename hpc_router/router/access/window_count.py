@@ -2,9 +2,9 @@
 
 Each worker has one cell per count, which only it writes; the count is the sum over all workers. A cell holds the number
 of its minute and the count within that minute, so that a cell of an earlier minute counts as 0 and is never cleared. A
-worker first adds to its own cell and then reads the cells of the others; its store has long become visible by then. If
-the sum exceeds the limit, the worker takes its addition back. When several workers compete for the last place, at most
-one gets it: the limit is never exceeded, but sometimes all of them are refused.
+worker first adds to its own cell and then reads those of the others, which see its addition long before it has read
+them. If the sum exceeds the limit, the worker takes its addition back. When several workers compete for the last place,
+at most one gets it: the limit is never exceeded, but sometimes all of them are refused.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """Keeps the replica table current: reads the registry and probes every endpoint.
 
 The registry says which replicas exist. A probe says whether the process there answers and is the expected one: an agent
-proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request. One
-that takes connections and is silent may be slow or hang; it is used while no other replica serves its experts.
+proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request. If
+it takes connections but sends no response, it may be slow or hang; it is used as long as no other replica serves its
+experts.
 
 A replica whose heartbeats stop is not ejected while its probes succeed, because then only its file system has stalled.
 A replica leaves the table when its owner withdraws its record. This module does not know the workers.
@@ -252,8 +253,8 @@ class Discovery:
 
     async def _judge(self, replica: Replica) -> None:
         """Probes the replica and applies the result to its state. For an external endpoint, an unanswered probe has no
-        effect if the endpoint has answered requests since the start of the probe; if it takes the connection but sends
-        no response, it is ejected only if each of its experts has another ready replica."""
+        effect if the endpoint has answered requests since the start of the probe. An endpoint that takes the connection
+        but sends no response is ejected only if each of its experts has another ready replica."""
         started_at, watch = self.clock(), self._watches[replica.name]
         assert self._prober is not None
         result = await self._prober.probe(replica, external_s=self._external_limit_s(replica, watch))

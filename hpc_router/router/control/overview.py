@@ -117,7 +117,8 @@ def _shrank(before: CounterSample, now: CounterSample) -> bool:
 
 
 def _quantiles(before: Sequence[int] | None, now: Sequence[int] | None) -> dict[str, float] | None:
-    """Returns the median and the 99th percentile of what was added to a histogram; None if nothing was added."""
+    """Returns the median and the 99th percentile in seconds of the values that a histogram got between two states of
+    its buckets, `before` and `now`; None if it got none."""
     if now is None:
         return None
     added = [b - a for a, b in zip(before or [0] * len(now), now, strict=True)]
@@ -141,8 +142,8 @@ def _quantile(counts: Sequence[int], share: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What the overview takes from the run directory. `forecast`: the content of `forecast.json`; `events`: the newest
-    first."""
+    """What the overview takes from the run directory. `forecast`: the content of `forecast.json`; `events`: the last
+    events, the newest first."""
 
     forecast: Mapping[str, Any] = field(default_factory=dict)
     events: Sequence[Mapping[str, Any]] = ()

@@ -52,7 +52,8 @@ class Predecessor:
     _fetching: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def found(self, records: Mapping[str, Record]) -> None:
-        """Chooses the predecessor from the records of the registry: the newest router that is older than this one."""
+        """Takes the records of the registry, and chooses the predecessor among them: the newest router that is older
+        than this one."""
         generation = split_replica(self.replica)[2]
         older = [r for r in records.values() if r.kind is RecordKind.ROUTER and r.generation < generation]
         self._record = max(older, key=lambda r: r.generation, default=None)

@@ -96,7 +96,8 @@ def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, 
 
 
 def increase(now: Totals, before: Totals) -> dict[str, tuple[int, float, int]]:
-    """Returns the counts added since `before`, by replica. Leaves out a replica whose counts restarted at zero."""
+    """Returns, by replica, the increase of the three totals of `totals_by_replica` from `before` to `now`. Leaves out a
+    replica whose totals have not changed, or have restarted at zero."""
     increases = {}
     for replica, (answered, seconds, errors) in now.items():
         then = before.get(replica, (0, 0.0, 0))

@@ -149,7 +149,8 @@ class Workers:
 
     async def find_turn(self, session: str) -> Turn | None:
         """Returns the session's last turn, whichever worker served it; None if it is unknown. A worker reports a turn
-        before it answers its client. So after a `Sync` with each worker, every turn that a client knows of is here."""
+        before it answers its client. So once each worker has answered a `Sync`, this process knows every turn whose
+        response a client has received."""
         await self.informed.wait()
         await asyncio.gather(*(connection.call(messages.Sync()) for connection in self.all))
         if self.sessions.find(session) is None and self.on_unknown_session is not None:
@@ -181,8 +182,8 @@ class Workers:
         return snapshot_of(self.table)
 
     def _send_snapshot(self, connection: WorkerConnection) -> None:
-        """Sends the current snapshot, unless the worker has not yet applied the previous one. Then the newest snapshot
-        is sent after the worker has applied the previous one, and snapshots in between are skipped."""
+        """Sends the current snapshot if the worker has applied the previous one. Otherwise the worker gets the newest
+        snapshot as soon as it has applied the previous one, and those in between are skipped."""
         if self._snapshot is None or not connection.greeted.is_set():
             return
         connection.stale = not connection.applied

@@ -219,7 +219,7 @@ class UserTokensChanged(Message):
 
 @dataclass(frozen=True, slots=True)
 class CertificateChanged(Message):
-    """The report that the files of `router.tls_cert` and `router.tls_key` have new content, which fits together."""
+    """The report that the files of `router.tls_cert` and `router.tls_key` have a new certificate and its key."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 class ChannelClosedError(UnavailableError):
-    """The peer has ended, or does not answer in time."""
+    """The process at the other end of the channel has ended, or does not answer in time."""
 
 
 Handler = Callable[[Message], Awaitable[Any] | Any]

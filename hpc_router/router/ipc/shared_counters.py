@@ -48,8 +48,8 @@ class Counters:
         return tuple(self._row(other) for other in range(self.workers) if other != worker)
 
     def token_row(self, worker: int) -> Cells:
-        """Returns the worker's row of the counts of users' tokens: first the requests in flight of all slots, then the
-        other counts."""
+        """Returns the worker's row of the counts of users' tokens: first one cell per token for its requests in flight,
+        then the cells of the other counts."""
         return self._token_row(worker)
 
     def token_others(self, worker: int) -> Sequence[Cells]:

@@ -268,8 +268,8 @@ class RouterSupervisor:
         self._send(self.children[0], messages.ProcessesChanged(self._statuses(), notice))
 
     def _send(self, child: Child, command: messages.Message, channel: socket.socket | None = None) -> None:
-        """Sends a command to a child. Drops it if the child has ended or does not read; its successor gets the current
-        state."""
+        """Sends a command to a child. If the child has ended or does not read, the command is lost; a restarted child
+        gets the current state at its start."""
         if child.pid and child.commands is not None:
             with contextlib.suppress(OSError):
                 send_command(child.commands, command, channel)

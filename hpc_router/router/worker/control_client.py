@@ -35,8 +35,8 @@ class ControlClient:
     """The worker's end of the connection, and the state that the control process sends to the worker.
 
     `ejects_at_once`: whether the first failed connection ejects a replica. `informed` is set after the first snapshot,
-    `released` once no new clients come. `on_settings` is called after `settings` has changed, `on_certificate` when the
-    files of the certificate have. `users`: the tokens of users other than the owner.
+    `released` once the router's record is withdrawn. `on_settings` is called after `settings` has changed,
+    `on_certificate` when the files of the certificate have. `users`: the tokens of users other than the owner.
     """
 
     table: ReplicaTable

@@ -55,8 +55,8 @@ def page() -> Response:
 async def follow(
     request: Request, overview: Callable[[], Awaitable[dict[str, Any]]], draining: Callable[[], bool]
 ) -> None:
-    """Sends an overview per line every `PERIOD_S`, until the client leaves or the router drains. A line
-    `{"error": TEXT}` replaces an overview that the control process did not give. Raises DownstreamGoneError."""
+    """Sends a line with the overview every `PERIOD_S` seconds until the router drains. If the control process does not
+    answer, the line is `{"error": TEXT}`. Raises DownstreamGoneError when the client leaves."""
     request.start_response(200, _STREAM_HEAD, length=None)
     while True:
         try:

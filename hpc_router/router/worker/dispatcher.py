@@ -169,8 +169,8 @@ class Dispatcher:
         return False
 
     async def _wait(self, routed: RoutedRequest, deadline: float) -> Reservation:
-        """Waits for a reservation until the deadline (of `time.perf_counter`). Raises UnavailableError, or another
-        error for the client."""
+        """Waits for a reservation until the deadline (of `time.perf_counter`). Raises UnavailableError when it has
+        passed, OverloadedError for a full queue, and a not-found error if the only possible replica is lost."""
         started = time.perf_counter()
         try:
             async with asyncio.timeout(deadline - started):

@@ -1,8 +1,8 @@
 """Requests that vLLM's Rust front end refuses or fails although the replica is healthy.
 
-Each such request is sent to the front end, and only its error response counts, so that a newer front end that serves
-more needs no change here. This module then finds the cause in the request, because the front end's own text does not
-always name it. docs/rust-frontend.md has a list.
+The router sends every request to the front end and looks only at its error responses, so that a newer front end that
+serves more requests needs no change here. This module finds the cause of an error in the request, because the front
+end's own text does not always name it. docs/rust-frontend.md has a list.
 """
 
 from collections.abc import Mapping
