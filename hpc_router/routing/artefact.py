@@ -53,8 +53,8 @@ _TENSORS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftDecision:
-    """How soft clusters decide: the `nearest` clusters of a prompt weigh softmax(`sharpness` * value), and one unit of
-    an expert's cost is worth `cost_weight` of correctness."""
+    """How soft clusters decide. The `nearest` clusters of a prompt count, with the weights softmax(`sharpness` *
+    value); one unit of an expert's cost is worth `cost_weight` of correctness."""
 
     sharpness: float
     nearest: int

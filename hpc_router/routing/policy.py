@@ -99,7 +99,8 @@ class Policy(Protocol):
         """Chooses an expert for a prompt. `ready`: ready experts and their number of requests in flight."""
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
-        """Returns the decision of `select` and the terms that caused it. Does not change the policy's state."""
+        """Returns the decision that `select` would make, and the terms that caused it. Does not change the policy's
+        state."""
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         """Returns the experts to try one after the other: the chosen expert, then its substitutes."""
@@ -194,7 +195,8 @@ class RoundRobin:
     shadow = None
 
     def __init__(self, *, fallback: str | None = None, experts: Collection[str] | None = None) -> None:
-        """`experts`: the only experts that it may choose; None: all."""
+        """Creates a policy that chooses only among `experts`; None: among all. `fallback`: tried after the chosen
+        expert."""
         self._fallback = fallback
         self._experts = experts
         self._last = ""

@@ -88,7 +88,8 @@ def held_out_predictions(rows: Any, vectors: Floats, weight: Doubles, fold: Ids,
 
 
 def _solution(rows: Any, targets: Floats, weight: Doubles, *, strength: float) -> Floats:
-    """Returns the weighted regression of the centred targets: terms x targets."""
+    """Returns the coefficients, terms x targets, of the weighted ridge regression of the centred `targets` on
+    `rows`."""
     from scipy import sparse
 
     root = np.sqrt(weight)

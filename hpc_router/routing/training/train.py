@@ -1,11 +1,16 @@
 """Trains an artefact from prompts: feature space, clusters, weights of terms, margin threshold, quality.
 
 Method *discovered*: balanced k-means over all prompts; a cluster gets the expert that its rows name most often.
-*exemplars*: one cluster per label. With `distilled` features it lies at the mean of its prompts plus its description
-(`label_directions`), with `lexical` features a ridge regression predicts the label, and with `cbtm` it lies at the mean
-of its prompts. *measured*: discovered clusters; each gets the expert with the
-highest correctness minus `weight` times its cost. The margin threshold comes from held-out prompts. The same rows,
-settings, package versions and one BLAS thread give the same bytes.
+
+Method *exemplars*: one cluster per label. With `distilled` features the cluster lies at the mean of its prompts plus
+its description (`label_directions`), with `cbtm` features at the mean of its prompts; with `lexical` features a ridge
+regression predicts the label.
+
+Method *measured*: discovered clusters; each gets the expert with the highest correctness minus `weight` times the
+expert's cost.
+
+The margin threshold comes from held-out prompts. The same rows, settings, package versions and one BLAS thread give the
+same bytes.
 """
 
 import platform

@@ -67,9 +67,9 @@ def first_within_error(gains: Sequence[Doubles], weight: Doubles) -> int:
     """Returns the number of the first setting whose weighted mean gain is at most one standard error below the best
     mean.
 
-    `gains`: for each setting, the gain of each row. The standard error is that of the mean difference between the rows'
-    gains of the two settings. The settings are in the order of their complexity, so that chance does not choose a
-    complex one.
+    `gains`: for each setting, the gain of each row. The standard error is that of the mean of the differences, row by
+    row, to the gains of the best setting. The settings are in the order of their complexity, so that chance does not
+    choose a complex one.
     """
     means = [float(np.average(gain, weights=weight)) for gain in gains]
     best = int(np.argmax(means))
