@@ -253,8 +253,8 @@ class Discovery:
 
     async def _judge(self, replica: Replica) -> None:
         """Probes the replica and applies the result to its state. For an external endpoint, an unanswered probe has no
-        effect if the endpoint has answered requests since the start of the probe. An endpoint that takes the connection
-        but sends no response is ejected only if each of its experts has another ready replica."""
+        effect if the endpoint has answered requests since the start of the probe. An external endpoint that takes the
+        connection but sends no response can be ejected only if each of its experts has another ready replica."""
         started_at, watch = self.clock(), self._watches[replica.name]
         assert self._prober is not None
         result = await self._prober.probe(replica, external_s=self._external_limit_s(replica, watch))

@@ -95,7 +95,7 @@ class ProcessesChanged(Message):
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """The first message of a worker on a channel: the facts that a control process that has just started does not know.
+    """The first message of a worker on a channel: what the worker knows and a newly started control process does not.
     `replicas`: None if the worker has not received any yet."""
 
     pid: int

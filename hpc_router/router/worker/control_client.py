@@ -1,7 +1,7 @@
 """A worker's connection to the control process.
 
 The worker receives the replica states, the settings and its predecessor's counts. It reports what its requests observe
-of a replica, and does not wait for an answer to act on the observation. While no control process runs, the worker keeps
+of a replica, and acts on the observation without waiting for an answer. While no control process runs, the worker keeps
 its last snapshot; a new control process gets what the worker knows, so that nothing is lost.
 """
 

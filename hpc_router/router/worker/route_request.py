@@ -40,8 +40,8 @@ def endpoint_of(request: Request) -> ApiEndpoint:
 
 
 def is_true(value: object) -> bool:
-    """Returns whether an engine reads `value` as true. As in vLLM (pydantic), 1 and words such as "yes" are true, too.
-    Any other value counts as not true, even if the engine will refuse it."""
+    """Returns whether an engine reads `value` as true: like pydantic in vLLM, `true`, 1 and words such as "yes". Any
+    other value counts as not true, even if the engine will refuse it."""
     return value == 1 or (isinstance(value, str) and value.lower() in _TRUE_WORDS)
 
 

@@ -175,8 +175,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.dispatcher.in_flight.leave()
 
     def _settle_short(self, status: int, body: bytes) -> None:
-        """Ends the charge of a request whose complete response has this status and body. The body may state the number
-        of generated tokens; a response other than 2xx counts as none."""
+        """Ends the charge of a request whose complete response has this status and body. A response other than 2xx has
+        generated no tokens. If the body of a 2xx response does not state their number, the reserved tokens stay
+        charged."""
         charge, self.charge = self.charge, None
         assert charge is not None
         if not charge.counted or not 200 <= status < 300:
