@@ -99,7 +99,8 @@ def _solution(rows: Any, targets: Floats, weight: Doubles, *, strength: float) -
 
 
 def ridge_regression(rows: Any, targets: Floats, *, strength: float) -> Floats:
-    """Solves a ridge regression by conjugate gradients. Returns columns of `rows` x columns of `targets`.
+    """Solves a ridge regression by conjugate gradients. Returns the coefficients: as many rows as `rows` has columns,
+    as many columns as `targets` has.
 
     All columns of `targets` are solved together, each with its own step sizes.
     """
