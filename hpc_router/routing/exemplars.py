@@ -70,8 +70,8 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
 
 
 def margin_threshold(margins: Doubles) -> float:
-    """Returns the margin threshold that rejects the share `FALSE_REJECTION_RATE` of correctly classified held-out
-    prompts, which have these margins; 0 if there are none."""
+    """Returns the margin threshold that rejects at most the share `FALSE_REJECTION_RATE` of correctly classified
+    held-out prompts, which have these margins; 0 if there are none."""
     return float(np.quantile(margins, FALSE_REJECTION_RATE)) if margins.size else 0.0
 
 

@@ -168,7 +168,7 @@ class UserAccess:
         return Charge(self, expert, reserved, window, choices, counted)
 
     def leave(self) -> None:
-        """Counts the end of a request."""
+        """Counts the end of a request: one fewer is in flight."""
         self._in_flight = in_flight = self._in_flight - 1
         self.cells[self._in_flight_at] = in_flight
         self._left += 1

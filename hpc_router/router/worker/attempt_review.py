@@ -52,7 +52,7 @@ class HealthReporter(Protocol):
         failure."""
 
     def request_succeeded(self, replica: Replica) -> None:
-        """Records that the replica served a request after it had failed an earlier one."""
+        """Records that the replica served a request, after an earlier request to it had failed."""
 
     def state_reported(self, replica: Replica, event: Event) -> None:
         """Records the state that the replica reported in the header of a response."""
