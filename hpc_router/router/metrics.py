@@ -73,8 +73,8 @@ class HistogramCollector(Collector):
     """A histogram without the locks of the Prometheus library."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], *, bounds: Sequence[float]) -> None:
-        """Creates a histogram. Observations may have more labels than `labels`; the exposition sums over the additional
-        labels."""
+        """Creates a histogram. `bounds`: upper bounds of the buckets. An observation may have more label values than
+        `labels` has names; the exposition sums over the additional ones."""
         self._about = name, text, labels
         self._bounds = bounds
         self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and a list with only the sum
@@ -120,7 +120,8 @@ class HistogramCollector(Collector):
         return totals
 
     def fold(self, last: str) -> None:
-        """Moves the counts of series whose last label is `last` to the series where this label is empty."""
+        """Merges the series whose last label has the value `last` into those whose last label is empty and whose other
+        labels are the same."""
         for labels in [labels for labels in self._series if labels[-1] == last]:
             counts, (added,) = self._series.pop(labels)
             self.absorb([[(*labels[:-1], ""), counts, added]])

@@ -53,8 +53,8 @@ _TENSORS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftDecision:
-    """How soft clusters decide: the `nearest` clusters of a prompt weigh softmax(`sharpness` * value), and one unit of
-    an expert's cost is worth `cost_weight` of correctness."""
+    """How soft clusters decide. The `nearest` clusters of a prompt count, with the weights softmax(`sharpness` *
+    value); one unit of an expert's cost is worth `cost_weight` of correctness."""
 
     sharpness: float
     nearest: int
@@ -268,7 +268,8 @@ def _validate_soft(artefact: Artefact, soft: SoftDecision) -> None:
 
 
 def _features_content(features: Features) -> dict[str, object]:
-    """Returns the settings as JSON values, without the text version if it is 1, as artefacts of before have them."""
+    """Returns the settings as JSON values. Leaves out a `text_version` of 1, because artefacts from before this key do
+    not have it and must keep their version."""
     content = asdict(features)
     if features.text_version == 1:
         del content["text_version"]
@@ -289,7 +290,8 @@ def _features(value: object) -> Features:
 
 
 def _section(manifest: Mapping[str, object], key: str, schema: type[_Section]) -> _Section | None:
-    """Returns a section of numbers; None if the manifest has none."""
+    """Returns the section `key` of the manifest, which has one number per field of `schema`; None if the manifest does
+    not have the section. Raises ValueError for other fields."""
     value = manifest.get(key)
     if value is None:
         return None

@@ -99,8 +99,8 @@ class Classifier:
         return frozenset(name for name in names if name is not None)
 
     def limited_to(self, experts: Collection[str]) -> Self:
-        """Returns a classifier that never chooses another expert of the deployment. It shares the tables. At least one
-        of the experts must be one of `choices`."""
+        """Returns a classifier that chooses only among these experts, of which at least one must be one of `choices`.
+        It shares the tables with this one."""
         limited = copy.copy(self)
         limited.experts = tuple(name if name in experts else None for name in self.experts)
         if self._soft is not None:
@@ -190,7 +190,7 @@ class Classifier:
     def _values(self, text: str) -> tuple[list[float], float, int]:
         """Returns the values of the clusters, the length of the prompt, and the number of its discriminative terms.
 
-        Without offsets, the values are not yet divided by the length.
+        If the artefact has no offsets, the values are not yet divided by the length.
         """
         sums = self._terms.sums(text)
         clusters = self._clusters

@@ -1,7 +1,8 @@
 """The probability that a decision is right, from its score and margin; and measures of such probabilities.
 
-A logistic function of margin and score is fitted to held-out decisions. Neither may count against a decision. The
-classifier's own values are no probabilities: 0.2 may be certain for one artefact and a guess for another.
+A logistic function of margin and score is fitted to held-out decisions. A higher margin or score never lowers the
+probability. The classifier's own values are no probabilities: a margin of 0.2 may be certain for one artefact and a
+guess for another.
 """
 
 import math
@@ -37,7 +38,8 @@ class Calibration:
 
 
 def calibrate(margins: Doubles, scores: Doubles, right: Mask, *, weight: Doubles | None = None) -> Calibration | None:
-    """Fits a calibration to decisions; None if there are too few. `weight`: weight of each decision."""
+    """Fits a calibration to decisions; returns None if there are too few. `right`: whether each decision is right.
+    `weight`: weight of each decision; None: equal weights."""
     if len(right) < MIN_DECISIONS:
         return None
     weights = np.ones(len(right)) if weight is None else weight * (len(right) / weight.sum())

@@ -1,12 +1,11 @@
 """Trains an artefact from exemplars, about 20 prompts per expert: one centroid of TF-IDF rows per expert.
 
-The settings were as good as the best ones in tests with exemplars of one source and prompts of others: single terms
-with five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df),
-which nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
+In tests with exemplars of one source and prompts of others, no settings were better than these: single terms with
+five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df), which
+nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
 exemplars. A term is discriminative if it has a letter and occurs in the exemplars of at most half of the experts,
-rounded up: digits and punctuation alone say nothing of a topic. The
-training uses neither randomness nor BLAS, so the same prompts give the same bits. A generalist fallback expert needs no
-exemplars and is not part of the artefact.
+rounded up: digits and punctuation alone say nothing of a topic. The training uses neither randomness nor BLAS, so the
+same prompts give the same bits. A generalist fallback expert needs no exemplars and is not part of the artefact.
 """
 
 import hashlib
@@ -71,7 +70,8 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
 
 
 def margin_threshold(margins: Doubles) -> float:
-    """Returns the threshold for these margins of correctly classified held-out prompts; 0 if there are none."""
+    """Returns the margin threshold that rejects at most the share `FALSE_REJECTION_RATE` of correctly classified
+    held-out prompts, which have these margins; 0 if there are none."""
     return float(np.quantile(margins, FALSE_REJECTION_RATE)) if margins.size else 0.0
 
 
@@ -120,13 +120,15 @@ def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Featur
 
 
 def _without_texts(counts: TermCounts, removed: Mask) -> TermCounts:
-    """Returns the counts with empty rows for the removed texts. The numbers of the rows do not change."""
+    """Returns the counts without the entries of the removed texts. Their rows stay, empty, so that the row numbers do
+    not change."""
     kept = ~removed[counts.text]
     return replace(counts, text=counts.text[kept], term=counts.term[kept], count=counts.count[kept])
 
 
 def _idf(counts: TermCounts, *, prompts: int) -> Doubles:
-    """Returns ln((prompts + 1) / df) for each term, or 0 if it has no entries. `prompts`: texts with entries."""
+    """Returns ln((prompts + 1) / df) for each term; 0 for a term without entries. `prompts`: number of texts with
+    entries."""
     df = np.bincount(counts.term, minlength=counts.terms)
     idf: Doubles = np.where(df > 0, np.log((prompts + 1) / np.maximum(df, 1)), 0.0)
     return idf

@@ -65,10 +65,10 @@ _WORD_TABLES: Final = {fold: _word_table(fold_numbers=fold) for fold in (False, 
 class Features:
     """The settings that turn a text into terms. An artefact has one set of them.
 
-    `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: number of characters of a further term, the start of
-    each token that is at least that long (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm` ignores
-    these three. `text_version`: 1 reads the start of a text only, takes single characters in scripts without spaces,
-    and splits words at combining marks.
+    `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: a token with at least this number of characters also
+    gives the term of its first `prefix` characters (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm`
+    ignores these three. `text_version`: 1 reads the start of a text only, takes single characters in scripts without
+    spaces, and splits words at combining marks.
     """
 
     kind: str = "lexical"
@@ -169,8 +169,8 @@ def ends_of(text: str, size: int) -> str:
 
 
 def _spaced(text: str, *, symbols: bool) -> str:
-    """Returns the text with pairs of characters in place of runs of unspaced scripts, and with spaces around symbols
-    beyond ASCII, or in their place unless `symbols`."""
+    """Returns the text with each run of an unspaced script replaced by its pairs of neighbouring characters. Each
+    symbol beyond ASCII gets spaces around it if `symbols` is true, else a space replaces it."""
 
     def pairs(run: re.Match[str]) -> str:
         characters = run[0]

@@ -7,7 +7,8 @@ replicas, and it never waits. `select` may return an expert that is not ready; t
 Reasons of a decision: `low_margin`, `out_of_domain` (the probability that the decision is right is too small) and
 `no_known_terms` describe the prompt, whichever expert gets it (the fallback, else the best expert). `unavailable`: the
 prompt's cluster has no expert in this deployment, or no expert is ready. `policy`: the prompt had no influence. Only
-the router sets `named` and `spilled`.
+the router sets `named` (the request names the expert) and `spilled` (the best expert is busy, so the runner-up gets the
+request).
 """
 
 import math
@@ -98,7 +99,8 @@ class Policy(Protocol):
         """Chooses an expert for a prompt. `ready`: ready experts and their number of requests in flight."""
 
     def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
-        """Returns the decision of `select` and the terms that caused it. Does not change the policy's state."""
+        """Returns the decision that `select` would make, and the terms that caused it. Does not change the policy's
+        state."""
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         """Returns the experts to try one after the other: the chosen expert, then its substitutes."""
@@ -185,15 +187,16 @@ class ClassifierPolicy:
 
 
 class RoundRobin:
-    """A policy that chooses the ready experts in turn, sorted by name. The set of ready experts may change between
-    calls."""
+    """A policy that chooses each ready expert once, in the order of their names, and then begins again. The set of
+    ready experts may change between calls."""
 
     version = None
     weighs_load = True
     shadow = None
 
     def __init__(self, *, fallback: str | None = None, experts: Collection[str] | None = None) -> None:
-        """`experts`: the only experts that it may choose; None: all."""
+        """Creates a policy that chooses only among `experts`; None: among all. `fallback`: tried after the chosen
+        expert."""
         self._fallback = fallback
         self._experts = experts
         self._last = ""
@@ -222,7 +225,7 @@ class RoundRobin:
 
 
 class LeastInFlight(RoundRobin):
-    """A policy that chooses the ready expert with the fewest requests in flight. In a tie, the experts take turns."""
+    """A policy that chooses the ready expert with the fewest requests in flight; among equals, like `RoundRobin`."""
 
     def _candidates(self, ready: Mapping[str, int]) -> list[str]:
         ready = self._usable(ready)

@@ -24,7 +24,8 @@ class SoftChoice(NamedTuple):
 
 
 class SoftScores:
-    """The expected quality of the experts that a deployment has. `experts`: names of these; None: all."""
+    """The expected quality of the experts that a deployment has. `experts`: names of the deployment's experts; None:
+    all experts of the artefact."""
 
     def __init__(
         self, quality: Quality, soft: SoftDecision, *, experts: Collection[str] | None, cost_weight: float | None
@@ -38,14 +39,15 @@ class SoftScores:
         self._further = range(min(soft.nearest, len(self._rates)) - 1)
 
     def limited_to(self, experts: Collection[str]) -> Self:
-        """Returns the same scores of these experts only."""
+        """Returns a copy that knows only these experts."""
         limited, columns = copy.copy(self), [e for e, name in enumerate(self.experts) if name in experts]
         limited.experts = tuple(self.experts[e] for e in columns)
         limited._rates = [[rates[e] for e in columns] for rates in self._rates]
         return limited
 
     def choose(self, values: list[float], length: float) -> SoftChoice:
-        """Returns the best expert for a prompt with these values of the clusters. Changes `values`."""
+        """Returns the best expert for a prompt. `values`: the prompt's value for each cluster, which this call
+        overwrites. `length`: the prompt's length, by which the values are divided."""
         rates, factor = self._rates, self._sharpness / length
         top = max(values)
         cluster = nearest = values.index(top)
@@ -78,7 +80,8 @@ class SoftScores:
         )
 
     def expected(self, values: Sequence[float], length: float) -> dict[str, float]:
-        """Returns the expected quality of each expert."""
+        """Returns the expected quality of each expert for a prompt with these values of the clusters and this
+        length."""
         shares = self._shares(values, length)
         return {
             name: sum(share * self._rates[cluster][e] for cluster, share in shares.items())
@@ -86,8 +89,8 @@ class SoftScores:
         }
 
     def gradient(self, values: Sequence[float], length: float) -> dict[int, float]:
-        """Returns the derivative of the margin with respect to the value of each nearest cluster, divided by the
-        length; without a runner-up, that of the score."""
+        """Returns for each of the nearest clusters the derivative of the margin with respect to the cluster's value
+        divided by `length`. Without a runner-up, it is the derivative of the score."""
         choice, shares = self.choose(list(values), length), self._shares(values, length)
         if choice.expert is None:
             return {}

@@ -1,5 +1,5 @@
-"""The properties of a request that limits and scheduling depend on, read from its head and body only if they are
-needed."""
+"""The properties of a request that its user's limits and the scheduling depend on. They are read from its path and
+body, and only where a limit uses them."""
 
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -12,8 +12,9 @@ _GENERATE: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.EMBEDDINGS}
 
 
 class RequestTraits(NamedTuple):
-    """`user`: the user of the token. `generates`: whether its response is generated tokens. `choices`: number of
-    responses that it asks for. `max_tokens`: the maximum length of each in tokens; None if it states none."""
+    """The traits of one request. `user`: the user of its token. `generates`: whether its response consists of generated
+    tokens, unlike an embedding. `choices`: number of responses that it asks for. `max_tokens`: the limit of the length
+    of each response in tokens; None if the request states none."""
 
     user: str
     generates: bool

@@ -1,9 +1,9 @@
 """What a user's token allows: its experts, and the limits of its requests over all workers. No I/O.
 
 A request is charged before it gets a place: it counts as one request of the present minute, as one in flight, and
-reserves the tokens that it may generate. At its end, the reservation is replaced by what was generated. One `Charge`
-ends once, however the request ends. The counts of the workers are in shared memory (see `window_count`); they start at
-0 with each router.
+reserves the tokens that it may generate. At its end, the reservation is replaced by the tokens that it has generated.
+One `Charge` ends once, however the request ends. The counts of the workers are in shared memory (see `window_count`);
+they start at 0 when a router starts.
 """
 
 import time
@@ -67,7 +67,7 @@ class OutputLengths:
 
 class Charge:
     """What one request has taken of its token's limits. `reserved`: tokens reserved in `window`, for `choices`
-    responses. `counted`: whether the number of generated tokens is needed."""
+    responses. `counted`: whether the generated tokens count, because the token has a limit for them."""
 
     __slots__ = ("_access", "_choices", "_window", "counted", "expert", "reserved")
 
@@ -95,8 +95,8 @@ class Charge:
 
 
 class UserAccess:
-    """One token in one worker. `expires_at`: Unix seconds; 0 once the token is revoked. The worker writes its counts to
-    `cells` and reads those of the others from `peers`."""
+    """What one user's token allows, and its counts in one worker. `expires_at`: Unix seconds; 0 once the token is
+    revoked. The worker writes its counts to `cells` and reads those of the other workers from `peers`."""
 
     __slots__ = (
         "_in_flight", "_in_flight_at", "_left", "_mean_s", "_requests_at", "_since", "cells", "clock", "experts",
@@ -112,7 +112,7 @@ class UserAccess:
         self.renew(token)
 
     def renew(self, token: UserToken) -> None:
-        """Replaces the entry by a newer one of the same token."""
+        """Takes over experts, limits and expiry from a newer entry of the same token. The counts stay."""
         self.token = token
         self.revoked = False
         self.expires_at = float("inf") if token.expires_at is None else token.expires_at
@@ -168,14 +168,14 @@ class UserAccess:
         return Charge(self, expert, reserved, window, choices, counted)
 
     def leave(self) -> None:
-        """Counts the end of a request."""
+        """Counts the end of a request: one fewer is in flight."""
         self._in_flight = in_flight = self._in_flight - 1
         self.cells[self._in_flight_at] = in_flight
         self._left += 1
 
     def _wait_s(self, now: float) -> float:
-        """Returns the expected time in seconds until a request of this token ends: the mean time between such ends
-        since the start of the present interval, or in the last one."""
+        """Returns the expected time in seconds until a request of this token ends: the mean time between two ends in
+        the present interval of `RATE_WINDOW_S`, or in an earlier one if none has ended in it."""
         elapsed_s = now - self._since
         if self._left:
             self._mean_s = elapsed_s / self._left
@@ -223,7 +223,8 @@ class UserTokens:
         return iter(self._entries.values())
 
     def update(self, tokens: Iterable[UserToken]) -> None:
-        """Replaces the tokens. A token that is missing is revoked at once, also where its head is cached."""
+        """Replaces all tokens by `tokens`. A known token that is not among them is revoked at once, even for requests
+        whose head is cached."""
         before, self._entries = self._by_id, {token.id: token for token in tokens}
         self._by_id = {}
         for name, token in self._entries.items():
@@ -241,6 +242,7 @@ class UserTokens:
         return self._by_id.get(token_id)
 
     def find(self, text: str) -> UserAccess | None:
-        """Returns the access that the token `text` gives, whether or not it has expired; None for any other text."""
+        """Returns the access of the token whose text is `text`, even if the token has expired; None if there is no such
+        token."""
         found = find_token(text, self._entries)
         return None if found is None else self._by_id[found.id]

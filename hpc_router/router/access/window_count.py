@@ -2,9 +2,9 @@
 
 Each worker has one cell per count, which only it writes; the count is the sum over all workers. A cell holds the number
 of its minute and the count within that minute, so that a cell of an earlier minute counts as 0 and is never cleared. A
-worker first adds and then reads the cells of the others, which takes the interpreter far longer than a store takes to
-become visible. Of several workers that take the last place at once, all but one or all see a sum above the limit and
-take their addition back: the limit is never exceeded, and at worst both of two are refused where one fitted.
+worker first adds to its own cell and then reads those of the others, which see its addition long before it has read
+them. If the sum exceeds the limit, the worker takes its addition back. When several workers compete for the last place,
+at most one gets it: the limit is never exceeded, but sometimes all of them are refused.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,9 @@ def left_s(now: float) -> float:
 
 
 def try_add(cells: Cells, peers: Sequence[Cells], at: int, window: int, amount: int, limit: int) -> int | None:
-    """Adds `amount` to this worker's cell `at` if the sum over all workers stays within `limit`. Returns the window in
-    which it was added; None if it was not. That is a later window if another worker is in it already."""
+    """Adds `amount` to this worker's cell `at` if the sum over all workers stays within `limit`, else nothing. Returns
+    the window to which it was added: `window`, or a later one if another worker has already counted in a later one.
+    Returns None if nothing was added."""
     while True:
         cell = cells[at]
         own = cell & MAX_COUNT if cell >> _SHIFT == window else 0
@@ -56,8 +57,9 @@ def try_add(cells: Cells, peers: Sequence[Cells], at: int, window: int, amount: 
 
 
 def settle(cells: Cells, at: int, added_in: int, window: int, difference: int) -> None:
-    """Corrects what was added in the window `added_in` by `difference`. `window`: the present one. In a later window,
-    only more is added: what was added too much has expired with its window."""
+    """Adds `difference` to an amount that `try_add` has added in the window `added_in`. `window`: the present window.
+    If that is a later one, a positive difference is added there, and a negative one has no effect, because the amount
+    has expired with its window."""
     cell = cells[at]
     of = max(window, cell >> _SHIFT)
     if difference < 0 and of != added_in:

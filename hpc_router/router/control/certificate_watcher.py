@@ -1,6 +1,7 @@
 """Watches the files of `router.tls_cert` and `router.tls_key`, so that a renewed certificate needs no restart.
 
-A pair that does not fit together, as while only one of the files is replaced, is only logged; the old one stays in use.
+If certificate and key do not fit together, for example while only one of the files is replaced, this is logged and the
+old pair stays in use.
 """
 
 import asyncio
@@ -26,8 +27,8 @@ CHECK_S: Final = 1.0
 
 @dataclass(slots=True)
 class CertificateWatcher:
-    """A watcher that calls `on_change` with a new certificate, in PEM. `certificate`: the one that the router's record
-    has; None: the router serves HTTP, and nothing is watched."""
+    """A watcher that calls `on_change` with a new certificate, in PEM. `certificate`: the present one, from the
+    router's record; with None, the router serves HTTP, and nothing is watched."""
 
     config: RouterConfig
     certificate: str | None

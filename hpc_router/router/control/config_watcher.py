@@ -1,7 +1,8 @@
-"""Watches the files that may change while a router serves: `desired.json`, the classifier's artefact and its shadow.
+"""Watches the files that may change while a router serves: `desired.json`, and the artefacts of the classifier and of
+its shadow.
 
-It compares the stamps of these files every second, and at once after `check_now`. Invalid settings or artefacts are
-logged and shown in `/status`, and change nothing.
+Every second, and at once after `check_now`, it compares the stamps (time, size and inode) of these files with those at
+the last load. Invalid settings or artefacts are logged and shown in `/status`, and change nothing.
 """
 
 import asyncio

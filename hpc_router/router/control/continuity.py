@@ -1,5 +1,5 @@
-"""Measures how long experts have no ready replica, and counts whether a successor was ready when a replica reached the
-end of its walltime.
+"""Measures how long experts have no ready replica, and counts how often a successor was ready when a replica reached
+the end of its walltime, and how often not.
 
 `update` is called after changes of the replica table, once for all changes in one step of the event loop. An expert is
 measured from the first time that it was ready in this router. No I/O.
@@ -38,8 +38,8 @@ class Continuity:
     _ready: dict[str, Replica] = field(default_factory=dict)
 
     def update(self, table: ReplicaTable, *, unwanted: Collection[str] = ()) -> None:
-        """Updates the measurements to the present states in `table`. `unwanted`: experts that should have no
-        replica."""
+        """Updates the measurements to the present states in `table`. `unwanted`: experts that should have no replica;
+        their time without one does not count."""
         now = self.clock()
         ready = {r.name: r for r in table.all() if r.state is RoutingState.READY}
         experts = {expert for replica in ready.values() for expert in replica.record.serves}
@@ -68,7 +68,8 @@ class Continuity:
         }
 
     def absorb(self, dumped: Mapping[str, Any]) -> None:
-        """Adds the counts of a predecessor. Called once; later counts of it come by `follow`."""
+        """Adds all counts of a predecessor, from its `dump`. Called once; `follow` adds what the predecessor counts
+        afterwards."""
         for expert, seconds in dumped.get("unready_s", {}).items():
             self._unready_s[expert] = self._unready_s.get(expert, 0.0) + seconds
         for expert, outcome, count in dumped.get("handovers", ()):
@@ -79,7 +80,8 @@ class Continuity:
         self._remember(counted)
 
     def follow(self, dumped: Mapping[str, Any]) -> None:
-        """Adds the handovers that a predecessor has counted since the last call and that are not counted here."""
+        """Adds the handovers in a predecessor's `dump` that were not counted here yet, neither by an earlier call nor
+        by this router."""
         counted: Mapping[str, list[list[str]]] = dumped.get("counted", {})
         new = {replica: labels for replica, labels in counted.items() if replica not in self.counted}
         self.handovers.update((expert, outcome) for labels in new.values() for expert, outcome in labels)
@@ -110,7 +112,9 @@ class Continuity:
         yield from (unready, handovers, expires)
 
     def _count_handover(self, replica: Replica, ready: dict[str, Replica], *, left: bool) -> None:
-        """Counts one handover, for a replica that is not ready any more and has a successor or is near its end."""
+        """Counts the end of a replica that is not ready any more, if it drains or has left the table, and a successor
+        is ready or its walltime is nearly over. `ready`: the ready replicas by name; `left`: whether the replica has
+        left the table."""
         expires_at = replica.record.expires_at
         if expires_at is None or not (left or replica.state is RoutingState.DRAINING) or replica.name in self.counted:
             return

@@ -1,8 +1,9 @@
 """Keeps the replica table current: reads the registry and probes every endpoint.
 
 The registry says which replicas exist. A probe says whether the process there answers and is the expected one: an agent
-proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request. One
-that takes connections and is silent may be slow or hang; it is used while no other replica serves its experts.
+proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request. If
+it takes connections but sends no response, it may be slow or hang; it is used as long as no other replica serves its
+experts.
 
 A replica whose heartbeats stop is not ejected while its probes succeed, because then only its file system has stalled.
 A replica leaves the table when its owner withdraws its record. This module does not know the workers.
@@ -134,8 +135,8 @@ class Discovery:
         await self._prober.session.close()
 
     def connect_failed(self, replica: Replica, trouble: str) -> None:
-        """Records that a request could not connect to the replica, and probes it soon. The rules decide whether it is
-        ejected."""
+        """Records that a request could not connect to the replica, and probes it soon. The configured `EjectionRules`
+        decide whether this ejects the replica."""
         replica.trouble = trouble
         self._record(replica, Incident.NO_CONNECTION)
         self.recheck(replica)
@@ -147,7 +148,7 @@ class Discovery:
         self.recheck(replica)
 
     def request_succeeded(self, replica: Replica) -> None:
-        """Records that the replica served a request after it had failed others."""
+        """Records that the replica served a request, after earlier requests to it had failed."""
         replica.recent_error = False
         self._record(replica, Incident.ANSWERED)
 
@@ -157,7 +158,8 @@ class Discovery:
         self.recheck(replica)
 
     def served(self, name: str) -> None:
-        """Records that the replica has answered requests since the last call. `name`: the replica's name."""
+        """Records that the replica `name` has answered at least one request since the last call of this method for
+        it."""
         if watch := self._watches.get(name):
             watch.served_at = self.clock()
 
@@ -250,9 +252,9 @@ class Discovery:
         return base * random.uniform(0.8, 1.2)  # spreads the probes of many replicas
 
     async def _judge(self, replica: Replica) -> None:
-        """Probes the replica and acts on the result. An unanswered probe of an external endpoint is ignored if it has
-        answered requests meanwhile. Silence, with the connection open, ejects it only if other replicas stand in for
-        it."""
+        """Probes the replica and applies the result to its state. For an external endpoint, an unanswered probe has no
+        effect if the endpoint has answered requests since the start of the probe. An external endpoint that takes the
+        connection but sends no response can be ejected only if each of its experts has another ready replica."""
         started_at, watch = self.clock(), self._watches[replica.name]
         assert self._prober is not None
         result = await self._prober.probe(replica, external_s=self._external_limit_s(replica, watch))
@@ -279,8 +281,9 @@ class Discovery:
                 self.on_ready(replica)
 
     def _external_limit_s(self, replica: Replica, watch: _ReplicaWatch) -> float:
-        """Returns how long a probe waits for the response of an external endpoint: twice as long as the last one took,
-        and longer if it is not ready and can be dispensed with."""
+        """Returns how long a probe waits for the response of an external endpoint, in seconds: `EXTERNAL_PROBE_S`, or
+        twice the duration of the last response if that is longer. An endpoint that is not ready gets more time if each
+        of its experts has another ready replica."""
         slow = replica.state is not RoutingState.READY and self._is_dispensable(replica)
         return max(EXTERNAL_PROBE_S * (_SLOW if slow else 1), 2 * watch.answer_s)
 
@@ -302,7 +305,7 @@ class Discovery:
                 self.on_agent_failure(replica, task, more, error)
 
     def _record(self, replica: Replica, incident: Incident) -> None:
-        """Records the incident and acts on the verdict."""
+        """Counts the incident in the replica's health; ejects or excludes the replica if the verdict says so."""
         now = self.clock()
         spare = incident is Incident.ERROR and all(self._can_spare(replica, e, now) for e in replica.record.serves)
         match replica.health.record(incident, now=now, rules=self._rules, spare=spare):

@@ -1,8 +1,8 @@
 """Makes the body of `GET /overview`, which the dashboard and `hpc-router top` show: the router's state, and its traffic
 over the last minute. It contains no prompt and no secret.
 
-Rates and latencies come from the difference between two samples of the router's counters, so nothing is counted twice
-and nothing is measured while no one looks.
+Rates and latencies come from the difference between two samples of the router's counters. A sample is taken only when
+an overview is requested.
 """
 
 import json
@@ -61,8 +61,8 @@ class Traffic:
     _samples: deque[CounterSample] = field(default_factory=deque)
 
     def add(self, sample: CounterSample) -> None:
-        """Adds a sample. Forgets the older ones if no one has looked for `WINDOW_S`, and if a counter has become
-        smaller, because a worker's counts were lost."""
+        """Adds a sample. First drops the older samples if the last one is more than `WINDOW_S` old, or if a counter has
+        become smaller because a worker's counts were lost."""
         if self._samples:
             before = self._samples[-1]
             if sample.at - before.at > WINDOW_S or _shrank(before, sample):
@@ -95,8 +95,8 @@ class Traffic:
         }
 
     def routes(self) -> list[dict[str, Any]]:
-        """Returns where requests went and why, the most frequent first. `requests`: in the window, or since the start
-        of the router with one sample."""
+        """Returns the number of requests for each expert and reason of its choice, the largest first. They are counted
+        in the window; with only one sample, since the start of the router."""
         first, last = self._ends()
         counts: dict[tuple[str, str], int] = {}
         for key, count in last.requests.items():
@@ -117,7 +117,8 @@ def _shrank(before: CounterSample, now: CounterSample) -> bool:
 
 
 def _quantiles(before: Sequence[int] | None, now: Sequence[int] | None) -> dict[str, float] | None:
-    """Returns the median and the 99th percentile of what was added to a histogram; None if nothing was added."""
+    """Returns the median and the 99th percentile in seconds of the values that a histogram got between two states of
+    its buckets, `before` and `now`; None if it got none."""
     if now is None:
         return None
     added = [b - a for a, b in zip(before or [0] * len(now), now, strict=True)]
@@ -141,8 +142,8 @@ def _quantile(counts: Sequence[int], share: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What the overview takes from the run directory. `forecast`: the content of `forecast.json`; `events`: the newest
-    first."""
+    """What the overview takes from the run directory. `forecast`: the content of `forecast.json`; `events`: the last
+    events, the newest first."""
 
     forecast: Mapping[str, Any] = field(default_factory=dict)
     events: Sequence[Mapping[str, Any]] = ()

@@ -52,7 +52,8 @@ class Predecessor:
     _fetching: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def found(self, records: Mapping[str, Record]) -> None:
-        """Chooses the predecessor from the records of the registry: the newest router that is older than this one."""
+        """Takes the records of the registry, and chooses the predecessor among them: the newest router that is older
+        than this one."""
         generation = split_replica(self.replica)[2]
         older = [r for r in records.values() if r.kind is RecordKind.ROUTER and r.generation < generation]
         self._record = max(older, key=lambda r: r.generation, default=None)
@@ -63,7 +64,8 @@ class Predecessor:
             await asyncio.sleep(POLL_S)
 
     async def fetch(self) -> None:
-        """Fetches the turns that are new since the last call. An older router that does not answer is only logged."""
+        """Fetches the turns and counts that are new since the last call. If the older router does not answer, this is
+        logged and changes nothing."""
         record = self._record
         if record is None:
             return

@@ -143,8 +143,8 @@ class ControlProcess:
                 self.workers.close()
 
     def leave(self) -> None:
-        """Updates `registry.json` and the workers after the router's record was withdrawn, so that no new clients
-        come."""
+        """Writes `registry.json` without this router and tells the workers, after the router's record was withdrawn, so
+        that no new clients come."""
         self.registry_file.leave()
         self.workers.release()
 
@@ -183,19 +183,21 @@ class ControlProcess:
         raise ValueError(f"the control process does not handle {type(call).__name__}")
 
     async def handover(self, skip: int) -> dict[str, Any]:
-        """Returns the body of `GET /handover`."""
+        """Returns the body of `GET /handover`. `skip`: number of newest session turns to leave out, which earlier calls
+        returned."""
         await self.workers.informed.wait()
         return handover_page(self.workers.sessions, self.continuity, skip=skip)
 
     async def take_over(self) -> None:
-        """Fetches what an older router of the run knows, before this router is ready, within `TAKE_OVER_S`."""
+        """Fetches the session turns and counts of an older router of the run, for at most `TAKE_OVER_S` seconds. Called
+        before this router is ready."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TAKE_OVER_S):
                 self.predecessor.found(await self.files.run(RegistryReader(self.run.registry).snapshot))
                 await self.predecessor.fetch()
 
     async def overview(self) -> dict[str, Any]:
-        """Returns the body of `GET /overview`. Calls within `SAMPLE_S` get the same one, so that many open pages cost
+        """Returns the body of `GET /overview`. A body is reused for `SAMPLE_S` seconds, so that many open pages cost
         little more than one."""
         async with self._overview_lock:
             now = asyncio.get_running_loop().time()
@@ -209,7 +211,8 @@ class ControlProcess:
             return self._overview[1]
 
     async def _read_run_files(self) -> None:
-        """Reads what the overview shows of the run directory. If the file system hangs, what was read before stays."""
+        """Updates what the overview shows of the run directory. If the file system hangs or fails, the last content
+        stays."""
         if self._reading is None:
             read = partial(read_run_files, self.run.forecast_json, self.run.events)
             self._reading = asyncio.ensure_future(self.files.run(read))
@@ -303,7 +306,8 @@ class ControlProcess:
         return drift(counted.decided.items(), artefact=version, training=training)
 
     def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Updates the departure rates of the queues and the statistics of the replicas from a worker's new counts."""
+        """Updates the departure rates of the queues and the statistics of the replicas from one worker's counts.
+        `before`, `now`: the worker's dumped metrics at its previous report and at this one."""
         earlier, at = departures(before), asyncio.get_running_loop().time()
         for expert, count in departures(now).items():
             rate, more = self._departure_rates.setdefault(expert, DepartureRate()), count - earlier.get(expert, 0)
@@ -370,8 +374,9 @@ class ControlProcess:
         self.workers.publish_changes()
 
     def _table_changed(self) -> None:
-        """Measures and publishes at the end of the present step of the event loop, once for all changes in the step:
-        one read of the registry may bring that a replica drains and that its successor is ready."""
+        """Schedules the measurement of continuity and the next snapshot for the end of the present step of the event
+        loop. One read of the registry may show both that a replica drains and that its successor is ready, and the two
+        must be seen together."""
         if self._measuring is None:
             self._measuring = asyncio.get_running_loop().call_soon(self._measure)
         self.workers.publish_soon()

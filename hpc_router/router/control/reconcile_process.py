@@ -1,7 +1,7 @@
 """Runs the reconcile loop (`hpc-router reconcile --loop`) beside the router, in a process of its own.
 
-Because it is a separate process, requests never wait for a file system or Slurm, and a crash of one does not end the
-other. The loop ends with its router, which holds the other end of its standard input.
+Because it is a separate process, requests never wait for a file system or Slurm, and a crash of the loop does not end
+the router. The loop ends when its router ends, because that closes the loop's standard input.
 """
 
 import asyncio

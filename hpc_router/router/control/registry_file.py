@@ -19,7 +19,8 @@ class RegistryFile:
         self._left = False
 
     def keep(self, snapshot: Mapping[str, Record]) -> None:
-        """Writes the file in the background if a record has changed and this router leads."""
+        """Writes the records of `snapshot` to the file in the background, if this router leads and a record has changed
+        since the last write."""
         leader = leading_router(snapshot)
         if leader is None or leader.replica != self._replica or self._left:
             return

@@ -41,7 +41,8 @@ class ReplicaStats:
     _at: float = 0.0
 
     def add(self, answered: int, seconds: float, errors: int, *, now: float) -> None:
-        """Adds new counts at the time `now`, after the older counts have decayed until then."""
+        """Adds `answered` responses, the sum `seconds` of their times to the first byte, and `errors`, at the time
+        `now`; the older counts first decay until then."""
         decay = 0.5 ** ((now - self._at) / HALF_LIFE_S)
         self._at = now
         self.answered = self.answered * decay + answered
@@ -77,8 +78,9 @@ def degradation(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None
 
 
 def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, int]]:
-    """Returns the totals in a worker's dumped metrics. The time before a request was sent to the replica is subtracted,
-    because in that time the request waited for a place, or another replica failed it."""
+    """Returns, by replica, the number of responses, the sum of their times to the first byte in seconds, and the number
+    of errors, from a worker's dumped metrics. The times begin when the request was sent to this replica, so that
+    neither the queue nor an earlier attempt on another replica counts."""
     by_replica: dict[str, tuple[int, float, int]] = {}
     for (_, replica), counts, seconds in dumped.get("first_byte", ()):
         answered, before_s, errors = by_replica.get(replica, (0, 0.0, 0))
@@ -94,7 +96,8 @@ def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, 
 
 
 def increase(now: Totals, before: Totals) -> dict[str, tuple[int, float, int]]:
-    """Returns the counts added since `before`, by replica. Leaves out a replica whose counts restarted at zero."""
+    """Returns, by replica, the increase of the three totals of `totals_by_replica` from `before` to `now`. Leaves out a
+    replica whose totals have not changed, or have restarted at zero."""
     increases = {}
     for replica, (answered, seconds, errors) in now.items():
         then = before.get(replica, (0, 0.0, 0))

@@ -29,7 +29,7 @@ FIRST_READ_S: Final = 2.0
 
 @dataclass(slots=True)
 class TokenWatcher:
-    """A watcher of the file that calls `on_change` with all tokens, first within `FIRST_READ_S` of its start."""
+    """A watcher of the file that calls `on_change` with all tokens, after the first read and after each change."""
 
     run: RunDir
     files: FileThread
@@ -43,7 +43,7 @@ class TokenWatcher:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Checks the file within the block, once before it."""
+        """Reads the file once, in at most `FIRST_READ_S` seconds, and then checks it within the block."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_READ_S):
                 await self._check()

@@ -76,9 +76,9 @@ class Workers:
     """The connections to all workers, and the data that the workers have sent.
 
     `experts`: the configured experts, which have a queue column even without a replica. `seeds`: the replicas that the
-    workers knew when this process started. `tokens`: the users' tokens; None before they are read, and the workers then
-    keep those that they have. `informed` is set with the first snapshot. `on_unknown_session` is awaited when a session
-    is looked up that no worker has served.
+    workers knew when this process started. `tokens`: the users' tokens; until they are read it is None, and the workers
+    keep the tokens that they have. `informed` is set when the first snapshot is sent. `on_unknown_session` is awaited
+    when a session is looked up that no worker has served.
     """
 
     table: ReplicaTable
@@ -133,23 +133,24 @@ class Workers:
         self.notify(messages.Release())
 
     def configure(self, settings: messages.Settings) -> None:
-        """Sends the settings to all workers, now and when a worker is attached."""
+        """Sends the settings to all workers now, and later to each worker that is attached."""
         self.settings = settings
         self.notify(settings)
 
     def set_tokens(self, tokens: messages.UserTokensChanged) -> None:
-        """Sends the users' tokens to all workers, now and when a worker is attached."""
+        """Sends the users' tokens to all workers now, and later to each worker that is attached."""
         self.tokens = tokens
         self.notify(tokens)
 
     async def metrics(self) -> list[messages.MetricsDump]:
-        """Returns the counts of each worker, including those of its predecessors."""
+        """Returns the counts of each worker, including those of earlier processes with the worker's number."""
         await asyncio.gather(*map(self._collect, self.all))
         return [connection.metrics for connection in self.all]
 
     async def find_turn(self, session: str) -> Turn | None:
         """Returns the session's last turn, whichever worker served it; None if it is unknown. A worker reports a turn
-        before it answers its client. So after a `Sync` with each worker, every turn that a client knows of is here."""
+        before it answers its client. So once each worker has answered a `Sync`, this process knows every turn whose
+        response a client has received."""
         await self.informed.wait()
         await asyncio.gather(*(connection.call(messages.Sync()) for connection in self.all))
         if self.sessions.find(session) is None and self.on_unknown_session is not None:
@@ -181,8 +182,8 @@ class Workers:
         return snapshot_of(self.table)
 
     def _send_snapshot(self, connection: WorkerConnection) -> None:
-        """Sends the current snapshot, unless the worker has not yet applied the previous one. Then the newest snapshot
-        is sent after the worker has applied the previous one, and snapshots in between are skipped."""
+        """Sends the current snapshot if the worker has applied the previous one. Otherwise the worker gets the newest
+        snapshot as soon as it has applied the previous one, and those in between are skipped."""
         if self._snapshot is None or not connection.greeted.is_set():
             return
         connection.stale = not connection.applied
@@ -240,8 +241,8 @@ class Workers:
         self._send_snapshot(connection)
 
     def _seed(self, snapshot: Iterable[ReplicaSnapshot]) -> None:
-        """Merges the replicas that one worker knows into `seeds`. A replica that any worker found ejected is
-        ejected."""
+        """Adds the replicas that one worker knows to `seeds`. If the workers know different states of a replica and one
+        of them is ejected, that state is kept."""
         known = ReplicaTable()
         apply_snapshot(known, snapshot)
         for replica in known.all():

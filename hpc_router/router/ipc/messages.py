@@ -66,7 +66,8 @@ class ReloadCommand(Message):
 
 @dataclass(frozen=True, slots=True)
 class AttachCommand(Message):
-    """The command that brings the socket of a channel to this worker, or to the control process if `worker` is None."""
+    """The command that brings a child the socket of a channel to another process: to this worker, or to the control
+    process if `worker` is None."""
 
     worker: int | None
 
@@ -94,7 +95,7 @@ class ProcessesChanged(Message):
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """The first message of a worker on a channel: the facts that a control process that has just started does not know.
+    """The first message of a worker on a channel: what the worker knows and a newly started control process does not.
     `replicas`: None if the worker has not received any yet."""
 
     pid: int
@@ -218,7 +219,7 @@ class UserTokensChanged(Message):
 
 @dataclass(frozen=True, slots=True)
 class CertificateChanged(Message):
-    """The report that the files of `router.tls_cert` and `router.tls_key` have new content, which fits together."""
+    """The report that the files of `router.tls_cert` and `router.tls_key` have a new certificate and its key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +232,8 @@ class Inherit(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWell(Message):
-    """The report that a probe found the replica ready, so that the worker offers it also to requests that avoided
-    it."""
+    """The report that a probe found the replica ready. The worker then offers it to all waiting requests, even those
+    that avoid it because it failed them."""
 
     replica: str
 

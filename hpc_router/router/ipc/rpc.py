@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 class ChannelClosedError(UnavailableError):
-    """The peer has ended, or does not answer in time."""
+    """The process at the other end of the channel has ended, or does not answer in time."""
 
 
 Handler = Callable[[Message], Awaitable[Any] | Any]
@@ -35,8 +35,8 @@ awaitable."""
 
 
 class RpcPeer(asyncio.Protocol):
-    """One end of a channel. `on_end` is called when the connection is lost. Messages arrive only after `open`, so the
-    owner can store the object first."""
+    """One end of a channel. `on_end` is called when the connection is lost. No message arrives before `open` is called,
+    so the owner can first store this object where its handler finds it."""
 
     def __init__(self, handler: Handler, on_end: Callable[[], None]) -> None:
         self._handler, self._on_end = handler, on_end

@@ -48,8 +48,8 @@ class Counters:
         return tuple(self._row(other) for other in range(self.workers) if other != worker)
 
     def token_row(self, worker: int) -> Cells:
-        """Returns the worker's row of the counts of users' tokens: first the requests in flight of all slots, then the
-        other counts."""
+        """Returns the worker's row of the counts of users' tokens: first one cell per token for its requests in flight,
+        then the cells of the other counts."""
         return self._token_row(worker)
 
     def token_others(self, worker: int) -> Sequence[Cells]:
@@ -63,7 +63,7 @@ class Counters:
         return sum(row[column] for row in self.all())
 
     def clear(self, worker: int) -> None:
-        """Sets the row of a worker that has ended to zero, and its requests in flight by token."""
+        """Clears the row of a worker that has ended, and its numbers of requests in flight by user's token."""
         self._row(worker)[:] = memoryview(bytes(COLUMNS * _CELL)).cast("q")
         self._token_row(worker)[:SLOTS] = memoryview(bytes(SLOTS * _CELL)).cast("q")
 
@@ -78,7 +78,7 @@ class Counters:
         raise AssertionError("unreachable: there are more columns than replicas and experts")
 
     def counts(self, worker: int) -> list[int]:
-        """Returns all cells of the worker's row except the unassigned one."""
+        """Returns all cells of the worker's row except `NO_COLUMN`, which is never assigned."""
         return self._row(worker).tolist()[NO_COLUMN + 1 :]
 
     def nonzero(self) -> int:

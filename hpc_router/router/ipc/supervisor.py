@@ -54,9 +54,9 @@ def worker_name(worker: int) -> str:
 class ChildSpec:
     """The arguments of a child process. `worker`: its number; None for the control process.
 
-    `commands`: the socket for commands from the supervisor. `channels`: by worker, the sockets to the processes that
-    are running; a worker has one, to the control process. `processes`: the status of all children. `notices`: texts for
-    the log that no control process has received yet.
+    `commands`: the socket for commands from the supervisor. `channels`: for the control process, the sockets to the
+    running workers by their number; for a worker, the socket to the control process under its own number. `processes`:
+    the status of all children. `notices`: texts for the log that no control process has received yet.
     """
 
     worker: int | None
@@ -70,7 +70,8 @@ class ChildSpec:
 @dataclass(slots=True)
 class Child:
     """The supervisor's state of one child. `worker`: its number; None for the control process. `pid`: 0 if the child is
-    not running; it is then started at `due_at`. `in_a_row`: number of consecutive ends, each before `STABLE_S`."""
+    not running; it is then started at `due_at`. `in_a_row`: number of its ends in a row; an end after a run of at least
+    `STABLE_S` seconds starts again at 1."""
 
     name: str
     worker: int | None
@@ -248,8 +249,9 @@ class RouterSupervisor:
         self._report_processes(None)
 
     def _descriptors(self, ours: socket.socket, more: Iterable[socket.socket]) -> set[int]:
-        """Returns the descriptors that a child must close. A copy that stays open would keep a connection open after
-        the end of the process that owns it."""
+        """Returns the descriptors that a new child must close, because a copy would keep a connection open after the
+        end of the process that owns it: those of the supervisor, of its other children, of `ours` (its end of the
+        command socket), and of `more`."""
         descriptors = {*self._wakeups, ours.fileno(), *(sock.fileno() for sock in more)}
         for child in self.children:
             descriptors |= {s.fileno() for s in (child.listener, child.commands) if s is not None and s.fileno() >= 0}
@@ -266,8 +268,8 @@ class RouterSupervisor:
         self._send(self.children[0], messages.ProcessesChanged(self._statuses(), notice))
 
     def _send(self, child: Child, command: messages.Message, channel: socket.socket | None = None) -> None:
-        """Sends a command to a child. Drops it if the child has ended or does not read; its successor gets the current
-        state."""
+        """Sends a command to a child. If the child has ended or does not read, the command is lost; a restarted child
+        gets the current state at its start."""
         if child.pid and child.commands is not None:
             with contextlib.suppress(OSError):
                 send_command(child.commands, command, channel)
@@ -277,8 +279,8 @@ class RouterSupervisor:
 
 
 def _enter_child(supervisor: int, *, close: set[int]) -> None:
-    """Takes the first steps of a child after the fork: it dies with its supervisor, ignores signals because it gets
-    commands instead, and closes the descriptors in `close`."""
+    """Prepares a process that was just forked from the process `supervisor`: lets it die with the supervisor, ignores
+    signals because it gets commands instead, and closes the descriptors in `close`."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != supervisor:
         os._exit(1)

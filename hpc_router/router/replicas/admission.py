@@ -27,7 +27,7 @@ DEFAULT_WAIT_S: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """The limits of an expert's requests.
+    """The limits of requests per expert.
 
     `waiting`: maximum number of requests that wait for one expert. `in_flight`: maximum number of requests in flight by
     expert, for the experts that have a limit besides the capacity of their replicas.

@@ -58,7 +58,8 @@ def affinity(order: Sequence[R], *, fits: Callable[[R], bool], bound: float) -> 
 
 
 def load_bound(*, total: int, replicas: int, factor: float) -> int:
-    """Returns `factor` times the average load of the replicas after one more request, rounded up."""
+    """Returns `factor` times the average load that `replicas` replicas with `total` requests in flight have after one
+    more request, rounded up."""
     return math.ceil(factor * (total + 1) / max(1, replicas))
 
 

@@ -1,8 +1,8 @@
 """Decides whether a request fits into the rest of a replica's walltime. No I/O.
 
-The expected duration of a request is its `max_tokens` times the expert's measured time per allowed token; for a request
-without `max_tokens` it is the expert's measured duration. Both are 95th percentiles over the expert's last responses.
-Only experts whose replicas have a walltime are measured.
+The expected duration of a request comes from the expert's last responses: its `max_tokens` times the 95th percentile of
+(duration / `max_tokens`), or for a request without `max_tokens` the 95th percentile of the durations. Only experts
+whose replicas have a walltime are measured.
 """
 
 import time

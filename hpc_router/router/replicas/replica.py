@@ -187,8 +187,8 @@ class Reservation:
     lost: bool = False
 
     def watch(self, idle_timer: IdleTimer) -> None:
-        """Stores the request's idle timer, to shorten its timeout when the replica is lost, or at once if it is lost
-        already."""
+        """Stores the request's idle timer, so that its timeout can be shortened when the replica is lost. If the
+        replica is lost already, shortens it now."""
         self.idle_timer = idle_timer
         if self.lost:
             idle_timer.tighten(LOST_S)

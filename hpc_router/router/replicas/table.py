@@ -294,7 +294,7 @@ class ReplicaTable:
     async def wait(
         self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
     ) -> Reservation:
-        """Waits until it is this request's turn, and returns a reservation on the first of these experts with a ready
+        """Waits in the queues of the experts, and returns a reservation on the first of these experts that has a ready
         replica.
 
         With `only`, the reservation is on that replica; raises ReplicaLostError as soon as that replica is not ready.

@@ -52,7 +52,7 @@ class HealthReporter(Protocol):
         failure."""
 
     def request_succeeded(self, replica: Replica) -> None:
-        """Records that the replica served a request after it had failed an earlier one."""
+        """Records that the replica served a request, after an earlier request to it had failed."""
 
     def state_reported(self, replica: Replica, event: Event) -> None:
         """Records the state that the replica reported in the header of a response."""
@@ -130,9 +130,9 @@ class AttemptReview:
     async def _review_missing(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult:
-        """Returns the result for a 404 or 405 of an engine. An error in the format of the API is returned unchanged.
-        Any other means that the engine does not serve the path: raises RetryError if another replica of the expert,
-        which may have another engine, can be tried."""
+        """Returns the result for a 404 or 405 of an engine. If the response is an error in the format of the API, it is
+        returned unchanged. Any other response means that the engine does not serve the path: raises RetryError if the
+        expert has another ready replica, which may have another engine, else returns an error that says so."""
         replica = reservation.replica
         if replica.recent_error:
             self.health.request_succeeded(replica)
@@ -149,7 +149,8 @@ class AttemptReview:
     async def _review_refused(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult | None:
-        """Returns the result for a 400 of an engine, or None to relay it. Raises RetryError like `_unsupported`."""
+        """Returns the result for a 400 of an engine, or None to relay the response. Raises RetryError if a Rust front
+        end cannot serve a field of the request and another replica of the expert can be tried."""
         replica = reservation.replica
         if replica.recent_error:
             self.health.request_succeeded(replica)
@@ -161,8 +162,8 @@ class AttemptReview:
     def _unsupported_field(
         self, routed: RoutedRequest, reservation: Reservation, result: RequestResult
     ) -> RequestResult | None:
-        """Returns the result if the error `result` has its cause in a field that the Rust front end cannot serve, else
-        None. Raises RetryError like `_unsupported`."""
+        """Returns the result for an error whose cause is a field that the Rust front end cannot serve; None if the
+        error in `result` has another cause. Raises RetryError if another replica of the expert can be tried."""
         if result.response is None or not rust_frontend.has_rust_frontend(reservation.replica.record.engine):
             return None
         refused = rust_frontend.refused_field(routed.call.fields, status=result.status, body=result.response.body)
@@ -174,8 +175,8 @@ class AttemptReview:
         return self._unsupported(routed, reservation, fault)
 
     def _unsupported(self, routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
-        """Returns the result for a request that the engine cannot serve. Raises RetryError if another replica of the
-        expert, which may have another engine, can be tried."""
+        """Returns the error `fault` as the result for a request that the engine cannot serve. Raises RetryError instead
+        if another replica of the expert, which may have another engine, can be tried."""
         replica, expert, table = reservation.replica, reservation.expert, routed.dispatcher.table
         result = error_result(routed, reservation, fault)
         routed.avoid |= {replica}
@@ -190,8 +191,8 @@ class AttemptReview:
 
     def report_failures(self, routed: RoutedRequest, expert: str) -> None:
         """Reports the replicas of this expert that failed the request, after another replica of the expert has served
-        it. A constrained request that a Rust front end fails with 500 is not reported: earlier requests are the cause,
-        and the replica serves all others."""
+        it. A 500 of a Rust front end to a constrained request is not reported: earlier constrained requests cause it
+        (see `rust_frontend.is_constrained`), and the replica serves all other requests."""
         constrained = rust_frontend.is_constrained(routed.call.fields)
         for replica, of, seen in routed.failed_attempts:
             excused = constrained and seen == _FAILED and rust_frontend.has_rust_frontend(replica.record.engine)
@@ -225,7 +226,8 @@ class AttemptReview:
 
 
 def error_result(routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
-    """Returns the result with an error of the router that concerns the reserved replica."""
+    """Returns the result that sends `fault`, an error of the router, with the headers that name the reserved
+    replica."""
     response = json_response(routed.endpoint.api_format.error_body(fault), status=fault.status)
     response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
     response.head += routed.routing_headers(reservation)

@@ -1,7 +1,7 @@
 """A worker's connection to the control process.
 
 The worker receives the replica states, the settings and its predecessor's counts. It reports what its requests observe
-of a replica, and does not wait for an answer to act on the observation. While no control process runs, the worker keeps
+of a replica, and acts on the observation without waiting for an answer. While no control process runs, the worker keeps
 its last snapshot; a new control process gets what the worker knows, so that nothing is lost.
 """
 
@@ -35,8 +35,8 @@ class ControlClient:
     """The worker's end of the connection, and the state that the control process sends to the worker.
 
     `ejects_at_once`: whether the first failed connection ejects a replica. `informed` is set after the first snapshot,
-    `released` once no new clients come. `on_settings` is called after `settings` has changed, `on_certificate` when the
-    files of the certificate have. `users`: the tokens of users other than the owner.
+    `released` once the router's record is withdrawn. `on_settings` is called after `settings` has changed,
+    `on_certificate` when the files of the certificate have. `users`: the tokens of users other than the owner.
     """
 
     table: ReplicaTable

@@ -24,7 +24,8 @@ _STREAM_HEAD: Final = b"content-type: application/x-ndjson\r\ncache-control: no-
 
 
 def _hash_of(tag: bytes) -> str:
-    """Returns the content security policy's source for the page's only element `tag`."""
+    """Returns the hash of the content of the page's only element `tag`, in the form in which the content security
+    policy lists allowed content."""
     content = _PAGE.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
@@ -54,8 +55,8 @@ def page() -> Response:
 async def follow(
     request: Request, overview: Callable[[], Awaitable[dict[str, Any]]], draining: Callable[[], bool]
 ) -> None:
-    """Sends an overview per line every `PERIOD_S`, until the client leaves or the router drains. A line
-    `{"error": TEXT}` replaces an overview that the control process did not give. Raises DownstreamGoneError."""
+    """Sends a line with the overview every `PERIOD_S` seconds until the router drains. If the control process does not
+    answer, the line is `{"error": TEXT}`. Raises DownstreamGoneError when the client leaves."""
     request.start_response(200, _STREAM_HEAD, length=None)
     while True:
         try:

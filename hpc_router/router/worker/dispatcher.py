@@ -158,8 +158,9 @@ class Dispatcher:
         raise UnavailableError(f"{times} failed, on {where}", retry_after_s=RETRY_AFTER_S)
 
     def _may_retry(self, replica: Replica) -> bool:
-        """Returns whether another attempt is allowed, and counts it in the retry budget. A retry after the loss of its
-        replica is not counted, because a lost replica causes no further retries."""
+        """Returns whether the request may be tried again after a failed attempt on `replica`, and counts the retry in
+        the retry budget. If `replica` is not ready any more, the retry is always allowed and not counted, because such
+        a replica gets no further requests that could fail."""
         if replica.state is not RoutingState.READY:
             return True
         if self.retries.try_retry(time.monotonic(), requests=self.table.acquired_total):
@@ -168,8 +169,8 @@ class Dispatcher:
         return False
 
     async def _wait(self, routed: RoutedRequest, deadline: float) -> Reservation:
-        """Waits for a reservation until the deadline (of `time.perf_counter`). Raises UnavailableError, or another
-        error for the client."""
+        """Waits for a reservation until the deadline (of `time.perf_counter`). Raises UnavailableError when it has
+        passed, OverloadedError for a full queue, and a not-found error if the only possible replica is lost."""
         started = time.perf_counter()
         try:
             async with asyncio.timeout(deadline - started):
@@ -200,7 +201,7 @@ class Dispatcher:
 
     async def _attempt(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
         """Sends the request to the reserved replica and relays its response. Raises RetryError if the attempt failed
-        before anything was sent to the client. A later failure is sent to the client as the end of the response."""
+        before anything was sent to the client. After a later failure, the client's response ends with an error."""
         replica, expert = reservation.replica, reservation.expert
         reason = routed.reason_at(expert)
         begun, routed.relay = routed.relay, None
@@ -249,8 +250,9 @@ class Dispatcher:
         return RequestResult(relay.status, expert, reason, relay.response)
 
     def _timeout_error(self, routed: RoutedRequest, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
-        """Returns the error for an idle or first-byte timeout. It is no evidence against the replica, whose probes
-        succeed."""
+        """Returns the error for a response that took too long. `answered`: whether its first byte was received, so that
+        the idle timeout has expired, and not that of the first byte. Such a timeout does not count against the replica,
+        whose probes succeed."""
         if answered:
             key, limit_s, what = "idle_timeout_s", self.config.idle_timeout_s, "paused for longer than"
         elif routed.call.fields.get("stream"):

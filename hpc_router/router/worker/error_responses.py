@@ -71,8 +71,8 @@ class ErrorResponses:
     metrics: Metrics
 
     def response_to(self, error: Exception, request: Request, request_id: str) -> Response:
-        """Returns the response to `error`, which is logged, with a traceback if it is unexpected. An expected error is
-        counted."""
+        """Returns the response to `error`, and logs the error. An HpcRouterError is counted in the metrics; any other
+        error is a fault of the router, is logged with a traceback and gives a 500."""
         if not isinstance(error, HpcRouterError):
             logger.error("%s: %s %r failed", request_id, request.method, request.path[:200], exc_info=error)
             failure = RoutingError("the router failed; its log says why")

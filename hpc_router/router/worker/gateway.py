@@ -174,8 +174,9 @@ class Gateway:
             return self.dispatcher.errors.response_to(error, request, request_id)
 
     def _simple_endpoint(self, request: Request) -> ApiEndpoint | None:
-        """Returns the endpoint if requests with this head have the owner's token and can be routed without waiting,
-        else None. The result is cached with the head; for a user's token, the endpoint is cached with its access."""
+        """Returns the API endpoint if the request has the owner's token and its head allows to route it without a task;
+        else None. The result is cached for later requests with the same head. For a user's token it returns None, and
+        caches the endpoint where `_users_endpoint` finds it."""
         cached = request.headers.cached
         if request.method != "POST" or request.path not in _FAST_PATHS:
             cached[self] = None
@@ -192,8 +193,9 @@ class Gateway:
         return endpoint
 
     def _users_endpoint(self, request: Request) -> tuple[UserAccess | None, ApiEndpoint | None]:
-        """Returns the access and the endpoint of a head with a user's token, as `_simple_endpoint` has cached them; no
-        endpoint if the request needs a task."""
+        """Returns the access and the API endpoint that are cached for the head of this request; (None, None) if none
+        are cached for a user's token, if the token has expired, or if the router drains. The endpoint alone is None if
+        the head requires a task."""
         cached = request.headers.cached
         access: UserAccess | None = cached.get(self.users)
         if access is None or self.in_flight.closing or access.expires_at <= time.time():
@@ -230,8 +232,9 @@ class Gateway:
         return {method: handler for (method, at), handler in self.routes.items() if at == path}
 
     def _authorize(self, headers: Headers) -> UserAccess | None:
-        """Returns what the token in the headers allows; None for the owner's token, which allows everything. The token
-        is looked up once per head; whether it is still valid is checked each time. Raises UnauthorizedError."""
+        """Returns what the token in the headers allows; None for the owner's token, which allows everything. The result
+        is cached with the head, but each call checks whether the token has expired or was revoked. Raises
+        UnauthorizedError."""
         token, cached = self.token, headers.cached
         if token is None or token in cached:
             return None
@@ -254,7 +257,8 @@ class Gateway:
         return request.headers.cached.get(self.users)
 
     async def _preflight(self, request: Request, request_id: str) -> Response:
-        """Responds to a CORS preflight: whether the page may send a request. Browsers send it without a token."""
+        """Responds to a CORS preflight, by which a browser asks whether a page of another origin may send a request. A
+        preflight has no token."""
         lines = self.cross_origin.preflight_lines(request.headers)
         if lines is None:
             origin = request.headers.text("origin")[:200]
@@ -273,8 +277,8 @@ class Gateway:
         return json_response({"ready": ready}, status=200 if ready else 503)
 
     async def _handover(self, request: Request, request_id: str) -> Response:
-        """Responds with what a successor takes over. The successor sends the replica key instead of the owner's
-        token."""
+        """Responds with the session turns and counts that a successor of this router takes over. The successor
+        authorizes itself by this router's replica key instead of the owner's token."""
         if not equal_secrets(bearer_token(request.headers.text("authorization")) or "", self.key):
             raise UnauthorizedError(f"{protocol.HANDOVER} is for routers of this run")
         skip = protocol.skip_in(request.query)
@@ -284,7 +288,7 @@ class Gateway:
         return json_response(await self.link.call(GetStatus()))
 
     async def _overview(self, request: Request, request_id: str) -> Response | None:
-        """Responds with the overview; with `?follow=true`, with one per line until the client leaves."""
+        """Responds with the overview. With `?follow=true`, streams one overview per line until the client leaves."""
         follows = parse_qs(request.query, keep_blank_values=True).get("follow", ["false"])[-1]
         if follows not in ("true", "false"):
             raise BadRequestError(f"follow is {follows[:20]!r}; valid: true, false", param="follow")

@@ -32,8 +32,8 @@ _space = re.compile(r"[ \t\n\r]*").match
 
 
 class ApiCall:
-    """One API body: the client's bytes and the decoded fields. `model_at`: offset of the only `"model"` in the bytes,
-    or -1."""
+    """One API body: the client's bytes `raw` and the decoded `fields`. `model_at`: offset of `"model"` in the bytes; -1
+    if the bytes do not contain it exactly once."""
 
     text: str | None = None
     """The text that a routing decision reads, if it was extracted in a thread; else None."""
@@ -64,8 +64,8 @@ class ApiCall:
         return before, before + len(text[start:end].encode())
 
     def _is_top_level(self) -> bool:
-        """Returns whether `model_at` is a member of the top-level object: only the opening brace comes before it, or
-        the rest of the body is a valid object by itself."""
+        """Returns whether the `"model"` at `model_at` is a key of the top-level object, not of an inner one: if only
+        the opening brace precedes it, or if `{` and the bytes from `model_at` on are a valid object."""
         raw, at = self.raw, self.model_at
         if at <= _MAX_PREFIX_BYTES and raw[:at].strip() == b"{":
             return True

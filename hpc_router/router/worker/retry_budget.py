@@ -13,8 +13,8 @@ WINDOW_S: Final = 10.0
 
 @dataclass(slots=True)
 class RetryBudget:
-    """The retries that were made and are allowed in the current and the previous interval of `WINDOW_S`. `share`:
-    allowed retries per request. `least_per_s`: retries per second that are always allowed."""
+    """The number of retries in the current and the previous interval of `WINDOW_S` seconds, and their limit. `share`:
+    allowed retries per request. `least_per_s`: retries per second that are allowed besides."""
 
     share: float
     least_per_s: float

@@ -40,8 +40,8 @@ def endpoint_of(request: Request) -> ApiEndpoint:
 
 
 def is_true(value: object) -> bool:
-    """Returns whether an engine reads `value` as true. vLLM reads truth values as pydantic does: numbers and words,
-    too. A value that is not valid is not true here; the engine decides about it."""
+    """Returns whether an engine reads `value` as true: like pydantic in vLLM, `true`, 1 and words such as "yes". Any
+    other value counts as not true, even if the engine will refuse it."""
     return value == 1 or (isinstance(value, str) and value.lower() in _TRUE_WORDS)
 
 
@@ -110,7 +110,7 @@ class RequestRouting:
             routed.charge = access.charge(routed.endpoint.path, routed.call.fields, routed.experts[0])
 
     def policy_for(self, access: UserAccess | None) -> Policy:
-        """Returns the policy for the experts that the token allows."""
+        """Returns the policy, limited to the experts that the token allows."""
         policy = self.policy
         if access is None or access.experts is None:
             return policy
@@ -124,8 +124,8 @@ class RequestRouting:
     async def route_stored(
         self, request: Request, request_id: str, session: str | None, access: UserAccess | None = None
     ) -> RoutedRequest:
-        """Returns a request for a stored response with the replica that has the response. Raises as
-        `StoredResponses.find`."""
+        """Finds the replica that has the stored response of the request, and returns the request routed to it. Raises
+        ResponseNotFoundError, UnavailableError or ExpertForbiddenError."""
         started = time.perf_counter()
         endpoint = endpoint_of(request)
         stored = protocol.STORED_RESPONSE.fullmatch(endpoint.path)
@@ -176,7 +176,8 @@ class RequestRouting:
         return experts, decision.reason
 
     def _spills(self, decision: Decision) -> bool:
-        """Returns whether the expert is busy, the runner-up is free, and the wait weighs more than the lower score."""
+        """Returns whether the request goes to the runner-up: its expert has no free place, the runner-up has one, and
+        the expected wait weighs more than the runner-up's lower score."""
         expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
         if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
             return False
@@ -185,7 +186,8 @@ class RequestRouting:
         return should_spill(margin=decision.margin or 0.0, wait_s=self.table.wait_s(expert), per_s=per_s)
 
     def read_long(self, body: bytes, path: str) -> ApiCall:
-        """Decodes a long body and does all other work whose time grows with its length. It runs in a thread."""
+        """Checks and decodes a long body, finds its model name, and extracts the prompt if the policy reads it. Runs in
+        a thread, because the time for this grows with the length of the body."""
         check_values(body)
         call = decode(body)
         model = call.fields.get("model")
@@ -197,13 +199,14 @@ class RequestRouting:
         return call
 
     def prompt(self, call: ApiCall, *, first: str = "messages") -> str:
-        """Returns the text that the policy reads. `first`: the field that is read first."""
+        """Returns the text that the policy reads. `first`: the field of the body that is preferred (see
+        `prompt_text`)."""
         if call.text is not None:
             return call.text
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
 
     def _decide(self, policy: Policy, text: str) -> Decision:
-        """Returns the policy's decision and counts it, and whether the shadow agrees."""
+        """Returns the policy's decision. Counts the decision, and whether the shadow's decision is the same."""
         metrics = self.metrics
         started = time.perf_counter()
         decision = policy.select(text, ready=self.table.ready() if policy.weighs_load else {})

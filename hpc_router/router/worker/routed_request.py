@@ -175,7 +175,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.dispatcher.in_flight.leave()
 
     def _settle_short(self, status: int, body: bytes) -> None:
-        """Ends the charge of a request whose complete response is `body`."""
+        """Ends the charge of a request whose complete response has this status and body. A response other than 2xx has
+        generated no tokens. If the body of a 2xx response does not state their number, the reserved tokens stay
+        charged."""
         charge, self.charge = self.charge, None
         assert charge is not None
         if not charge.counted or not 200 <= status < 300:
@@ -190,8 +192,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             tokens.add_many(charge.reserved, charge.expert, TokenSource.RESERVED)
 
     def settle(self) -> None:
-        """Ends the charge of the request: its place is free, and the tokens that it has generated replace those that it
-        had reserved."""
+        """Ends the charge of the request: gives its place back, and replaces the reserved tokens by the number of
+        generated ones. Without a charge, or after an earlier call, does nothing."""
         charge, self.charge = self.charge, None
         if charge is None:
             return
@@ -205,8 +207,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.dispatcher.metrics.tokens.add_many(count, charge.expert, source)
 
     def _generated(self, summary: StreamSummary | None) -> tuple[int | None, TokenSource | None]:
-        """Returns the number of generated tokens, and its source; None and RESERVED if the engine may have generated
-        any number. A request that the engine refused, or that no engine has begun, has generated none."""
+        """Returns the number of generated tokens and its source. The number is 0, without a source, if no engine has
+        accepted the request. It is None, with the source RESERVED, if it cannot be known: the response does not state
+        it, or the client left before the first byte."""
         if summary is not None and summary.accepted:
             if (stated := summary.stated_tokens()) is not None:
                 return stated, TokenSource.USAGE
@@ -269,7 +272,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return ResponseRelay(self.request, limits, detector, stream=stream, summary=self.summary)
 
     def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:
-        """Records that the response goes to the client, and returns the header lines for it."""
+        """Records that the response of the reserved replica is sent to the client, and returns the header lines to
+        send."""
         dispatcher, replica, expert = self.dispatcher, reservation.replica, reservation.expert
         if status not in REVIEWED_STATUSES and replica.recent_error:
             dispatcher.health.request_succeeded(replica)
@@ -331,7 +335,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
 
     def measure(self, reservation: Reservation) -> None:
-        """Records the duration of the complete response, if the replica has a walltime."""
+        """Records how long the request took until its complete response, for `lifetime`. Does nothing for a replica
+        without a walltime."""
         if reservation.replica.record.expires_at is not None:
             elapsed_s = time.perf_counter() - self.started
             self.dispatcher.table.lifetimes.ended(reservation.expert, elapsed_s, self.call.fields)
@@ -361,9 +366,9 @@ class RequestResult:
 
 
 def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
-    """Returns the client's bytes if the replica knows this expert by the requested name; otherwise the body with that
-    name replaced. A replica with a single expert accepts each of its model names for it. For any other replica, the
-    record states the name."""
+    """Returns the request body with the model name that the replica uses for this expert. Returns the client's bytes
+    unchanged if they have that name, if the name is unknown, or if they have any model name of an expert's replica that
+    serves only this expert."""
     record, asked = replica.record, call.fields["model"]
     wanted = record.serves.get(expert) or replica.model_for(expert)
     if wanted is None or asked == wanted:

@@ -1,7 +1,8 @@
 """Requests that vLLM's Rust front end refuses or fails although the replica is healthy.
 
-The front end's response decides, so that a version that learns more needs no change here. This module finds the cause
-of a refusal in the request, because the front end's own text does not always name it. docs/rust-frontend.md has a list.
+The router sends every request to the front end and looks only at its error responses, so that a newer front end that
+serves more requests needs no change here. This module finds the cause of an error in the request, because the front
+end's own text does not always name it. docs/rust-frontend.md has a list.
 """
 
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ def has_rust_frontend(engine: EngineInfo) -> bool:
 
 
 def refused_field(fields: Mapping[str, Any], *, status: int, body: bytes) -> tuple[str, str] | None:
-    """Returns the request field that the front end cannot serve and what to do about it; None if the response has
-    another cause. `status`, `body`: of the front end's response."""
+    """Returns the request field that the front end cannot serve, and a text that says why; None if the error has
+    another cause. `status`, `body`: the front end's response."""
     prompts, count = fields.get("prompt"), fields.get("n")
     if status == 500 and _NO_TOOL_PARSER in body:
         return "tools", "was started without a tool parser: engine.options.extra needs tool-call-parser"
@@ -35,8 +36,8 @@ def refused_field(fields: Mapping[str, Any], *, status: int, body: bytes) -> tup
 
 
 def is_constrained(fields: Mapping[str, Any]) -> bool:
-    """Returns whether the form of the response is constrained. The first such request decides which forms an engine
-    behind the Rust front end can serve from then on; it answers 500 to the others."""
+    """Returns whether the request prescribes a form for its response, such as JSON. The first such request after the
+    start of an engine behind the Rust front end decides which forms it can serve; it answers 500 to other forms."""
     form = fields.get("response_format")
     free = form is None or (isinstance(form, dict) and form.get("type") == "text")
     return not free or fields.get("structured_outputs") is not None or fields.get("tool_choice") not in _FREE_CHOICES

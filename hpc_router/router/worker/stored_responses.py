@@ -59,8 +59,8 @@ class StoredResponses:
         raise not_found(response_id, "no ready replica has it")
 
     async def _ask(self, replicas: Collection[Replica], target: str, unknown: list[str]) -> Replica | None:
-        """Returns the first of these replicas that has the response at `target`; None if none has. Adds the names of
-        replicas that do not answer the question to `unknown`."""
+        """Returns the first of these replicas that has the response at `target`; None if none has it. Appends the names
+        of replicas that gave no clear answer to `unknown`."""
         limit = asyncio.Semaphore(MAX_CONCURRENT)
         tasks = [asyncio.create_task(self._has(replica, target, limit)) for replica in replicas]
         try:
@@ -77,7 +77,8 @@ class StoredResponses:
         return None
 
     async def _has(self, replica: Replica, target: str, limit: asyncio.Semaphore) -> tuple[Replica, bool | None]:
-        """Returns the replica and whether it has the response; None if it does not answer the question."""
+        """Returns the replica, and whether it has the response at `target`: None instead of a bool if it gave no clear
+        answer, for example because of a timeout."""
         try:
             async with (
                 limit,

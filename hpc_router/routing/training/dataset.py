@@ -48,7 +48,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_corpus(path: Path) -> list[str]:
-    """Returns the distinct passages in order. If the first line starts with `{`, all are JSON, else plain text."""
+    """Returns the distinct passages in order. If the first line starts with `{`, every line is a JSON object, else
+    plain text."""
     lines = list(lines_of(path))
     if lines and lines[0][1].lstrip().startswith("{"):
         texts = [_row(line, number, f"{path}:{number}").text for number, line in lines]

@@ -14,7 +14,7 @@ def read_descriptions(path: Path, *, labels: Collection[str]) -> dict[str, str]:
     """Returns the descriptions of `labels` that are not empty; other names in the file are ignored.
 
     In a folder, `NAME.yaml` has the key `description`. A file is YAML or JSON: {label: text}, {label: {description:
-    text}}, or either of them under the key `experts`. Raises ConfigError if nothing describes a label.
+    text}}, or either of them under the key `experts`. Raises ConfigError if no label has a description.
     """
     found = {name: text.strip() for name, text in _entries(path) if name in labels and text.strip()}
     if not found:

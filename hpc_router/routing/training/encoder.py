@@ -30,7 +30,7 @@ ProgressCallback = Callable[[str, int, int], None]
 
 
 def installed_encoder() -> Path | None:
-    """Returns the folder of the packaged encoder; None unless it is installed with all that its use needs. Imports
+    """Returns the folder of the packaged encoder; None if it, or a package that it needs, is not installed. Imports
     nothing."""
     if any(find_spec(name) is None for name in _NEEDED_MODULES):
         return None

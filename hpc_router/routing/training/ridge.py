@@ -38,7 +38,9 @@ class RidgeSpace:
     dimensions: Floats | None = None
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns terms x directions: weights that predict the product of direction and label, minus its mean."""
+        """Returns terms x directions: weights whose sum over a prompt's terms predicts, up to a constant per direction,
+        the scalar product of the direction and the prompt's label vector. `held_out`: prompts without influence on the
+        weights."""
         weight = self.weight if held_out is None else np.where(held_out, 0.0, self.weight)
         solution = _solution(self.rows, self.vectors @ directions.T, weight, strength=self.strength)
         return (solution * self.idf[:, None]).astype(np.float32)
@@ -74,8 +76,8 @@ def random_folds(count: int, *, seed: int) -> Ids:
 
 
 def held_out_predictions(rows: Any, vectors: Floats, weight: Doubles, fold: Ids, *, strength: float) -> Floats:
-    """Returns the vectors (prompts x dimensions) that trainings without the prompt's fold predict, minus a constant
-    per dimension and fold."""
+    """Returns a predicted vector for each prompt (prompts x dimensions), from the regression over the prompts of all
+    other folds. Predictions of one fold lack a constant per dimension, because the targets are centred."""
     rows = rows.tocsr()
     predicted = np.zeros_like(vectors)
     for number in np.unique(fold):
@@ -86,7 +88,8 @@ def held_out_predictions(rows: Any, vectors: Floats, weight: Doubles, fold: Ids,
 
 
 def _solution(rows: Any, targets: Floats, weight: Doubles, *, strength: float) -> Floats:
-    """Returns the weighted regression of the centred targets: terms x targets."""
+    """Returns the coefficients, terms x targets, of the weighted ridge regression of the centred `targets` on
+    `rows`."""
     from scipy import sparse
 
     root = np.sqrt(weight)
@@ -96,7 +99,8 @@ def _solution(rows: Any, targets: Floats, weight: Doubles, *, strength: float) -
 
 
 def ridge_regression(rows: Any, targets: Floats, *, strength: float) -> Floats:
-    """Solves a ridge regression by conjugate gradients. Returns columns of `rows` x columns of `targets`.
+    """Solves a ridge regression by conjugate gradients. Returns the coefficients: as many rows as `rows` has columns,
+    as many columns as `targets` has.
 
     All columns of `targets` are solved together, each with its own step sizes.
     """

@@ -1,12 +1,12 @@
 """Soft clusters, for `method=measured` without an encoder.
 
-The nearest cluster of a prompt is uncertain where words alone decide, so the expected score of an expert is a mean over
-the prompt's nearest clusters: sum of softmax(sharpness * value) * measured rate. A ridge regression predicts the
-membership of the clusters. Clusters come from k-means; if the rows name their domains, the domains themselves are
-tried, too. Held-out rows show which clusters and which sharpness decide best: a random fifth of the rows each time, and
-then all rows of some domains, because prompts of other sources come, too. The simplest setting within one standard
-error of the best one is taken. A row weighs one over the root of the size of its domain, so that the largest data set
-does not decide alone.
+Words alone do not determine the nearest cluster of a prompt with certainty, so the expected score of an expert is a
+mean over the prompt's nearest clusters: sum of softmax(sharpness * value) * measured rate. A ridge regression predicts
+the membership of the clusters. Clusters come from k-means; if the rows name their domains, the domains themselves are
+another candidate. Held-out rows show which clusters and which sharpness decide best: once a random fifth of the rows at
+a time, and once all rows of some domains, because a router also gets prompts of unknown sources. The simplest setting
+within one standard error of the best one is taken. A row weighs one over the root of the size of its domain, so that
+the largest data set does not decide alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,8 +34,8 @@ COUNTS: Final = (8, 16, 32)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftClusters:
-    """`assignment`: cluster of each row. `held_out_score`: weighted mean score of the chosen experts on held-out
-    rows, those of held-out domains included."""
+    """The clusters that decide best. `assignment`: cluster of each row. `held_out_score`: weighted mean score of the
+    chosen experts on held-out rows, including those of held-out domains."""
 
     names: tuple[str, ...]
     assignment: Ids
@@ -116,7 +116,8 @@ def expected_scores(values: Floats | Doubles, rates: Doubles, *, sharpness: floa
 def _candidates(
     rows: Sequence[Row], base: SvdSpace, *, clusters: int | None, seed: int
 ) -> Iterator[tuple[tuple[str, ...], Ids]]:
-    """Yields names of clusters and the cluster of each row."""
+    """Yields the candidate clusterings, each as the names of its clusters and the cluster of each row: the rows'
+    domains if `clusters` is None and all rows have one, then k-means clusters."""
     domains = sorted({row.domain for row in rows if row.domain is not None})
     if clusters is None and len(domains) >= 2 and all(row.domain is not None for row in rows):
         yield tuple(domains), np.array([domains.index(str(row.domain)) for row in rows])
@@ -128,8 +129,8 @@ def _candidates(
 def _held_out_gains(
     values: Floats, rates: Sequence[Doubles], fold: Ids, correct: Doubles, *, sharpness: float, penalty: Doubles
 ) -> Doubles:
-    """Returns for each row the correctness of the expert that it gets when it is held out, minus the expert's
-    `penalty`."""
+    """Returns for each row its gain: the correctness of the expert that is chosen for the row without knowing it, minus
+    the expert's `penalty`. `rates[f]`: the rates that are measured without the rows of fold f."""
     gains = np.zeros(len(fold))
     for number, rate in enumerate(rates):
         held_out = np.flatnonzero(fold == number)

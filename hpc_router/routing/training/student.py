@@ -36,8 +36,8 @@ MAX_VARIANT_WORDS: Final = 12
 
 @dataclass(kw_only=True)
 class Student:
-    """The training texts. Row i of `rows`, `targets`, `weight` and `source` belongs to text i. The prompts come
-    first."""
+    """The `distilled` space: the training texts with their encoder vectors, from which `fold` computes weights. Row i
+    of `rows`, `targets`, `weight` and `source` belongs to text i. The prompts come first."""
 
     vocabulary: Vocabulary
     idf: Doubles
@@ -62,7 +62,7 @@ class Student:
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
         """Returns terms x directions: weights whose sum over a text's terms predicts the scalar product of the
-        direction and the encoder's vector of the text."""
+        direction and the encoder's vector of the text. `held_out`: prompts that must not influence the weights."""
         from scipy import sparse
 
         weight = self.weight.copy()
@@ -86,7 +86,7 @@ def distilled(
     progress: ProgressCallback,
     descriptions: Sequence[str] = (),
 ) -> Student:
-    """Encodes all training texts and prepares the regression; `fold` solves it.
+    """Encodes all training texts and returns them as a space, whose `fold` later solves the regression.
 
     `descriptions`: one text per label, empty for a label without a description.
     """
@@ -144,7 +144,7 @@ def word_groups(words: Sequence[str], *, count: int, seed: int) -> list[str]:
 def variants(texts: Sequence[str], words: Sequence[str], *, count: int, seed: int) -> list[tuple[int, str]]:
     """Returns `count` variants of the texts, each with the number of its text.
 
-    A variant is a run of the text's words plus at most as many random `words`, shuffled.
+    A variant consists of a run of the text's words and at most as many random ones of `words`, in shuffled order.
     """
     rng = random.Random(seed)
     made = []

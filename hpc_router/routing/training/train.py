@@ -1,11 +1,16 @@
 """Trains an artefact from prompts: feature space, clusters, weights of terms, margin threshold, quality.
 
 Method *discovered*: balanced k-means over all prompts; a cluster gets the expert that its rows name most often.
-*exemplars*: one cluster per label. With `distilled` features it lies at the mean of its prompts plus its description
-(`label_directions`), with `lexical` features a ridge regression predicts the label, and with `cbtm` it lies at the mean
-of its prompts. *measured*: discovered clusters; each gets the expert with the
-highest correctness minus `weight` times its cost. The margin threshold comes from held-out prompts. The same rows,
-settings, package versions and one BLAS thread give the same bytes.
+
+Method *exemplars*: one cluster per label. With `distilled` features the cluster lies at the mean of its prompts plus
+its description (`label_directions`), with `cbtm` features at the mean of its prompts; with `lexical` features a ridge
+regression predicts the label.
+
+Method *measured*: discovered clusters; each gets the expert with the highest correctness minus `weight` times the
+expert's cost.
+
+The margin threshold comes from held-out prompts. The same rows, settings, package versions and one BLAS thread give the
+same bytes.
 """
 
 import platform
@@ -116,7 +121,8 @@ def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
 
 
 def _validation_rows(config: TrainConfig, rows: Sequence[Row]) -> list[Row]:
-    """Returns the labelled rows of the validation file without prompts of the training. Raises ConfigError."""
+    """Returns the labelled rows of the validation file whose prompts are not among the training `rows`; none without
+    such a file. Raises ConfigError."""
     if config.validation is None:
         return []
     path = Path(config.validation)
@@ -126,7 +132,8 @@ def _validation_rows(config: TrainConfig, rows: Sequence[Row]) -> list[Row]:
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
-    """Returns the settings with the features that are used here, and with the installed encoder if none is given."""
+    """Returns the settings with defaults: without `features`, `distilled` if an encoder is given or installed, else
+    `lexical`; without `encoder`, the installed one if `distilled` needs it."""
     if config.features is None:
         encoder = config.encoder or installed_encoder()
         config = replace(config, features="lexical" if encoder is None else "distilled")
@@ -207,8 +214,8 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
 
 
 def _confidence(artefact: Artefact, held_out: Decisions, validation: Sequence[Row]) -> tuple[float, Calibration | None]:
-    """Returns margin threshold and calibration from held-out decisions of the training's sources and, if there are
-    any, from decisions on prompts of other sources, which count as much."""
+    """Returns margin threshold and calibration, from the held-out decisions on the training's sources and from the
+    decisions on the prompts in `validation`, which have other sources. Both groups have the same total weight."""
     threshold = margin_threshold(held_out.margins[held_out.right])
     if not validation:
         return threshold, calibrate(held_out.margins, held_out.scores, held_out.right)
@@ -401,7 +408,8 @@ def _artefact(
     *,
     held_out: Mask | None = None,
 ) -> Artefact:
-    """Returns an artefact in which all terms are discriminative. Its margin threshold is 0 and is set later."""
+    """Returns an artefact with these clusters and directions. Its margin threshold is 0 and all its terms are
+    discriminative; `train_on` sets both later. `held_out`: prompts that must not influence the weights."""
     offsets = np.zeros(len(names), np.float32) if space.spherical else -0.5 * np.square(directions).sum(axis=1)
     dimensions = space.dimensions
     return Artefact(

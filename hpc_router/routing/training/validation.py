@@ -25,8 +25,8 @@ def counts_to_try(rows: int, counts: Sequence[int] = COUNTS) -> tuple[int, ...]:
 
 
 def domain_folds(rows: Sequence[Row]) -> list[Ids]:
-    """Returns one split in which all rows of a domain are in the same fold; none for rows of fewer than three
-    domains."""
+    """Returns a list with one split: the fold of each row, where all rows of a domain are in the same fold. The list is
+    empty if there are fewer than three domains or a row has none."""
     domains = sorted({str(row.domain) for row in rows})
     if len(domains) < MIN_DOMAINS or any(row.domain is None for row in rows):
         return []
@@ -55,8 +55,8 @@ def measured_cluster_count(rows: Sequence[Row], vectors: Floats, *, weight: floa
 
 
 def row_weights(rows: Sequence[Row]) -> Doubles:
-    """Returns one over the root of the size of each row's domain, with mean 1. Rows without a domain are one
-    domain."""
+    """Returns a weight for each row: one over the root of the number of rows of its domain, scaled to mean 1. Rows
+    without a domain count as one domain."""
     sizes = Counter(row.domain for row in rows)
     weight = np.array([sizes[row.domain] ** -0.5 for row in rows])
     scaled: Doubles = weight / weight.mean()
@@ -64,10 +64,12 @@ def row_weights(rows: Sequence[Row]) -> Doubles:
 
 
 def first_within_error(gains: Sequence[Doubles], weight: Doubles) -> int:
-    """Returns the first setting whose weighted mean gain is at most one standard error below the best one's.
+    """Returns the number of the first setting whose weighted mean gain is at most one standard error below the best
+    mean.
 
-    `gains`: for each setting, the gain of each row. The error is that of the difference, row by row. The settings come
-    in the order of their complexity, so that chance does not choose a complex one.
+    `gains`: for each setting, the gain of each row. The standard error is that of the mean of the differences, row by
+    row, to the gains of the best setting. The settings are in the order of their complexity, so that chance does not
+    choose a complex one.
     """
     means = [float(np.average(gain, weights=weight)) for gain in gains]
     best = int(np.argmax(means))
