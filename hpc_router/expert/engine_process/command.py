@@ -20,7 +20,8 @@ RANK_GRACE_S: Final = 3.0
 
 
 def drain_limit_s(cluster: ClusterConfig) -> int:
-    """Returns the seconds for which an engine may finish responses after SIGTERM: longer than the agent's drain."""
+    """Returns for how many seconds after SIGTERM an engine may finish its responses: `cluster.drain_s`, in which the
+    agent drains, and ENGINE_GRACE_S."""
     return math.ceil(cluster.drain_s + ENGINE_GRACE_S)
 
 
