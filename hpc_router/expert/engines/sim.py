@@ -113,5 +113,6 @@ class SimEngine(AdapterEngine):
         return {}
 
     def check_command(self, place: Place) -> list[str] | None:
-        """Returns a check only for `extra`, because the schema checks all other options."""
+        """Returns a command that checks the flags in the option `extra`; None without such flags, because the schema
+        checks all other options."""
         return [*self.argv(place), "--check"] if self.options.extra else None
