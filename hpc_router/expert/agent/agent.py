@@ -103,9 +103,9 @@ class Agent:
         self.drain(number.name, by_signal=number is not signal.SIGINT)
 
     def drain(self, why: str, *, by_signal: bool = False, until_at: float | None = None) -> None:
-        """Starts the drain: refuses new requests, and `run` returns when those in flight have ended. Later calls have
-        no effect. `why`: text for the log and the exit record. `by_signal`: whether the cause is a signal from outside.
-        `until_at`: in a handover, the Unix time until which the drain may last."""
+        """Refuses new requests, and lets `run` return when those in flight have ended. Later calls have no effect.
+        `why`: for the log and the exit record. `by_signal`: whether a signal from outside is the cause. `until_at`: in
+        a handover, the Unix time until which the drain may last."""
         if not self._draining.is_set():
             logger.info("draining: %s", why)
             failure = self._lifecycle.failure
@@ -118,8 +118,7 @@ class Agent:
     def phase_changed(
         self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None
     ) -> None:
-        """Enters a phase, and updates the HTTP API, the record and the progress file. Does nothing once the job
-        drains."""
+        """Enters a phase; updates the HTTP API, the record and the progress file. Does nothing once the job drains."""
         if self._draining.is_set():
             return
         self._lifecycle.move(phase, failure=failure, engine_pid=engine_pid)
@@ -249,8 +248,8 @@ class Agent:
         return self._commands.at(replace(self._place, ranks=ranks), version=self._version)
 
     async def _watch_for_removal(self) -> None:
-        """Checks at regular intervals whether this replica was removed, and then drains. A file system that hangs
-        delays only these checks."""
+        """Checks regularly whether this replica was removed, and then drains. If the file system hangs, a check
+        waits."""
         why = None
         while why is None:
             await asyncio.sleep(REMOVAL_CHECK_BEATS * self._deployment.cluster.beat_s)

@@ -55,8 +55,7 @@ class FastRelay(PendingResponse, ResponseCallback):
         self._on_progress = on_progress
 
     def begin(self, client: Upstream, body: bytes) -> bool:
-        """Sends the request with this body. Returns False if that would have to wait, so that the request needs a
-        task."""
+        """Sends the request with this body. Returns False if that would have to wait; the request then needs a task."""
         request = self._request
         start = request_line(request.method, ENGINE, request.target) + _head(request)
         started = client.start(ENGINE, b"%bcontent-length: %d\r\n\r\n%b" % (start, len(body), body), self)

@@ -126,8 +126,7 @@ class EngineSupervisor:
             await self.sleep(delay_s)
 
     async def _until_ready(self, process: EngineProcess) -> EngineFailure | None:
-        """Waits until the engine serves, and returns None. Returns the failure if the engine ends before that, or does
-        not serve within `startup_timeout_s`."""
+        """Returns None once the engine serves; a failure if it ends before that, or exceeds `startup_timeout_s`."""
         try:
             async with asyncio.timeout(self.startup_timeout_s), asyncio.TaskGroup() as group:
                 answers = group.create_task(self._until_serving())
@@ -142,8 +141,8 @@ class EngineSupervisor:
         return answers.result() if end.cancelled() else end.result()
 
     async def _until_end(self, process: EngineProcess) -> EngineFailure:
-        """Waits until the engine's process ends, or until the strategy says that the engine can no longer serve.
-        Returns the reason."""
+        """Waits until the process ends or the strategy finds that the engine cannot serve any more. Returns the
+        reason."""
         ended = asyncio.create_task(process.failure(self.engine.signs))
         wait_broken = asyncio.create_task(self.strategy.wait_broken())
         try:

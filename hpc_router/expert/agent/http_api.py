@@ -137,11 +137,10 @@ class AgentHttpApi:
         return relay if relay.begin(self.client, body) else None
 
     def break_off(self) -> None:
-        """Closes the connection of every request that the engine is serving, and accepts no request until the agent is
-        ready again.
+        """Closes the connection of every request in the engine, and accepts no request until the agent is ready again.
 
-        Called before the engine is stopped. An engine that is stopped may end its running responses as if they were
-        complete, as vLLM does; with a closed connection, the client sees that its response was cut.
+        Called before the engine is stopped. Otherwise an engine that is stopped may end its running responses as if
+        they were complete, as vLLM does.
         """
         if self.state is State.READY:
             self.state = State.STARTING
@@ -151,8 +150,8 @@ class AgentHttpApi:
             request.abort()
 
     def _is_fast_path(self, request: Request) -> bool:
-        """Returns whether method, path and token of a request allow to serve it without a task. The result is cached
-        with the parsed head."""
+        """Returns whether a request with this method, path and token needs no task. The result is cached in the
+        head."""
         cached = request.headers.cached
         known: bool | None = cached.get(self.key)
         if known is None:

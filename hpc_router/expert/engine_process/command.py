@@ -20,8 +20,7 @@ RANK_GRACE_S: Final = 3.0
 
 
 def drain_limit_s(cluster: ClusterConfig) -> int:
-    """Returns for how many seconds after SIGTERM an engine may finish its responses: `cluster.drain_s`, in which the
-    agent drains, and ENGINE_GRACE_S."""
+    """Returns the seconds that an engine has for its responses after SIGTERM: `cluster.drain_s` plus ENGINE_GRACE_S."""
     return math.ceil(cluster.drain_s + ENGINE_GRACE_S)
 
 

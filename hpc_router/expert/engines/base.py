@@ -29,10 +29,9 @@ INSIDE: Final = Path(__file__).with_name("inside")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """One rank of an engine on `nodes` nodes: its number `rank`, its node, and the address of rank 0 (the master), to
-    which the other ranks connect.
+    """One rank of an engine on `nodes` nodes. All ranks connect to rank 0, the master.
 
-    `address`: this node's address on the fabric. `interface`: this node's network interface; None if not known.
+    `address`: the address of the rank's node on the fabric. `interface`: the network interface of that address.
     """
 
     rank: int
@@ -215,11 +214,8 @@ def engine_environment(
     cluster: ClusterConfig | None = None,
 ) -> dict[str, str]:
     """Returns the environment of the engine's process. `engine.env` takes precedence over `cluster.env`, and that over
-    all other values. `inherited`: the job's environment.
-
-    With `cluster.offline`, the engine may not use the hub and gets no proxy variables. By default, this applies if all
-    models are local folders.
-    """
+    all other values. `inherited`: the job's environment. With `cluster.offline` (default: if all models are local
+    folders), the engine does not use the hub and gets no proxy variables."""
     cluster = cluster or ClusterConfig()
     offline = all(map(is_local, engine.models)) if cluster.offline is None else cluster.offline
     environment = {k: v for k, v in without_job_variables(inherited).items() if not (offline and k.lower() in _PROXIES)}

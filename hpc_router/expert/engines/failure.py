@@ -76,12 +76,9 @@ _PREFIX: Final = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ ([\d-]+ [\d:]+ )?\[\S+:\d
 
 
 def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineFailure:
-    """Returns why an engine ended: the reason of the first sign in `table` that matches any line of `tail`; if none
-    does, a reason from the exit status.
-
-    `status`: as in a shell, 128 + N for signal N. After SIGKILL the lines are ignored, because the process could not
-    write one about it.
-    """
+    """Returns why an engine ended: the reason of the first sign in `table` that matches any line of `tail`; else a
+    reason from the exit status `status` (128 + N for signal N). After SIGKILL, only the status counts, because the
+    process could not log it."""
     if status == 128 + 9:
         return EngineFailure(FailureReason.KILLED, "killed by signal 9: by hand, or by the kernel for lack of memory")
     for sign in table:

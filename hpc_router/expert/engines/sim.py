@@ -113,6 +113,5 @@ class SimEngine(AdapterEngine):
         return {}
 
     def check_command(self, place: Place) -> list[str] | None:
-        """Returns a command that checks the flags in the option `extra`; None without such flags, because the schema
-        checks all other options."""
+        """Returns a command that checks the flags in `extra`; None without any: the schema checks all other options."""
         return [*self.argv(place), "--check"] if self.options.extra else None

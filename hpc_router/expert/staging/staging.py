@@ -166,8 +166,7 @@ class NodeStaging:
         return copy.path, f"{model} {what}"
 
     async def _stage(self, disk: NodeDisk, model: str) -> StagedModel:
-        """Returns the copy of `model`, which this agent or another agent on the node makes. Raises StagingError and
-        OSError."""
+        """Returns the copy of `model`, made by this agent or another on the node. Raises StagingError and OSError."""
         files = await self._copiers[0].run(partial(list_files, Path(model)))
         while (copy := await self._local.run(partial(disk.find, files))) is None:
             part = await self._local.run(partial(disk.begin, files))
@@ -214,8 +213,7 @@ class NodeStaging:
         return place if self._cache is None else replace(place, kept_cache=self._cache.path)
 
     def _say(self, text: str | None) -> None:
-        """Sets `text` of the report and passes the report on; writes the text to the log at most every LOG_S. Ignores a
-        text that has not changed."""
+        """Sets and reports `report.text`, unless it is unchanged; writes it to the log at most every LOG_S."""
         if text == self.report.text:
             return
         self.report.text = text

@@ -59,8 +59,7 @@ def check_rust_frontend(arguments: Any) -> None:
 
 
 def rust_frontend() -> str:
-    """Returns the path of the front end's program, as found by the installed version of vLLM. Exits if there is
-    none."""
+    """Returns the path of the front end's program, as the installed vLLM finds it. Exits if there is none."""
     import vllm
     from vllm import envs
 
