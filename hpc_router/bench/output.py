@@ -25,8 +25,8 @@ def stem_of(benchmark: str, at: str) -> str:
 
 
 def write_results(folder: Path, stem: str, value: Mapping[str, Any], texts: Mapping[str, str]) -> Path:
-    """Writes `value` to `stem.json`, and each text in `texts` to `stem` with the text's key as suffix. Everyone can
-    read the files. Returns their path without suffix."""
+    """Writes `value` to `stem.json`, and the text of each KEY in `texts` to `stem.KEY`. The files are readable by
+    everyone. Returns their path without suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {"json": json.dumps(value, indent=1, allow_nan=False) + "\n", **texts}
     for suffix, text in contents.items():

@@ -65,8 +65,8 @@ class RoutedShares:
 @dataclass(frozen=True, slots=True)
 class MeasuredPoint:
     """The figures of one measurement point. `invalid`: reasons why the figures are invalid; empty if they are valid.
-    `direct`, `overhead`: figures without the router, and the latency that the router adds; None if the point was not
-    measured without the router. `notes`: reasons for this."""
+    `direct`: figures without the router, and `overhead`: latency that the router adds; both None if they were not
+    measured, and `notes` then says why."""
 
     point: Point
     load: LoadResult
@@ -171,8 +171,8 @@ class PointMeasurement:
         return record, LoadTarget(record.url, replica_key(self.run.secret(), record.nonce))
 
     def _sim_seconds(self) -> dict[str, tuple[float, float]]:
-        """Returns for each simulated replica two totals in seconds: the simulated duration of all steps of its engine,
-        and the delay by which steps ended late and that later steps did not make up."""
+        """Returns for each simulated replica two totals in seconds: the simulated duration of its engine's steps, and
+        the delay of these steps that later steps did not make up."""
         seconds = {}
         for name, record in RegistryReader(self.run.registry).snapshot().items():
             if record.kind is RecordKind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:

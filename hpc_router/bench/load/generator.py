@@ -37,7 +37,7 @@ _ERROR_KINDS: Final[Mapping[Error, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """The server to load: the router or a replica."""
+    """The server that receives the load: the router or a replica."""
 
     url: str
     token: str = field(repr=False)

@@ -32,7 +32,7 @@ HTTP_TIMEOUT_S: Final = 5.0
 
 @dataclass(slots=True)
 class SoakDeployment:
-    """A running deployment. `router`: name of its router replica. `keep`: whether to keep its folder."""
+    """A running deployment. `router`: name of the router's job. `keep`: whether to keep the folder when it ends."""
 
     run: RunDir
     url: str

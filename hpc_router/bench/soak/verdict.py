@@ -153,8 +153,9 @@ def complaints(
 ) -> list[str]:
     """Returns the reasons why the soak failed; empty if it passed.
 
-    `missed`: scheduled faults that were not injected. `idle_fds`: number of open descriptors before the load and after
-    its end.
+    `missed`: faults that were not injected. `gauges`: values at the end; None if the router did not respond.
+    `idle_fds`: number of open descriptors before the load and after its end. `answered`: successful requests of the
+    worst load.
     """
     found = [
         f"unexplained failure: {one.cause} ({one.replica or 'no replica'}, at {one.at_s:.1f} s)" for one in unexplained

@@ -13,7 +13,7 @@ MAX_PAUSE_S: Final = 60.0
 
 @dataclass(slots=True)
 class RestartPolicy:
-    """Decides about restarts from the number of consecutive failures and the number of all failures."""
+    """Decides about restarts from the number of consecutive failures. `total`: number of all restarts so far."""
 
     max_in_a_row: int
     in_a_row: int = 0

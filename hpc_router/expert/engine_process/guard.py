@@ -75,8 +75,9 @@ def start(argv: list[str]) -> int:
 
 
 def watch(engine: int, wakeups: int, *, grace_s: float) -> int | None:
-    """Waits until the engine has ended. Returns its exit status, or None if the agent died first. After SIGTERM to the
-    guard, the engine gets SIGTERM, and SIGKILL `grace_s` seconds later. `wakeups`: gets one byte per signal."""
+    """Waits until the engine has ended. Returns its exit status, or None if the agent died first. When the guard gets
+    SIGTERM, the engine gets it too, and SIGKILL `grace_s` seconds later. `wakeups`: a descriptor with one byte per
+    signal."""
     kill_at = float("inf")
     while True:
         left_s = kill_at - time.monotonic()

@@ -106,7 +106,7 @@ class Engine(Protocol):
         """Returns the seconds from SIGTERM to SIGKILL when no request is in flight."""
 
     def serves(self) -> Mapping[str, str]:
-        """Returns for each expert the model name that a request for it must contain when it reaches the engine."""
+        """Returns for each expert the model name that a request for it must have when it reaches the engine."""
 
     def names(self) -> Sequence[str]:
         """Returns every model name that the engine accepts."""

@@ -100,10 +100,10 @@ class RankGroup:
         return None
 
     def find_cause(self, own: EngineFailure, *, ended_at: float, now: float) -> EngineFailure | None:
-        """Returns why an attempt ended in which rank 0's engine ended with the failure `own`. This is `own` if it names
-        a specific cause; else the failure of another rank that names one; else `own`.
+        """Returns why an attempt ended after rank 0's engine ended with the failure `own`: `own` if its reason is
+        specific; else another rank's failure with a specific reason; else `own`.
 
-        Returns None as long as another rank's report may follow: one that has not reported since `ended_at`.
+        Instead of an unspecific `own`, returns None until all other ranks have reported after `ended_at`.
         """
         if own.reason not in _UNSPECIFIC:
             return own

@@ -45,7 +45,7 @@ class Lateness:
 
 @dataclass(frozen=True, slots=True)
 class MockEngine:
-    """A running mock engine. It listens on the loopback port `port`, or on a unix socket, and `port` is None then."""
+    """A running mock engine. It listens on loopback at `port`, or on the unix socket `socket` if `port` is None."""
 
     pid: int
     port: int | None
@@ -76,7 +76,7 @@ class MockEngine:
 
 @contextmanager
 def mock_engine(folder: Path, *, rate: float, socket: Path | None = None) -> Iterator[MockEngine]:
-    """Runs a mock engine until the block ends. `rate`: events per second of each stream. `socket`: None for a port."""
+    """Runs a mock engine on `socket` (None: a port) until the block ends. `rate`: events per second of each stream."""
     disconnect_log = folder / "leaves"
     command = [str(build_program("engine")), "--rate", str(rate), "--leaves", str(disconnect_log)]
     if socket is not None:
