@@ -1,7 +1,7 @@
 """Finds the highest request rate whose goodput target holds. Pure functions of the rates measured so far.
 
-The rate is doubled until it misses the target, or halved until it meets it. The interval between is then bisected at
-its geometric mean. A search continues from stored results, because it has no other state.
+The rate is doubled until it misses the target, or halved until it meets it. The interval between these two rates is
+then bisected at its geometric mean. A search continues from stored results, because it has no other state.
 """
 
 import math

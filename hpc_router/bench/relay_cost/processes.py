@@ -56,7 +56,7 @@ class ProcessGroup:
     roots: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, argv: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """Starts a process in the folder of its log, because Python also imports modules from the current folder."""
+        """Starts a process in the folder of `log`, because Python can import modules from the current folder."""
         with log.open("ab") as stream:
             self.roots.append(
                 subprocess.Popen(

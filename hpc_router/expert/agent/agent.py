@@ -248,8 +248,8 @@ class Agent:
         return self._commands.at(replace(self._place, ranks=ranks), version=self._version)
 
     async def _watch_for_removal(self) -> None:
-        """Checks regularly whether this replica was removed, and then drains. If the file system hangs, a check
-        waits."""
+        """Checks regularly whether this replica was removed, and then drains. If the file system hangs, only this check
+        waits for it."""
         why = None
         while why is None:
             await asyncio.sleep(REMOVAL_CHECK_BEATS * self._deployment.cluster.beat_s)

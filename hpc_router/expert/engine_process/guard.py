@@ -76,8 +76,8 @@ def start(argv: list[str]) -> int:
 
 def watch(engine: int, wakeups: int, *, grace_s: float) -> int | None:
     """Waits until the engine has ended. Returns its exit status, or None if the agent died first. When the guard gets
-    SIGTERM, the engine gets it too, and SIGKILL `grace_s` seconds later. `wakeups`: a descriptor with one byte per
-    signal."""
+    SIGTERM, the engine gets it too, and SIGKILL `grace_s` seconds later. `wakeups`: a descriptor to read, with one byte
+    per signal that the guard got."""
     kill_at = float("inf")
     while True:
         left_s = kill_at - time.monotonic()

@@ -57,7 +57,7 @@ def path_error(scratch: Path) -> str | None:
 
 
 def usage_error(scratch: Path) -> str | None:
-    """Returns why this folder cannot be used on this host; None if it can."""
+    """Returns why the scratch folder cannot be used on this host; None if it can."""
     if not scratch.is_dir():
         return f"no such folder on {socket.gethostname()} (valid: a folder that every node has, such as /tmp)"
     if not os.access(scratch, os.W_OK | os.X_OK):
