@@ -61,14 +61,14 @@ class AgreementOptions:
 
 @dataclass(frozen=True, slots=True)
 class AgreementRounds:
-    """The values of each figure from both tools, one per round."""
+    """The figures from both tools: name of the figure -> its values, one per round."""
 
     ours: Mapping[str, Sequence[float]]
     theirs: Mapping[str, Sequence[float]]
 
     def table(self) -> list[tuple[str, RoundSpread, RoundSpread, RoundSpread | None]]:
-        """Returns for each figure its name, our values, their values, and the ratio ours / theirs per round (None if
-        theirs is 0)."""
+        """Returns one row per figure: its name, and the spreads of our values, their values, and the ratio ours /
+        theirs per round. The ratio is None if theirs is 0 in every round."""
         rows = []
         for name in FIGURES:
             ours, theirs = self.ours[name], self.theirs[name]
@@ -81,7 +81,7 @@ class AgreementRounds:
 
 
 def comparable(found: Figures) -> dict[str, float]:
-    """Returns the figures to compare, by name. Raises LaunchError if one is missing."""
+    """Returns those of the figures that both tools report, by name. Raises LaunchError if one is missing."""
     if found.ttft_s is None or found.tpot_s is None or found.itl_s is None or found.e2e_s is None:
         raise LaunchError(f"no response has two tokens or more: {found.errors or 'raise --tokens'}")
     tokens = found.output_tokens
@@ -100,7 +100,7 @@ def comparable(found: Figures) -> dict[str, float]:
 def measure_ours(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path
 ) -> dict[str, float]:
-    """Runs this load generator and returns its figures."""
+    """Runs this load generator and returns its comparable figures."""
     load = run_load(target, config, workload(config, prompts, Point(users=config.users[0])), folder)
     return comparable(figures(load.observations, load.window))
 
@@ -108,7 +108,7 @@ def measure_ours(
 def measure_theirs(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path, options: AgreementOptions
 ) -> dict[str, float]:
-    """Runs `vllm bench serve` and returns its figures. Raises LaunchError with the end of the tool's stderr."""
+    """Runs `vllm bench serve` and returns its comparable figures. Raises LaunchError with the end of its stderr."""
     requests = config.requests or 0
     sent = itertools.islice(itertools.cycle(prompts), requests)
     folder.mkdir(parents=True)
@@ -136,7 +136,7 @@ def measure_theirs(
 def compare(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], options: AgreementOptions
 ) -> AgreementRounds:
-    """Runs all rounds of both tools and returns their figures."""
+    """Runs both tools in every round and returns their figures."""
     rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="hpc-router-agreement-") as scratch:
         for number in range(options.rounds):
@@ -181,10 +181,8 @@ def _version(vllm: str) -> str:
 
 
 def agreement(run: RunDir, options: AgreementOptions) -> str:
-    """Measures, and writes JSON and Markdown to `options.out`. Returns the Markdown and the paths of the files.
-
-    Raises ConfigError and LaunchError.
-    """
+    """Compares the tools on the deployment of `run`, and writes JSON and Markdown to the folder `options.out`. Returns
+    the Markdown and the paths of the files. Raises ConfigError and LaunchError."""
     at = utc_now()
     config = read_config(
         {

@@ -1,7 +1,7 @@
 """The schema of `bench.*` with all defaults: what one run of the load generator does.
 
-It is not part of a deployment's config, because these values measure a deployment and do not change it. `check` checks
-conditions between several fields.
+It is not part of a deployment's config, because these values measure a deployment and do not change it. The function
+`check` tests the conditions that involve several fields.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class GoodputLimits:
 
 @dataclass
 class ValidityLimits:
-    """Limits on the measurement itself; beyond them, a measured point is marked invalid."""
+    """Limits on the conditions of a measurement. A measured point outside of them is marked invalid."""
 
     error_share: float = bounded(0.01, 0, 1)  # maximum share of the measured requests that fail
     load_share: float = bounded(0.9, 0, 1)  # maximum share of one core that a load generator uses or waits for
@@ -55,7 +55,7 @@ class ValidityLimits:
 
 @dataclass
 class LoadClass:
-    """One class of conversations. Lengths are words, which a real engine counts as more tokens."""
+    """One class of conversations. Lengths are numbers of words; a real engine counts more tokens than words."""
 
     weight: float = bounded(1.0, 1e-6, 10**6)  # share of the conversations, relative to the other classes
     turns: Lengths = field(default_factory=lambda: Lengths(mean=1))  # messages of the user in a conversation
@@ -73,7 +73,8 @@ class LoadClass:
 
 @dataclass
 class BenchConfig:
-    """One run of the load generator. By default a closed loop: a user waits for a response before its next request."""
+    """One run of the load generator. By default a closed loop: each user waits for a response before its next
+    request."""
 
     users: list[int] = field(default_factory=lambda: [1, 4])  # closed loop: numbers of users; one point each, in order
     # Open loop: rates in requests per second, arriving as a Poisson process; one point each. Null: closed loop.
@@ -131,14 +132,14 @@ MAX_STEPS: Final = 10_000
 
 
 def longest(lengths: Lengths | None) -> float:
-    """Returns the maximum of a random length; 0 without one."""
+    """Returns the maximum of a random length; 0 if `lengths` is None."""
     if lengths is None:
         return 0.0
     return lengths.mean if lengths.kind == "fixed" else lengths.high
 
 
 def read_config(value: dict[str, Any]) -> BenchConfig:
-    """Parses `bench` values. Raises ConfigError with the key."""
+    """Parses and checks the values of `bench`. Raises ConfigError, which names the key."""
     config = parse(BenchConfig, value, at="bench")
     check(config)
     if config.requests is None and config.duration_s is None:

@@ -1,7 +1,8 @@
 """Measures the CPU time of one pass of the control loop, on a temporary run directory. Submits no job.
 
-The run directory looks like a busy deployment: every replica is ready and renews its record between the passes, old
-generations have ended, and Slurm's queue is a recent file. One replica's records change before each pass.
+The run directory looks like that of a busy deployment: every replica is ready and renews its record between the passes,
+all old generations have ended, and a recent copy of Slurm's queue lists the jobs. Before each pass, one job's progress
+file is written again.
 """
 
 import statistics

@@ -1,9 +1,9 @@
 """The conversations of a load: system prompts, turns, tool turns, pauses and cancellations. Pure functions of the seed.
 
-A request of a conversation contains everything that was said before it. The answers in this history are marks,
-for which the load generator puts the engine's answers, or prepared texts, so that every run sends the same bytes. All
-texts are random words of the prompts of one domain, so different conversations share a prefix only where they share a
-system prompt.
+A request of a conversation contains all earlier messages. In this history, each answer is either a mark, which the load
+generator replaces by the engine's answer, or a prepared text, so that every run sends the same bytes. All texts are
+random words from the prompts of one domain, so different conversations share a prefix only if they share a system
+prompt.
 """
 
 import random
@@ -22,8 +22,8 @@ MAX_STEPS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class ConversationStep:
-    """One request of a conversation. `pause_s`: after the previous response. `turn`: number of the user's message, from
-    1. `leave_after`: events after which the client cancels; 0: never."""
+    """One request of a conversation. `pause_s`: time between the previous response and this request. `turn`: number of
+    the user's message, from 1. `leave_after`: number of events after which the client cancels; 0: never."""
 
     messages: Sequence[Message]
     max_tokens: int
@@ -34,7 +34,7 @@ class ConversationStep:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation of one class of the load, about one domain."""
+    """A conversation. `load_class`: its class of the load. `domain`: the domain of its words; None if not known."""
 
     load_class: str
     domain: str | None
@@ -53,7 +53,7 @@ def draw_length(source: random.Random, lengths: Lengths) -> int:
 
 
 class DomainWords:
-    """The words of the prompts, for each domain."""
+    """The words that occur in the prompts, grouped by the domain of the prompt."""
 
     def __init__(self, prompts: Sequence[BenchPrompt]) -> None:
         words: dict[str | None, dict[str, None]] = {}

@@ -40,8 +40,8 @@ class Observation:
     """One observed request.
 
     `content_s`: arrival times of the events with content. `tokens`, `prompt_tokens`, `cached_tokens`: numbers reported
-    by the engine. `load_class`, `turn`: of its conversation.
-    `question`: index of the request body in the workload. `error`: kind of error; None if the request succeeded.
+    by the engine. `load_class`, `turn`: class of its conversation, and turn in it. `question`: index of the request
+    body in the workload. `error`: kind of error; None if the request succeeded.
     """
 
     part: MeasurementPart
@@ -92,7 +92,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The measured time of a point: after `start_s`, up to and including `end_s`."""
+    """The time of a point in which the load is measured: after `start_s`, up to and including `end_s`."""
 
     start_s: float
     end_s: float
@@ -128,8 +128,8 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class GroupFigures:
-    """The figures of some of the successful requests. `hit_share`: share of their prompt tokens that the engine took
-    from its prefix cache; None if it does not say."""
+    """The figures of a group of successful requests. `hit_share`: share of their prompt tokens that came from prefix
+    caches; None if no engine reports this."""
 
     count: int
     ttft_s: Percentiles | None
@@ -139,8 +139,8 @@ class GroupFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of one measurement point. `tokens` and rates refer to the window, and all others to the measured
-    requests."""
+    """The figures of one measurement point. `tokens` and the rates refer to the window, and all other figures to the
+    measured requests."""
 
     window_s: float
     requests: int
@@ -195,7 +195,8 @@ def figures(
     *,
     exceeded: bool = False,
 ) -> Figures:
-    """Returns the figures of the observed requests. `limits`: the latency limits for goodput."""
+    """Returns the figures of the observed requests. `limits`: the latency limits for goodput. `exceeded`: whether the
+    load ended early, because too many requests were in flight."""
     measured = [o for o in observations if o.part is MeasurementPart.MEASURED]
     good = [o for o in measured if o.error is None]
     cancelled = sum(o.error == CANCELLED for o in measured)
@@ -264,8 +265,8 @@ def _hit_share(good: Sequence[Observation]) -> float | None:
 
 
 def _jain(good: Sequence[Observation]) -> dict[str, float]:
-    """Returns for each expert Jain's index of the tokens that its replicas computed: 1 if all computed the same.
-    Ignores replicas without a succeeded request."""
+    """Returns for each expert Jain's fairness index of the tokens that its replicas computed: 1 if all replicas
+    computed equally many. Ignores replicas without a successful request."""
     work: dict[str, Counter[str]] = {}
     for o in good:
         tokens = max(0, (o.prompt_tokens or 0) - (o.cached_tokens or 0)) + o.token_count
@@ -283,8 +284,8 @@ def _shares(counted: Counter[str]) -> dict[str, float]:
 
 
 def _balance(good: Sequence[Observation]) -> dict[str, float]:
-    """Returns for each expert the load of its busiest replica divided by the mean. Ignores replicas without a succeeded
-    request."""
+    """Returns for each expert the number of requests of its busiest replica, divided by the mean over its replicas.
+    Ignores replicas without a successful request."""
     found: dict[str, Counter[str]] = {}
     for o in good:
         found.setdefault(o.expert or UNKNOWN, Counter())[o.replica or UNKNOWN] += 1
@@ -314,7 +315,8 @@ def faster(observations: Sequence[Observation], factor: float) -> list[Observati
 
 
 def _tokens_in(window: Window, observations: Sequence[Observation]) -> float:
-    """Returns the number of tokens in the window. Each event counts as the mean number per event of its response."""
+    """Returns the number of tokens that arrived in the window. Each event counts as the mean number of tokens per event
+    of its response, or of all responses if its own is not known."""
     counted = [o for o in observations if o.error is None and o.tokens is not None]
     events = sum(len(o.content_s) for o in counted)
     # Responses without a token count use the mean over all responses.

@@ -20,12 +20,13 @@ def utc_now() -> str:
 
 
 def stem_of(benchmark: str, at: str) -> str:
-    """Returns the file name, without suffix, of a result: `soak-20260102T030405Z`."""
+    """Returns the name of a result file without its suffix, as `soak-20260102T030405Z`. `at`: time from `utc_now`."""
     return f"{benchmark}-{at.replace('-', '').replace(':', '')}"
 
 
 def write_results(folder: Path, stem: str, value: Mapping[str, Any], texts: Mapping[str, str]) -> Path:
-    """Writes `stem.json` and one file per suffix in `texts`, readable by everyone. Returns the path without suffix."""
+    """Writes `value` to `stem.json`, and the text of each KEY in `texts` to `stem.KEY`. The files are readable by
+    everyone. Returns their path without suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {"json": json.dumps(value, indent=1, allow_nan=False) + "\n", **texts}
     for suffix, text in contents.items():

@@ -15,8 +15,8 @@ LATENCIES: Final = ("ttft_s", "tpot_s", "e2e_s")
 
 
 def overhead(routed: Figures, direct: Figures) -> dict[str, dict[str, float]]:
-    """Returns for each latency: both medians, their difference `added_s`, and its `share` of the latency with the
-    router."""
+    """Returns for each kind of latency (such as TTFT) both medians, their difference `added_s`, and `share`: the
+    difference divided by the median with the router."""
     return {name: added for name in LATENCIES if (added := _added(name, routed, direct)) is not None}
 
 

@@ -39,8 +39,8 @@ ServedExpert = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class RoutedShares:
-    """How the router distributed the measured requests: for each replica and expert, its share of the requests and
-    their bodies."""
+    """How the router distributed the measured requests. `shares`: share of the requests that went to each replica and
+    expert. `bodies`: indices of the bodies of these requests."""
 
     shares: Mapping[ServedExpert, float]
     bodies: Mapping[ServedExpert, Sequence[int]]
@@ -64,8 +64,9 @@ class RoutedShares:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPoint:
-    """The figures of one measurement point. `invalid`: reasons why the figures are invalid. `direct`, `overhead`: None
-    if the point was not measured without the router; `notes` has the reasons."""
+    """The figures of one measurement point. `invalid`: reasons why the figures are invalid; empty if they are valid.
+    `direct`: figures without the router, and `overhead`: latency that the router adds; both None if they were not
+    measured, and `notes` then says why."""
 
     point: Point
     load: LoadResult
@@ -78,7 +79,8 @@ class MeasuredPoint:
 
 @dataclass(slots=True)
 class PointMeasurement:
-    """A measurement of points on one deployment. `slowdown`: wall-clock seconds per second of its simulated engines."""
+    """Measures points on one deployment. `slowdown`: wall-clock seconds per second of its simulated engines. `routed`:
+    how the router distributed the load of each measured point."""
 
     run: RunDir
     target: LoadTarget
@@ -116,8 +118,8 @@ class PointMeasurement:
         return figures(observations, window, self.config.good, exceeded=load.exceeded)
 
     def _measures_direct(self, point: Point, notes: list[str]) -> bool:
-        """Returns whether to measure without the router. Adds a note if `bench.direct` asks for this but it is not
-        possible."""
+        """Returns whether to measure this point without the router. If `bench.direct` asks for this and it is not
+        possible, adds the reason to `notes`."""
         if not self.config.direct:
             return False
         if self.slowdown != 1.0:
@@ -131,7 +133,8 @@ class PointMeasurement:
         return True
 
     def _direct(self, point: Point, routed: RoutedShares, notes: list[str]) -> Figures | None:
-        """Returns the figures without the router. All replicas are loaded at the same time, each with its share."""
+        """Returns the figures without the router; None if this is not possible, with the reason in `notes`. All
+        replicas are loaded at the same time, each with its share of the users."""
         assert point.users is not None
         replicas = {name: self._replica(name) for name, _ in routed.shares}
         targets = {
@@ -168,8 +171,8 @@ class PointMeasurement:
         return record, LoadTarget(record.url, replica_key(self.run.secret(), record.nonce))
 
     def _sim_seconds(self) -> dict[str, tuple[float, float]]:
-        """Returns for each simulated replica two totals in seconds: the duration of its steps, and the delay that later
-        steps did not make up."""
+        """Returns for each simulated replica two totals in seconds: the simulated duration of its engine's steps, and
+        the delay of these steps that later steps did not make up."""
         seconds = {}
         for name, record in RegistryReader(self.run.registry).snapshot().items():
             if record.kind is RecordKind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:
@@ -214,7 +217,8 @@ def _value(text: str, name: str) -> float:
 
 
 def _late_share(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> float | None:
-    """Returns the maximum share of time by which an engine was late between two readings of `_sim_seconds`."""
+    """Returns by which share of its computing time a simulated engine was late between two readings of `_sim_seconds`:
+    the maximum over all replicas; None if no replica is simulated."""
     shares = []
     for name, (steps_s, lost_s) in after.items():
         earlier = before.get(name, (0.0, 0.0))

@@ -20,8 +20,8 @@ TICK_S: Final = 0.25
 def progress(
     console: Console, config: BenchConfig, point: Point, *, done: int, total: int, label: str = ""
 ) -> Iterator[None]:
-    """Shows bars for the seconds of this point's load and for the number of finished points. Shows nothing if the
-    output is not a terminal."""
+    """Shows two bars: the elapsed seconds of this point's load, and the number of finished points (`done` of `total`).
+    Shows nothing if the output is not a terminal."""
     load_s = None if config.duration_s is None else config.warmup_s + config.duration_s
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn())
     disabled = not console.file.isatty()
@@ -35,7 +35,7 @@ def progress(
 
 
 class StepDisplay:
-    """A display of the current step and the seconds so far: one changing line on a terminal, else one line per step."""
+    """Displays the current step and the elapsed seconds: one changing line on a terminal, else a new line per step."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._begun = console, time.monotonic()

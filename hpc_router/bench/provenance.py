@@ -64,8 +64,8 @@ class Provenance:
 
     @property
     def gpus(self) -> int | None:
-        """Returns the number of GPUs of all experts. A simulated expert counts with the GPUs that its engine
-        simulates."""
+        """Returns the number of GPUs of all replicas of all experts; None if the config is not known. A simulated
+        expert counts with the GPUs that its engine simulates."""
         if self.config is None:
             return None
         return sum(int(expert["replicas"]) * _gpus(expert) for expert in self.config["experts"].values())
@@ -87,7 +87,8 @@ def provenance(
     choices: Mapping[str, str] | None = None,
     overrides: Sequence[str] = (),
 ) -> Provenance:
-    """Returns the provenance of a call. `code`: a folder in the git clone whose state is recorded."""
+    """Returns the provenance of a call. `code`: a folder in the git clone whose state is recorded. `choices`,
+    `overrides`: config groups and values that were chosen on the command line."""
     return Provenance(
         run=str(run.path),
         choices=dict(choices or {}),
@@ -103,7 +104,7 @@ def provenance(
 
 
 def origin_of(at: str) -> dict[str, Any]:
-    """Returns the provenance of a benchmark that starts all processes itself, as JSON without the host name."""
+    """Returns the provenance of a benchmark that starts its own processes, as JSON without host name. `at`: time."""
     return {
         "at": at,
         "command": shown_command(sys.argv[1:]),
@@ -150,8 +151,8 @@ def _versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Returns the commit of a git clone, and whether files differ from it; None if the folder is not in a clone, or git
-    is not installed."""
+    """Returns the commit of a git clone, and whether its files differ from that commit; None if the folder is not in a
+    clone or git is not installed."""
     commit, changes = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit.strip(), "changed": bool(changes)}
 

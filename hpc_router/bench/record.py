@@ -22,8 +22,8 @@ SCHEMA: Final = 2
 
 @dataclass(slots=True)
 class ResultFiles:
-    """The result files of one call: `bench-<time>-<random>.jsonl`, and with `raw` also `.requests.jsonl` with the same
-    stem."""
+    """The result files of one call: `bench-<time>-<random>.jsonl`, and with `raw` also a file with the single requests,
+    `bench-<time>-<random>.requests.jsonl`."""
 
     folder: Path
     raw: bool

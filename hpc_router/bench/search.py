@@ -1,7 +1,7 @@
 """Finds the highest request rate whose goodput target holds. Pure functions of the rates measured so far.
 
-The rate is doubled until the target is missed, or halved until it holds, and then the interval is bisected, in
-proportion. The search continues from stored results, because it has no other state.
+The rate is doubled until it misses the target, or halved until it meets it. The interval between these two rates is
+then bisected at its geometric mean. A search continues from stored results, because it has no other state.
 """
 
 import math
@@ -14,7 +14,7 @@ _DIGITS = 4
 
 
 def next_rate(measured: Mapping[float, bool], config: BenchConfig) -> float | None:
-    """Returns the rate to measure next, and None at the end. `measured`: whether the target held, for each rate."""
+    """Returns the rate to measure next; None when the search has ended. `measured`: rate -> whether its target held."""
     assert config.rates is not None
     if len(measured) >= config.search_points:
         return None
@@ -32,7 +32,7 @@ def next_rate(measured: Mapping[float, bool], config: BenchConfig) -> float | No
 
 
 def limit_text(measured: Mapping[float, bool], config: BenchConfig) -> str:
-    """Returns the result of a search in one sentence."""
+    """Returns the result of a search in one sentence. `measured`: rate -> whether its target held."""
     target = f"{config.search_share:.0%} of the requests within bench.good"
     bad = min((rate for rate, held in measured.items() if not held), default=None)
     good = max((rate for rate, held in measured.items() if held and (bad is None or rate < bad)), default=None)
@@ -47,8 +47,9 @@ def target_holds(figures: Figures, config: BenchConfig) -> bool:
 
 
 def most_in_flight(config: BenchConfig, rate_per_s: float) -> int | None:
-    """Returns the number of requests in flight beyond which an engine does not keep up: by Little's law, twice the
-    arrivals in the time that `good` allows a response, plus ten. None without a limit on that time."""
+    """Returns the number of requests in flight beyond which an engine does not keep up: `bench.most_in_flight`, or in a
+    search without it twice the requests that arrive in the longest good response time (Little's law), plus ten. None if
+    neither is known."""
     if config.most_in_flight is not None or config.search is None:
         return config.most_in_flight
     good = config.good

@@ -66,13 +66,13 @@ class Store:
         return self.folder / f"{key}.jsonl"
 
     def has(self, key: str, *, valid: bool = False) -> bool:
-        """Returns whether the point is finished. With `valid`, returns whether it also has valid figures."""
+        """Returns whether the point is finished. With `valid`, returns whether it is finished with valid figures."""
         if not valid:
             return self.path(key).exists()
         return bool((self.read(key) or {}).get("valid"))
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """Returns the record of a finished point; None for any other."""
+        """Returns the record of a finished point; None if the point is not finished."""
         return read_json(self.path(key))
 
     def add(self, key: str, record: Mapping[str, Any], raw: list[dict[str, Any]] | None) -> None:
@@ -83,8 +83,8 @@ class Store:
         replace_text(self.path(key), lines([record]))
 
     def run_of(self, deployment: Deployment) -> RunDir:
-        """Returns the deployment's run directory. It is the same in every call, so that a call finds the processes of a
-        killed one."""
+        """Returns the deployment's run directory. Every call of the same sweep uses the same directory, so it can find
+        and stop the processes that a killed call has left behind."""
         return RunDir(self.runs / deployment_key(deployment))
 
     @property
@@ -132,7 +132,7 @@ def _touch(path: Path) -> None:
 
 
 def _holder(path: Path) -> str | None:
-    """Returns the live process that holds the claim, as text for an error message; None if the claim is free."""
+    """Returns which other live process holds the claim, as text for an error message; None if none does."""
     try:
         age_s = time.time() - path.stat().st_mtime
     except OSError:

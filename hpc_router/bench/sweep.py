@@ -39,7 +39,7 @@ class DeploymentSweep:
     prompts: Sequence[BenchPrompt]
 
     def points(self) -> list[tuple[str, Point]]:
-        """Returns all points, each with its key in the store. With `search`, the measured ones and the next one."""
+        """Returns all points, each with its key in the store. With `search`: the measured points and the next one."""
         if self.config.search is None:
             return [self._with_key(point) for point in points_of(self.config)]
         measured = self.measured_rates()
@@ -48,7 +48,7 @@ class DeploymentSweep:
         return [self._with_key(Point(rate_per_s=rate)) for rate in rates]
 
     def measured_rates(self) -> dict[float, bool]:
-        """Returns for each stored rate of a search whether its target held."""
+        """Returns the finished points of a search: rate -> whether its goodput target held."""
         measured: dict[float, bool] = {}
         while (rate := next_rate(measured, self.config)) is not None:
             record = self.store.read(self._with_key(Point(rate_per_s=rate))[0])
@@ -68,7 +68,8 @@ class DeploymentSweep:
 def measure_missing(
     sweep: DeploymentSweep, *, reporter: Reporter, context: PointContext, origin: Callable[[RunDir], Provenance]
 ) -> list[MeasuredPoint]:
-    """Measures the missing points and returns their figures. Raises ConfigError, LaunchError and KeyboardInterrupt."""
+    """Measures the points that the store lacks; returns their figures. Raises ConfigError, LaunchError,
+    KeyboardInterrupt."""
     if not sweep.missing():
         return []
     with sweep.store.claim(sweep.deployment), sigterm_as_interrupt():

@@ -1,8 +1,8 @@
 """Traces of arrivals: plain times, or requests in the format that Mooncake has published (arXiv 2407.00079).
 
-A line of the plain format is `{"at_s": 1.5}`. A line of Mooncake's is `{"timestamp": 27482, "input_length": 6955,
-"output_length": 52, "hash_ids": [46, 47, ...]}`: milliseconds, tokens, and one hash for each block of 512 tokens of the
-prompt, which is equal where the prompt up to that point is equal.
+A line of the plain format is `{"at_s": 1.5}`. A line of Mooncake's format is `{"timestamp": 27482, "input_length":
+6955, "output_length": 52, "hash_ids": [46, 47, ...]}`: milliseconds, tokens, tokens, and one hash for each block of 512
+tokens of the prompt. Two prompts have the same hash at a block if they are equal up to the end of that block.
 """
 
 import json
@@ -21,7 +21,7 @@ MOONCAKE_BLOCK: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class TracedRequest:
-    """One arrival. `hash_ids`: of the blocks of the prompt; None for an arrival without a request of its own."""
+    """One arrival. `hash_ids`: one hash per block of its prompt; None if the trace has only arrival times."""
 
     at_s: float
     input_length: int = 0
@@ -30,7 +30,7 @@ class TracedRequest:
 
 
 def read_trace(path: Path) -> list[TracedRequest]:
-    """Returns the arrivals of a file by time. Raises ConfigError with file and line."""
+    """Returns the arrivals in a trace file, in order of time. Raises ConfigError with file and line."""
     found: list[TracedRequest] = []
     for number, line in lines_of(path):
         try:
@@ -59,8 +59,8 @@ def _mooncake(value: Mapping[str, Any]) -> TracedRequest:
 
 
 class TracedText:
-    """The prompts of a trace: equal hashes give equal words. `block_words`: words per hashed block; less than 512
-    shortens prompts and answers in proportion."""
+    """Makes the prompts of a trace: blocks with equal hashes get equal words. `block_words`: number of words per block;
+    a value below 512 shortens prompts and answers in proportion."""
 
     def __init__(self, words: Sequence[str], *, seed: str, block_words: int) -> None:
         self._words, self._seed, self._block_words = words, seed, block_words

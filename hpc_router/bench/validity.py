@@ -19,8 +19,8 @@ class Conditions:
     """The circumstances of a measurement.
 
     `cpu_share`: share of one core that the busiest load generator used. `wait_share`: share of the time for which it
-    waited for a core. `late_share`: share of the time by which simulated engines were late; None if no engine is
-    simulated. `halves`: number of responses that ended in the first and in the second half of the window.
+    waited for a core. `late_share`: share of their computing time by which simulated engines were late; None if no
+    engine is simulated. `halves`: number of responses that ended in the first and in the second half of the window.
     """
 
     users: int | None
@@ -57,7 +57,7 @@ def invalid_reasons(figures: Figures, conditions: Conditions, limits: ValidityLi
 
 
 def _too_short(figures: Figures, conditions: Conditions, limits: ValidityLimits) -> Iterator[str]:
-    """Yields a reason if the window has too few responses."""
+    """Yields a reason if the window has too few responses, or is too short compared with the response time."""
     if figures.succeeded < limits.answers:
         yield f"the window is too short: {figures.succeeded} measured responses (at least {limits.answers})"
     elif conditions.users is not None:

@@ -1,9 +1,9 @@
 """The requests of a measurement point: bodies, order, arrival times and pauses. Pure functions; the seed determines the
 results.
 
-Every point starts from the seed and its repeat, so the same config sends the same measured requests in the same order.
-Measured and unmeasured requests have separate orders, so the number of warm-up requests does not matter. Addresses and
-tokens are added later.
+The random generators of a point start from the seed and the number of the repeat, so the same config sends the same
+measured requests in the same order. Measured and unmeasured requests have separate orders, so the number of warm-up
+requests does not matter. Addresses and tokens are added later.
 """
 
 import json
@@ -50,8 +50,8 @@ class Point:
 
 
 def points_of(config: BenchConfig) -> list[Point]:
-    """Returns all measurement points of a call, repeat by repeat, so that slow changes of the machine affect all points
-    alike."""
+    """Returns all measurement points of a call. They are ordered by repeat, so that slow changes of the machine affect
+    all points alike."""
     points = []
     for repeat in range(config.repeats):
         if config.rates is not None:
@@ -65,8 +65,8 @@ def points_of(config: BenchConfig) -> list[Point]:
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """The body of a request. `domain`: the domain of its prompt; None if it is not known. `load_class`, `turn`: of its
-    conversation."""
+    """The body of a request. `domain`: the domain of its prompt; None if it is not known. `load_class`, `turn`: class
+    of its conversation and turn in it; None without conversations."""
 
     body: bytes
     domain: str | None
@@ -76,8 +76,8 @@ class RequestBody:
 
 @dataclass(frozen=True, slots=True)
 class ChainStep:
-    """A request of a conversation. `request`: index into the bodies. `leave_events`: events after which the client
-    disconnects; 0: never. `last`: the conversation ends with it."""
+    """A request of a conversation. `request`: index into the bodies. `leave_events`: number of events after which the
+    client disconnects; 0: never. `last`: whether this request ends the conversation."""
 
     request: int
     leave_events: int = 0
@@ -105,7 +105,7 @@ class Workload:
 
 
 def workload(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, *, job: int = 0) -> Workload:
-    """Returns the requests of load generator number `job` (from 0) of `config.load_jobs`."""
+    """Returns the requests that load generator number `job` sends (from 0, of `config.load_jobs`)."""
     if config.classes:
         return _conversations(config, prompts, point, job)
     if config.trace is not None:
@@ -132,7 +132,7 @@ def jobs_for(point: Point, config: BenchConfig) -> int:
 
 
 def share_of(total: int, job: int, jobs: int) -> int:
-    """Returns the share of job number `job` in `total`. The shares differ by at most one, and their sum is `total`."""
+    """Returns how many of `total` job number `job` gets. The shares differ by at most one, and their sum is `total`."""
     return total // jobs + (job < total % jobs)
 
 
@@ -210,7 +210,7 @@ def _conversations(config: BenchConfig, prompts: Sequence[BenchPrompt], point: P
 
 
 def _traced(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> Workload | None:
-    """Returns the requests of a trace that has them; None for a trace of arrival times alone."""
+    """Returns the load of the config's trace; None if the trace has arrival times but no requests."""
     assert config.trace is not None
     assert config.duration_s is not None
     until_s = config.warmup_s + config.duration_s + EXTRA_ARRIVALS_S
@@ -235,7 +235,7 @@ def _traced(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -
 
 
 def request_order(count: int, stream: str) -> list[int]:
-    """Returns indices below `count`, as several random permutations in a row. The name `stream` determines them."""
+    """Returns indices below `count`: several random permutations in a row. The text `stream` is the seed."""
     source = random.Random(stream)
     return [number for _ in range(PERMUTATIONS) for number in source.sample(range(count), count)]
 

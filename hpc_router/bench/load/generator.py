@@ -37,7 +37,7 @@ _ERROR_KINDS: Final[Mapping[Error, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """The server to load: the router or a replica."""
+    """The server that receives the load: the router or a replica."""
 
     url: str
     token: str = field(repr=False)
@@ -58,8 +58,8 @@ class LoadTarget:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """The observations of one load. `cpu_share`, `wait_share`: shares of one core that the busiest generator used, and
-    for which it waited. `exceeded`: the load ended early, because too many requests were in flight."""
+    """The observations of one load. `cpu_share`: share of one core that the busiest load generator used. `wait_share`:
+    share of time for which it waited for a core. `exceeded`: the load ended early: too many requests were in flight."""
 
     started_at: float
     observations: Sequence[Observation]
@@ -72,8 +72,8 @@ class LoadResult:
 def run_load(
     target: LoadTarget, config: BenchConfig, work: Workload, folder: Path, *, most_in_flight: int | None = None
 ) -> LoadResult:
-    """Sends the load, and blocks until all measured requests have ended. `folder`: a private folder for the program's
-    files. `most_in_flight`: number of requests in flight beyond which an open loop ends early."""
+    """Sends the load, and returns the result when all measured requests have ended. `folder`: a private folder for the
+    program's files. `most_in_flight`: with more requests in flight, an open loop ends early."""
     host, port = target.address
     folder.mkdir(parents=True, exist_ok=True)
     requests = [http_request(one.body, host=f"{host}:{port}", path=CHAT, token=target.token) for one in work.bodies]
@@ -122,7 +122,7 @@ def _chain_table(chains: Sequence[ChainStep]) -> Table:
 
 
 def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
-    """Returns the configured window. Without a duration, the window ends with the last measured request."""
+    """Returns the configured window. Without `duration_s`, it ends with the last measured request in `seen`."""
     if config.duration_s is not None:
         return Window(config.warmup_s, config.warmup_s + config.duration_s)
     last = max((o.ended_s for o in seen if o.part is MeasurementPart.MEASURED), default=config.warmup_s)

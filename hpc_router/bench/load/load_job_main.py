@@ -27,8 +27,8 @@ BEAT_TIMEOUT_S: Final = 60.0
 
 
 def task(target: LoadTarget, config: dict[str, Any], prompts: list[BenchPrompt], point: Point, begin_at: float) -> Any:
-    """Returns the content of a task file: one measurement point, the same for all jobs. `begin_at`: Unix time of the
-    start."""
+    """Returns the content of a task file, which tells all load jobs to run the same measurement point. `begin_at`: Unix
+    time at which the load starts."""
     return {
         "url": target.url,
         "token": target.token,
@@ -40,7 +40,7 @@ def task(target: LoadTarget, config: dict[str, Any], prompts: list[BenchPrompt],
 
 
 def serve(folder: Path, job: int) -> int:
-    """Runs one load job until it has to end, and returns the exit status."""
+    """Runs one load job until the caller ends it or is gone, and returns the exit status. `job`: number of the job."""
     replace_json(folder / f"ready.{job}", {"at": time.time()})
     number = 0
     while not _ended(folder):

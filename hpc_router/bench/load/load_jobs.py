@@ -49,7 +49,7 @@ class InProcessLoad:
 
 
 class SubmittedLoadJobs:
-    """Several load jobs that are started once and run the load of every measurement point."""
+    """Several load jobs that are started once. They run the load of one measurement point after the other."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self._folder, self._jobs, self._number = folder, jobs, 0
@@ -74,7 +74,8 @@ class SubmittedLoadJobs:
         return merged(parts)
 
     def _result(self, path: Path, config: BenchConfig) -> LoadResult | None:
-        """Waits for the result of one job. Returns None for a job that has no share of this point's load."""
+        """Waits for the result file of one load job and returns the result. Returns None if the job has no part in this
+        point's load. Raises LaunchError if the job failed or writes no result in time."""
         timeout_s = config.warmup_s + (config.duration_s or config.timeout_s) + config.drain_s + 60.0
         _wait_for(path, timeout_s, "no result from a load job")
         result = json.loads(path.read_bytes())
@@ -88,8 +89,8 @@ LoadJobs = InProcessLoad | SubmittedLoadJobs
 
 @contextmanager
 def start_load_jobs(config: BenchConfig, *, shared: Path) -> Iterator[LoadJobs]:
-    """Starts the load jobs that `config` requires, and ends them with the block. Jobs on other nodes read the folder
-    `shared`."""
+    """Starts the load jobs that `config` requires, and stops them when the block ends. `shared`: a folder that load
+    jobs on other nodes can read and write."""
     with private_umask():
         shared.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="load-", dir=shared))
@@ -135,7 +136,8 @@ def _processes(config: BenchConfig, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _sbatch(config: BenchConfig, folder: Path) -> Iterator[None]:
-    """Submits one Slurm job per load job. Removes the variables of the Slurm job in which this process may run."""
+    """Submits one Slurm job per load job, and cancels them when the block ends. `sbatch` runs without the variables of
+    the Slurm job in which this process may run."""
     environment = without_job_variables(os.environ)
     numbers: list[str] = []
     try:

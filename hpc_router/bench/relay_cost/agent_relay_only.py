@@ -1,4 +1,4 @@
-"""Runs only the request path of an agent, for an engine that is already running, to measure the cost of that hop.
+"""Runs only the request path of an agent, for an engine that already runs, to measure what this path costs.
 
     python -m hpc_router.bench.relay_cost.agent_relay_only --run DIR --replica math-0.g1 --socket PATH
 
@@ -32,7 +32,7 @@ CAPACITY = 100_000
 
 
 async def serve(run: RunDir, replica: str, engine: Path) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves requests as the agent of `replica` until SIGTERM or SIGINT. `engine`: path of the engine's unix socket."""
     expert, _, generation = split_replica(replica)
     settings, nonce, stop = Deployment(), new_token(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""Measures the CPU time of the relay, the engine and the load generator between two times of a load."""
+"""Measures the CPU time that relay, engine and load generator use in an interval of a load."""
 
 import time
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ POLL_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class CpuReading:
-    """The CPU time used so far. `core_ns`: by all processes on the relay's core. `load_core_ns`: on the other cores of
-    the benchmark."""
+    """The CPU time that was used until `at_ns`. `core_ns`: by all processes of the machine on the relay's core.
+    `load_core_ns`: by all processes on the other cores of the benchmark."""
 
     at_ns: int
     relay_ns: int
@@ -42,7 +42,7 @@ class CpuCost:
 
     @property
     def relay_share(self) -> float:
-        """Returns the share of its core that the relay used."""
+        """Returns the share of the relay's core that the relay used."""
         return self.relay_ns / self.elapsed_ns
 
     @property
@@ -57,7 +57,8 @@ class CpuCost:
         return max(0.0, (self.end.load_core_ns - self.begin.load_core_ns - own_ns) / self.elapsed_ns)
 
     def shares(self, count: int) -> dict[str, float]:
-        """Returns microseconds per request or event (there were `count` of them), rates, and shares of the cores."""
+        """Returns the figures of the interval by name: microseconds per request or event, the rate, and the shares of
+        the cores. `count`: number of requests or events in the interval."""
         each = max(1, count) * 1e3
         return {
             "us": self.relay_ns / each,
@@ -72,15 +73,15 @@ class CpuCost:
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """A meter that reads the CPU time of all processes. `relay`: None for a measurement without a relay."""
+    """Reads the CPU time of all processes of a measurement. `relay`: None for a measurement without a relay."""
 
     relay: ProcessGroup | None
     engine_pid: int
     cores: Cores
 
     def measure(self, load: Running, *, after_s: float, span_s: float) -> CpuCost:
-        """Blocks, and returns the CPU time of an interval of `span_s` seconds, which begins `after_s` after the start
-        of the load."""
+        """Returns the CPU time that was used in an interval of `span_s` seconds, which begins `after_s` seconds after
+        the start of the load. Blocks until the interval has ended."""
         _sleep_until(load.begun_ns + int(after_s * 1e9))
         begin = self._read(load)
         _sleep_until(begin.at_ns + int(span_s * 1e9))
@@ -94,7 +95,7 @@ class Meter:
 
 
 def wait_for_idle(cores: Cores, *, timeout_s: float) -> None:
-    """Waits until other processes hardly use these cores, for at most `timeout_s` seconds."""
+    """Waits until these cores are almost idle, for at most `timeout_s` seconds."""
     both = cores.relay | cores.load
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

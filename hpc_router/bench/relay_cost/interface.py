@@ -22,7 +22,7 @@ NO_TOKEN: Final = "0" * 64
 
 @dataclass(frozen=True, slots=True)
 class RelayPlacement:
-    """The place where a relay is started: the engine behind it, a private folder, and its cores."""
+    """What a relay needs to start: the engine behind it, a private folder, and its cores."""
 
     engine: MockEngine
     folder: Path
@@ -64,12 +64,12 @@ class Relay(ABC):
 
     @abstractmethod
     def started(self, placement: RelayPlacement) -> AbstractContextManager[StartedRelay]:
-        """Starts the relay, and ends it with the block. Raises LaunchError."""
+        """Returns a context manager that starts the relay, and ends it with the block. Starting raises LaunchError."""
 
 
 def find(command: str, folder: Path | None) -> Path | None:
-    """Returns the path of a program in the virtual environment `folder`, in PATH, or in SERVER_PATH; None if it is not
-    found."""
+    """Returns the path of the program `command`: from the virtual environment `folder`, else from PATH or SERVER_PATH;
+    None if it is in none of them."""
     inside = folder / "bin" / command if folder is not None else None
     if inside is not None and inside.exists():
         return inside.absolute()
@@ -86,7 +86,8 @@ def wait_until_serving(started: StartedRelay, log: Path) -> None:
 
 
 def check_starting(group: ProcessGroup | None, log: Path, deadline: float) -> None:
-    """Raises LaunchError if a starting relay has ended, or if the deadline (monotonic seconds) has passed."""
+    """Raises LaunchError if a process of the starting relay has ended, or if the deadline (monotonic seconds) has
+    passed. `log`: the relay's log, whose end becomes part of the error."""
     if group is not None and group.died():
         raise LaunchError(f"it ended while starting: {log_tail(log)}")
     if time.monotonic() > deadline:

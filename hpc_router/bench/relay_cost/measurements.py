@@ -50,8 +50,8 @@ class Round:
 
 @dataclass(slots=True)
 class Measurement:
-    """The measurement of one running relay. `place`: a private folder for requests and records. `show`: displays the
-    current step."""
+    """Measures one running relay. `place`: a private folder for requests and records. `show`: displays the current
+    step."""
 
     options: RelayCostOptions
     relay: Relay
@@ -83,9 +83,11 @@ class Measurement:
         return self.round
 
     def short(self, size: str) -> None:
-        """Measures short requests in closed loops over keep-alive connections. A figure is the median of several turns.
+        """Measures short requests in closed loops over keep-alive connections. `size`: a key of `requests.SIZES`. A
+        figure is the median of several measurements.
 
-        Requests for a named model and for `auto` alternate, so that changes of the machine's speed affect both alike.
+        Measurements for a named model and for `auto` alternate, so that changes of the machine's speed affect both
+        alike.
         """
         models = (requests.MODEL, "auto") if self.relay.classifies else (requests.MODEL,)
         turns: dict[str, list[dict[str, float]]] = {model: [] for model in models}
@@ -123,7 +125,8 @@ class Measurement:
         self._keep_first_token("ttft", found)
 
     def first_token_beside(self, span_s: float) -> None:
-        """Measures the time to first token while all streams are open. The requests are too few to add load."""
+        """Measures the time to first token for `span_s` seconds, while all streams are open. The requests for this are
+        too few to change the load."""
         arrivals_s = np.arange(0, span_s, 1 / PROBES_PER_S).tolist()
         sent = requests.streaming(self.started.port, token=self.started.token, events=1)
         spec = self._spec(sent, "probes", connections=len(arrivals_s), arrivals_s=arrivals_s)
@@ -132,7 +135,8 @@ class Measurement:
         self._keep_first_token("ttft_beside", found)
 
     def streams(self, count: int, *, suffix: str) -> None:
-        """Measures `count` simultaneous streams, from the events that arrive while all of them are open."""
+        """Measures `count` simultaneous streams, from the events that arrive while all of them are open. The names of
+        the figures end in `suffix`."""
         options, ramp_s = self.options, max(0.2, count / STREAM_STARTS_PER_S)
         self._begin(f"{count} streams")
         beside_s = 0.0 if suffix else options.beside_streams_s
@@ -172,7 +176,8 @@ class Measurement:
 
     def disconnect(self, when: str, *, delay_ms: int) -> None:
         """Measures how fast the relay closes its connection to the engine after its client disconnects. `when`: `mid`
-        for a disconnect in the middle of a stream, `before` for one before the first byte."""
+        for a disconnect in the middle of a stream, `before` for one before the first byte. `delay_ms`: time until the
+        engine sends the first event."""
         self._begin(f"clients that disconnect {'in mid-stream' if when == 'mid' else 'before the first byte'}")
         names = [f"{when}-{number}" for number in range(self.options.disconnects)]
         sent = requests.disconnecting(self.started.port, token=self.started.token, names=names, delay_ms=delay_ms)
@@ -189,8 +194,8 @@ class Measurement:
         self._keep(f"leave_{when}", ms_p50=_percentile(took_ms, 50), ms_max=_percentile(took_ms, 100))
 
     def soak(self, total: int, *, step: int = 100_000) -> list[tuple[int, float]]:
-        """Returns the private memory of the relay before, and after every `step` short requests, as pairs (requests,
-        MiB)."""
+        """Sends `total` short requests, and returns the private memory of the relay as pairs (requests sent so far,
+        MiB): before the first request and after every `step` requests."""
         assert self.started.group is not None
         sent = requests.short(self.started.port, token=self.started.token, size="200 B")
         points, done = [(0, self.started.group.private_mb())], 0
@@ -230,7 +235,7 @@ class Measurement:
 
 
 def _within(rows: Table, column: str, cost: CpuCost) -> Table:
-    """Returns the rows whose time in `column` lies between the two readings."""
+    """Returns the rows whose time in `column` lies in the interval of `cost`."""
     return rows[(rows[column] >= cost.begin.at_ns) & (rows[column] < cost.end.at_ns)]
 
 

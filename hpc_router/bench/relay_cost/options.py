@@ -55,20 +55,20 @@ class RelayCostOptions:
 
     @property
     def first_token_requests(self) -> int:
-        """Returns the number of consecutive requests that measure the time to first token."""
+        """Returns how many requests measure the time to first token. They are sent one after the other."""
         return 20 if self.quick else 300
 
     @property
     def beside_streams_s(self) -> float:
-        """Returns for how many seconds the time to first token is measured while streams are open."""
+        """Returns how long, in seconds, the time to first token is measured while streams are open."""
         return 0.2 if self.quick else 2.0
 
     @property
     def disconnects(self) -> int:
-        """Returns the number of streams that the client disconnects, in each of two ways."""
+        """Returns how many streams the client disconnects in mid-stream, and as many again before the first byte."""
         return 5 if self.quick else 50
 
     @property
     def settle_s(self) -> float:
-        """Returns the seconds between the start of the last stream and the measurement of events."""
+        """Returns the pause in seconds between the start of the last stream and the measurement of events."""
         return 0.1 if self.quick else 0.5

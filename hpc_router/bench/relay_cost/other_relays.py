@@ -133,7 +133,8 @@ backend engines
 
 @dataclass(frozen=True, slots=True)
 class Package(Relay):
-    """A router from PyPI in the virtual environment `environment`. `arguments`: the arguments before the options."""
+    """A router from PyPI that is installed in the virtual environment `environment`. `arguments`: the words between the
+    name of its program and the options."""
 
     environment: Path | None = None
     arguments: tuple[str, ...] = ()

@@ -51,12 +51,12 @@ def pinned_to(cores: frozenset[int]) -> Iterator[None]:
 
 @dataclass(slots=True)
 class ProcessGroup:
-    """The processes of one relay."""
+    """The processes that are started for one relay."""
 
     roots: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, argv: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """Starts a process in the folder of its log, because Python also imports modules from the current folder."""
+        """Starts a process in the folder of `log`, because Python can import modules from the current folder."""
         with log.open("ab") as stream:
             self.roots.append(
                 subprocess.Popen(
@@ -112,7 +112,7 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def cpu_ns(pid: int) -> int:
-    """Returns the CPU time of all threads of a process; 0 if it has ended."""
+    """Returns the CPU time of all threads of a process in nanoseconds; 0 if the process has ended."""
     total = 0
     for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with suppress(OSError):
@@ -121,7 +121,7 @@ def cpu_ns(pid: int) -> int:
 
 
 def busy_ns(cores: frozenset[int]) -> int:
-    """Returns the busy time of these cores, including time stolen by a hypervisor."""
+    """Returns the total busy time of these cores in nanoseconds, including time stolen by a hypervisor."""
     lines = Path("/proc/stat").read_text().splitlines()
     times = {row[0]: [int(ticks) for ticks in row[1:9]] for row in map(str.split, lines) if row[0][:3] == "cpu"}
     ticks = sum(sum(times[f"cpu{core}"]) - sum(times[f"cpu{core}"][3:5]) for core in cores if f"cpu{core}" in times)

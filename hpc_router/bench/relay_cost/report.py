@@ -25,7 +25,7 @@ DISTURBED_SHARE: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RelayCostResults:
-    """The results of all relays. `absent`: by name, why a relay was not measured. `origin`: provenance as JSON."""
+    """The results of all relays. `absent`: relays that were not measured -> reason. `origin`: provenance as JSON."""
 
     options: RelayCostOptions
     cores: Cores
@@ -80,7 +80,7 @@ def notes(results: RelayCostResults) -> list[str]:
 
 
 def _disturbed(measured: RelayRounds) -> list[str]:
-    """Returns notes on other processes that used the benchmark's cores, with their maximum share of a core."""
+    """Returns notes on cores of the benchmark that other processes used, with the share of a core that these took."""
     shares = {"load generator and engine": "load_others_share"}
     if measured.relay.hops:
         shares["the relay"] = "others_share"
@@ -119,8 +119,8 @@ def _relays(results: RelayCostResults) -> Sheet:
 
 
 def _cell(results: RelayCostResults, measured: RelayRounds, key: str) -> str:
-    """Formats one figure. A time to first token is shown as the difference to that of the relay `direct`, whose own
-    time is shown in brackets."""
+    """Formats one figure of a relay. A time to first token (TTFT) is shown as its difference to the TTFT of `direct`,
+    the measurement without a relay; for `direct` itself, the TTFT is shown in brackets."""
     if not key.startswith("ttft"):
         return _format(spread(measured, key))
     if measured.relay.name == "direct":

@@ -1,4 +1,4 @@
-"""The HTTP requests of the benchmark. They are built in advance; between relays only address and token differ."""
+"""The HTTP requests of the benchmark. They are built in advance; only address and token differ between relays."""
 
 import json
 from collections.abc import Sequence
@@ -42,8 +42,8 @@ def streaming(port: int, *, token: str, events: int) -> list[bytes]:
 
 
 def disconnecting(port: int, *, token: str, names: Sequence[str], delay_ms: int = 0) -> list[bytes]:
-    """Returns requests for endless streams, one per name. The mock engine records the name when the client of the
-    stream disconnects. The engine sends the first event after `delay_ms`."""
+    """Returns requests for endless streams, one per name, for a client that disconnects. The mock engine then records
+    the name. It sends the first event of a stream after `delay_ms`."""
     (text, *_) = prompts("200 B")
     return [
         request(port, token=token, prompt=f"[[mock {name} {delay_ms}]] {text}", stream=True, max_tokens=1_000_000)

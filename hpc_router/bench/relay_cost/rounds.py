@@ -57,7 +57,7 @@ def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores
 def _measure(
     measured: RelayRounds, options: RelayCostOptions, cores: Cores, folder: Path, show: ShowStep, *, number: int | None
 ) -> None:
-    """Measures one round of a relay, or its memory soak if `number` is None."""
+    """Adds the figures of round `number` of a relay to `measured`; those of its memory soak if `number` is None."""
     relay = measured.relay
     label = f"{'soak' if number is None else f'round {number + 1} of {options.rounds}'}, {relay.name}"
     place = folder / relay.name

@@ -29,8 +29,9 @@ def spread(measured: RelayRounds, name: str) -> RoundSpread | None:
 
 
 def across(many: Sequence[tuple[RelayRounds | None, str]], combine: Callable[..., float]) -> RoundSpread | None:
-    """Returns the spread of `combine(*figures)`, computed per round over the rounds that have all figures; None if
-    there is no such round."""
+    """Returns the spread of `combine(*figures)` over the rounds; None if no round has all figures. `many`: where each
+    figure comes from: the rounds of a relay (None: not measured), and the name of the figure. `combine` is called once
+    for each round that has all of them."""
     values = []
     for number in _rounds(many):
         found = [measured.rounds[number].figures.get(name) for measured, name in many if measured is not None]

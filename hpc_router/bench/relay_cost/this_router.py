@@ -36,7 +36,7 @@ OPTIONS: Final = ("topology=sim", "policy=classifier", "router.host=127.0.0.1", 
 
 @dataclass(frozen=True, slots=True)
 class ThisRouter(Relay):
-    """This router in front of the engine, which is registered as external endpoints."""
+    """This router in front of the mock engine. The registry lists the engine as an external endpoint of each expert."""
 
     name: str = "router"
     classifies: bool = True
@@ -61,7 +61,7 @@ class ThisRouter(Relay):
 
 @dataclass(frozen=True, slots=True)
 class RouterAndAgent(Relay):
-    """This router, then an agent's request path on the same core, then the engine's unix socket."""
+    """This router in front of an agent's request path on the same core, which relays to the engine's unix socket."""
 
     name: str = "router+agent"
     hops: int = 2
@@ -119,7 +119,7 @@ def _external(expert: str, url: str) -> Record:
 def _wait_until_serving(
     run: RunDir, processes: ProcessGroup, placement: RelayPlacement, *, models: tuple[str, ...]
 ) -> StartedRelay:
-    """Blocks until the router serves all these models. Raises LaunchError."""
+    """Blocks until the router serves all of `models`, and returns the running router. Raises LaunchError."""
     deadline = time.monotonic() + START_TIMEOUT_S
     missing = list(models)
     while True:

@@ -32,7 +32,7 @@ HTTP_TIMEOUT_S: Final = 5.0
 
 @dataclass(slots=True)
 class SoakDeployment:
-    """A running deployment. `router`: name of its router replica. `keep`: whether to keep its folder."""
+    """A running deployment. `router`: name of the router's job. `keep`: whether to keep the folder when it ends."""
 
     run: RunDir
     url: str
@@ -49,7 +49,7 @@ class SoakDeployment:
         return status if isinstance(status, dict) else None
 
     def gauges(self) -> dict[str, float] | None:
-        """Returns the gauges that must be zero without requests; None if the router does not respond."""
+        """Returns the router's gauges that are zero without requests; None if the router does not respond."""
         text = self._get("/metrics")
         if text is None:
             return None
@@ -61,7 +61,7 @@ class SoakDeployment:
         }
 
     def inject(self, target: FaultTarget) -> InjectedFault | None:
-        """Kills the least recently killed process of that kind. Returns None if no process can be killed now."""
+        """Kills the least recently killed process of the kind `target`. Returns None if none can be killed now."""
         status = self._last_status or self.status()
         if status is None:
             return None
@@ -77,12 +77,12 @@ class SoakDeployment:
         return None
 
     def replicas(self, status: dict[str, Any]) -> dict[str, int]:
-        """Returns the process ids of the agents that may be killed, by replica."""
+        """Returns the replicas that may be killed now: name -> process id of the agent."""
         found = {name: self._pid(name) for name in killable(status["experts"], killed=self._killed)}
         return {name: pid for name, pid in found.items() if pid is not None}
 
     def processes(self, status: dict[str, Any], target: FaultTarget | None = None) -> dict[str, int]:
-        """Returns the process ids of the router's processes, all or of one kind, by name."""
+        """Returns the router's processes, with `target` only those of that kind: name -> process id."""
         workers = [worker for worker in status["router"].get("workers") or () if worker.get("serving")]
         found = {f"worker {worker['worker']}": worker["pid"] for worker in workers}
         control = {"control": pid} if (pid := (status["router"].get("control") or {}).get("pid")) else {}
@@ -94,7 +94,7 @@ class SoakDeployment:
         return found | control | ({} if main is None else {"router": main})
 
     def _pid(self, replica: str) -> int | None:
-        """Returns the process id in the replica's job record, if that process still belongs to this run."""
+        """Returns the process id in the replica's progress file; None if that process has ended."""
         try:
             progress = json.loads((self.run.jobs / replica / "progress.json").read_text())
             pid = int(progress["pid"])
@@ -122,8 +122,8 @@ def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str
 
 
 def least_recently_killed(names: Collection[str], killed: Mapping[str, int]) -> str:
-    """Returns a process whose slot was never killed; if there is none, the process that was killed longest ago.
-    Generations of a replica share a slot."""
+    """Returns the name in `names` whose slot was never killed, or else was killed longest ago. All generations of a
+    replica share a slot. `killed`: name of a killed process -> its place in the order of kills."""
     last: dict[str, int] = {}
     for name, order in killed.items():
         last[_slot(name)] = max(order, last.get(_slot(name), -1))

@@ -30,7 +30,8 @@ class KillSchedule:
     every_s: float | None
 
     def times(self, seconds: float) -> list[float]:
-        """Returns the times of the kills in a load of this length, in seconds."""
+        """Returns the times of the kills in seconds from the start of a load of this length. The end is free of
+        kills."""
         end = seconds - FAULT_FREE_S
         if self.every_s is None:
             return [self.first_s] if self.first_s <= end else []
@@ -40,7 +41,7 @@ class KillSchedule:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoakOptions:
     """The options of the soak. `rate`: short requests per second. `streams`: number of open streams. `faults`: None:
-    the default faults."""
+    those of `default_faults`."""
 
     seconds: float = 60.0
     rate: float = 100.0
@@ -74,7 +75,7 @@ def default_faults(seconds: float) -> list[KillSchedule]:
 
 
 def parse_fault(text: str) -> KillSchedule | None:
-    """Parses `replica=5`, `worker=60` or `control=once`; `none` gives None. Raises ConfigError."""
+    """Parses `replica=5` (a kill every 5 s), `worker=60` or `control=once`; `none` gives None. Raises ConfigError."""
     if text == "none":
         return None
     name, _, every = text.partition("=")

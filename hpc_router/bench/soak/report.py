@@ -22,7 +22,7 @@ def jain(counts: Sequence[int]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """The requests of one load. `labels`: names of the replicas, which the request records number from 1."""
+    """The requests of one load. `labels`: names of the replicas, which `requests` contains as numbers from 1."""
 
     name: str
     requests: Table
@@ -47,8 +47,8 @@ class LoadSummary:
 
     @property
     def moved_share(self) -> float:
-        """Returns the share of follow-up requests that did not go to the replica with most of their conversation's
-        requests."""
+        """Returns which share of the follow-up requests went to another replica than most requests of their
+        conversation."""
         pairs, counts = np.unique(self._answered[["prompt", "label"]], return_counts=True)
         most: dict[int, int] = {}
         total: dict[int, int] = {}

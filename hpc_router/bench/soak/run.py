@@ -1,5 +1,5 @@
-"""Runs one soak from its options to its files: starts the deployment, sends load, injects faults, waits until the
-router is idle, and judges."""
+"""Runs one soak from its options to its result files: starts the deployment, sends the load, injects the faults, waits
+until the router is idle, and judges the result."""
 
 import tempfile
 import time
@@ -136,8 +136,7 @@ def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> di
 
 
 class _FaultInjector:
-    """The injector of the scheduled faults, which also samples the router's state once a second until the loads have
-    ended."""
+    """Injects the scheduled faults, and samples the router's state once a second until the loads have ended."""
 
     def __init__(
         self, options: SoakOptions, deployment: SoakDeployment, begun_ns: int, loads: Sequence[Running]
@@ -173,7 +172,7 @@ class _FaultInjector:
                 time.sleep(TICK_S)
 
     def _inject(self, target: FaultTarget) -> None:
-        """Injects a fault, or leaves it scheduled if no process can be killed now."""
+        """Injects a fault. If no process can be killed now, leaves the fault scheduled, so that it is tried again."""
         fault = self._deployment.inject(target)
         if fault is not None:
             self.faults.append(fault)
@@ -200,13 +199,13 @@ def _sample(deployment: SoakDeployment, at_s: float) -> Sample:
 
 
 def _idle_gauges(deployment: SoakDeployment) -> dict[str, float] | None:
-    """Waits until all gauges are zero, or until a time limit, and returns the last values."""
+    """Waits until the router's gauges are all zero, for at most IDLE_TIMEOUT_S, and returns their last values."""
     return _read_until(deployment.gauges, lambda gauges: gauges is not None and not any(gauges.values()))
 
 
 def _descriptors(deployment: SoakDeployment, *, at_most: int | None = None) -> int | None:
-    """Returns the number of open descriptors of all router processes. With `at_most`, waits until there are at most
-    that many."""
+    """Returns the number of open file descriptors of all router processes. With `at_most`, waits until there are at
+    most that many, for at most IDLE_TIMEOUT_S."""
 
     def count() -> int | None:
         return sum(_sample(deployment, 0.0).fds.values()) or None
@@ -215,7 +214,7 @@ def _descriptors(deployment: SoakDeployment, *, at_most: int | None = None) -> i
 
 
 def _read_until(read: Callable[[], T], accepted: Callable[[T], bool]) -> T:
-    """Reads until a value is accepted or a timeout has passed. Returns the last value."""
+    """Calls `read` until `accepted` is true for its value, for at most IDLE_TIMEOUT_S. Returns the last value."""
     deadline = time.monotonic() + IDLE_TIMEOUT_S
     while not accepted(value := read()) and time.monotonic() <= deadline:
         time.sleep(TICK_S)

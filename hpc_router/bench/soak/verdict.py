@@ -39,8 +39,8 @@ class InjectedFault:
 
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """A failed request. `kind`: name of the error, or its HTTP status. `allowed`: the fault that explains the
-    failure."""
+    """A failed request. `kind`: name of the error, or its HTTP status. `allowed`: the fault that explains the failure;
+    None if there is none."""
 
     load: str
     at_s: float
@@ -56,8 +56,8 @@ class FailedRequest:
 def failures(
     load: str, requests: Table, *, labels: Sequence[str], faults: Sequence[InjectedFault], begun_ns: int
 ) -> list[FailedRequest]:
-    """Returns the failed requests of one load. `labels`: names of the replicas, which the request records number from
-    1."""
+    """Returns the failed requests of one load. `labels`: names of the replicas, which `requests` contains as numbers
+    from 1. `begun_ns`: start of the load."""
     found = []
     for row in requests[requests["error"] != Error.NONE]:
         error, label = Error(int(row["error"])), int(row["label"])
@@ -102,8 +102,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class GrowthCheck:
-    """A comparison of a quantity early and late in the load. `most`: maximum allowed late value. `met`: whether the
-    late value is allowed; None if there are no samples."""
+    """A comparison of one quantity, such as memory, early and late in the load. `most`: maximum permitted value of
+    `late`. `met`: whether `late` is within it; None if there are no samples."""
 
     what: str
     early: float
@@ -153,8 +153,9 @@ def complaints(
 ) -> list[str]:
     """Returns the reasons why the soak failed; empty if it passed.
 
-    `missed`: scheduled faults that were not injected. `idle_fds`: number of open descriptors before the load and after
-    its end.
+    `missed`: faults that were not injected. `gauges`: values at the end; None if the router did not respond.
+    `idle_fds`: number of open descriptors before the load and after its end. `answered`: successful requests of the
+    worst load.
     """
     found = [
         f"unexplained failure: {one.cause} ({one.replica or 'no replica'}, at {one.at_s:.1f} s)" for one in unexplained

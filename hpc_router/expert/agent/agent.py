@@ -103,7 +103,9 @@ class Agent:
         self.drain(number.name, by_signal=number is not signal.SIGINT)
 
     def drain(self, why: str, *, by_signal: bool = False, until_at: float | None = None) -> None:
-        """Refuses new requests from now on. `run` returns when the requests in flight have ended."""
+        """Refuses new requests, and lets `run` return when those in flight have ended. Later calls have no effect.
+        `why`: for the log and the exit record. `by_signal`: whether a signal from outside is the cause. `until_at`: in
+        a handover, the Unix time until which the drain may last."""
         if not self._draining.is_set():
             logger.info("draining: %s", why)
             failure = self._lifecycle.failure
@@ -116,7 +118,7 @@ class Agent:
     def phase_changed(
         self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None
     ) -> None:
-        """Enters a phase, and updates the HTTP API, the record and the progress file. Draining is the last phase."""
+        """Enters a phase; updates the HTTP API, the record and the progress file. Does nothing once the job drains."""
         if self._draining.is_set():
             return
         self._lifecycle.move(phase, failure=failure, engine_pid=engine_pid)
@@ -139,7 +141,7 @@ class Agent:
             self._lease.change(engine=engine, load_s=loaded.load_s)
 
     async def run(self) -> Exit:
-        """Runs the job. Returns the exit record, which has been written."""
+        """Runs the job until its end, writes its exit record and returns that record."""
         try:
             end = await self._serve_job()
         except ConfigError as error:
@@ -189,7 +191,8 @@ class Agent:
         return await self._drained()
 
     async def _drained(self) -> Exit:
-        """Returns the exit record after a drain. A job that a signal ended before it was ready counts as failed."""
+        """Returns the exit record after a drain. It says "failed" if the engine was never ready and a signal caused the
+        drain, unless a command had ordered the job to stop; else it says "drained"."""
         requested = self._lifecycle.ready_at is not None or not self._by_signal
         if requested or await self._files.run_within_limit(self._job.stop) is not None:
             return Exit.drained(f"drained after {self._drain_reason}", cut=self._aborted)
@@ -227,8 +230,8 @@ class Agent:
             await asyncio.gather(supervision, draining, watching, return_exceptions=True)
 
     def _drain_limit_s(self) -> float:
-        """Returns the time limit of the drain in seconds: in a handover the rest of the walltime if that is longer than
-        `cluster.drain_s`, else `cluster.drain_s`."""
+        """Returns the time limit of the drain in seconds: `cluster.drain_s`, or in a handover the rest of the walltime
+        if that is longer."""
         left_s = 0.0 if self._drain_until_at is None else self._drain_until_at - time.time()
         return max(self._deployment.cluster.drain_s, left_s)
 
@@ -237,14 +240,16 @@ class Agent:
         return await supervisor.run()
 
     def _command(self, ranks: Ranks | None = None) -> Command:
-        """Returns the command of the engine's next start."""
+        """Returns the command of the engine's next start. `ranks`: the rank to start; None for an engine on one node.
+        If the engine crashed before it was ever ready, the command uses an empty compile cache."""
         failure = self._lifecycle.failure
         if failure is not None and failure.reason is FailureReason.CRASHED and self._lifecycle.ready_at is None:
             self._place = self._staging.without_cache(self._place)
         return self._commands.at(replace(self._place, ranks=ranks), version=self._version)
 
     async def _watch_for_removal(self) -> None:
-        """Drains when this replica was removed. If the file system hangs, the current check waits."""
+        """Checks regularly whether this replica was removed, and then drains. If the file system hangs, only this check
+        waits for it."""
         why = None
         while why is None:
             await asyncio.sleep(REMOVAL_CHECK_BEATS * self._deployment.cluster.beat_s)

@@ -1,8 +1,8 @@
 """Relays one request to the engine and its response to the client, with unchanged bytes.
 
-A failure before the response is raised, and the HTTP API turns it into an error response. A failure during the response
-closes the client's connection, so that a response that was cut never looks complete. The router then sends its client
-an error event.
+If the engine fails before its response begins, an exception is raised, which the HTTP API turns into an error response.
+If it fails during the response, the client's connection is closed, so that a response that was cut never looks
+complete. If this client is the router, it then sends its own client an error event.
 """
 
 import logging
@@ -55,7 +55,7 @@ class FastRelay(PendingResponse, ResponseCallback):
         self._on_progress = on_progress
 
     def begin(self, client: Upstream, body: bytes) -> bool:
-        """Sends the request. Returns False if that is not possible without waiting; the request then needs a task."""
+        """Sends the request with this body. Returns False if that would have to wait; the request then needs a task."""
         request = self._request
         start = request_line(request.method, ENGINE, request.target) + _head(request)
         started = client.start(ENGINE, b"%bcontent-length: %d\r\n\r\n%b" % (start, len(body), body), self)
@@ -98,9 +98,9 @@ async def relay_request(
 ) -> Response | None:
     """Returns the response to `request`; None if it was streamed to the client.
 
-    `on_progress` is called for every chunk. `started`: the request, if `FastRelay` has sent it already. Raises the
-    errors of `Request.read`, and UpstreamError if the engine sends no response. Also raises UpstreamError if the engine
-    fails during a response, after closing the client's connection.
+    `on_progress` is called for every chunk of the response. `started`: the request, if `FastRelay` has already sent it.
+    Raises the errors of `Request.read`, and UpstreamError if the engine sends no response or fails during the response.
+    In the latter case, the client's connection is closed first.
     """
     body = request.complete_body()
     if body is None:

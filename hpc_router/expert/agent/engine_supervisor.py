@@ -51,8 +51,8 @@ class LoadedEngine:
 
 @dataclass(slots=True)
 class _Facts:
-    """The values that an engine has reported since its start. `listed`: its models with their `max_model_len`; None if
-    it has not answered yet."""
+    """The values that an engine has reported since its start. `listed`: the `max_model_len` of each model in its list
+    of models; None until it has sent the list. `metrics_read`: whether it has sent its metrics."""
 
     listed: dict[str, int | None] | None = None
     metrics_read: bool = False
@@ -70,10 +70,10 @@ class EngineObserver(Protocol):
 class EngineSupervisor:
     """Starts and watches one engine.
 
-    `progress` returns a number that changes while responses arrive, because a busy engine may be too slow for a probe.
-    `engine_lost` is set by the HTTP API when the engine did not accept a request, and cleared here when the engine
-    answers. `break_off` is called before an engine is stopped and after one has ended by itself. `on_loaded` is called
-    before each READY, and again when a busy engine reports the missing values later.
+    `progress` returns a count of received chunks: while it changes, an engine that misses its checks does not count as
+    hung. `engine_lost` is set by the HTTP API when the engine did not accept a request, and cleared here when the
+    engine answers. `break_off` is called before an engine is stopped and after one has ended by itself. `on_loaded` is
+    called before each READY, and again when a busy engine reports values that were missing then.
     """
 
     engine: Engine
@@ -126,7 +126,7 @@ class EngineSupervisor:
             await self.sleep(delay_s)
 
     async def _until_ready(self, process: EngineProcess) -> EngineFailure | None:
-        """Waits for the engine. Returns None once it serves; else why it does not."""
+        """Returns None once the engine serves; a failure if it ends before that, or exceeds `startup_timeout_s`."""
         try:
             async with asyncio.timeout(self.startup_timeout_s), asyncio.TaskGroup() as group:
                 answers = group.create_task(self._until_serving())
@@ -141,7 +141,8 @@ class EngineSupervisor:
         return answers.result() if end.cancelled() else end.result()
 
     async def _until_end(self, process: EngineProcess) -> EngineFailure:
-        """Waits for the engine's end. Returns why it has ended or has to be stopped."""
+        """Waits until the process ends or the strategy finds that the engine cannot serve any more. Returns the
+        reason."""
         ended = asyncio.create_task(process.failure(self.engine.signs))
         wait_broken = asyncio.create_task(self.strategy.wait_broken())
         try:
@@ -154,7 +155,7 @@ class EngineSupervisor:
 
     async def _until_serving(self) -> EngineFailure | None:
         """Waits until the engine's HTTP API is ready. Returns a failure if the engine has not loaded all adapters,
-        because the registry would list their experts as served."""
+        because otherwise the registry would list them as served; else None."""
         while not await self._is_ready(timeout_s=POLL_TIMEOUT_S):
             await asyncio.sleep(POLL_S)
         facts = self._facts = _Facts()
@@ -171,7 +172,8 @@ class EngineSupervisor:
         )
 
     async def _ask(self) -> bool:
-        """Asks the engine for the values that it has not reported yet. Returns whether all are known now."""
+        """Asks the engine for its list of models and its metrics, unless it has already sent them. Returns whether both
+        are known now. For an engine that does not list its models, always returns True."""
         facts = self._facts
         if facts.listed is None:
             facts.listed = await self._served_models()
@@ -187,8 +189,8 @@ class EngineSupervisor:
         return not self.engine.lists_models or (self._facts.listed is not None and self._facts.metrics_read)
 
     async def _ask_again(self, load_s: float) -> None:
-        """Asks again until all values are known. Used for an engine that was too busy to report them before it was
-        ready."""
+        """Repeats `_ask` until the engine has reported all values, then calls `on_loaded`. Returns at once if none is
+        missing."""
         while not self._told:
             await asyncio.sleep(WATCH_S)
             if await self._ask():
@@ -209,8 +211,8 @@ class EngineSupervisor:
             return None
 
     async def _read(self, path: str, *, limit: int) -> bytes:
-        """Returns the body of the engine's response to a GET of `path`, at most `limit` bytes. Raises UpstreamError or
-        TimeoutError."""
+        """Returns the body of the engine's response to a GET of `path`. Raises TimeoutError, or UpstreamError, for
+        example for a body longer than `limit` bytes."""
         async with asyncio.timeout(POLL_TIMEOUT_S), self.client.request("GET", ENGINE, path) as answer:
             return await answer.read(limit)
 

@@ -49,7 +49,7 @@ class AgentHttpApi:
     """The HTTP API of one replica.
 
     The agent sets `state` and `models`. `on_drain` is called for `POST /drain`, with the reason and `until_at`.
-    `progress` counts the chunks that the engine sent, `unfinished` the responses that it did not send or not finish.
+    `progress` counts the chunks that the engine sent, `unfinished` the requests to which it sent no complete response.
     For an engine with several ranks, `on_rank` is called with their reports, which carry `rank_token`; it may raise
     ValueError. `engine_lost` is set when the engine refuses a connection or drops a request, and the supervisor clears
     it once the engine answers; while it is set, a ready replica counts as starting.
@@ -85,7 +85,8 @@ class AgentHttpApi:
         }
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
-        """Serves a request. Needs no task if only the engine has to be waited for."""
+        """Serves a request: sends it to the engine at once if it can be served without a task, else returns a coroutine
+        for a task. The coroutine returns the response, or None if the response was already streamed to the client."""
         return self._start(request) or self._respond(request)
 
     async def _respond(self, request: Request, started: PendingRequest | None = None) -> Response | None:
@@ -123,12 +124,12 @@ class AgentHttpApi:
             )
 
     def _stored_response(self, request: Request) -> Callable[[Request], Awaitable[Response | None]] | None:
-        """Returns the handler for the path of a stored response; None if the request has another path."""
+        """Returns the handler of a request about a response that the engine stores; None for any other request."""
         stored = protocol.STORED_RESPONSE.fullmatch(request.path)
         return self._generate if stored and request.method in protocol.STORED_METHODS[stored[2]] else None
 
     def _start(self, request: Request) -> PendingResponse | None:
-        """Starts a request that can be served without a task; returns None for any other request."""
+        """Sends a request to the engine if it can be served without a task; returns None for any other request."""
         body = request.complete_body()
         if body is None or not self._is_fast_path(request) or self.state is not State.READY or self._full:
             return None
@@ -136,10 +137,10 @@ class AgentHttpApi:
         return relay if relay.begin(self.client, body) else None
 
     def break_off(self) -> None:
-        """Closes the connection of every running request, and accepts no request until the agent is ready again.
+        """Closes the connection of every request in the engine, and accepts no request until the agent is ready again.
 
-        Called before the engine is stopped: an engine may end its running responses regularly, as vLLM does, so that
-        they would look complete.
+        Called before the engine is stopped. Otherwise an engine that is stopped may end its running responses as if
+        they were complete, as vLLM does.
         """
         if self.state is State.READY:
             self.state = State.STARTING
@@ -149,7 +150,8 @@ class AgentHttpApi:
             request.abort()
 
     def _is_fast_path(self, request: Request) -> bool:
-        """Returns whether a request with this head can be served without a task. Cached with the head."""
+        """Returns whether a request with this method, path and token needs no task. The result is cached in the
+        head."""
         cached = request.headers.cached
         known: bool | None = cached.get(self.key)
         if known is None:
@@ -190,10 +192,11 @@ class AgentHttpApi:
         return json_response({"object": "list", "data": cards})
 
     async def _relay(self, request: Request, *, started: PendingRequest | None = None) -> Response | None:
-        """Relays a request to the engine in any state, because metrics are needed from a draining engine too.
+        """Relays a request to the engine in every state of the replica, because metrics are always needed.
 
-        If there was no connection to the engine, the response is 503, as while the engine starts. If a request was sent
-        and lost, the response is 502 and also says that the engine is starting.
+        If no connection to the engine could be made, the response is 503, as from a starting replica. If the engine got
+        the request but sent no response, it is 502, with the header of a starting replica. Returns None if the response
+        was streamed to the client, even if it was cut.
         """
         self._in_engine.add(request)
         try:

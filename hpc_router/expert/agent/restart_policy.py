@@ -13,17 +13,17 @@ MAX_PAUSE_S: Final = 60.0
 
 @dataclass(slots=True)
 class RestartPolicy:
-    """Decides about restarts from the number of consecutive failures and the number of all failures."""
+    """Decides about restarts from the number of consecutive failures. `total`: number of all restarts so far."""
 
     max_in_a_row: int
     in_a_row: int = 0
     total: int = 0
 
     def after_failure(self, reason: FailureReason, *, ready_s: float, chance: float) -> float | None:
-        """Returns the seconds to wait before the next start: 1, 2, 4, ...; None if the job ends instead.
+        """Returns the seconds to wait before the next start: 1, 2, 4, ...; None if the engine is not started again.
 
-        `chance` (0 to 1) shortens the wait by up to a half, so that replicas that failed together do not start
-        together.
+        `ready_s`: seconds for which the engine was ready; from STABLE_S on, the wait begins at 1 again. `chance` (0 to
+        1) shortens the wait by up to a half, so that replicas that failed together do not start together.
         """
         if reason in PERMANENT:
             return None

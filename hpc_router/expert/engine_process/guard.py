@@ -75,7 +75,9 @@ def start(argv: list[str]) -> int:
 
 
 def watch(engine: int, wakeups: int, *, grace_s: float) -> int | None:
-    """Waits until the engine has ended. Returns its exit status, or None if the agent died first."""
+    """Waits until the engine has ended. Returns its exit status, or None if the agent died first. When the guard gets
+    SIGTERM, the engine gets it too, and SIGKILL `grace_s` seconds later. `wakeups`: a descriptor to read, with one byte
+    per signal that the guard got."""
     kill_at = float("inf")
     while True:
         left_s = kill_at - time.monotonic()
@@ -110,10 +112,10 @@ def _reap(engine: int) -> int | None:
 
 
 def kill_descendants() -> None:
-    """Sends SIGKILL until no descendant is left, because orphans become our children and new processes may start.
+    """Sends SIGKILL to all descendants, and repeats this until none is left, because they may start new processes.
 
-    Python's resource trackers are spared until last: once all other processes are gone, they remove shared memory and
-    end.
+    Python's resource trackers get it last, after TRACKER_GRACE_S: once all other processes are gone, they remove shared
+    memory and end by themselves.
     """
     trackers_until = time.monotonic() + TRACKER_GRACE_S
     while True:
@@ -133,8 +135,8 @@ def kill_descendants() -> None:
 
 
 def _may_be_tracker(pid: int) -> bool:
-    """Returns whether the process may be one of Python's resource trackers. A process that is just being started has no
-    command line yet, so it may be."""
+    """Returns whether the process may be one of Python's resource trackers. This is also true while it has no command
+    line, as at the start of a process."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -87,7 +87,8 @@ class EngineProcess:
         return 128 - code
 
     async def failure(self, signs: Sequence[Sign]) -> EngineFailure:
-        """Waits for the end of the process and returns its cause."""
+        """Waits until the process ends. Returns the cause, from its exit status and the `signs` in its last log
+        lines."""
         status = await self.wait()
         await self._copied()
         return classify(status, self.tail(), signs)

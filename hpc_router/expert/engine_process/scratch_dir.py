@@ -48,7 +48,7 @@ def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster
 
 
 def path_error(scratch: Path) -> str | None:
-    """Returns why the path of this folder is not suitable for a socket in it; None if it is."""
+    """Returns why a socket in this scratch folder would have an unsuitable path; None if its path is suitable."""
     folder = user_folder(scratch) / ("x" * 8)
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         most = len(os.fsencode(scratch)) - (length - MAX_FOLDER_BYTES)
@@ -57,7 +57,7 @@ def path_error(scratch: Path) -> str | None:
 
 
 def usage_error(scratch: Path) -> str | None:
-    """Returns why this folder cannot be used on this host; None if it can."""
+    """Returns why the scratch folder cannot be used on this host; None if it can."""
     if not scratch.is_dir():
         return f"no such folder on {socket.gethostname()} (valid: a folder that every node has, such as /tmp)"
     if not os.access(scratch, os.W_OK | os.X_OK):
@@ -106,8 +106,8 @@ def sweep(parent: Path) -> None:
 
 
 def _owner_has_ended(folder: Path, *, made_at: float) -> bool:
-    """Returns whether the owner of a folder has ended. An unknown owner counts as alive; a folder without `owner.json`
-    counts as abandoned after _UNFINISHED_S."""
+    """Returns whether the process that owns a folder has ended. A process that cannot be checked from here counts as
+    alive. A folder without `owner.json` counts as abandoned _UNFINISHED_S after `made_at` (Unix seconds)."""
     try:
         owner = load_json(folder / _OWNER)
     except FileNotFoundError:  # being created, or never finished

@@ -29,9 +29,9 @@ INSIDE: Final = Path(__file__).with_name("inside")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """One rank of an engine on `nodes` nodes. Rank 0 is the master, to which the others connect.
+    """One rank of an engine on `nodes` nodes. All ranks connect to rank 0, the master.
 
-    `address`: this node's address on the fabric. `interface`: its network interface.
+    `address`: the address of the rank's node on the fabric. `interface`: the network interface of that address.
     """
 
     rank: int
@@ -47,9 +47,8 @@ class Place:
     """The place where one process of an engine runs.
 
     `folder`: the agent's private folder on this node, for the engine's socket, temporary files and caches. `ranks`:
-    None for an engine on one node, and for a command that is only shown or checked. `copies`: path of the copy from
-    which the engine loads a model, by the configured model. `kept_cache`: a cache folder that is kept after the agent
-    ends.
+    None for an engine on one node, and for a command that is only shown or checked. `copies`: for each model that was
+    copied to the node's disk, the path of the copy. `kept_cache`: a cache folder that is kept after the agent ends.
     """
 
     folder: Path
@@ -107,7 +106,7 @@ class Engine(Protocol):
         """Returns the seconds from SIGTERM to SIGKILL when no request is in flight."""
 
     def serves(self) -> Mapping[str, str]:
-        """Returns for each expert the model name that its requests to the engine need."""
+        """Returns for each expert the model name that a request for it must have when it reaches the engine."""
 
     def names(self) -> Sequence[str]:
         """Returns every model name that the engine accepts."""
@@ -134,13 +133,13 @@ class Engine(Protocol):
 
 
 def ranks_at(place: Place, *, nodes: int) -> Ranks | None:
-    """Returns the rank of an engine's process; None for an engine on one node. If `place` has no rank, returns rank 0
-    with an unknown address."""
+    """Returns the rank of the engine's process at `place`; None for an engine on one node. For an engine on several
+    nodes whose `place` has no rank, returns rank 0 with placeholder addresses."""
     return None if nodes == 1 else place.ranks or Ranks(0, nodes)
 
 
 def rank_flags(ranks: Ranks | None) -> list[str]:
-    """Returns vLLM's flags for a rank, which the simulated engine has too."""
+    """Returns the flags that tell vLLM or the simulated engine its rank; none for an engine on one node."""
     if ranks is None:
         return []
     return [
@@ -174,13 +173,14 @@ class AdapterEngine:
 
 
 def own_names(expert: str, adapters: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the names of an engine's own model. With adapters, `auto` would be ambiguous and is left out."""
+    """Returns the names under which an engine serves its own model: the expert's name, and `auto` if it has no
+    adapters. With adapters, `auto` would be ambiguous."""
     return (expert,) if adapters else (expert, "auto")
 
 
 def lora_modules(adapters: Mapping[str, str], place: Place) -> list[str]:
-    """Returns the flag for adapters of vLLM and of the simulated engine. A value is `NAME=PATH`, or JSON if a path has
-    a comma."""
+    """Returns the flag that lists the adapters, for vLLM and the simulated engine. Each adapter is `NAME=PATH`, or JSON
+    if its path has a comma."""
     if not adapters:
         return []
     paths = {name: place.path_of(adapter) for name, adapter in adapters.items()}
@@ -189,7 +189,7 @@ def lora_modules(adapters: Mapping[str, str], place: Place) -> list[str]:
 
 
 def one_node_only(expert: str, config: ExpertConfig) -> None:
-    """Raises ConfigError if an expert on several nodes has an engine for one node."""
+    """Raises ConfigError if the config asks for several nodes. Called for engines that run only on one node."""
     nodes, key = config.resources.nodes, f"experts.{expert}.resources.nodes"
     if nodes > 1:
         kind = config.engine.kind
@@ -213,10 +213,9 @@ def engine_environment(
     inherited: Mapping[str, str],
     cluster: ClusterConfig | None = None,
 ) -> dict[str, str]:
-    """Returns the environment of the engine's process. `engine.env` takes precedence over `cluster.env` and all others.
-
-    An offline engine does not use the hub and gets no proxy variables. Offline is the default if all models are local.
-    """
+    """Returns the environment of the engine's process. `engine.env` takes precedence over `cluster.env`, and that over
+    all other values. `inherited`: the job's environment. With `cluster.offline` (default: if all models are local
+    folders), the engine does not use the hub and gets no proxy variables."""
     cluster = cluster or ClusterConfig()
     offline = all(map(is_local, engine.models)) if cluster.offline is None else cluster.offline
     environment = {k: v for k, v in without_job_variables(inherited).items() if not (offline and k.lower() in _PROXIES)}
@@ -254,12 +253,13 @@ def flags(extra: Mapping[str, Any]) -> list[str]:
 
 
 def flag_name(name: str) -> str:
-    """Returns the name of a flag without dashes in front: `max_len` and `--max-len` give `max-len`."""
+    """Returns the name of a flag with dashes inside and none in front: `max_len` and `--max-len` give `max-len`."""
     return name.lstrip("-").replace("_", "-")
 
 
 def checked_flags(extra: Mapping[str, Any], *, at: str, reserved: Mapping[str, str]) -> dict[str, Any]:
-    """Returns `extra` with names normalised by `flag_name`. Raises ConfigError for a reserved flag."""
+    """Returns `extra` with names normalised by `flag_name`. Raises ConfigError for a flag in `reserved`, which gives
+    for each flag the reason. `at`: the config key that has `extra`, for the error."""
     named = {flag_name(name): value for name, value in extra.items()}
     for name in named:
         if name in reserved:

@@ -1,7 +1,7 @@
-"""Finds the reason of an engine's end in its exit status and last log lines, and the log line that shows the reason.
+"""Finds out why an engine ended, from its exit status and last log lines: a reason, and the log line that shows it.
 
-The reason decides whether a restart can help. `status` and `why` show the log line. The tables are data, and `classify`
-is a pure function.
+The reason decides whether a restart can help. The commands `status` and `why` show the log line. The tables are data,
+and `classify` is a pure function.
 """
 
 import re
@@ -76,10 +76,9 @@ _PREFIX: Final = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ ([\d-]+ [\d:]+ )?\[\S+:\d
 
 
 def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineFailure:
-    """Returns the reason of an end: the first sign in the table that matches any line, else the exit status.
-
-    `status`: as in a shell, 128 + N for signal N. A process that SIGKILL ended could not write a log line about it.
-    """
+    """Returns why an engine ended: the reason of the first sign in `table` that matches any line of `tail`; else a
+    reason from the exit status `status` (128 + N for signal N). After SIGKILL, only the status counts, because the
+    process could not log it."""
     if status == 128 + 9:
         return EngineFailure(FailureReason.KILLED, "killed by signal 9: by hand, or by the kernel for lack of memory")
     for sign in table:

@@ -113,5 +113,5 @@ class SimEngine(AdapterEngine):
         return {}
 
     def check_command(self, place: Place) -> list[str] | None:
-        """Returns a check only for `extra`, because the schema checks all other options."""
+        """Returns a command that checks the flags in `extra`; None if it is empty, as the schema checks the rest."""
         return [*self.argv(place), "--check"] if self.options.extra else None

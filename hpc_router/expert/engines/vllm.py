@@ -192,7 +192,8 @@ class VllmEngine(AdapterEngine):
         ]
 
     def _lora_rank(self) -> int:
-        """Returns the configured rank, else the smallest valid value that fits all adapters."""
+        """Returns the value for `--max-lora-rank`: the configured one, else the smallest that vLLM permits and that
+        fits all adapters. Raises ConfigError for an adapter with a larger LoRA rank."""
         ranks = {name: self._rank_of(name, model) for name, model in self.adapters.items()}
         key, chosen = f"experts.{self.expert}.engine.options.max_lora_rank", self.options.max_lora_rank
         limit = LORA_RANKS[-1] if chosen is None else chosen
@@ -205,7 +206,7 @@ class VllmEngine(AdapterEngine):
 
     @staticmethod
     def _rank_of(expert: str, adapter: str) -> int | None:
-        """Returns the rank of an adapter; None if it is not in a local folder."""
+        """Returns the LoRA rank of an adapter; None if the adapter is not in a local folder."""
         try:
             return adapter_rank(Path(adapter)) if is_local(adapter) else None
         except ValueError as error:

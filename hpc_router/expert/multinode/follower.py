@@ -1,8 +1,8 @@
 """The program that runs one rank of an engine on several nodes, on every node except the first.
 
 Rules: a follower has no record and no port. It finds rank 0's agent in the registry and reports its state every half
-beat; each response is an order. If it gets no order for `SILENCE_BEATS`, it ends its engine, because rank 0 has then
-given up this rank too. It exits if it gets no order for `LEADER_LOST_BEATS`, or when rank 0 has written its exit
+beat; each response is an order. If it gets no order for `SILENCE_BEATS`, it ends its engine, because rank 0 has by then
+declared this rank lost. It exits if it gets no order for `LEADER_LOST_BEATS`, or when rank 0 has written its exit
 record. A signal alone does not end the engine, because rank 0 has requests in flight that need this rank. The follower
 reports the signal to rank 0, which then drains.
 """
@@ -83,7 +83,7 @@ class Follower:
         self._leaving = False
 
     def signalled(self, number: signal.Signals) -> None:
-        """Records a signal, which the next report tells rank 0."""
+        """Records that a signal has arrived. The next report to rank 0 says so."""
         if not self._leaving:
             logger.info("%s: rank 0 is asked to drain", number.name)
             self._leaving = True
@@ -103,7 +103,8 @@ class Follower:
         return end
 
     async def _failed(self, reason: FailureReason, message: str) -> Exit:
-        """Writes the exit record at once, because rank 0 ends with this rank and does not know the cause."""
+        """Writes an exit record with this failure, and returns it. It is written at once, because rank 0 ends when this
+        rank does and does not know the cause."""
         end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
         await self._files.run_within_limit(partial(self._job.write_exit, end))
         return end
@@ -125,8 +126,8 @@ class Follower:
                 await asyncio.gather(staging, return_exceptions=True)
 
     async def _stage(self, place: Place) -> None:
-        """Stages the models while rank 0 stages its own. If rank 0 begins an attempt earlier, the attempt waits for
-        this rank."""
+        """Copies the models to this node's disk, while rank 0 does the same on its node. If rank 0 begins an attempt
+        first, the engine of this rank starts when its copies are ready."""
         version = None if self._cluster.stage_to is None else await self._commands.version(place)
         self._place = await self._staging.prepare(place, version=version)
 
@@ -161,8 +162,8 @@ class Follower:
             self._engine.start(order.attempt, self._commands.at(replace(self._place, ranks=ranks)))
 
     async def _request_order(self, client: Upstream) -> RankOrder | None:
-        """Asks rank 0 for an order. If there is no valid response, reads rank 0's record again, because rank 0 may have
-        a new address, and returns None."""
+        """Reports to rank 0 and returns its order. Returns None without a valid response; the next call then reads rank
+        0's record again, because rank 0 may have a new address."""
         if self._leader is None:
             records = await self._files.run_within_limit(self._reader.snapshot)
             self._leader = (records or {}).get(self._job.replica)
@@ -202,7 +203,7 @@ class Follower:
         )
 
     async def _leader_lost(self, silent_s: float) -> Exit:
-        """Writes the replica's exit record, because rank 0 is gone and has not written one."""
+        """Returns and writes the replica's exit record, because rank 0 is gone. `silent_s`: time without an order."""
         message = f"rank 0 gave no order for {silent_s:.0f} s to rank {self._rank} on {socket.gethostname()}"
         end = Exit(ok=False, reason=FailureReason.RANK_LOST, message=message)
         self._files.post(partial(self._job.write, end))

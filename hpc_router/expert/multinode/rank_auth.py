@@ -2,8 +2,8 @@
 
 A report contains a token and a challenge, and the response must contain a proof for the challenge. A process that has
 taken over rank 0's port learns only the token, which is useless elsewhere, and cannot give orders. Orders need this
-protection, because they name the address to which an engine connects without authentication. The challenge that anyone
-can send to `/health` uses another key, so it cannot be misused to compute a proof.
+protection, because they name the address to which an engine connects without authentication. Anyone can send a
+challenge to `/health`, but its answer is computed with another key, so it is never a valid proof.
 """
 
 from typing import Final

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 class RankEngine:
     """The engine process of one rank. `attempt`: number of the current or last attempt. `failure`: why the process
-    ended by itself."""
+    ended, if nothing had ordered its end."""
 
     def __init__(self, engine: Engine, files: FileThread) -> None:
         self._engine = engine

@@ -100,10 +100,10 @@ class RankGroup:
         return None
 
     def find_cause(self, own: EngineFailure, *, ended_at: float, now: float) -> EngineFailure | None:
-        """Returns why an attempt ended after rank 0's engine ended with `own`. If `own` is unspecific, this is another
-        rank's failure.
+        """Returns why an attempt ended after rank 0's engine ended with the failure `own`: `own` if its reason is
+        specific; else another rank's failure with a specific reason; else `own`.
 
-        Returns None while a rank has not reported since `ended_at`.
+        Instead of an unspecific `own`, returns None until all other ranks have reported after `ended_at`.
         """
         if own.reason not in _UNSPECIFIC:
             return own
@@ -132,7 +132,7 @@ class RankGroup:
         return f"rank {rank} on {self._reports[rank].report.node}" if rank in self._reports else f"rank {rank}"
 
     def assembly_failure(self, *, now: float, waited_s: float) -> EngineFailure:
-        """Returns why no further attempt is possible."""
+        """Returns a failure that names the ranks that were not available for an attempt within `waited_s` seconds."""
         ranks = self.unavailable(now=now)
         which = ", ".join(self._name(rank) for rank in ranks)
         return EngineFailure(FailureReason.RANK_LOST, f"{which} did not report in within {waited_s:g} s")

@@ -37,7 +37,7 @@ class StartStrategy(Protocol):
         reason."""
 
     async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
-        """Returns the cause of a start that failed on this node with `own`."""
+        """Returns the cause of a failure that rank 0 sees as `own`, for example the failure of another rank."""
 
 
 @dataclass(slots=True)
@@ -77,7 +77,8 @@ class MultiNodeLeader:
         self.group = RankGroup(self.nodes, silence_s=SILENCE_BEATS * self.beat_s)
 
     def on_report(self, report: RankReport) -> RankOrder:
-        """Returns the order for a rank. Raises ValueError for an unknown rank."""
+        """Returns the order for the rank that sent `report`, and drains if that rank has received a signal. Raises
+        ValueError for an unknown rank."""
         order = self.group.on_report(report, now=self.clock())
         if report.leaving and not self.group.stopping:
             self.on_drain(f"rank {report.rank} on {report.node} received a signal to stop")

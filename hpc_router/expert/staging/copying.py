@@ -28,7 +28,7 @@ class CopyProgress:
         self.size = 0
 
     def add(self, size: int) -> None:
-        """Counts bytes that were read and may now be written. Raises StagingError after `stop`."""
+        """Adds `size` bytes, which the caller has read and may now write. Raises StagingError after `stop`."""
         with self._lock:
             if self._stopped:
                 raise StagingError("the copy was stopped")

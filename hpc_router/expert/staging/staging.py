@@ -122,8 +122,8 @@ class NodeStaging:
         return replace(place, copies=copies)
 
     def without_cache(self, place: Place) -> Place:
-        """Returns `place` with a new cache folder, for an engine that failed. Also removes the kept cache if no other
-        engine uses it, because a damaged cache may be the reason."""
+        """Returns `place` with a new cache folder, for an engine that failed, because a damaged cache may be the cause.
+        Removes the kept cache if no other engine uses it."""
         if self._cache is not None and self._disk is not None:
             logger.warning("the engine starts with an empty compile cache, in case the kept one is damaged")
             self._local.post(partial(self._disk.drop, self._cache))
@@ -166,7 +166,7 @@ class NodeStaging:
         return copy.path, f"{model} {what}"
 
     async def _stage(self, disk: NodeDisk, model: str) -> StagedModel:
-        """Returns the copy, which this agent or another agent on the node makes. Raises StagingError and OSError."""
+        """Returns the copy of `model`, made by this agent or another on the node. Raises StagingError and OSError."""
         files = await self._copiers[0].run(partial(list_files, Path(model)))
         while (copy := await self._local.run(partial(disk.find, files))) is None:
             part = await self._local.run(partial(disk.begin, files))
@@ -202,7 +202,8 @@ class NodeStaging:
         self.report.copied += files.size
 
     async def _with_cache(self, disk: NodeDisk, place: Place, version: str | None) -> Place:
-        """Returns `place` with the node's compile cache for these models and this version of the engine."""
+        """Returns `place` with the node's compile cache for these models and this version of the engine; without it if
+        the version is unknown or the cache cannot be used."""
         if version is None or await self._local.run(partial(usage_error, disk.folder)) is not None:
             return place
         info = self._engine.info()
@@ -212,7 +213,7 @@ class NodeStaging:
         return place if self._cache is None else replace(place, kept_cache=self._cache.path)
 
     def _say(self, text: str | None) -> None:
-        """Reports a new text, and logs it at most every LOG_S."""
+        """Sets and reports `report.text`, unless it is unchanged; writes it to the log at most every LOG_S."""
         if text == self.report.text:
             return
         self.report.text = text

@@ -1,5 +1,5 @@
-"""Compiles the C programs into a private cache folder, once per version of the source. File names contain the source's
-hash."""
+"""Compiles the C programs into a private cache folder, once per version of their source. The file name of a compiled
+program contains the hash of its source."""
 
 import hashlib
 import os
@@ -21,8 +21,8 @@ COMPILERS: Final = ("cc", "gcc", "clang")
 
 
 def build_program(program: Program, *, cache: Path | None = None) -> Path:
-    """Returns the path of the program, and compiles it if necessary. Raises LaunchError if there is no working C
-    compiler."""
+    """Returns the path of the compiled program. Compiles it first if the cache lacks it. Raises LaunchError without a
+    working C compiler."""
     source = SOURCES / f"{program}.c"
     content = source.read_bytes() + (SOURCES / "loop.h").read_bytes() + " ".join(FLAGS).encode()
     key = hashlib.sha256(content).hexdigest()[:16]

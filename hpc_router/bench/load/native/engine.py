@@ -28,12 +28,13 @@ class Lateness:
     late: tuple[int, ...]
 
     def since(self, before: "Lateness") -> "Lateness":
-        """Returns the counts since an earlier reading."""
+        """Returns the counts since `before`, an earlier reading of the same histogram."""
         late = tuple(now - then for now, then in zip(self.late, before.late, strict=True))
         return Lateness(self.requests - before.requests, self.events - before.events, late)
 
     def within_ms(self, share: float) -> float:
-        """Returns an upper bound of the delay of this share of the events, in milliseconds."""
+        """Returns a delay in milliseconds that this share of the events did not exceed. It is the upper limit of a
+        histogram bin; infinite if beyond the last bin."""
         wanted, seen = share * sum(self.late), 0
         for power, count in enumerate(self.late):
             seen += count
@@ -44,7 +45,7 @@ class Lateness:
 
 @dataclass(frozen=True, slots=True)
 class MockEngine:
-    """A running mock engine, at `port` on loopback, or at a unix socket (`port` is then None)."""
+    """A running mock engine. It listens on loopback at `port`, or on the unix socket `socket` if `port` is None."""
 
     pid: int
     port: int | None
@@ -57,7 +58,7 @@ class MockEngine:
         return Lateness(value["requests"], value["events"], tuple(value["late"]))
 
     def disconnects(self) -> dict[str, int]:
-        """Returns the requests whose connection was closed during the response: name -> time (CLOCK_MONOTONIC, ns)."""
+        """Returns when connections were closed during the response: name of the request -> CLOCK_MONOTONIC in ns."""
         log = self.disconnect_log
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
         pairs = (line.rpartition(" ") for line in lines)
@@ -75,7 +76,7 @@ class MockEngine:
 
 @contextmanager
 def mock_engine(folder: Path, *, rate: float, socket: Path | None = None) -> Iterator[MockEngine]:
-    """Runs a mock engine until the block ends. `rate`: events per second and stream."""
+    """Runs a mock engine on `socket` (None: a port) until the block ends. `rate`: events per second of each stream."""
     disconnect_log = folder / "leaves"
     command = [str(build_program("engine")), "--rate", str(rate), "--leaves", str(disconnect_log)]
     if socket is not None:

@@ -25,7 +25,7 @@ EXIT_TIMEOUT_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSpec:
-    """The arguments of the load generator. None leaves an option out.
+    """The arguments of the load generator. An argument that is None is not passed to the program.
 
     A closed loop has `seconds` or `count`, and an open loop has `arrivals_s`. `requests`: a file from `write_requests`.
     With `measure_s`, requests that begin after that time are measured and sent in `order`; all other requests are sent
@@ -55,7 +55,7 @@ class LoadSpec:
     drain_s: float = 30.0
 
     def argv(self, folder: Path) -> list[str]:
-        """Returns the command-line arguments. Writes lists to files in `folder`."""
+        """Returns the command-line arguments. Writes sequences to files in `folder`, whose paths become arguments."""
         options: dict[str, object] = {
             "requests": self.requests,
             "records": folder / "records",
@@ -85,7 +85,7 @@ class LoadSpec:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The recorded requests and events. `events` is empty unless the spec asked for them."""
+    """The requests and events that the load generator recorded. `events` is empty if `LoadSpec.events` is false."""
 
     requests: Table
     events: Table
@@ -101,7 +101,7 @@ class Recorded:
 
 
 class Running:
-    """A load in progress. `begun_ns`: its start (CLOCK_MONOTONIC)."""
+    """A load in progress. `begun_ns`: time at which it began (CLOCK_MONOTONIC)."""
 
     def __init__(self, process: subprocess.Popen[bytes], spec: LoadSpec, folder: Path) -> None:
         self.process, self._spec, self._folder = process, spec, folder
@@ -130,8 +130,8 @@ class Running:
 
 @contextmanager
 def running(spec: LoadSpec, folder: Path) -> Iterator[Running]:
-    """Starts the load, and kills the program when the block ends. `folder`: a private folder that no other load
-    uses."""
+    """Starts the load, and kills the load generator if it still runs when the block ends. `folder`: a private folder
+    that no other load uses."""
     if spec.connections > MAX_CONNECTIONS:
         raise LaunchError(
             f"{spec.connections} connections are too many for one load generator (at most {MAX_CONNECTIONS})"

