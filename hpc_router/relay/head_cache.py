@@ -10,7 +10,7 @@ time, because many heads occur only once. The size of the cache is bounded.
 
 import itertools
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar, cast
+from typing import Final, Generic, TypeVar
 
 from hpc_router.relay.headers import REQUEST_ID
 
@@ -41,15 +41,15 @@ class HeadCache(Generic[H]):
         self._parse = parse
         self._ids = ids
         self._heads: dict[bytes, H | None] = {}
-        self._last: tuple[bytes, bytes, H] = b"\0", b"", cast(H, None)  # bytes before and after the length's digits
-        self._last_whole: tuple[bytes, H] = b"\0", cast(H, None)
+        self._last: tuple[bytes, bytes, H | None] = b"", b"", None  # bytes before and after the length's digits
+        self._last_whole: tuple[bytes, H | None] = b"", None
         self._seen_once: set[bytes] = set()
 
     def lookup(self, data: bytes) -> tuple[H, bytes, bytes] | None:
         """Returns head, body and request id if `data` is exactly one message with a cached head. None: the HTTP parser
         must parse it."""
         before, after, last_head = self._last
-        if data.startswith(before):  # the same head again, which is the usual case
+        if last_head is not None and data.startswith(before):  # the same head again, which is the usual case
             first = len(before)
             last = data.find(b"\r\n", first, first + _MAX_DIGITS + 2)
             digits, end = data[first:last], last + len(after)
@@ -91,7 +91,7 @@ class HeadCache(Generic[H]):
         """Returns the head and its size in bytes if `data` starts with a cached head that has no `Content-Length`.
         None: the HTTP parser must parse it."""
         last, last_head = self._last_whole
-        if data.startswith(last):
+        if last_head is not None and data.startswith(last):
             return last_head, len(last)
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
         if end < 4 or data.find(_LENGTH, 0, end) >= 0:

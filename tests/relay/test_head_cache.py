@@ -343,3 +343,11 @@ def test_a_body_may_be_far_longer_than_a_head() -> None:
     heads: HeadCache[int] = HeadCache(len)
     data = POST + b"Content-Length: %d\r\n\r\n" % 2**20 + b"x" * 2**20
     assert [heads.lookup(data) for _ in range(2)] == [None, (len(data), b"x" * 2**20, b"")]
+
+
+@pytest.mark.parametrize("data", [b"\0", b"\0005\r\nabcde", b"\0garbage\r\n\r\n", b"", b"5\r\nabcde"])
+def test_an_empty_table_knows_no_bytes_at_all(data: bytes) -> None:
+    """What a process receives first may be anything, from a client without a token or from a broken engine."""
+    heads: HeadCache[str] = HeadCache(lambda _: None)
+    assert heads.lookup(data) is None
+    assert heads.lookup_start(data) is None

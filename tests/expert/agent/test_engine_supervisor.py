@@ -133,7 +133,7 @@ async def test_what_the_engine_says_of_itself_is_reported_before_it_is_ready(
         supervisor.on_loaded = lambda engine: loaded.append((engine, steps.ready.is_set()))
         task = asyncio.create_task(supervisor.run())
         await asyncio.wait_for(steps.ready.wait(), GUARD_S)
-        assert loaded == [(LoadedEngine(load_s=2.5, max_model_len=length, prefix_caching=None), False)]
+        assert loaded == [(LoadedEngine(2.5, length, prefix_caching=lists_models or None), False)]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
