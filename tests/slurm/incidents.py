@@ -38,7 +38,7 @@ class Incident:
 
 
 async def preempted(service: Service) -> Outcome:
-    """A job of higher priority takes its whole node."""
+    """A job of higher priority takes its whole node. Under proctrack/linuxproc, Slurm's SIGTERM ends the engine too."""
     deployed, replica = service.deployed, service.deployed.serving(SLOT)
     node = deployed.nodes_of(replica)
     urgent = ["sbatch", "--parsable", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--wrap=sleep 600"]
@@ -47,7 +47,7 @@ async def preempted(service: Service) -> Outcome:
         await _replaced(deployed, replica)
     finally:
         deployed.cluster.run(["scancel", job_id])
-    return Outcome()
+    return Outcome(frozenset({replica} if deployed.cluster.proctrack == "linuxproc" else ()))
 
 
 async def cancelled(service: Service) -> Outcome:

@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 
-from tests.slurm.cluster import SlurmCluster
+from tests.slurm.cluster import SlurmCluster, lacking
 from tests.slurm.continuity import under_load
 from tests.slurm.deployment import OnSlurm, on_slurm
+from tests.support.needs import need
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.slurm
@@ -35,6 +36,18 @@ def handed_over(deployed: OnSlurm, slot: str, times: int = 2) -> bool:
 
 async def test_two_walltime_ends_of_experts_and_router_fail_nothing(cluster: SlurmCluster) -> None:
     """For clients that follow the routers by themselves, and for plain ones through `connect`."""
+    await two_walltime_ends(cluster)
+
+
+@pytest.mark.long
+async def test_two_walltime_ends_where_slurm_signals_the_agents_alone() -> None:
+    lack = lacking("cgroup")
+    need(not lack, lack)
+    with SlurmCluster(proctrack="cgroup") as cluster:
+        await two_walltime_ends(cluster)
+
+
+async def two_walltime_ends(cluster: SlurmCluster) -> None:
     with on_slurm(cluster, "handover", *OVERRIDES, "experts.law.replicas=2") as deployed:
         async with under_load(deployed, "math", "law") as service:
             for slot in ("math-0", "law-0", "law-1", "router-0"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.slurm.cluster import SlurmCluster, lacking
+from tests.slurm.configuration import Proctrack
 from tests.slurm.continuity import under_load
 from tests.slurm.deployment import OnSlurm, on_slurm
 from tests.slurm.disk import mounted_disk
@@ -31,21 +32,46 @@ OVERRIDES = (
 )
 
 
+INCIDENTS = incidents(away_s=20, stalled_s=20)
+BY_SIGNAL = [incident for incident in INCIDENTS if incident.name in ("preemption", "cancel")]
+
+
 @pytest.fixture(scope="module")
-def deployed() -> Iterator[OnSlurm]:
-    """On a file system of its own, and with proctrack=cgroup, where Slurm signals the agents alone."""
-    lack = lacking("cgroup")
+def deployed(request: pytest.FixtureRequest) -> Iterator[OnSlurm]:
+    """On a file system of its own."""
+    proctrack: Proctrack = request.param
+    lack = lacking(proctrack)
     need(not lack, lack)
     with (
         mounted_disk() as folder,
-        SlurmCluster(proctrack="cgroup") as cluster,
+        SlurmCluster(proctrack=proctrack) as cluster,
         on_slurm(cluster, "incidents", *OVERRIDES, shared=folder) as one,
     ):
         yield one
 
 
-@pytest.mark.parametrize("incident", incidents(away_s=20, stalled_s=20), ids=lambda incident: incident.name)
+def on(*proctracks: Proctrack) -> pytest.MarkDecorator:
+    """One deployment for all incidents under a plugin."""
+    marks = {"cgroup": [pytest.mark.newest], "linuxproc": []}
+    params = [pytest.param(name, marks=marks[name] if len(proctracks) > 1 else []) for name in proctracks]
+    return pytest.mark.parametrize("deployed", params, indirect=True, scope="module")
+
+
+@on("cgroup", "linuxproc")
+@pytest.mark.parametrize("incident", BY_SIGNAL, ids=lambda incident: incident.name)
+async def test_only_streams_on_signalled_replicas_break(deployed: OnSlurm, incident: Incident) -> None:
+    await only_streams_on_dead_replicas_break(deployed, incident)
+
+
+@on("cgroup")
+@pytest.mark.parametrize(
+    "incident", [one for one in INCIDENTS if one not in BY_SIGNAL], ids=lambda incident: incident.name
+)
 async def test_only_streams_on_dead_replicas_break(deployed: OnSlurm, incident: Incident) -> None:
+    await only_streams_on_dead_replicas_break(deployed, incident)
+
+
+async def only_streams_on_dead_replicas_break(deployed: OnSlurm, incident: Incident) -> None:
     before = deployed.claimed()
     async with under_load(deployed, "law") as service:
         await eventually(lambda: service.done("stream") > 20)
