@@ -91,9 +91,9 @@ def test_a_reader_sees_what_happens(address: tuple[str, str], width: int, height
         waiting = table(page, "Replicas that are not ready yet")
         assert list(waiting) == ["law-x0.g1"]
         assert "ejected" in waiting["law-x0.g1"][0]
-        assert set(table(page, "Replicas")) == {"law-x0.g1", "math-x0.g1"}
-        page.get_by_label("Only replicas that are not ready").check()
-        assert set(table(page, "Replicas")) == {"law-x0.g1"}
+        assert set(table(page, "Replicas in service")) == {"law-x0.g1", "math-x0.g1"}
+        page.get_by_label("Only those that are ejected").check()
+        assert set(table(page, "Replicas in service")) == {"law-x0.g1"}
         page.get_by_text("Keys that").click()
         assert page.locator('dd[data-key="policy.kind"]').inner_text() == '"model_field"'
         assert violations(page) == []
@@ -113,7 +113,7 @@ def test_the_keyboard_reaches_everything_and_a_reload_forgets_the_token(address:
         page.wait_for_selector("#content:not([hidden])")
         page.keyboard.press("Tab")
         page.keyboard.press("Space")
-        expect(page.get_by_label("Only replicas that are not ready")).to_be_checked()
+        expect(page.get_by_label("Only those that are ejected")).to_be_checked()
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
         expect(page.locator("#settings")).to_be_visible()
@@ -146,7 +146,7 @@ def test_two_hundred_replicas_and_hostile_texts(address: tuple[str, str]) -> Non
         page.route("**/overview?follow=true", fulfil)
         connect(page, token)
         page.wait_for_selector("#content:not([hidden])")
-        rows = page.get_by_role("table", name="Replicas", exact=True).get_by_role("row")
+        rows = page.get_by_role("table", name="Replicas in service").get_by_role("row")
         expect(rows).to_have_count(201)
         assert rows.nth(200).get_by_role("cell").nth(1).inner_text().startswith("2 of")
         assert page.locator("#content img, #content b").count() == 0

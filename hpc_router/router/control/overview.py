@@ -227,7 +227,7 @@ def _expert_problems(experts: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             waits = f": {coming['replica']}, {coming['reason'] or 'starting'}" if isinstance(coming, dict) else ""
             yield f"{one['expert']} has no ready replica{waits}"
         if one["waiting"]:
-            wait = "" if one["wait_s"] is None else f", for about {one['wait_s']:.1f} s"
+            wait = "" if one["wait_s"] is None else f"; a new one waits for about {one['wait_s']:.1f} s"
             yield f"{one['expert']}: {one['waiting']} requests wait for a replica{wait}"
         if one["failed_per_s"]:
             yield f"{one['expert']}: {one['failed_per_s']:.2g} failed requests per second"

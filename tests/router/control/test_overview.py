@@ -141,7 +141,7 @@ def test_what_needs_attention_is_said_in_words() -> None:
         "a change was not applied: policy.kind: no",
         "the background task 'probes' failed: KeyError: 'x'",
         "law has no ready replica: law-0.g2, Resources",
-        "law: 2 requests wait for a replica, for about 1.2 s",
+        "law: 2 requests wait for a replica; a new one waits for about 1.2 s",
         "math: 0.1 failed requests per second",
         "math-0.g1 is ejected: unknown cause",
         "math-0.g1 does not renew its record",
