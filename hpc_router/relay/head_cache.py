@@ -28,11 +28,11 @@ H = TypeVar("H")
 
 
 class HeadCache(Generic[H]):
-    """A cache of heads as `parse` returns them.
+    """A cache of parsed heads.
 
-    `parse` returns the parsed head of a complete message (for `lookup_start`: of a head). It returns None if the bytes
-    are anything else or the head must not be cached. `ids`: whether an `x-request-id` of letters, digits and `-` is
-    left out of the key and of the parsed head.
+    `parse` parses a head for the cache. `lookup` calls it with a complete message, `lookup_start` with a head alone. It
+    returns None if the bytes are anything else or the head must not be cached. `ids`: whether an `x-request-id` of
+    letters, digits and `-` is left out of the key and of the parsed head.
     """
 
     __slots__ = ("_heads", "_ids", "_last", "_last_whole", "_parse", "_seen_once")

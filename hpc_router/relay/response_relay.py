@@ -41,8 +41,8 @@ class RelayLimits:
 
 
 class ResponseRelay:
-    """Relays the response to `request`. `response`: what the request's handler returns at the end; None for a streamed
-    response.
+    """Relays the upstream's response to the client of `request`. `response`: the complete response, which the handler
+    of `request` returns; None if the response was streamed to the client.
 
     `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed

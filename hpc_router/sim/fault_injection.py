@@ -27,7 +27,8 @@ class ConnectionBroken(Exception):
 
 
 class StreamFault(Exception):
-    """A fault that only the handler of a stream can send."""
+    """Raised by `inject` for a fault that happens within a stream. The handler that writes the stream catches it and
+    carries the fault out."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.kind)

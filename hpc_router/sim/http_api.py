@@ -1,7 +1,7 @@
 """The HTTP API: vLLM's paths, and `/sim/*` to set faults and to read recent requests.
 
-One middleware turns every error into the API's error body. It also records `/v1/*` requests, and injects the faults of
-paths that generate nothing. `handlers` has the paths that generate.
+One middleware turns every error into the API's error body, records `/v1/*` requests, and injects the faults of paths
+that generate no text, such as `/v1/models`. The paths that generate text are in `handlers`, which injects their faults.
 """
 
 from collections.abc import Awaitable, Callable

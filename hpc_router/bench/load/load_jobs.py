@@ -49,7 +49,7 @@ class InProcessLoad:
 
 
 class SubmittedLoadJobs:
-    """Several load jobs that are started once. They run the load of one measurement point after the other."""
+    """Load jobs that are started once and used for all measurement points, one point at a time."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self._folder, self._jobs, self._number = folder, jobs, 0

@@ -57,8 +57,9 @@ class CpuCost:
         return max(0.0, (self.end.load_core_ns - self.begin.load_core_ns - own_ns) / self.elapsed_ns)
 
     def shares(self, count: int) -> dict[str, float]:
-        """Returns the figures of the interval by name: microseconds per request or event, the rate, and the shares of
-        the cores. `count`: number of requests or events in the interval."""
+        """Returns the figures of the interval by name: CPU time in microseconds per request or event (of the relay, the
+        engine and the load generator), requests or events per second, and which shares of the cores were used.
+        `count`: number of requests or events in the interval."""
         each = max(1, count) * 1e3
         return {
             "us": self.relay_ns / each,

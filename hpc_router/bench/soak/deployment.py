@@ -61,7 +61,8 @@ class SoakDeployment:
         }
 
     def inject(self, target: FaultTarget) -> InjectedFault | None:
-        """Kills the least recently killed process of the kind `target`. Returns None if none can be killed now."""
+        """Kills a process of the kind `target`. Their places take turns: first one that was never killed, else the one
+        whose last kill is longest ago. Returns None if none can be killed now."""
         status = self._last_status or self.status()
         if status is None:
             return None

@@ -91,10 +91,10 @@ class Change:
 
 
 def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None, previous: bool = False) -> Change:
-    """Returns the change that these overrides make, with the checks of `plan`. `previous`: whether the overrides apply
-    to the config before the last `apply`. Without overrides and `previous`, the change only moves the run to this
-    version of the package. Raises ConfigError if the config is invalid or does not permit a setting of `hpc-router
-    set`, if a key cannot change, or if the overrides change nothing."""
+    """Returns the change that these overrides make, after the checks that `plan` makes. `previous`: whether the
+    overrides apply to the config before the last `apply`, instead of to the present one. If there are no overrides and
+    `previous` is false, the change only moves the run to this version of the package. Raises ConfigError if the new
+    config is invalid or a value of `hpc-router set` does not fit it, if a key cannot change, or if nothing changes."""
     before = frozen.read(run.config)
     base = frozen.read(run.previous_config) if previous else before
     after = with_requested(base, overrides, config_dir=config_dir)

@@ -37,9 +37,10 @@ class LocalHost:
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """An `ssh` tunnel. `argv` runs on the laptop until it is interrupted. `url`: address of the router or of `connect`.
-    `login`: the host that has the run directory. `guessed`: whether `login` is this host because the config names no
-    login host. `unproven`: the node on whose loopback the router's identity could not be checked."""
+    """An `ssh` tunnel. `argv` runs on the laptop until it is interrupted. `url`: address that the tunnel leads to, of
+    the router or of `connect`. `login`: the host that has the run directory. `guessed`: whether `login` is this host
+    because the config names no login host. `unproven`: the node on whose loopback the router listens, if this host
+    could not check the router's identity; else None."""
 
     url: str
     argv: tuple[str, ...]

@@ -135,8 +135,9 @@ class ControlLoop:
         return LoopPass(desired, observed, actions, durations, handovers)
 
     def run_pass(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Carries out one pass and returns it. If a submission is refused, the error is in `refused` of the pass, and
-        the exit record of the refused job counts as a failure."""
+        """Carries out one pass and returns what it saw and did. If Slurm refuses a submission, the error is in
+        `refused` of the pass, and an exit record is written, so that later passes count the refusal as a failure of the
+        slot."""
         seen = self.preview(clear=clear, fresh=fresh)
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)

@@ -189,8 +189,9 @@ class EngineSupervisor:
         return not self.engine.lists_models or (self._facts.listed is not None and self._facts.metrics_read)
 
     async def _ask_again(self, load_s: float) -> None:
-        """Repeats `_ask` until the engine has reported all values, then calls `on_loaded`. Returns at once if none is
-        missing."""
+        """Repeats `_ask` until the engine has reported its models and metrics, then calls `on_loaded`. If it has
+        reported both already, returns at once without a call. `load_s`: time in seconds that the engine took to
+        load."""
         while not self._told:
             await asyncio.sleep(WATCH_S)
             if await self._ask():

@@ -28,7 +28,8 @@ class CopyProgress:
         self.size = 0
 
     def add(self, size: int) -> None:
-        """Adds `size` bytes, which the caller has read and may now write. Raises StagingError after `stop`."""
+        """Counts `size` bytes as copied. Called after they are read and before they are written. Raises StagingError
+        once `stop` was called, so that the copy ends."""
         with self._lock:
             if self._stopped:
                 raise StagingError("the copy was stopped")

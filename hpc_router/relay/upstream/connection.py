@@ -21,11 +21,11 @@ MAX_BUFFERED_BYTES: Final = 2**16
 
 
 class Connection(AwaitedExchange, PendingRequest):
-    """A connection to one upstream server, for exchanges with and without a task.
+    """A connection to one upstream server. An exchange on it is driven by a task or by callbacks.
 
-    With a task, the exchange runs as `AwaitedExchange` describes; the task always calls `end` or `finish`. Without a
-    task, it begins with `start`. If the callback accepts the response, the exchange has ended; otherwise a task
-    continues it with `wait_for_head`.
+    `AwaitedExchange` describes an exchange in a task, which always calls `end` or `finish`. `start` begins an exchange
+    by callbacks: its `ResponseCallback` gets the response and either takes it, which ends the exchange, or declines it;
+    then a task continues the exchange with `wait_for_head`.
     """
 
     __slots__ = ()

@@ -340,7 +340,8 @@ class ReplicaTable:
         )
 
     def _fail_absent(self, expert: str) -> None:
-        """Fails the requests that wait for this expert and cannot get a replica of any of their experts."""
+        """Fails those requests in the queue of `expert` for which all experts that may serve them are absent (see
+        `_is_absent`)."""
         for waiter in tuple(self._line.queues.get(expert, ())):
             wanted = (*waiter.experts, *waiter.later)
             if not waiter.granted.done() and waiter.only is None and all(map(self._is_absent, wanted)):

@@ -116,8 +116,9 @@ def expected_scores(values: Floats | Doubles, rates: Doubles, *, sharpness: floa
 def _candidates(
     rows: Sequence[Row], base: SvdSpace, *, clusters: int | None, seed: int
 ) -> Iterator[tuple[tuple[str, ...], Ids]]:
-    """Yields the candidate clusterings, each as the names of its clusters and the cluster of each row: the rows'
-    domains if `clusters` is None and all rows have one, then k-means clusters."""
+    """Yields candidate clusterings, each as the names of its clusters and the cluster of each row. The first one has
+    the rows' domains as clusters, if `clusters` is None and every row has a domain. The others are k-means
+    clusterings."""
     domains = sorted({row.domain for row in rows if row.domain is not None})
     if clusters is None and len(domains) >= 2 and all(row.domain is not None for row in rows):
         yield tuple(domains), np.array([domains.index(str(row.domain)) for row in rows])

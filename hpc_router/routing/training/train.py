@@ -132,8 +132,9 @@ def _validation_rows(config: TrainConfig, rows: Sequence[Row]) -> list[Row]:
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
-    """Returns the settings with defaults: without `features`, `distilled` if an encoder is given or installed, else
-    `lexical`; without `encoder`, the installed one if `distilled` needs it."""
+    """Returns the settings with missing values filled in. If `features` is not set, it becomes `distilled` where an
+    encoder is given or installed, else `lexical`. If `encoder` is not set and `distilled` needs one, it becomes the
+    installed encoder."""
     if config.features is None:
         encoder = config.encoder or installed_encoder()
         config = replace(config, features="lexical" if encoder is None else "distilled")
