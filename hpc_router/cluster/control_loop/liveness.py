@@ -1,10 +1,10 @@
 """Hang detector: finds agents whose lease beats have stopped and that do not answer at `/health`.
 
-Such an agent is lost, and its job may have ended. The agent hangs if its job still runs after HUNG_BEATS lease
-intervals without a beat, or at once if its node neither accepts nor refuses a connection: the node is then off, and
-Slurm marks it down much later. Missing beats alone do not show a lost agent, because a stalled file system stops beats;
-nor does a missing answer alone, because a busy node answers late. This process measures the time since the last beat
-with its own clock, so it finds no lost agent in its first intervals.
+Such an agent is lost, and its job may have ended. The agent hangs if its job still runs after HUNG_BEATS intervals, or
+at once if its node is off: it neither accepts nor refuses a connection, also at a port that nobody uses (a hung agent
+may have a full queue of connections). Slurm marks such a node down much later. Neither sign is enough alone, because a
+stalled file system stops beats and a busy node answers late. This process measures the time since the last beat with
+its own clock, so it finds no lost agent in its first intervals.
 """
 
 import asyncio
@@ -20,17 +20,20 @@ LOST_BEATS: Final = 2
 """Number of lease intervals without a new beat after which an agent may be lost."""
 HUNG_BEATS: Final = 8
 """Number of lease intervals without a new beat after which a lost agent hangs."""
+UNUSED_PORT: Final = 1
+"""A port on which no service is expected: a node that runs refuses a connection to it."""
 CONNECT_S: Final = 2.0
 """Time limit for a connection to a node in seconds, long enough for a lost packet to be sent again."""
 
 
 class SilentReplicas(NamedTuple):
-    """The replicas whose beats have stopped and that do not answer. `lost`: those without a beat for LOST_BEATS
-    intervals. `hung`, a subset of `lost`: those without a beat for HUNG_BEATS intervals, or whose node cannot be
-    reached."""
+    """The replicas whose beats have stopped and that do not answer. `lost`: since at least LOST_BEATS intervals.
+    `hung`, a subset of `lost`: since at least HUNG_BEATS intervals, or with a node that is off. `off`, a subset of
+    `hung`: with a node that is off."""
 
     lost: set[str]
     hung: set[str]
+    off: set[str]
 
 
 class _Beat(NamedTuple):
@@ -57,8 +60,9 @@ class HangDetector:
         }
         late = [record for record in records if beats.get(record.replica, 0.0) >= LOST_BEATS]
         lost = asyncio.run(_unanswering(late)) if late else {}
-        hung = {name for name, reachable in lost.items() if not reachable or beats[name] >= HUNG_BEATS}
-        return SilentReplicas(set(lost), hung)
+        off = {name for name, reachable in lost.items() if not reachable}
+        hung = off | {name for name in lost if beats[name] >= HUNG_BEATS}
+        return SilentReplicas(set(lost), hung, off)
 
     def _beat(self, record: Record, now: float) -> _Beat:
         before, beat = self._beats.get(record.replica), (record.beat, record.nonce)
@@ -87,9 +91,13 @@ async def _is_reachable(url: str) -> bool:
     """Returns True if the host of `url` accepts or refuses a connection, and False if it does neither within
     CONNECT_S."""
     parts = urlsplit(url)
+    return any(await asyncio.gather(*(_connects(parts.hostname, port) for port in (parts.port, UNUSED_PORT))))
+
+
+async def _connects(host: str | None, port: int | None) -> bool:
     try:
         async with asyncio.timeout(CONNECT_S):
-            _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            _, writer = await asyncio.open_connection(host, port)
     except ConnectionRefusedError:
         return True
     except OSError:

@@ -1,9 +1,9 @@
 """Keeps further jobs off nodes that have failed twice. Only the leading loop does this.
 
-A node has failed if Slurm ended a job on it with NODE_FAIL or BOOT_FAIL, if an engine on it ended with a CUDA error, or
-if a job on it ended within QUICK_S of its start although its expert became ready on another node. Two failures of a
-node count only if the second job began after the first had failed. A failure counts for WINDOW_S, but not after `nodes
-forget`.
+A node has failed if the loop found it off, if Slurm ended a job on it with NODE_FAIL or BOOT_FAIL, if an engine on it
+ended with a CUDA error, or if a job on it ended within QUICK_S of its start although its expert became ready on another
+node. Two failures of a node count only if the second job began after the first had failed: a job that Slurm sent to the
+node while it was still off shows no second failure. A failure counts for WINDOW_S, but not after `nodes forget`.
 """
 
 import logging
@@ -27,6 +27,8 @@ WINDOW_S: Final = 86400.0
 """Time for which a failure counts, in seconds."""
 QUICK_S: Final = 30.0
 """Maximum run time in seconds of a job whose end may be the node's failure."""
+OUTAGE_S: Final = 300.0
+"""Time after a failure in seconds in which Slurm may still send jobs to the node (its default SlurmdTimeout)."""
 MAX_SHARE: Final = 0.25
 """Maximum share of a partition's nodes that may be excluded, including those that a user has excluded."""
 ASK_AGAIN_S: Final = 300.0
@@ -69,9 +71,15 @@ def _is_of_the_node(attempt: Attempt, node: str, attempts: Iterable[Attempt]) ->
 
 
 def _failed_twice(failed: Iterable[Attempt]) -> bool:
-    """Returns whether these failed jobs count as two failures, because one of them began after another had failed."""
+    """Returns whether these failed jobs count as two failures: one of them began after another had failed, or never
+    began and was submitted more than OUTAGE_S after that."""
     first_at = min(a.exit.at for a in failed if a.exit is not None)
-    return any((a.started_at or a.submitted_at or a.claimed_at) >= first_at for a in failed)
+    return any(
+        a.started_at >= first_at
+        if a.started_at is not None
+        else (a.submitted_at or a.claimed_at) >= first_at + OUTAGE_S
+        for a in failed
+    )
 
 
 def _told(failed: Iterable[Attempt]) -> str:

@@ -1,8 +1,10 @@
 """Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the commands.
 
 If a job ended without an exit record, the observer writes one, so that each failure has a time and all readers see the
-same reason. The observer also writes one for a claim whose submitting process is gone. If that process did submit a
-job, the job's agent reads this record and ends. Jobs that have ended are not read again, because an old run has many.
+same reason. It also writes one for a claim whose submitting process is gone. If that process did submit a job, the
+job's agent reads this record and ends. The same holds for a job whose node is off: its record says so at once, because
+Slurm may notice it minutes later, and then says only that the job was cancelled. Jobs that have ended are not read
+again, because an old run has many.
 """
 
 import json
@@ -41,6 +43,8 @@ _FROM_OUTSIDE: Final = (
     FailureReason.NODE_FAILED,
     FailureReason.OUT_OF_MEMORY,
 )
+_OURS: Final = (None, FailureReason.CANCELLED, FailureReason.KILLED)
+"""What a launcher reports of a silent job that the control loop has ended."""
 ABANDONED_MESSAGE: Final = "it was claimed, but not submitted: the process that submits it is gone"
 VANISHED_MESSAGE: Final = "the job ended without an exit record: it was killed, or failed before it started"
 
@@ -66,6 +70,7 @@ class RunObserver:
         self._unexplained: set[str] = set()  # drained jobs whose final state in Slurm is not known yet
         self._hang_detector = HangDetector()
         self._hung: set[str] = set()
+        self._off: set[str] = set()
         self._queried: set[str] = set()  # lost replicas about which the controller was queried
         self._queried_at = -math.inf
         self.records: Mapping[str, Record] = {}
@@ -108,6 +113,7 @@ class RunObserver:
         )
         self._hung.difference_update(running)
         self._hung |= silent.hung
+        self._off = silent.off
         self._queried &= silent.lost
         newly_lost = silent.lost - self._queried
         if not newly_lost or read_at - self._queried_at < MIN_QUERY_INTERVAL_S:
@@ -133,13 +139,13 @@ class RunObserver:
         expert, slot, generation = split_replica(replica)
         end, stop, state = job.exit, job.stop or Stop(), report.state
         if state is JobState.ENDED and end is None:
-            end = self._end(job, report, stop)
-            end = end if self._read_only else record_exit(JobDir(self._run, replica), end)
+            end = self._record(replica, self._end(job, report, stop))
+        elif end is None and replica in self._off and job.info is not None and job.info.runner is not Runner.PROCESS:
+            end = self._record(replica, _node_off(report))
         record, info, process = self.records.get(replica), job.info, job.process
         submitting = info is None and _is_alive(job.submitter)
         if info is None and end is None and not submitting and time.time() >= job.claimed_at + CLAIM_S:
-            end = Exit(ok=False, reason=FailureReason.UNANSWERED, message=ABANDONED_MESSAGE)
-            end = end if self._read_only else record_exit(JobDir(self._run, replica), end)
+            end = self._record(replica, Exit(ok=False, reason=FailureReason.UNANSWERED, message=ABANDONED_MESSAGE))
         expires_at = report.ends_at if report.ends_at is not None or record is None else record.expires_at
         attempt = Attempt(
             slot=Slot(expert, slot),
@@ -169,6 +175,9 @@ class RunObserver:
                 return self._explain(replica, report)
         return attempt
 
+    def _record(self, replica: str, end: Exit) -> Exit:
+        return end if self._read_only else record_exit(JobDir(self._run, replica), end)
+
     def _explain(self, replica: str, report: JobReport) -> Attempt:
         """Returns the attempt of a job that drained although no request to drain is recorded. The job knows only that
         it got a signal, so a reason from Slurm, such as preemption, replaces its recorded reason. Slurm may report that
@@ -192,12 +201,17 @@ class RunObserver:
         """Returns the exit record for a job that wrote none. If the job's batch script wrote no log, its node does not
         see the run directory. The reason is then NODE_FAILED if other nodes have seen the directory, else RUN_UNSEEN,
         because every job would fail in the same way."""
+        said = report.end.reason if report.end is not None else None
+        if report.end is not None and said is FailureReason.NODE_FAILED:
+            return report.end
+        if job.replica in self._off and said in _OURS:
+            return _node_off(report)
         if (stop.drain_at or stop.cancel_at) is not None and job.replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
-        if report.end is not None and report.end.reason is not FailureReason.KILLED:
-            return report.end
-        if job.replica in self._hung:
+        if job.replica in self._hung and said in _OURS:
             return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG_MESSAGE)
+        if report.end is not None and said is not FailureReason.KILLED:
+            return report.end
         info = job.info
         if info is not None and info.runner is Runner.SLURM and not _has_batch_log(JobDir(self._run, job.replica)):
             others = (JobDir(self._run, name) for name in self._claimed() if name != job.replica)
@@ -207,6 +221,12 @@ class RunObserver:
             message = f"{where} does not see the run directory {self._run.path}: the batch script wrote no log there"
             return Exit(ok=False, reason=reason, message=message)
         return report.end or Exit(ok=False, reason=FailureReason.VANISHED, message=VANISHED_MESSAGE)
+
+
+def _node_off(report: JobReport) -> Exit:
+    where = f"node {report.node}" if report.node else "its node"
+    message = f"{where} is off: its agent renewed no lease, and the node neither accepted nor refused a connection"
+    return Exit(ok=False, reason=FailureReason.NODE_FAILED, message=message)
 
 
 def _has_batch_log(job: JobDir) -> bool:

@@ -89,6 +89,11 @@ class FakeJob:
         return self.state not in ("PENDING", "RUNNING")
 
     @property
+    def cancelled(self) -> bool:
+        """Whether scancel without a signal was run. Slurm then says so even if the node turns out to be lost."""
+        return self.final == "CANCELLED"
+
+    @property
     def ends_at(self) -> float | None:
         return None if self.started_at is None else self.started_at + self.limit_s
 
@@ -148,7 +153,7 @@ class FakeSlurm:
         waits = job.after is not None and not self._may_start(job)
         values = {
             "%i": job.job_id,
-            "%T": job.state,
+            "%T": "COMPLETING" if job.state == "RUNNING" and job.cancelled else job.state,
             "%N": job.node or "",
             "%S": text(job.started_at),
             "%e": text(job.ended_at if job.over else job.ends_at),
@@ -292,7 +297,7 @@ class FakeSlurm:
     def agent_of(self, record: Record) -> tuple[FakeJob, Agent] | None:
         """The agent that answers at the address in the record."""
         job = self.jobs.get(str(record.job_id))
-        if job is None:
+        if job is None or job.node in self.lost:
             return None
         for agent in job.agents:
             if agent.replica == record.replica and self._runs(job, agent) and not agent.hung:
@@ -353,7 +358,7 @@ class FakeSlurm:
             return
         if job.node in self.lost:
             if self.now >= self.lost[job.node] + DETECT_S and self.now >= self.away_until:
-                self.end(job, "NODE_FAIL")
+                self.end(job, "CANCELLED" if job.cancelled else "NODE_FAIL")
             return
         assert job.ends_at is not None
         for agent in job.agents:
@@ -451,7 +456,7 @@ class FakeSlurm:
         """With it the controller learns that its jobs are gone."""
         for job in self.jobs.values():
             if job.state == "RUNNING" and job.node == node:
-                self.end(job, "NODE_FAIL")
+                self.end(job, "CANCELLED" if job.cancelled else "NODE_FAIL")
         self.lost.pop(node, None)
 
     def _end_agent(self, job: FakeJob, agent: Agent, end: Exit | None, *, status: int = 0) -> None:

@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
+import pytest
+
+from hpc_router.cluster.control_loop import liveness
 from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS, HangDetector
 from hpc_router.state.registry import Record, RecordKind, State
 
@@ -69,11 +73,11 @@ def test_an_agent_is_lost_before_it_hangs() -> None:
     pulse = HangDetector()
     pulse.silent([record()], read_at=clock())
     clock.now += LOST_BEATS * BEAT_S - 0.1
-    assert pulse.silent([record()], read_at=clock()) == (set(), set())
+    assert pulse.silent([record()], read_at=clock()) == (set(), set(), set())
     clock.now += 0.1
-    assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set())
+    assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set(), set())
     with answering("math-0.g1") as url:
-        assert pulse.silent([record(url)], read_at=clock()) == (set(), set())
+        assert pulse.silent([record(url)], read_at=clock()) == (set(), set(), set())
 
 
 @contextmanager
@@ -89,17 +93,29 @@ def unreachable() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_one_whose_node_is_off_hangs_at_once() -> None:
-    """Slurm marks the node down much later."""
+def test_a_hung_agent_with_a_full_queue_does_not_show_that_its_node_is_off() -> None:
     clock = Clock()
     pulse = HangDetector()
     with unreachable() as url:
         pulse.silent([record(url)], read_at=clock())
+        clock.now += LOST_BEATS * BEAT_S
+        assert pulse.silent([record(url)], read_at=clock()) == ({"math-0.g1"}, set(), set())
+        clock.now += LIMIT_S
+        assert pulse.silent([record(url)], read_at=clock()) == ({"math-0.g1"}, {"math-0.g1"}, set())
+
+
+def test_one_whose_node_is_off_hangs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm marks the node down much later."""
+    clock = Clock()
+    pulse = HangDetector()
+    with unreachable() as url:
+        monkeypatch.setattr(liveness, "UNUSED_PORT", urlsplit(url).port)
+        pulse.silent([record(url)], read_at=clock())
         clock.now += LOST_BEATS * BEAT_S - 0.1
-        assert pulse.silent([record(url)], read_at=clock()) == (set(), set())
+        assert pulse.silent([record(url)], read_at=clock()) == (set(), set(), set())
         clock.now += 0.1
-        assert pulse.silent([record(url)], read_at=clock()) == ({"math-0.g1"}, {"math-0.g1"})
-        assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set()), "its node refuses: it is up"
+        assert pulse.silent([record(url)], read_at=clock()) == ({"math-0.g1"}, {"math-0.g1"}, {"math-0.g1"})
+        assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set(), set()), "its node refuses: it is up"
 
 
 def test_one_that_answers_does_not_hang() -> None:

@@ -10,6 +10,7 @@ from hpc_router.cluster.control_loop import desired_state
 from hpc_router.cluster.control_loop.node_exclusion import (
     ASK_AGAIN_S,
     BY,
+    OUTAGE_S,
     QUICK_S,
     WINDOW_S,
     NodeExclusion,
@@ -62,6 +63,15 @@ def test_names_are_slurms() -> None:
 def test_one_loss_of_a_node_with_several_replicas_is_one_failure() -> None:
     lost = [failed(1, at=NOW - 50 + n, after_s=500, slot=Slot("math", str(n))) for n in range(4)]
     assert failing_nodes({a.slot: (a,) for a in lost}, {}, NOW) == {}
+
+
+@pytest.mark.parametrize(("later_s", "found"), [(1.0, set()), (OUTAGE_S, {"n1"})])
+def test_a_job_that_slurm_sends_to_a_node_that_is_still_off_is_no_second_failure(
+    later_s: float, found: set[str]
+) -> None:
+    first = failed(1, at=NOW - 1000)
+    sent = replace(failed(2, at=NOW - 50), started_at=None, submitted_at=NOW - 1000 + later_s)
+    assert set(failing_nodes({MATH: (first, sent)}, {}, NOW)) == found
 
 
 def test_failures_on_different_nodes() -> None:

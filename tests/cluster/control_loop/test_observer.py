@@ -1,5 +1,6 @@
 """One observation of a run, from records and reports that were not read at the same moment."""
 
+import json
 import os
 import socket
 import time
@@ -8,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from hpc_router.cluster.control_loop import liveness
 from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS
 from hpc_router.cluster.control_loop.observer import MIN_QUERY_INTERVAL_S, RunObserver
 from hpc_router.cluster.control_loop.slots import CLAIM_S
@@ -240,3 +242,81 @@ def test_what_we_asked_to_end_was_not_cancelled_by_a_person(run: RunDir) -> None
     (attempt,) = next(iter(RunObserver(run, slurm).observe().values()))
     assert attempt.exit is not None
     assert attempt.exit.reason is FailureReason.DRAINED
+
+
+class Ends(Slurm):
+    """A controller that says of a job on n1 what `state`, `word` and `end` hold."""
+
+    state, word = JobState.RUNNING, "RUNNING"
+    end: Exit | None = None
+
+    def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
+        return {r: JobReport(self.state, node="n1", native_state=self.word, end=self.end) for r in replicas}
+
+
+def ends(run: RunDir) -> list[tuple[str, str]]:
+    lines = run.events.read_text().splitlines() if run.events.exists() else []
+    return [(e["replica"], e["reason"]) for e in map(json.loads, lines) if e["kind"] == "ended"]
+
+
+def answer_none(monkeypatch: pytest.MonkeyPatch, *, reachable: bool) -> None:
+    async def unanswering(records: Iterable[Record]) -> dict[str, bool]:
+        return {record.replica: reachable for record in records}
+
+    monkeypatch.setattr(liveness, "_unanswering", unanswering)
+
+
+CANCELLED = Exit(ok=False, reason=FailureReason.CANCELLED, message="Slurm says CANCELLED on n1")
+
+
+def test_a_node_that_is_off_is_recorded_once_whatever_slurm_says_later(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's own scancel would else make it a job that a person cancelled, which is nobody's fault."""
+    answer_none(monkeypatch, reachable=False)
+    submitted(run, RECORD)
+    slurm, job = Ends(), JobDir(run, RECORD.replica)
+    observer = RunObserver(run, slurm, clock=lambda: slurm.now)
+    observer.observe()
+    assert job.exit() is None
+    slurm.now = LOST_BEATS * BEAT_S
+    (attempt,) = next(iter(observer.observe().values()))
+    assert attempt.hung, "its successor is submitted now"
+    found = job.exit()
+    assert found is not None
+    assert (found.ok, found.reason, "node n1 is off" in found.message) == (False, FailureReason.NODE_FAILED, True)
+    job.write(Stop(cancel_at=time.time(), kill_at=time.time()))
+    for state, word in ((JobState.ENDING, "COMPLETING"), (JobState.ENDED, "CANCELLED")):
+        slurm.state, slurm.word, slurm.end = state, word, CANCELLED
+        for each in (observer, RunObserver(run, slurm)):
+            (attempt,) = next(iter(each.observe().values()))
+            assert (attempt.exit, attempt.live) == (found, False)
+    assert ends(run) == [(RECORD.replica, "node_failed")]
+
+
+def test_slurm_names_the_failed_node_of_a_job_that_was_asked_to_end(run: RunDir) -> None:
+    submitted(run, RECORD)
+    slurm, job = Ends(), JobDir(run, RECORD.replica)
+    job.write(Stop(drain_at=time.time()))
+    slurm.state, slurm.word = JobState.ENDED, "NODE_FAIL"
+    slurm.end = Exit(ok=False, reason=FailureReason.NODE_FAILED, message="Slurm says NODE_FAIL on n1")
+    RunObserver(run, slurm).observe()
+    assert job.exit() == slurm.end
+
+
+def test_a_hung_agent_that_the_loop_cancelled_was_not_cancelled_by_a_person(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_none(monkeypatch, reachable=True)
+    submitted(run, RECORD)
+    slurm, job = Ends(), JobDir(run, RECORD.replica)
+    observer = RunObserver(run, slurm, clock=lambda: slurm.now)
+    observer.observe()
+    slurm.now = HUNG_BEATS * BEAT_S
+    (attempt,) = next(iter(observer.observe().values()))
+    assert (attempt.hung, attempt.exit) == (True, None)
+    slurm.state, slurm.word, slurm.end = JobState.ENDED, "CANCELLED", CANCELLED
+    (attempt,) = next(iter(observer.observe().values()))
+    found = job.exit()
+    assert found is not None
+    assert found.reason is FailureReason.TIMEOUT
