@@ -6,14 +6,13 @@ bits. The ID finds the entry, so that digests are compared in constant time. Eve
 a new token does not get the counters of one that was just revoked.
 """
 
-import contextlib
 import hashlib
 import hmac
 import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ from typing import Any, Final
 from hpc_router.errors import ConfigError, LaunchError, RegistryError
 from hpc_router.net.auth import new_token
 from hpc_router.state.atomic_files import MAX_FILE_BYTES, load_json, replace_json
+from hpc_router.state.exclusive import exclusive
 from hpc_router.state.run_directory import RunDir
 
 SCHEMA: Final = 1
@@ -28,10 +28,6 @@ SLOTS: Final = 4096
 """Number of slots."""
 MAX_TOKENS: Final = 1024
 """Maximum number of tokens in the file. There are more slots, so that a slot is not reused at once."""
-CHANGE_S: Final = 10.0
-"""Time in seconds that a change of the file waits for another one."""
-STALE_S: Final = 60.0
-"""Age in seconds at which a claim to change the file counts as left behind by a process that was killed."""
 _TOKEN: Final = re.compile(r"hpcr-([0-9a-f]{8})-[0-9a-f]{64}")
 _USER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}")
 _NO_DIGEST: Final = hashlib.sha256(b"").hexdigest()
@@ -211,7 +207,7 @@ def _change(run: RunDir, apply: Callable[[dict[str, Any]], None]) -> None:
     """Reads `tokens.json`, lets `apply` change the content, and writes it. No other process can change the file
     meanwhile."""
     path = run.tokens_json
-    with _alone(path.with_name(".tokens.changing"), path):
+    with exclusive(path.with_name(".tokens.changing")):
         content = _read(path)
         try:
             apply(content)
@@ -220,27 +216,3 @@ def _change(run: RunDir, apply: Callable[[dict[str, Any]], None]) -> None:
         if len(json.dumps(content, indent=1)) > MAX_FILE_BYTES:
             raise LaunchError(f"{path} would have more than {MAX_FILE_BYTES} bytes: revoke some tokens first")
         replace_json(path, content)
-
-
-@contextlib.contextmanager
-def _alone(claim: Path, path: Path) -> Iterator[None]:
-    """Creates the folder `claim` as a lock and removes it after the block. Raises RegistryError if another process has
-    it for `CHANGE_S`. `path`: the locked file, for the message."""
-    deadline = time.monotonic() + CHANGE_S
-    while True:
-        try:
-            claim.mkdir(mode=0o700)
-            break
-        except FileExistsError:
-            with contextlib.suppress(OSError):
-                if time.time() - claim.stat().st_mtime > STALE_S:
-                    claim.rmdir()
-                    continue
-        if time.monotonic() > deadline:
-            raise RegistryError(f"another process changes {path}; if there is none, `rmdir {claim}`")
-        time.sleep(0.05)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            claim.rmdir()
