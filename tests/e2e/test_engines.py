@@ -198,12 +198,10 @@ def test_the_form_of_an_answer_can_be_given(pair: Deployed) -> None:
         for stream in (False, True):
             text = answer_of(client, stream=stream, max_tokens=8, response_format=form)
             assert json.loads(text) in ("yes", "no")
-        if engine_of(pair) == "rust":
-            with pytest.raises(openai.InternalServerError):
-                answer_of(client, max_tokens=8, **named)
-        else:
-            done = client.chat.completions.create(model="math", messages=MESSAGES, max_tokens=8, **named)
-            assert done.choices[0].message.tool_calls
+        # The Python front end wants a parser of tool calls, which this expert does not have.
+        kind = openai.InternalServerError if engine_of(pair) == "rust" else openai.BadRequestError
+        with pytest.raises(kind):
+            answer_of(client, max_tokens=8, **named)
         assert answer_of(client, max_tokens=8)
     [replica] = pair.replicas("math")
     assert (replica["state"], replica["sick"]) == ("ready", None)
