@@ -19,6 +19,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.router.metrics import LATENCY_BOUNDS_S, Metrics
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.settings import LIVE
+from hpc_router.state.atomic_files import load_json
 
 WINDOW_S: Final = 60.0
 """Length of the time in seconds over which rates and latencies are measured."""
@@ -152,10 +153,10 @@ class RunFiles:
 def read_run_files(forecast_json: Path, events_jsonl: Path) -> RunFiles:
     """Reads both files; a missing or damaged one counts as empty. Raises OSError if the file system fails."""
     try:
-        forecast = json.loads(forecast_json.read_bytes())
+        forecast = load_json(forecast_json)
     except (FileNotFoundError, ValueError):
         forecast = {}
-    return RunFiles(forecast if isinstance(forecast, dict) else {}, _last_events(events_jsonl))
+    return RunFiles(forecast, _last_events(events_jsonl))
 
 
 def _last_events(path: Path) -> list[dict[str, Any]]:
