@@ -111,13 +111,36 @@ class OnSlurm(Deployed):
         return record if record["state"] == "ready" else None
 
     def until_ready(self, slot: str, *, after: str, within_s: float = 90) -> str:
-        """Waits until a generation of the slot after that one serves, and returns the first."""
+        """Waits until a generation of the slot after that one serves, and returns the first that does."""
 
         def serving() -> str | None:
-            replica = self.newest(slot)
-            return replica if replica != after and self.record(replica) is not None else None
+            later = [r for r in self.claimed(f"{slot}.g") if _generation(r) > _generation(after)]
+            return next((r for r in sorted(later, key=_generation) if self.record(r) is not None), None)
 
-        return eventually_sync(serving, within_s=within_s, every_s=0.1)
+        try:
+            return eventually_sync(serving, within_s=within_s, every_s=0.1)
+        except AssertionError as error:
+            error.add_note(self.what_happened())
+            raise
+
+    def what_happened(self) -> str:
+        """What Slurm and the run directory say at this moment, for the report of a failed test."""
+        commands = (
+            ["squeue", "--states=all"],
+            ["sinfo", "--Node", "--long"],
+            ["scontrol", "--details", "show", "node"],
+            ["scontrol", "--details", "show", "job"],
+        )
+        said = [f"$ {' '.join(command)}\n{self.cluster.run(command)}" for command in commands]
+        for path in (
+            self.run / "events.jsonl",
+            *sorted((self.run / "logs").iterdir()),
+            *sorted(self.run.glob("jobs/*/*")),
+        ):
+            said.append(
+                "\n".join([f"{path.relative_to(self.run)}:", *path.read_text(errors="replace").splitlines()[-30:]])
+            )
+        return "\n".join(said)
 
     def start_to_ready_s(self, replica: str) -> float:
         """Seconds from the start of its job, according to Slurm, until it was first ready."""

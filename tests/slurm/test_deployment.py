@@ -48,6 +48,14 @@ def deployed(cluster: SlurmCluster) -> Iterator[OnSlurm]:
         yield one
 
 
+@pytest.fixture(autouse=True)
+def settled(deployed: OnSlurm) -> None:
+    """Each test begins when the newest replica of every expert serves, whatever the one before has ended."""
+    for name in EXPERTS:
+        slot = f"{name}-0"
+        eventually_sync(lambda: deployed.record(deployed.newest(slot)), within_s=90, every_s=0.1)  # noqa: B023
+
+
 def ask(deployed: OnSlurm, *prompts: str) -> list[dict[str, str]]:
     """Asks from the controller's host, which runs none of the jobs."""
     program = [sys.executable, str(Path(__file__).with_name("asking.py")), str(deployed.run), *prompts]
@@ -250,7 +258,8 @@ def test_a_cancelled_job_drains_and_is_replaced(deployed: OnSlurm) -> None:
 
 def test_a_preempted_job_drains_and_is_replaced_elsewhere(deployed: OnSlurm) -> None:
     """Slurm itself would requeue it, and let it wait for two minutes."""
-    replica, node = deployed.newest("math-0"), nodes(deployed)["math-0"]
+    replica = deployed.newest("math-0")
+    node = deployed.nodes_of(replica)
     urgent = ["sbatch", "--parsable", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--wrap=sleep 60"]
     number = deployed.cluster.run(urgent).strip()
     try:
@@ -260,7 +269,7 @@ def test_a_preempted_job_drains_and_is_replaced_elsewhere(deployed: OnSlurm) -> 
         assert end is not None
         assert end.ok
         assert end.reason in ("drained", "preempted"), "the second once Slurm has told the cause"
-        assert nodes(deployed)["math-0"] != node
+        assert deployed.nodes_of(successor) != node
     finally:
         deployed.cluster.run(["scancel", number])
 

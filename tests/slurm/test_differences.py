@@ -165,6 +165,23 @@ def test_cgroup_v1_is_deprecated_and_v2_needs_a_machine_without_v1(cgroup_cluste
 
 
 @pytest.mark.long
+def test_a_job_whose_node_did_not_start_it_is_started_again(cluster: SlurmCluster) -> None:
+    """Although it forbids a requeue. Until then it is COMPLETING, and a plain scancel ends it for good."""
+    node = cluster.node("n3")
+    node.enter(["pkill", "-KILL", "slurmd"])
+    try:
+        ids = [submit(cluster, "true", options=("--nodelist=n3",))[0] for _ in range(2)]
+        eventually_sync(lambda: {state(cluster, i) for i in ids} == {"COMPLETING"}, within_s=60, every_s=0.2)
+        cluster.run(["scancel", ids[0]])
+    finally:
+        node.restart()
+    eventually_sync(lambda: state(cluster, ids[1]) in ("PENDING", "COMPLETED"), within_s=60, every_s=0.2)
+    assert "Requeue=0 Restarts=1" in cluster.run(["scontrol", "--oneliner", "show", "job", ids[1]])
+    assert ended(cluster, ids[0]) == "CANCELLED"
+    cluster.run(["scancel", ids[1]])
+    cluster.wait_idle(within_s=60)
+
+
 def test_a_lost_node_and_a_limit_that_is_enforced_late(cluster: SlurmCluster) -> None:
     """srun in the batch script ends once Slurm gives the node up: with status 1, before 24.11 with 0. Another job runs
     beyond its limit of a minute, and is warned before its end."""

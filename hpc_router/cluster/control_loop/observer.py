@@ -142,6 +142,8 @@ class RunObserver:
             end = self._record(replica, self._end(job, report, stop))
         elif end is None and replica in self._off and job.info is not None and job.info.runner is not Runner.PROCESS:
             end = self._record(replica, _node_off(report))
+        elif end is None and state is JobState.ENDING and self._was_not_begun(job):
+            end = self._record(replica, Exit(ok=False, reason=FailureReason.NODE_FAILED, message=_not_begun(report)))
         record, info, process = self.records.get(replica), job.info, job.process
         submitting = info is None and _is_alive(job.submitter)
         if info is None and end is None and not submitting and time.time() >= job.claimed_at + CLAIM_S:
@@ -174,6 +176,20 @@ class RunObserver:
                 self._unexplained.add(replica)
                 return self._explain(replica, report)
         return attempt
+
+    def _was_not_begun(self, job: JobRecords) -> bool:
+        """Returns whether a Slurm job that is ending was given a node that did not start its batch script. Slurm starts
+        such a job again on another node, even if it forbids a requeue. False also for a job that was asked to end, and
+        for one that may have been started where the run directory is not seen."""
+        begun = job.process is not None or job.ended is not None or job.stop is not None
+        if begun or job.info is None or job.info.runner is not Runner.SLURM:
+            return False
+        return not _has_batch_log(JobDir(self._run, job.replica)) and self._seen_by_others(job.replica)
+
+    def _seen_by_others(self, replica: str) -> bool:
+        """Returns whether another replica's job has written to the run directory."""
+        others = (JobDir(self._run, name) for name in self._claimed() if name != replica)
+        return any(other.process() is not None or _has_batch_log(other) for other in others)
 
     def _record(self, replica: str, end: Exit) -> Exit:
         return end if self._read_only else record_exit(JobDir(self._run, replica), end)
@@ -214,8 +230,7 @@ class RunObserver:
             return report.end
         info = job.info
         if info is not None and info.runner is Runner.SLURM and not _has_batch_log(JobDir(self._run, job.replica)):
-            others = (JobDir(self._run, name) for name in self._claimed() if name != job.replica)
-            seen = any(other.process() is not None or _has_batch_log(other) for other in others)
+            seen = self._seen_by_others(job.replica)
             reason = FailureReason.NODE_FAILED if seen else FailureReason.RUN_UNSEEN
             where = f"node {report.node}" if report.node else "its node"
             message = f"{where} does not see the run directory {self._run.path}: the batch script wrote no log there"
@@ -227,6 +242,10 @@ def _node_off(report: JobReport) -> Exit:
     where = f"node {report.node}" if report.node else "its node"
     message = f"{where} is off: its agent renewed no lease, and the node neither accepted nor refused a connection"
     return Exit(ok=False, reason=FailureReason.NODE_FAILED, message=message)
+
+
+def _not_begun(report: JobReport) -> str:
+    return f"node {report.node} did not start the job" if report.node else "its node did not start the job"
 
 
 def _has_batch_log(job: JobDir) -> bool:

@@ -334,9 +334,10 @@ def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
         if attempt.submitted and attempt.job is JobState.ENDING:
             end = attempt.exit or attempt.report.end  # the job's own record, else what its launcher reports
             ended_at = end.at if end is not None else attempt.claimed_at
+            begun = attempt.started_at is not None or end is None or end.reason is not FailureReason.NODE_FAILED
             if attempt.stop.cancel_at is not None:
                 yield _kill_or_wait(attempt, attempt.stop.cancel_at + KILL_AFTER_S, now)
-            elif now >= ended_at + KILL_AFTER_S:
+            elif not begun or now >= ended_at + KILL_AFTER_S:  # Slurm would start one that was not begun again
                 yield Cancel(attempt.replica)
 
 

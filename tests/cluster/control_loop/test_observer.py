@@ -14,7 +14,18 @@ from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS
 from hpc_router.cluster.control_loop.observer import MIN_QUERY_INTERVAL_S, RunObserver
 from hpc_router.cluster.control_loop.slots import CLAIM_S
 from hpc_router.cluster.launchers.interface import JobReport, JobState
-from hpc_router.state.job_records import Exit, FailureReason, JobDir, JobInfo, Runner, Stop, Submitter, start_ticks
+from hpc_router.state.job_records import (
+    Ended,
+    Exit,
+    FailureReason,
+    JobDir,
+    JobInfo,
+    Process,
+    Runner,
+    Stop,
+    Submitter,
+    start_ticks,
+)
 from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir
 
@@ -292,6 +303,33 @@ def test_a_node_that_is_off_is_recorded_once_whatever_slurm_says_later(
             (attempt,) = next(iter(each.observe().values()))
             assert (attempt.exit, attempt.live) == (found, False)
     assert ends(run) == [(RECORD.replica, "node_failed")]
+
+
+@pytest.mark.parametrize("begun", ["no", "log", "process", "ended", "stop", "unseen"])
+def test_a_node_that_did_not_start_a_job_failed(run: RunDir, begun: str) -> None:
+    """Only the batch script's log, which slurmd makes first, tells such a job from one that is cleaned up after it ran.
+    As long as no job has written to the run directory, it may be that no node sees it."""
+    submitted(run, RECORD)
+    other, job = JobDir(run, "law-0.g1"), JobDir(run, RECORD.replica)
+    other.claim()
+    if begun != "unseen":
+        other.write(Process(1, 1, "n2"))
+    match begun:
+        case "log":
+            (job.path / "7_batch.log").touch()
+        case "process":
+            job.write(Process(1, 1, "n1"))
+        case "ended":
+            job.write(Ended(143, time.time()))
+        case "stop":
+            job.write(Stop(cancel_at=time.time()))
+    slurm = Ends()
+    slurm.state, slurm.word, slurm.end = JobState.ENDING, "COMPLETING", CANCELLED
+    RunObserver(run, slurm).observe()
+    end = job.exit()
+    assert (end is not None) is (begun == "no")
+    if end is not None:
+        assert (end.reason, end.message) == (FailureReason.NODE_FAILED, "node n1 did not start the job")
 
 
 def test_slurm_names_the_failed_node_of_a_job_that_was_asked_to_end(run: RunDir) -> None:

@@ -219,6 +219,16 @@ def test_a_job_that_goes_on_after_its_exit_record_is_cancelled() -> None:
     assert Submit(MATH, 2) in decide(ONE, lingering), "its slot does not wait for that"
 
 
+def test_a_job_that_its_node_did_not_start_is_cancelled_at_once() -> None:
+    """Slurm would start it again beside its successor."""
+    not_begun = attempt(job=JobState.ENDING, exit=Exit(False, FailureReason.NODE_FAILED, "n1", NOW))
+    assert decide(NONE, not_begun) == [Cancel("math-0.g1")]
+    assert decide(NONE, replace(not_begun, started_at=NOW)) == []
+    assert decide(NONE, replace(not_begun, stop=Stop(cancel_at=NOW))) == [
+        Wait("math-0.g1", NOW + KILL_AFTER_S, "asked to end")
+    ]
+
+
 def test_a_kill_is_not_repeated_at_every_pass() -> None:
     killed = attempt(stop=Stop(cancel_at=NOW - 100, kill_at=NOW))
     assert decide(NONE, killed, now=NOW + 1) == [Wait("math-0.g1", NOW + KILL_AGAIN_S, "asked to end")]

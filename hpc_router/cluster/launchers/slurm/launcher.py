@@ -116,6 +116,8 @@ class SlurmLauncher:
         if whole:
             _scancel("--state=PENDING", *whole)
             _scancel("--signal=TERM", *whole)
+            if completing := self._completing(whole):
+                _scancel(*completing)
         if steps:
             _scancel("--signal=TERM", *steps)
         self._query_soon()
@@ -127,6 +129,12 @@ class SlurmLauncher:
         if whole:
             _scancel(*whole)
         self._query_soon()
+
+    def _completing(self, job_ids: Sequence[str]) -> list[str]:
+        """Returns the jobs among these that Slurm is cleaning up: it would start again one whose node did not answer."""
+        snapshot = self.queue.snapshot()
+        jobs = snapshot.jobs if snapshot is not None else {}
+        return [job_id for job_id in job_ids if job_id in jobs and jobs[job_id].state == "COMPLETING"]
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
         """Returns what `Launcher.remaining` returns, and the jobs of this run in Slurm's queue that have no record in

@@ -185,6 +185,15 @@ def test_a_job_is_cancelled_with_sigterm_only(run: RunDir, monkeypatch: pytest.M
     assert calls == [("--state=PENDING", "7"), ("--signal=TERM", "7")]
 
 
+def test_slurm_does_not_start_a_cancelled_job_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job whose node did not start it is COMPLETING, then PENDING again: neither filter of scancel finds it."""
+    submitted(run)
+    launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": QueuedJob("COMPLETING")}), JobReader(run))
+    calls = calls_of(launcher, monkeypatch)
+    launcher.cancel(["math-0.g1"])
+    assert calls[-1] == ("7",)
+
+
 def test_a_replica_that_shares_its_job_is_cancelled_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted(run, shared=True).write(Process(1, 1, "n1", step_id="3"))
     other = JobDir(run, "math-1.g1")
