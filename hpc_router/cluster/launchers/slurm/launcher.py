@@ -131,7 +131,7 @@ class SlurmLauncher:
         self._query_soon()
 
     def _completing(self, job_ids: Sequence[str]) -> list[str]:
-        """Returns the jobs among these that Slurm is cleaning up: it would start again one whose node did not answer."""
+        """Returns those jobs that Slurm is cleaning up. It starts a job again whose node did not answer."""
         snapshot = self.queue.snapshot()
         jobs = snapshot.jobs if snapshot is not None else {}
         return [job_id for job_id in job_ids if job_id in jobs and jobs[job_id].state == "COMPLETING"]
