@@ -7,6 +7,7 @@ from typing import Any
 
 from hpc_router.cli.output import print_lines, print_value, stderr_console
 from hpc_router.cli.parser import Parser, Verbs, add_verb, count, name_list, named_folder, number
+from hpc_router.config.assignments import unique
 from hpc_router.state.run_directory import find_run
 
 
@@ -82,7 +83,7 @@ def _bench_router(arguments: argparse.Namespace) -> int:
         soak=arguments.soak,
         quiet_s=arguments.quiet,
         environment=arguments.peers or default_environment(),
-        trees=dict(arguments.tree),
+        trees=unique(arguments.tree, where="--tree"),
         out=arguments.out or default_out(),
         quick=arguments.quick,
         **{**(QUICK if arguments.quick else {}), **given},

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hpc_router.cli.output import print_lines, print_value
 from hpc_router.cli.parser import Body, Parser, Verbs, add_verb, cluster_assignment, expert_number, number
+from hpc_router.config.assignments import unique
 
 
 def add_classify(verbs: "Verbs[Parser]") -> None:
@@ -51,7 +52,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     from hpc_router.cli.classifier_tables import evaluation_text
     from hpc_router.cli.classify import evaluate
 
-    result = evaluate(arguments.artefact, arguments.prompts, fit=arguments.fit, costs=dict(arguments.cost))
+    result = evaluate(
+        arguments.artefact, arguments.prompts, fit=arguments.fit, costs=unique(arguments.cost, where="--cost")
+    )
     return print_value(result if arguments.json else evaluation_text(result))
 
 
@@ -103,7 +106,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         pack(
             arguments.artefact,
             arguments.prompts,
-            capacity=dict(arguments.capacity),
+            capacity=unique(arguments.capacity, where="--capacity"),
             limit=arguments.limit,
             max_loss=arguments.max_loss,
             output=arguments.output,
@@ -130,4 +133,4 @@ def _assign(arguments: argparse.Namespace) -> int:
     from hpc_router.cli.classify import assign
 
     output = arguments.output or arguments.artefact
-    return print_value(assign(arguments.artefact, dict(arguments.table), output=output))
+    return print_value(assign(arguments.artefact, unique(arguments.table, where="assign"), output=output))

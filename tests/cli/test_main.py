@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -500,6 +500,23 @@ def test_a_sweep_runs_each_job_with_its_own_overrides() -> None:
 def test_a_count_is_a_plain_number(word: str) -> None:
     with pytest.raises(ConfigError, match=r"is not EXPERT=N"):
         parse_counts([word])
+
+
+@pytest.mark.parametrize(
+    ("parse", "words"),
+    [
+        (parse_counts, ["math=2", "law=1", "math=3"]),
+        (parse_settings, ["router.hold_mb=4", "router.hold_mb="]),
+    ],
+)
+def test_a_name_given_twice_is_refused(parse: Callable[[list[str]], object], words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"'{words[0].partition('=')[0]}' is given twice"):
+        parse(words)
+
+
+def test_an_option_that_names_something_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", "assign", "artefact", "0=math", "0=law"]) == 2
+    assert "assign: '0' is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

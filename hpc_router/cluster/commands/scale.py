@@ -13,6 +13,7 @@ from hpc_router.cluster.launchers.slurm.node_fit import allocation_faults, capac
 from hpc_router.cluster.launchers.slurm.sinfo import ask_site
 from hpc_router.cluster.planning.plan import make_plan
 from hpc_router.cluster.signals import explaining_interrupt
+from hpc_router.config.assignments import unique
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.net.job_environment import current_job_id
@@ -21,14 +22,14 @@ from hpc_router.state.run_directory import RunDir
 
 
 def parse_counts(words: Sequence[str]) -> dict[str, int]:
-    """Parses words such as `math=3` into {"math": 3}. Raises ConfigError for other words."""
-    counts: dict[str, int] = {}
+    """Parses words such as `math=3` into {"math": 3}. Raises ConfigError for other words and for a repeated name."""
+    counts = []
     for word in words:
         name, _, count = word.partition("=")
         if not name or not re.fullmatch(r"[0-9]{1,9}", count):
             raise ConfigError(f"scale: '{word}' is not EXPERT=N (valid: an expert and a whole number, such as math=3)")
-        counts[name] = int(count)
-    return counts
+        counts.append((name, int(count)))
+    return unique(counts, where="scale")
 
 
 def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], list[str]]:

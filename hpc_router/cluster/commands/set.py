@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any, Final, get_origin
 
 from hpc_router.cluster.control_loop.desired_state import deployment_of
+from hpc_router.config.assignments import unique
 from hpc_router.config.schema import Deployment, RouterConfig
 from hpc_router.errors import ConfigError
 from hpc_router.router.settings import KEY, settings_in, with_settings
@@ -19,10 +20,13 @@ def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | list[str] | No
     config's value. A list is written with commas, with or without brackets."""
     values: dict[str, str | list[str] | None] = {}
     reset: list[str] = []
+    pairs = []
     for word in words:
         key, equals, text = word.partition("=")
         if not key or not equals:
             raise ConfigError(f"set: '{word}' is not KEY=VALUE (valid: for example router.max_in_flight=500)")
+        pairs.append((key, text))
+    for key, text in unique(pairs, where="set").items():
         if text and key in _LISTS:
             items = text.removeprefix("[").removesuffix("]").split(",")
             values[key] = [item.strip().strip("'\"") for item in items if item.strip()]
