@@ -34,6 +34,7 @@ class Continuity:
     """The last MAX_COUNTED replicas in `handovers`, each with its labels. An older router that still runs may count a
     replica that this one never saw ready, and both may count the same one."""
     _unready_s: dict[str, float] = field(default_factory=dict)
+    _measured: set[str] = field(default_factory=set)
     _unready_since: dict[str, float] = field(default_factory=dict)
     _ready: dict[str, Replica] = field(default_factory=dict)
 
@@ -45,7 +46,8 @@ class Continuity:
         experts = {expert for replica in ready.values() for expert in replica.record.serves}
         for expert in experts:
             self._unready_s.setdefault(expert, 0.0)
-        for expert in self._unready_s:
+        self._measured |= experts
+        for expert in self._measured:  # others are known only from a predecessor
             if expert not in experts and expert not in unwanted:
                 self._unready_since.setdefault(expert, now)
             elif (since := self._unready_since.pop(expert, None)) is not None:

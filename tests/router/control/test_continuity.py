@@ -129,6 +129,20 @@ def test_a_handover_that_only_the_older_router_saw_is_counted(world: World) -> N
     assert newer.seen.handovers == {("math", "overlap"): 3}
 
 
+def test_what_a_new_router_has_not_seen_ready_is_not_measured() -> None:
+    """It learns the older one's seconds before it has called any replica."""
+    newer = World()
+    newer.seen.absorb({"unready_s": {"math": 3.0}})
+    newer.seen.update(newer.table)
+    newer.now = 10
+    assert newer.seen.unready_s("math") == 3.0
+    first = newer.starts("math-0.g1")
+    newer.now = 20
+    newer.turns(first, RoutingState.EJECTED)
+    newer.now = 25
+    assert newer.seen.unready_s("math") == 8.0
+
+
 @pytest.mark.parametrize("first", ["absorb", "count"])
 def test_a_handover_that_two_routers_saw_counts_once(world: World, first: str) -> None:
     newer = World()
