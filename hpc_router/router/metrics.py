@@ -5,6 +5,7 @@ histograms of all workers and reads the gauges from its own state.
 """
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final
@@ -22,6 +23,10 @@ LATENCY_BOUNDS_S: Final = (
 )  # fmt: skip
 """Bucket bounds in seconds. The last one exceeds the largest sum of `router.queue_timeout_s` and
 `router.first_byte_timeout_s`."""
+TOKEN_BOUNDS_S: Final = (
+    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 10,
+)  # fmt: skip
+"""Bucket bounds in seconds of the time between two tokens."""
 KEEP_S: Final = 600.0
 """Time in seconds for which the series of a replica that has left are kept."""
 _DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 1)
@@ -33,21 +38,21 @@ class CounterCollector(Collector):
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self._about = name, text, labels
-        self._counts: dict[tuple[object, ...], int] = {}
+        self._counts = defaultdict[tuple[object, ...], int](int)
 
     def labels(self) -> Collection[tuple[object, ...]]:
         return self._counts.keys()
 
     def drop(self, first: str) -> None:
         """Removes all series whose first label is `first`."""
-        self._counts = {labels: count for labels, count in self._counts.items() if labels[0] != first}
+        for labels in [labels for labels in self._counts if labels[0] == first]:
+            del self._counts[labels]
 
     def add(self, *labels: object) -> None:
-        counts = self._counts
-        counts[labels] = counts.get(labels, 0) + 1
+        self._counts[labels] += 1
 
     def add_many(self, count: int, *labels: object) -> None:
-        self._counts[labels] = self._counts.get(labels, 0) + count
+        self._counts[labels] += count
 
     def items(self) -> Iterator[tuple[tuple[str, ...], int]]:
         for labels, count in self._counts.items():
@@ -58,8 +63,7 @@ class CounterCollector(Collector):
 
     def absorb(self, dumped: Any) -> None:
         for labels, count in dumped:
-            key = tuple(labels)
-            self._counts[key] = self._counts.get(key, 0) + count
+            self._counts[tuple(labels)] += count
 
     def collect(self) -> Iterator[Metric]:
         name, text, labels = self._about
@@ -182,7 +186,18 @@ class Metrics:
             "hpc_router_limit_refusals", "Requests refused by a limit of their token.", ("limit",)
         )
         self.tokens = CounterCollector(
-            "hpc_router_tokens", "Generated tokens of requests with a limit of tokens.", ("expert", "kind")
+            "hpc_router_tokens",
+            "Generated tokens by the source of their number, and prompt tokens.",
+            ("expert", "kind"),
+        )
+        self.token_time = HistogramCollector(
+            "hpc_router_time_per_output_token_seconds",
+            "Mean time between two tokens of a stream.",
+            ("expert",),
+            bounds=TOKEN_BOUNDS_S,
+        )
+        self.records_lost = CounterCollector(
+            "hpc_router_records_lost", "Records of requests that could not be written.", ()
         )
         self._gone: dict[str, float] = {}  # replica that has left -> time at which that was noticed
         self._counted: dict[str, CounterCollector | HistogramCollector] = {

@@ -62,6 +62,16 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def records(self) -> Path:
+        """Returns the folder of the records of requests (see `request_records`)."""
+        return self.path / "records"
+
+    @property
+    def samples(self) -> Path:
+        """Returns the folder of the prompts that `router.sample_prompts` selects."""
+        return self.path / "samples"
+
+    @property
     def squeue_json(self) -> Path:
         """Returns the path of the file with the last output of `squeue`, which all processes that observe the run
         share."""

@@ -226,7 +226,7 @@ async def a_router(
         await link.attach(there)
         async with control.watching({0: here}):
             worker = serving(
-                run, deployment, policy, link, identity=identity, sock=sock,
+                run, deployment, policy, link, identity=identity, sock=sock, files=files,
                 make_client=RELAY.make_client, listen=RELAY.listen,
             )  # fmt: skip
             async with worker as gateway:

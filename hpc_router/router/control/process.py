@@ -27,6 +27,7 @@ from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
 from hpc_router.router.control.overview import SAMPLE_S, CounterSample, RunFiles, Traffic, overview, read_run_files
 from hpc_router.router.control.predecessor import Predecessor, handover_page
+from hpc_router.router.control.record_limit import limit_records_forever
 from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.router.control.replica_stats import ReplicaStats, increase, totals_by_replica
 from hpc_router.router.control.status import status
@@ -134,7 +135,9 @@ class ControlProcess:
             await self.workers.attach(worker, sock)
         await self.workers.greeted(present)
         following = background("predecessor", self.predecessor.follow_forever, self.task_failed)
-        async with self.discovery, self.config_watcher.watching(), following:
+        limit = partial(limit_records_forever, self.run, self.files, lambda: self.deployment.router.records_gb)
+        limiting = background("records", limit, self.task_failed)
+        async with self.discovery, self.config_watcher.watching(), following, limiting:
             if self.table.all():
                 self._table_changed()
             try:
