@@ -50,6 +50,11 @@ class RunDir:
         return self.path / "registry.json"
 
     @property
+    def prometheus_sd_json(self) -> Path:
+        """Returns the path of the file by which Prometheus finds the leading router."""
+        return self.path / "prometheus_sd.json"
+
+    @property
     def jobs(self) -> Path:
         return self.path / "jobs"
 
