@@ -24,6 +24,7 @@ def add_bench(verbs: "Verbs[Parser]") -> None:
     _add_soak(benchmarks)
     _add_agreement(benchmarks)
     _add_passes(benchmarks)
+    _add_scrape(benchmarks)
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -186,5 +187,28 @@ def _bench_passes(arguments: argparse.Namespace) -> int:
         generations=arguments.generations,
         passes=arguments.passes,
         folder=arguments.folder,
+    )
+    return print_value(asdict(cost)) if arguments.json else print_lines([cost.line()])
+
+
+def _add_scrape(benchmarks: "Verbs[Parser]") -> None:
+    parser = add_verb(benchmarks, _bench_scrape, run=False, json=True)
+    for name, default, what in (
+        ("replicas", 200, "live replicas"), ("experts", 20, "experts"), ("workers", 4, "workers of the router"),
+        ("scrapes", 50, "scrapes to measure"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{what} (default {default})")
+
+
+def _bench_scrape(arguments: argparse.Namespace) -> int:
+    """measure the CPU time of the control process for a scrape of /metrics; starts nothing
+
+    hpc-router bench scrape
+    hpc-router bench scrape --replicas 1000 --workers 16
+    """
+    from hpc_router.bench.scrape import measure_scrapes
+
+    cost = measure_scrapes(
+        replicas=arguments.replicas, experts=arguments.experts, workers=arguments.workers, scrapes=arguments.scrapes
     )
     return print_value(asdict(cost)) if arguments.json else print_lines([cost.line()])

@@ -1,4 +1,4 @@
-"""The verbs that use the endpoint: `route`, `chat`, `url`, `env`, `connect`."""
+"""The verbs that use the endpoint: `route`, `chat`, `feedback`, `url`, `env`, `connect`."""
 
 import argparse
 import asyncio
@@ -107,6 +107,23 @@ async def _answer(access: "RouterAccess", messages: list[dict[str, str]], model:
                 print(part, end="", flush=True)
     print()
     return answer
+
+
+def add_feedback(verbs: "Verbs[Parser]") -> None:
+    parser = add_verb(verbs, feedback)
+    parser.add_argument("request_id", metavar="REQUEST_ID", help="the header x-request-id of the response")
+    parser.add_argument("--score", type=float, required=True, metavar="S", help="a number from -1000 to 1000")
+
+
+def feedback(arguments: argparse.Namespace) -> int:
+    """give a score to the response of an earlier request, in its record
+
+    hpc-router feedback 4c1f0f6d0b6a4b0e9d3a5f7c8e9b0a1d --score 1
+    """
+    from hpc_router.cluster.commands.trace import send_feedback
+
+    send_feedback(find_run(arguments.run), arguments.request_id, arguments.score)
+    return 0
 
 
 def add_url(verbs: "Verbs[Parser]") -> None:

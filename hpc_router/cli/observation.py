@@ -1,4 +1,4 @@
-"""The verbs that show a deployment's state: `status`, `top`, `logs`, `why`."""
+"""The verbs that show a deployment's state and its use: `status`, `top`, `logs`, `why`, `trace`, `usage`."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from hpc_router.cli.output import print_value
-from hpc_router.cli.parser import Parser, Verbs, add_verb, count, interval
+from hpc_router.cli.parser import Parser, Verbs, add_verb, count, interval, name_list
 from hpc_router.errors import LaunchError
 from hpc_router.state.run_directory import find_run
 
@@ -128,3 +128,47 @@ def why(arguments: argparse.Namespace) -> int:
 
     causes = why_of(find_run(arguments.run), arguments.name)
     return print_value([cause.to_json() for cause in causes] if arguments.json else why_text(causes))
+
+
+def add_trace(verbs: "Verbs[Parser]") -> None:
+    add_verb(verbs, trace, json=True).add_argument(
+        "request_id", metavar="REQUEST_ID", help="the header x-request-id of its response"
+    )
+
+
+def trace(arguments: argparse.Namespace) -> int:
+    """show what happened to one request: expert, replica, attempts, times
+
+    hpc-router trace 4c1f0f6d0b6a4b0e9d3a5f7c8e9b0a1d
+    """
+    from hpc_router.cli.tables import trace_text
+    from hpc_router.cluster.commands.trace import trace as trace_of
+
+    records = trace_of(find_run(arguments.run), arguments.request_id)
+    return print_value(records if arguments.json else trace_text(records))
+
+
+def add_usage(verbs: "Verbs[Parser]") -> None:
+    from hpc_router.cluster.commands.usage import GROUPS
+
+    parser = add_verb(verbs, usage, json=True)
+    parser.add_argument(
+        "--by", type=name_list, default=("user", "expert"), metavar="KEY,...",
+        help=f"group by these: {', '.join(GROUPS)} (default: user,expert)",
+    )  # fmt: skip
+    parser.add_argument("--since", default="7d", metavar="TIME", help="for example 12h, 7d or 4w (default: 7d)")
+
+
+def usage(arguments: argparse.Namespace) -> int:
+    """sum up requests, tokens, waiting time and GPU hours
+
+    hpc-router usage
+    hpc-router usage --by user --since 30d --json
+    """
+    from hpc_router.cli.tables import usage_text
+    from hpc_router.cluster.commands.usage import check_groups, parse_since
+    from hpc_router.cluster.commands.usage import usage as usage_of
+
+    now, by = time.time(), check_groups(arguments.by)
+    value = usage_of(find_run(arguments.run), by, since=parse_since(arguments.since, now=now), now=now)
+    return print_value(value if arguments.json else usage_text(value))

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, Group, RenderableType
@@ -264,3 +264,81 @@ def _failure(view: ReplicaView) -> str:
     if view.reason is not None:
         return f"{view.reason.value}: {view.message or ''}"
     return f"waits: {view.pending_reason}" if view.pending_reason is not None else ""
+
+
+def trace_text(records: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Returns the records of one request id as text: a table per request, and a line per score."""
+    parts: list[RenderableType] = []
+    for record in records:
+        if record.get("kind") == "feedback":
+            by = f" by {record['user']}" if record.get("user") else ""
+            parts.append(Text(f"score {record.get('score')}{by} at {_local_time(record.get('at'))}"))
+            continue
+        table = new_table("", "")
+        table.show_header = False
+        for name, value in _trace_rows(record):
+            table.add_row(Text(name, style="bold"), value)
+        parts.append(table)
+    return Group(*parts)
+
+
+def _trace_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the names and texts of what is known of one request."""
+    yield "request", f"{record.get('id')}  {_local_time(record.get('at'))}  {record.get('path')}"
+    yield "user", f"{record.get('user') or 'the owner'}"
+    status, error = record.get("status"), record.get("error")
+    yield (
+        "end",
+        f"{record.get('outcome')}{'' if status is None else f', status {status}'}{f', {error}' if error else ''}",
+    )
+    if record.get("model"):
+        yield "model", f"{record['model']}{' (stream)' if record.get('stream') else ''}"
+    if record.get("expert"):
+        score, margin = record.get("score"), record.get("margin")
+        numbers = [f"{name} {value:.3f}" for name, value in (("score", score), ("margin", margin)) if value is not None]
+        cluster = [f"cluster {record['cluster']}"] if record.get("cluster") else []
+        other = [f"runner-up {record['runner_up']}"] if record.get("runner_up") else []
+        yield "expert", ", ".join([f"{record['expert']} ({record.get('reason')})", *cluster, *numbers, *other])
+    if record.get("classifier"):
+        yield "classifier", str(record["classifier"])
+    if record.get("replica"):
+        where = [f"{name} {record[name]}" for name in ("job", "node") if record.get(name)]
+        yield "replica", ", ".join([str(record["replica"]), *where])
+    if record.get("served_model"):
+        revision = record.get("revision")
+        yield "served as", f"{record['served_model']}{f', revision {revision}' if revision else ''}"
+    for failed in record.get("failed") or ():
+        yield "failed at", f"{failed.get('replica')}: {failed.get('cause')}"
+    tokens = [(record.get(f"{name}_tokens"), name) for name in ("prompt", "cached", "generated")]
+    known = [f"{count} {name}" for count, name in tokens if count is not None]
+    if known:
+        source = record.get("token_source")
+        yield "tokens", ", ".join(known) + (f" (from {source})" if source else "")
+    times = [(record.get(f"{key}_s"), text) for key, text in _TIMES]
+    shown = [f"{text} {value:.3f} s" for value, text in times if value is not None]
+    if shown:
+        yield "times", ", ".join(shown)
+
+
+_TIMES: Final = (("queue", "queue"), ("first_byte", "first byte"), ("total", "total"))
+
+
+def _local_time(at: Any) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) if isinstance(at, int | float) else "-"
+
+
+def usage_text(value: Mapping[str, Any]) -> RenderableType:
+    """Returns the result of `usage` as tables."""
+    by = value["by"]
+    table = new_table(*by, "requests", "failed", "prompt tokens", "of them cached", "generated tokens", "waited")
+    for group in value["groups"]:
+        counts = (f"{group[name]:,}" for name in ("requests", "failed", "prompt_tokens"))
+        more = (f"{group[name]:,}" for name in ("cached_tokens", "generated_tokens"))
+        table.add_row(*(group[name] or "-" for name in by), *counts, *more, f"{group['queue_s']:,.1f} s")
+    parts: list[RenderableType] = [Text(f"since {_local_time(value['since'])}"), table]
+    if value["gpu_hours"]:
+        hours = new_table("expert", "GPU hours")
+        for expert, count in value["gpu_hours"].items():
+            hours.add_row(expert, f"{count:,.2f}")
+        parts += ["", hours]
+    return Group(*parts)

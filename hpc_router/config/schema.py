@@ -294,6 +294,10 @@ class RouterConfig:
     idle_timeout_s: float = bounded(300.0, MIN_DURATION_S, DAY_S)  # maximum pause while a body is received or sent
     # A stream that pauses for this long gets an SSE comment, so that proxies do not close the connection.
     ping_s: float = bounded(15.0, MIN_DURATION_S, DAY_S)
+    # Maximum size in GB of the records of requests and the sampled prompts; the oldest are removed. 0: no records.
+    records_gb: float = bounded(1.0, 0, 1e6)
+    # Share of the successful requests whose prompt is stored in samples/ of the run directory, to train with; 0: none.
+    sample_prompts: float = bounded(0.0, 0, 1)
     discovery_s: float = bounded(0.5, MIN_DURATION_S, HOUR_S)  # interval at which the router reads the registry
     probe_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # interval of health probes of each replica
     probe_timeout_s: float = bounded(2.0, MIN_DURATION_S, HOUR_S)  # time limit of one health probe

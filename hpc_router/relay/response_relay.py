@@ -21,7 +21,7 @@ from hpc_router.relay.sse import (
     EventTooLargeError,
     UnfinishedEventError,
 )
-from hpc_router.relay.stream_summary import StreamSummary
+from hpc_router.relay.stream_summary import StreamSummary, stated_usage
 from hpc_router.relay.upstream.interface import CHUNK_END, ChunkWriter, UpstreamResponse
 
 _EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
@@ -46,7 +46,7 @@ class ResponseRelay:
 
     `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed
-    like any other body. `summary`: counts the tokens of the response; None if they are not limited.
+    like any other body. `summary`: gets what is needed to count the response's tokens; None: they are not counted.
     """
 
     __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "_summary", "events", "response", "status")
@@ -113,8 +113,8 @@ class ResponseRelay:
         return self.events
 
     def _summarise(self, body: bytes | bytearray) -> None:
-        if self._summary is not None:
-            self._summary.body = bytes(body)
+        if self._summary is not None and self._summary.accepted:
+            self._summary.usage = stated_usage(body)
 
     def end_events(self) -> None:
         """Ends the stream after the upstream body has ended without an error. Raises the same errors as `relay`."""
@@ -215,9 +215,10 @@ class EventStream:
             self._abort_detector.check_events(events)
         if not self._started:
             self._start()
+        writable = self._request.write(events)
         if self._summary is not None:
             self._summary.add(events)
-        return self._request.write(events)
+        return writable
 
     def chunk_writer(self) -> ChunkWriter | None:
         return None if self._splitter.tail else self._chunk_writer
@@ -250,9 +251,10 @@ class EventStream:
         self._request.start_response(*self._head, length=None)
         self._started = True
         write = self._request.write_chunk
-        if self._summary is not None and write is not None:
-            write = self._summary.counting(write)
-        self._chunk_writer = None if write is None else ChunkWriter(write, _EVENT_CHUNK_ENDS, self._mark)
+        summary = self._summary
+        if summary is not None and summary.exact and write is not None:
+            write, summary = summary.counting(write), None
+        self._chunk_writer = None if write is None else ChunkWriter(write, _EVENT_CHUNK_ENDS, self._mark, summary)
         self._schedule_ping()
 
     def _schedule_ping(self) -> None:

@@ -1,61 +1,114 @@
 """Finds how many tokens a response has: its `usage` states the number; without it, the events of a stream that have
 generated text are counted.
 
-Only requests whose tokens are limited have a summary. Each event is searched for a few bytes (`ApiFormat.delta_mark`),
-and the last two writes are kept; their JSON is decoded once, at the end. Because it is decoded, generated text that
-looks like a `usage` is not mistaken for one.
+The last two writes of a stream are kept, and searched for a `usage` at its end. `usage` must be a key of the response
+itself: text or arguments that a model has generated may contain the same word.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Final, NamedTuple
 
 import orjson
 
 from hpc_router.relay.sse import payloads
 
 
+class Usage(NamedTuple):
+    """The tokens that a response states, or of which it is known: of the prompt, generated ones, and tokens of the
+    prompt that the engine had in its prefix cache. None: unknown."""
+
+    prompt: int | None
+    generated: int | None
+    cached: int | None = None
+
+
+@dataclass(slots=True, eq=False)
 class StreamSummary:
     """The data about one response from which its tokens are counted. `accepted`: whether its status is 2xx; `streamed`:
-    whether it consists of events; `chunks`: number of events with generated text; `body`: the complete response if it
-    is not a stream. `delta_mark`: see `ApiFormat`."""
+    whether it consists of events; `usage`: what the response states; of a stream, after `stated` was called.
+    `delta_mark`: see `ApiFormat`.
 
-    __slots__ = ("_delta_mark", "_last", "_second_last", "accepted", "body", "chunks", "streamed")
+    If `exact`, the content of each event decides whether it counts in `chunks`. Otherwise an HTTP chunk that is
+    forwarded without a look at its content counts as one event, which is cheaper: `Connection.data_received` adds it to
+    `unread`, and sets `last` and `before_last`.
+    """
 
-    def __init__(self, delta_mark: bytes) -> None:
-        self._delta_mark = delta_mark
-        self.accepted = self.streamed = False
-        self.chunks = 0
-        self.body: bytes | bytearray | None = None
-        self._last = self._second_last = b""
+    delta_mark: bytes
+    exact: bool
+    accepted: bool = False
+    streamed: bool = False
+    chunks: int = 0
+    unread: int = 0  # HTTP chunks since the last `add`
+    last: bytes = b""
+    before_last: bytes = b""
+    usage: Usage | None = None
 
     def add(self, events: bytes) -> None:
         """Counts events as they are written to the client, with or without the framing of HTTP chunks."""
-        self.chunks += events.count(self._delta_mark)
-        self._second_last, self._last = self._last, events
+        if self.unread:
+            self.generated()
+        self.chunks += events.count(self.delta_mark)
+        self.before_last, self.last = self.last, events
 
     def counting(self, write: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
         """Returns a function that counts events and passes them to `write`."""
-        mark = self._delta_mark
+        mark = self.delta_mark
 
         def write_counted(events: bytes) -> bool:  # as `add`, without its call
             self.chunks += events.count(mark)
-            self._second_last, self._last = self._last, events
+            self.before_last, self.last = self.last, events
             return write(events)
 
         return write_counted
 
-    def stated_tokens(self) -> int | None:
-        """Returns the number of generated tokens that the response states; None if it states none."""
-        if self.body is not None:
-            return stated_tokens(self.body)
-        stated = [stated_tokens(data) for data in payloads(self._second_last + self._last) if b'"usage"' in data]
-        return next((count for count in reversed(stated) if count is not None), None)
+    def stated(self) -> Usage | None:
+        """Returns the tokens that the complete response states; None if it states none."""
+        if self.usage is None and (self.last.rfind(_USAGE) >= 0 or self.before_last.rfind(_USAGE) >= 0):
+            stated = [stated_usage(data) for data in payloads(self.before_last + self.last) if _USAGE in data]
+            self.usage = next((usage for usage in reversed(stated) if usage is not None), None)
+        return self.usage
+
+    def generated(self) -> int:
+        """Returns the number of events with generated text."""
+        unread, mark = self.unread, self.delta_mark
+        if unread:  # the end of a stream has no text
+            count = unread - (mark not in self.last)
+            if unread > 1:
+                count -= mark not in self.before_last
+            self.chunks += count
+            self.unread = 0
+        return self.chunks
 
 
-def stated_tokens(data: bytes | bytearray) -> int | None:
-    """Returns the number of generated tokens in the `usage` of `data`, the JSON of a complete response or of an event;
-    None if it has none."""
+_USAGE: Final = b'"usage"'
+_KEY: Final = b'"usage":'
+_loads: Final = orjson.loads
+_tokens_of: Final = itemgetter("prompt_tokens", "completion_tokens")
+_new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
+
+
+def stated_usage(data: bytes | bytearray) -> Usage | None:
+    """Returns the tokens in the `usage` of `data`, the JSON of a complete response or of an event; None if it has
+    none."""
+    at = data.rfind(_KEY)
+    if at > 0:
+        # If the rest is a complete object, `usage` is a key of the response itself, and its start need not be decoded.
+        # Inside a string, the quotes would be escaped.
+        try:
+            usage = _loads(b"{" + data[at:])["usage"]
+            prompt, generated = _tokens_of(usage)
+            if type(prompt) is type(generated) is int and prompt >= 0 <= generated:  # the usual case
+                details = usage.get("prompt_tokens_details")
+                cached = None if details is None else _count(details.get("cached_tokens"))
+                return _new_tuple(Usage, (prompt, generated, cached))
+        except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
+            pass
+    elif data.find(_USAGE) < 0:
+        return None
     try:
-        value = orjson.loads(data)
+        value = _loads(data)
     except orjson.JSONDecodeError:
         return None
     if type(value) is not dict:
@@ -63,9 +116,20 @@ def stated_tokens(data: bytes | bytearray) -> int | None:
     usage = value.get("usage")
     if usage is None and type(response := value.get("response")) is dict:
         usage = response.get("usage")
-    if type(usage) is not dict:
-        return None
-    count = usage.get("completion_tokens")
-    if count is None:
-        count = usage.get("output_tokens", 0 if "prompt_tokens" in usage else None)
-    return count if type(count) is int and count >= 0 else None
+    return _usage_of(usage) if type(usage) is dict else None
+
+
+def _usage_of(usage: dict[str, Any]) -> Usage:
+    """Returns the tokens in a `usage` of any API."""
+    prompt, details = usage.get("prompt_tokens"), usage.get("prompt_tokens_details")
+    if prompt is None:
+        prompt, details = usage.get("input_tokens"), usage.get("input_tokens_details")
+    generated = usage.get("completion_tokens")
+    if generated is None:
+        generated = usage.get("output_tokens", 0 if "prompt_tokens" in usage else None)
+    cached = details.get("cached_tokens") if type(details) is dict else usage.get("cache_read_input_tokens")
+    return Usage(_count(prompt), _count(generated), _count(cached))
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and value >= 0 else None

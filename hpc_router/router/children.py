@@ -106,14 +106,21 @@ async def run_worker(router: RouterSettings, spec: ChildSpec) -> None:
     assert spec.worker is not None
     assert spec.listener is not None
     run, name = router.run, worker_name(spec.worker)
-    with file_thread(f"log of {name}", log=router.job.worker_log(spec.worker), label=name):
+    with file_thread(f"log of {name}", log=router.job.worker_log(spec.worker), label=name) as files:
         async with control_client(router.deployment, router.counters, spec.worker) as link:
             commands = CommandReader(spec.commands, lambda _, channel: link.attach(channel))
             async with commands:
                 for channel in spec.channels.values():
                     await link.attach(channel)
                 async with serving(
-                    run, router.deployment, router.policy, link, identity=router.identity, sock=spec.listener
+                    run,
+                    router.deployment,
+                    router.policy,
+                    link,
+                    identity=router.identity,
+                    sock=spec.listener,
+                    files=files,
+                    worker=spec.worker,
                 ) as gateway:
                     memory_tuning.tune_for_relay()
                     await commands.drain.wait()

@@ -5,14 +5,14 @@ histograms of all workers and reads the gauges from its own state.
 """
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
@@ -22,6 +22,10 @@ LATENCY_BOUNDS_S: Final = (
 )  # fmt: skip
 """Bucket bounds in seconds. The last one exceeds the largest sum of `router.queue_timeout_s` and
 `router.first_byte_timeout_s`."""
+TOKEN_BOUNDS_S: Final = (
+    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 10,
+)  # fmt: skip
+"""Bucket bounds in seconds of the time between two tokens."""
 KEEP_S: Final = 600.0
 """Time in seconds for which the series of a replica that has left are kept."""
 _DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 1)
@@ -33,21 +37,21 @@ class CounterCollector(Collector):
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self._about = name, text, labels
-        self._counts: dict[tuple[object, ...], int] = {}
+        self._counts = defaultdict[tuple[object, ...], int](int)
 
     def labels(self) -> Collection[tuple[object, ...]]:
         return self._counts.keys()
 
     def drop(self, first: str) -> None:
         """Removes all series whose first label is `first`."""
-        self._counts = {labels: count for labels, count in self._counts.items() if labels[0] != first}
+        for labels in [labels for labels in self._counts if labels[0] == first]:
+            del self._counts[labels]
 
     def add(self, *labels: object) -> None:
-        counts = self._counts
-        counts[labels] = counts.get(labels, 0) + 1
+        self._counts[labels] += 1
 
     def add_many(self, count: int, *labels: object) -> None:
-        self._counts[labels] = self._counts.get(labels, 0) + count
+        self._counts[labels] += count
 
     def items(self) -> Iterator[tuple[tuple[str, ...], int]]:
         for labels, count in self._counts.items():
@@ -58,8 +62,7 @@ class CounterCollector(Collector):
 
     def absorb(self, dumped: Any) -> None:
         for labels, count in dumped:
-            key = tuple(labels)
-            self._counts[key] = self._counts.get(key, 0) + count
+            self._counts[tuple(labels)] += count
 
     def collect(self) -> Iterator[Metric]:
         name, text, labels = self._about
@@ -182,7 +185,18 @@ class Metrics:
             "hpc_router_limit_refusals", "Requests refused by a limit of their token.", ("limit",)
         )
         self.tokens = CounterCollector(
-            "hpc_router_tokens", "Generated tokens of requests with a limit of tokens.", ("expert", "kind")
+            "hpc_router_tokens",
+            "Generated tokens by the source of their number, and prompt tokens.",
+            ("expert", "kind"),
+        )
+        self.token_time = HistogramCollector(
+            "hpc_router_time_per_output_token_seconds",
+            "Mean time between two tokens of a stream.",
+            ("expert",),
+            bounds=TOKEN_BOUNDS_S,
+        )
+        self.records_lost = CounterCollector(
+            "hpc_router_records_lost", "Records of requests that could not be written.", ()
         )
         self._gone: dict[str, float] = {}  # replica that has left -> time at which that was noticed
         self._counted: dict[str, CounterCollector | HistogramCollector] = {
@@ -212,11 +226,10 @@ class Metrics:
 
     def exposition(self, gauges: Iterable[Metric]) -> bytes:
         """Returns the counts and `gauges` in the text format of Prometheus."""
-        registry = CollectorRegistry()
-        for each in (*self._counted.values(), Gauges(tuple(gauges))):
-            if each is not self.before_attempt:
-                registry.register(each)
-        return generate_latest(registry)
+        counted = (
+            family for each in self._counted.values() if each is not self.before_attempt for family in each.collect()
+        )
+        return text_of((*counted, *gauges))
 
 
 def departures(dumped: Mapping[str, Any]) -> dict[str, int]:
@@ -224,14 +237,24 @@ def departures(dumped: Mapping[str, Any]) -> dict[str, int]:
     return {labels[0]: sum(counts) for labels, counts, _ in dumped.get("queued", ())}
 
 
-class Gauges(Collector):
-    """Passes on metrics that were already computed, in the form that the Prometheus library requires."""
+def text_of(families: Iterable[Metric]) -> bytes:
+    """Returns metrics in Prometheus' text format 0.0.4, as the Prometheus library does. The library examines every name
+    and label again for each sample, which would cost most of the time of a scrape."""
+    lines = []
+    for family in families:
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        about = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
+        lines.append(f"# HELP {name} {about}\n# TYPE {name} {family.type}\n")
+        for sample in family.samples:
+            labels = ",".join([f'{label}="{_escaped(value)}"' for label, value in sample.labels.items()])
+            lines.append(f"{sample.name}{f'{{{labels}}}' if labels else ''} {floatToGoString(sample.value)}\n")  # type: ignore[no-untyped-call]
+    return "".join(lines).encode()
 
-    def __init__(self, read: Sequence[Metric]) -> None:
-        self._read = read
 
-    def collect(self) -> Iterable[Metric]:
-        return self._read
+def _escaped(value: str) -> str:
+    if "\\" in value or "\n" in value or '"' in value:
+        return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+    return value
 
 
 def gauges(

@@ -50,6 +50,11 @@ class RunDir:
         return self.path / "registry.json"
 
     @property
+    def prometheus_sd_json(self) -> Path:
+        """Returns the path of the file by which Prometheus finds the leading router."""
+        return self.path / "prometheus_sd.json"
+
+    @property
     def jobs(self) -> Path:
         return self.path / "jobs"
 
@@ -60,6 +65,16 @@ class RunDir:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def records(self) -> Path:
+        """Returns the folder of the records of requests (see `request_records`)."""
+        return self.path / "records"
+
+    @property
+    def samples(self) -> Path:
+        """Returns the folder of the prompts that `router.sample_prompts` selects."""
+        return self.path / "samples"
 
     @property
     def squeue_json(self) -> Path:

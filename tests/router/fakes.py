@@ -55,6 +55,7 @@ class FakeReplica:
     cancelled: int = 0
     probes: int = 0
     health: dict[str, Any] = field(default_factory=dict)
+    metrics: str | None = None
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -66,6 +67,9 @@ class FakeReplica:
             health = {"replica": self.replica, "state": self.state, "in_flight": 0, "models": self.models}
             self.probes += 1
             return web.json_response(health | {"answer": answer} | self.health)
+        if request.path == protocol.METRICS:
+            assert bearer_token(request.headers.get("authorization")) == self.key
+            return web.Response(status=404) if self.metrics is None else web.Response(text=self.metrics)
         if request.path == protocol.MODELS:
             assert bearer_token(request.headers.get("authorization")) == self.key
             return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]})
@@ -226,7 +230,7 @@ async def a_router(
         await link.attach(there)
         async with control.watching({0: here}):
             worker = serving(
-                run, deployment, policy, link, identity=identity, sock=sock,
+                run, deployment, policy, link, identity=identity, sock=sock, files=files,
                 make_client=RELAY.make_client, listen=RELAY.listen,
             )  # fmt: skip
             async with worker as gateway:

@@ -118,6 +118,12 @@ class TestRegistryFile:
             return None
         return [record["replica"] for record in json.loads(run.registry_json.read_text())["records"]]
 
+    def targets(self, run: RunDir) -> list[str]:
+        """The addresses that Prometheus finds."""
+        listed = json.loads(run.prometheus_sd_json.read_text())
+        assert all(entry["labels"]["__metrics_path__"] == "/metrics" for entry in listed)
+        return [target for entry in listed for target in entry["targets"]]
+
     def leave(self, run: RunDir, keeper: RegistryFile) -> None:
         withdraw(run.registry, "router-0.g2")
         keeper.leave()
@@ -125,6 +131,7 @@ class TestRegistryFile:
     def test_while_it_leads(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
         keeper.keep(RegistryReader(run.registry).snapshot())
         assert self.named(run, files) == ["math-0.g1", "router-0.g2"]
+        assert self.targets(run) == ["127.0.0.1:1"]
 
     def test_when_it_leaves(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
         """An older registry snapshot that comes late does not restore it."""
@@ -133,6 +140,7 @@ class TestRegistryFile:
         self.leave(run, keeper)
         keeper.keep(seen | {"math-0.g1": replace(seen["math-0.g1"], beat=1)})
         assert self.named(run, files) == ["math-0.g1"]
+        assert self.targets(run) == []
 
     def test_its_successor_keeps_the_file(self, run: RunDir, keeper: RegistryFile, files: FileThread) -> None:
         keeper.keep(RegistryReader(run.registry).snapshot())

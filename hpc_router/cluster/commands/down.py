@@ -131,5 +131,6 @@ def _remove_records(run: RunDir) -> None:
         if record.kind is not RecordKind.EXTERNAL:
             registry.withdraw(run.registry, name)
     run.registry_json.unlink(missing_ok=True)
+    run.prometheus_sd_json.unlink(missing_ok=True)
     for path in run.registry.glob(".*"):
         path.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hpc_router.errors import UpstreamError
+from hpc_router.relay.stream_summary import StreamSummary
 from hpc_router.relay.upstream.interface import Address, ResponseCallback, Sink, UpstreamTimeouts
 from hpc_router.relay.upstream.response_parser import ResponseParser
 from hpc_router.relay.upstream.timeouts import IdleTimer
@@ -37,8 +38,8 @@ class AwaitedExchange(asyncio.Protocol):
 
     __slots__ = (
         "_buffered_bytes", "_callback", "_chunk_ends", "_failure", "_loop", "_mark", "_owner", "_parser", "_reading",
-        "_sent", "_sink", "_sink_full", "_transport", "_waiter", "_writable", "_write_chunk", "address", "idle_s",
-        "idle_timer", "nothing_received", "usable_until",
+        "_sent", "_sink", "_sink_full", "_summary", "_transport", "_waiter", "_writable", "_write_chunk", "address",
+        "idle_s", "idle_timer", "nothing_received", "usable_until",
     )  # fmt: skip
 
     def __init__(self, owner: Connections, address: Address | str) -> None:
@@ -53,6 +54,7 @@ class AwaitedExchange(asyncio.Protocol):
         self._write_chunk: Callable[[bytes], bool] | None = None  # set at a chunk boundary: the sink's chunk writer
         self._chunk_ends: tuple[bytes, ...] = ()
         self._mark: bytes | None = None
+        self._summary: StreamSummary | None = None
         self._sink_full = False  # the sink has to be drained
         self._buffered_bytes = 0
         self._reading = True

@@ -97,6 +97,9 @@ class Connection(AwaitedExchange, PendingRequest):
             and (mark is None or data.rfind(mark) < 0)  # rfind is twice as fast as `in`
         ):
             self.idle_timer.activity = True  # the usual case of a stream: one event per chunk and read
+            if (summary := self._summary) is not None:
+                summary.unread += 1
+                summary.before_last, summary.last = summary.last, data
             try:
                 if write(data):
                     return
@@ -134,7 +137,7 @@ class Connection(AwaitedExchange, PendingRequest):
                 self._sink_full = bool(parser.chunks) and not sink.write(self._take_buffered())
                 if not self._sink_full and not parser.complete:
                     if parser.at_chunk_boundary and (chunk_writer := sink.chunk_writer()) is not None:
-                        self._write_chunk, self._chunk_ends, self._mark = chunk_writer
+                        self._write_chunk, self._chunk_ends, self._mark, self._summary = chunk_writer
                     return
                 self._sink = None
                 if callback is not None and not self._sink_full:

@@ -17,6 +17,7 @@ from yarl import URL
 from hpc_router.errors import UpstreamError
 from hpc_router.net.protocol import path_at
 from hpc_router.relay.headers import Headers
+from hpc_router.relay.stream_summary import StreamSummary
 from hpc_router.relay.upstream.timeouts import IdleTimer
 
 
@@ -77,12 +78,14 @@ class ChunkWriter(NamedTuple):
     """A function that forwards one complete HTTP/1.1 chunk including its framing.
 
     It may be called only for a chunk that ends with one of `ends` (each includes the chunk's final line break) and does
-    not contain `mark`. `write` behaves like `Sink.write`.
+    not contain `mark`. `write` behaves like `Sink.write`. `summary`: gets each chunk after it is forwarded, as one
+    event; None: nothing is counted.
     """
 
     write: Callable[[bytes], bool]
     ends: tuple[bytes, ...]
     mark: bytes | None = None
+    summary: StreamSummary | None = None
 
 
 class Sink(Protocol):

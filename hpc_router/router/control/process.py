@@ -25,8 +25,10 @@ from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.control.continuity import Continuity
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
+from hpc_router.router.control.engine_metrics import EngineMetrics
 from hpc_router.router.control.overview import SAMPLE_S, CounterSample, RunFiles, Traffic, overview, read_run_files
 from hpc_router.router.control.predecessor import Predecessor, handover_page
+from hpc_router.router.control.record_limit import limit_records_forever
 from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.router.control.replica_stats import ReplicaStats, increase, totals_by_replica
 from hpc_router.router.control.status import status
@@ -85,6 +87,7 @@ class ControlProcess:
     workers: Workers = field(init=False)
     continuity: Continuity = field(init=False)
     predecessor: Predecessor = field(init=False)
+    engines: EngineMetrics = field(init=False)
     lease: Lease | None = None
     own_metrics: Metrics = field(default_factory=Metrics)
     """The counts of this process itself."""
@@ -108,6 +111,7 @@ class ControlProcess:
         self.workers = Workers(self.table, self.counters, self, self._settings(), self.deployment.experts)
         self.predecessor = Predecessor(self.replica, self.run.secret(), self.workers.sessions, self.continuity)
         self.workers.on_unknown_session = self.predecessor.fetch
+        self.engines = EngineMetrics(self.table, self.workers.publish_soon)
         self.registry_file = RegistryFile(self.run, self.replica, self.files)
         self.discovery = Discovery(
             self.run, self.deployment.router, self.table, on_snapshot=self._registry_read, files=self.files,
@@ -134,7 +138,10 @@ class ControlProcess:
             await self.workers.attach(worker, sock)
         await self.workers.greeted(present)
         following = background("predecessor", self.predecessor.follow_forever, self.task_failed)
-        async with self.discovery, self.config_watcher.watching(), following:
+        limit = partial(limit_records_forever, self.run, self.files, lambda: self.deployment.router.records_gb)
+        limiting = background("records", limit, self.task_failed)
+        reading = background("engine metrics", self.engines.read_forever, self.task_failed)
+        async with self.discovery, self.config_watcher.watching(), following, limiting, reading:
             if self.table.all():
                 self._table_changed()
             try:
@@ -282,7 +289,8 @@ class ControlProcess:
             workers=sum(connection.serving.is_set() for connection in self.workers.all),
         )
         drifted = () if measured is None else measured.gauges()
-        return counted.exposition((*read, *self.continuity.metrics(), *drifted)).decode()
+        others = (*self.continuity.metrics(), *self.engines.metrics(), *drifted)
+        return counted.exposition((*read, *others)).decode()
 
     async def _counted(self) -> Metrics:
         """Returns the sum of the counts of this process and all workers."""

@@ -1,26 +1,31 @@
-"""Writes `registry.json`: the whole registry in one file, for people and scripts, written by the leading router."""
+"""Writes the files by which other programs find the deployment, while this router leads: `registry.json`, the whole
+registry in one file, for people and scripts; and `prometheus_sd.json`, with the router's address, for Prometheus."""
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
-from hpc_router.state.atomic_files import replace_json
+from hpc_router.net import protocol
+from hpc_router.state.atomic_files import replace_json, replace_text
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.registry import SCHEMA, Record, RegistryReader, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
 
 
 class RegistryFile:
-    """The writer of `registry.json`, which is active while this router leads. `replica`: name of this router."""
+    """The writer of both files, which is active while this router leads. `replica`: name of this router."""
 
     def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
         self._run, self._replica, self._files = run, replica, files
         self._content: Mapping[str, Any] | None = None
+        self._targets: str | None = None
         self._left = False
 
     def keep(self, snapshot: Mapping[str, Record]) -> None:
-        """Writes the records of `snapshot` to the file in the background, if this router leads and a record has changed
-        since the last write."""
+        """Writes the files in the background, if this router leads and their content has changed since the last write.
+        `snapshot`: the records of the registry."""
         leader = leading_router(snapshot)
         if leader is None or leader.replica != self._replica or self._left:
             return
@@ -28,9 +33,14 @@ class RegistryFile:
         if content != self._content:
             self._content = content
             self._files.post(partial(replace_json, self._run.registry_json, content))
+        targets = prometheus_targets(leader, self._run.path.name)
+        if targets != self._targets:
+            self._targets = targets
+            self._files.post(partial(replace_text, self._run.prometheus_sd_json, targets))
 
     def leave(self) -> None:
-        """Writes the file once more without this router, whose record was withdrawn, unless its successor writes it."""
+        """Writes the files once more without this router, whose record was withdrawn, unless its successor writes
+        them."""
         self._left = True
         if self._content is not None:
             self._files.post(self._write_last)
@@ -40,8 +50,19 @@ class RegistryFile:
         leader = leading_router(others)
         if leader is None or leader.generation < split_replica(self._replica)[2]:  # else the successor writes the file
             replace_json(self._run.registry_json, registry_file(others))
+            replace_text(self._run.prometheus_sd_json, prometheus_targets(leader, self._run.path.name))
 
 
 def registry_file(records: Mapping[str, Record]) -> dict[str, Any]:
     """Returns the content of `registry.json`."""
     return {"schema": SCHEMA, "records": [records[name].to_json() for name in sorted(records)]}
+
+
+def prometheus_targets(router: Record | None, run: str) -> str:
+    """Returns the content of `prometheus_sd.json`, in the format of Prometheus' `file_sd_configs`: the address of
+    `router`; None: no target. `run`: name of the run directory, for the label `run`."""
+    if router is None:
+        return "[]\n"
+    parts = urlsplit(router.url)
+    labels = {"__scheme__": parts.scheme, "__metrics_path__": protocol.METRICS, "run": run}
+    return json.dumps([{"targets": [parts.netloc], "labels": labels}], indent=1) + "\n"

@@ -1,6 +1,7 @@
 """Builds the body of `GET /status`: the router's whole state as one JSON object."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from hpc_router import __version__
@@ -81,4 +82,5 @@ def _replica(replica: Replica, *, silent: bool) -> dict[str, Any]:
         "models": list(replica.models),
         "max_model_len": replica.max_model_len,
         "load_s": record.load_s,
+        "engine_load": None if replica.engine_load is None else asdict(replica.engine_load),
     }

@@ -15,6 +15,7 @@ from hpc_router.relay.headers import lines
 from hpc_router.relay.in_flight import Cells
 from hpc_router.relay.upstream.interface import Address, address_of
 from hpc_router.relay.upstream.timeouts import IdleTimer
+from hpc_router.router.replicas.engine_load import EngineLoad
 from hpc_router.router.replicas.health import ReplicaHealth
 from hpc_router.state.registry import Record
 
@@ -80,7 +81,7 @@ class Replica:
     `key`: the bearer token that requests to the replica carry; `models`: the model names that its engine reported;
     `listed_max_model_len`: the context length that an external endpoint lists for its model. `peer_in_flight`: number
     of requests that the router's other workers have in flight on the replica. Balancing and limits use `load`, the sum
-    over all workers.
+    over all workers. `engine_load`: as its engine's metrics told last; None: unknown.
     """
 
     record: Record
@@ -95,6 +96,7 @@ class Replica:
     reservations: "set[Reservation]" = field(default_factory=set)
     peer_in_flight: int = 0
     column: int = NO_COLUMN  # column of the shared counters with this replica's requests in flight
+    engine_load: EngineLoad | None = None
     request_starts: dict[str, bytes] = field(default_factory=dict)  # API path -> request line, host, authorization
     routing_lines: dict[tuple[str, str], bytes] = field(default_factory=dict)  # expert, reason -> response headers
     address: Address = field(init=False)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+from hpc_router.router.replicas.engine_load import EngineLoad
 from hpc_router.router.replicas.health import ReplicaHealth
 from hpc_router.router.replicas.replica import Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
@@ -31,6 +32,7 @@ class ReplicaSnapshot:
     lost: bool
     health: ReplicaHealth
     column: int
+    engine_load: EngineLoad | None
 
 
 def snapshot_of(table: ReplicaTable) -> tuple[ReplicaSnapshot, ...]:
@@ -74,6 +76,7 @@ def _snapshot(replica: Replica) -> ReplicaSnapshot:
         lost=replica.state is RoutingState.EJECTED and not replica.health.is_excluded(time.monotonic()),
         health=replace(replica.health),
         column=replica.column,
+        engine_load=replica.engine_load,
     )
 
 
@@ -82,5 +85,6 @@ def _update(table: ReplicaTable, replica: Replica, item: ReplicaSnapshot) -> Non
         replica.request_starts.clear()  # the cached bytes contain the key
     replica.key, replica.models, replica.trouble = item.key, item.models, item.trouble
     replica.listed_max_model_len = item.listed_max_model_len
+    replica.engine_load = item.engine_load
     replica.recent_error, replica.health = item.recent_error, replace(item.health)
     table.reassign_column(replica, item.column)

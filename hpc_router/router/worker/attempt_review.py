@@ -86,7 +86,7 @@ class AttemptReview:
         external = replica.record.kind is RecordKind.EXTERNAL
         if status == 401 and external:  # the router's token for the endpoint is wrong; the client's own token is valid
             routed.avoid |= {replica}
-            self.metrics.failovers.add(replica.name, status)
+            self._failed_at(routed, replica, status)
             message = f"{replica.record.url} answered 401: `hpc-router register` it again with --token-file"
             fault = ErrorReply(502, "upstream_error", "endpoint_unauthorized", message)
             routed.error_result = error_result(routed, reservation, fault)
@@ -102,21 +102,21 @@ class AttemptReview:
         routed.avoid |= {replica}
         begun = False
         if protocol.DRAINING_HEADER.encode() in headers:
-            self.metrics.failovers.add(replica.name, "draining")
+            self._failed_at(routed, replica, "draining")
             # A new server may start at the address of an external endpoint, so it can become ready again.
             self.health.state_reported(replica, Event.SAYS_STARTING if external else Event.SAYS_DRAINING)
         elif protocol.STARTING_HEADER.encode() in headers:
-            self.metrics.failovers.add(replica.name, "starting")
+            self._failed_at(routed, replica, "starting")
             self.health.state_reported(replica, Event.SAYS_STARTING)
             begun = status == _LOST
             routed.engines_lost += begun
             if routed.engines_lost >= MAX_ENGINES_LOST:
                 return await self._error_response(routed, reservation, upstream)
         elif status == _BUSY or (status == _AWAY and b"retry-after" in headers):
-            self.metrics.failovers.add(replica.name, _BUSY if status == _BUSY else "busy")
+            self._failed_at(routed, replica, _BUSY if status == _BUSY else "busy")
             routed.error_result = await self._error_response(routed, reservation, upstream)
         else:
-            self.metrics.failovers.add(replica.name, status)
+            self._failed_at(routed, replica, status)
             routed.error_result = result = await self._error_response(routed, reservation, upstream)
             unsupported = self._unsupported_field(routed, reservation, result)
             if unsupported is not None:
@@ -126,6 +126,11 @@ class AttemptReview:
             routed.failed_attempts += ((replica, reservation.expert, status),)
             begun = True
         raise RetryError(begun=begun)
+
+    def _failed_at(self, routed: RoutedRequest, replica: Replica, cause: str | int) -> None:
+        """Counts a failed attempt, and stores it for the request's record."""
+        self.metrics.failovers.add(replica.name, cause)
+        routed.failovers += ((replica.name, cause),)
 
     async def _review_missing(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
@@ -213,7 +218,7 @@ class AttemptReview:
         then on."""
         replica, expert = reservation.replica, reservation.expert
         logger.warning("%s: %s failed before its first byte: %s", routed.request_id, replica.name, error)
-        self.metrics.failovers.add(replica.name, type(error).__name__)
+        self._failed_at(routed, replica, type(error).__name__)
         routed.avoid |= {replica}
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in _LOCAL_ERRNOS:

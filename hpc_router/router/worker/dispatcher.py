@@ -47,7 +47,8 @@ from hpc_router.router.worker.attempt_review import (
     RetryError,
     error_result,
 )
-from hpc_router.router.worker.error_responses import RETRY_AFTER_S, ErrorResponses
+from hpc_router.router.worker.error_responses import RETRY_AFTER_S, ErrorResponses, error_code
+from hpc_router.router.worker.request_records import ANSWERED, BROKEN, CANCELLED, REFUSED, RequestRecords
 from hpc_router.router.worker.retry_budget import RetryBudget
 from hpc_router.router.worker.routed_request import REVIEWED_STATUSES, RequestResult, RoutedRequest
 
@@ -75,6 +76,7 @@ class Dispatcher:
     metrics: Metrics
     config: RouterConfig
     in_flight: InFlight
+    records: RequestRecords
     errors: ErrorResponses = field(init=False)
     review: AttemptReview = field(init=False)
     relay_limits: RelayLimits = field(init=False)
@@ -107,21 +109,27 @@ class Dispatcher:
         except asyncio.CancelledError:
             self.metrics.cancelled.add(routed.phase)
             routed.left = True
+            routed.record(routed.status, CANCELLED)
             raise
         except DownstreamGoneError:
+            routed.record(routed.status, CANCELLED)
             raise
         except Exception as error:  # noqa: BLE001  # logged and reported to the client
-            return self.errors.response_to(error, routed.request, routed.request_id)
+            response = self.errors.response_to(error, routed.request, routed.request_id)
+            routed.record(response.status, REFUSED, error=error_code(error))
+            return response
         finally:
             if routed.charge is not None:
                 routed.settle()
         self.metrics.requests.add(result.expert, result.reason.value, result.status)
+        outcome = CANCELLED if routed.left else BROKEN if routed.broken else ANSWERED
+        routed.record(result.status, outcome, expert=result.expert)
         return result.response
 
     async def _attempts(self, routed: RoutedRequest) -> RequestResult:
         """Tries replicas until one serves the request, and returns the result. Raises RoutingErrors if none does."""
         deadline = routed.started + self.config.queue_timeout_s
-        attempts = 0
+        attempts = routed.attempts = 0
         while attempts < MAX_ATTEMPTS:
             reservation, routed.reservation = routed.reservation, None
             if reservation is None:
@@ -139,6 +147,7 @@ class Dispatcher:
                 reservation = await self._wait(routed, deadline)
             with reservation:
                 attempts += 1
+                routed.attempts, routed.tried = attempts, reservation
                 try:
                     result = await self._attempt(routed, reservation)
                     routed.measure(reservation)
@@ -186,7 +195,9 @@ class Dispatcher:
                 f"no replica of {' or '.join(routed.experts)} could take the request {waited}",
                 retry_after_s=max(map(self.table.wait_s, routed.experts)),
             ) from error
-        self.metrics.queued.add(time.perf_counter() - started, reservation.expert)
+        waited_s = time.perf_counter() - started
+        routed.queued_s += waited_s
+        self.metrics.queued.add(waited_s, reservation.expert)
         return reservation
 
     def _exchange(
@@ -222,6 +233,7 @@ class Dispatcher:
                         self.metrics.before_attempt.add(waited_s, expert, replica.name)
                     await relay.relay(upstream, routed.accept(reservation, upstream.status, upstream.headers))
         except DownstreamGoneError:
+            routed.left = True
             self.metrics.cancelled.add("streaming")
         except UpstreamTimeoutError as error:
             if reservation.lost and not relay.committed:
@@ -267,6 +279,7 @@ class Dispatcher:
     ) -> None:
         logger.warning("%s: broken off: %s", routed.request_id, fault.message)
         self.metrics.broken.add(expert)
+        routed.broken = True
         try:
             await relay.end_with_error(routed.endpoint.api_format.error_event(fault))
         except DownstreamGoneError:

@@ -90,7 +90,7 @@ class ErrorResponses:
 
 def _error_response(status: int, kind: str, error: HpcRouterError, request_id: str, *, path: str) -> Response:
     param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
-    response = error_response(status, kind=kind, code=_code(error), message=str(error), param=param, path=path)
+    response = error_response(status, kind=kind, code=error_code(error), message=str(error), param=param, path=path)
     response.add(protocol.REQUEST_ID_HEADER, request_id)
     if retry_after_s is not None:
         response.add("retry-after", str(min(max(1, math.ceil(retry_after_s)), MAX_RETRY_AFTER_S)))
@@ -102,6 +102,9 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
     return response
 
 
-def _code(error: HpcRouterError) -> str:
-    """Returns the error code of an error class: `unknown_model` for `UnknownModelError`."""
+def error_code(error: Exception) -> str:
+    """Returns the error code of an error class: `unknown_model` for `UnknownModelError`, and `internal_error` for an
+    error that is not an HpcRouterError."""
+    if not isinstance(error, HpcRouterError):
+        return "internal_error"
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()

@@ -46,12 +46,13 @@ from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker import dashboard
 from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher
-from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError
+from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError, error_code
 from hpc_router.router.worker.request_body import ApiCall, decode
 from hpc_router.router.worker.route_request import UNKNOWN_ENDPOINT, RequestRouting, endpoint_of
 from hpc_router.router.worker.routed_request import ApiEndpoint
 from hpc_router.routing.policy import Policy
 from hpc_router.routing.prompt_text import PROMPT_FIELDS
+from hpc_router.state.request_records import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,10 @@ _OWNER_PATHS: Final = frozenset({"/status", "/overview", protocol.METRICS})
 """Paths that only the owner's token opens."""
 _FAST_PATHS: Final = frozenset(protocol.POST_PATHS) - {protocol.RESPONSES}
 """Paths whose requests can be served without a task."""
+MAX_SCORE: Final = 1000
+"""Limit of the absolute value of a score that a client gives to a request."""
 _CHALLENGE: Final = re.compile(r"[0-9a-f]{1,256}")
-_REQUEST_ID: Final = re.compile(rb"[\w.:-]{1,128}")
+_REQUEST_ID: Final = re.compile(REQUEST_ID.pattern.encode())
 _METRICS_HEAD: Final = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 
 _NO_TOKEN: Final = "this router wants a token as `Authorization: Bearer ...` or `x-api-key: ...`"
@@ -121,6 +124,7 @@ class Gateway:
             ("GET", protocol.METRICS): self._metrics,
             ("GET", protocol.MODELS): self._models,
             ("POST", "/route"): self._route,
+            ("POST", protocol.FEEDBACK): self._feedback,
             **{("POST", path): self._generate for path in protocol.POST_PATHS},
         }
 
@@ -132,6 +136,7 @@ class Gateway:
         self.table.pin_bound, self.table.bounds = config.pin_bound, queue_limits(deployment)
         self.link.ejects_at_once = config.eject_connect_errors == 1
         self.dispatcher.configure(config)
+        self.dispatcher.records.configure(config, window=deployment.policy.window)
         self.cross_origin.allow(config.allowed_origins)
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
@@ -160,7 +165,7 @@ class Gateway:
                 self.routing.charge(routed, access)
             routed.start()
         except Exception as error:  # noqa: BLE001  # logged and reported to the client
-            return _ready(self.dispatcher.errors.response_to(error, request, request_id))
+            return _ready(self._refuse(error, request, request_id))
         return routed
 
     async def _respond(self, request: Request, request_id: str) -> Response | None:
@@ -171,7 +176,18 @@ class Gateway:
         except DownstreamGoneError:
             raise
         except Exception as error:  # noqa: BLE001  # logged and reported to the client
-            return self.dispatcher.errors.response_to(error, request, request_id)
+            return self._refuse(error, request, request_id)
+
+    def _refuse(self, error: Exception, request: Request, request_id: str) -> Response:
+        """Returns the response to an error. An API request is recorded, unless its token is not valid: requests that
+        anyone can send must not displace other records."""
+        response = self.dispatcher.errors.response_to(error, request, request_id)
+        path = request.path.rstrip("/")
+        if path in protocol.POST_PATHS and not isinstance(error, UnauthorizedError):
+            access = self._access(request)
+            user = None if access is None else access.token.user
+            self.dispatcher.records.refused(request_id, path, response.status, error_code(error), user=user)
+        return response
 
     def _simple_endpoint(self, request: Request) -> ApiEndpoint | None:
         """Returns the API endpoint if the request has the owner's token and its head allows to route it without a task;
@@ -327,6 +343,20 @@ class Gateway:
         policy = self.routing.policy_for(self._access(request))
         explanation = policy.explain(self.routing.prompt(call), ready=self.table.ready())
         return json_response(explanation.to_dict(id=request_id))
+
+    async def _feedback(self, request: Request, request_id: str) -> Response:
+        """Records the score that the client gives to an earlier request of the same user."""
+        fields = (await self._read_call(request)).fields
+        rated, score = fields.get("id"), fields.get("score")
+        if not isinstance(rated, str) or not REQUEST_ID.fullmatch(rated):
+            raise BadRequestError("'id' is the x-request-id of an earlier response", param="id")
+        if not isinstance(score, int | float) or isinstance(score, bool) or not -MAX_SCORE <= score <= MAX_SCORE:
+            raise BadRequestError(f"'score' is a number from -{MAX_SCORE} to {MAX_SCORE}", param="score")
+        if not self.dispatcher.records.enabled:
+            raise BadRequestError("this router keeps no records of requests (router.records_gb is 0)")
+        access = self._access(request)
+        self.dispatcher.records.feedback(rated, score, user=None if access is None else access.token.user)
+        return json_response({"id": rated, "score": score})
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
         self._admit()

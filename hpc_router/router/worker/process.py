@@ -9,7 +9,7 @@ import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,8 +32,10 @@ from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher, stream_timeouts_of
 from hpc_router.router.worker.gateway import Gateway
+from hpc_router.router.worker.request_records import RequestRecords
 from hpc_router.router.worker.route_request import RequestRouting
 from hpc_router.routing.policy import Policy, versions
+from hpc_router.state.io_thread import FileThread
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -74,18 +76,23 @@ async def serving(
     *,
     identity: Identity,
     sock: socket.socket,
+    files: FileThread,
+    worker: int = 0,
     make_client: Callable[[UpstreamTimeouts], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
     listen: Callable[..., AbstractAsyncContextManager[asyncio.Server]] = listening,
 ) -> AsyncIterator[Gateway]:
     """Serves requests on `sock` within the block. At its end, running requests get `router.drain_s` seconds to
-    finish."""
+    finish. `files`: writes the records of requests. `worker`: number of this worker."""
     config = deployment.router
     await link.informed.wait()
     async with make_client(stream_timeouts_of(config)) as client:
         in_flight = InFlight(link.table.cells, link.table.peers, IN_FLIGHT)
+        writer = f"{identity.replica}.worker{worker}"
+        records = RequestRecords(run, files, writer, link.metrics, config, window=deployment.policy.window)
         dispatcher = Dispatcher(
-            table=link.table, health=link, client=client, metrics=link.metrics, config=config, in_flight=in_flight
-        )
+            table=link.table, health=link, client=client, metrics=link.metrics, config=config, in_flight=in_flight,
+            records=records,
+        )  # fmt: skip
         routing = RequestRouting(deployment, link.table, policy, dispatcher, link.metrics, link.sessions)
         gateway = Gateway(
             deployment, link.table, routing, dispatcher, link.metrics, link,
@@ -95,19 +102,22 @@ async def serving(
         max_body = int(config.max_body_mb * 2**20)
         tls = await asyncio.to_thread(_tls, config)
         serve = listen(gateway.handle, sock, max_body=max_body, cross_origin=gateway.cross_origin, tls=tls)
-        async with serve as listener:
-            link.start_serving()
-            try:
-                async with following_settings(gateway, link, run), _following_certificate(tls, config, link):
-                    yield gateway
-            finally:
-                listener.close()
+        with closing(records):
+            async with serve as listener:
+                link.start_serving()
                 try:
-                    async with asyncio.timeout(config.drain_s):
-                        await gateway.in_flight.idle()
-                except TimeoutError:
-                    link.table.cells[CUT_OFF] = gateway.in_flight.count
-                    logger.warning("%d requests did not end within router.drain_s: cut off", gateway.in_flight.count)
+                    async with following_settings(gateway, link, run), _following_certificate(tls, config, link):
+                        yield gateway
+                finally:
+                    listener.close()
+                    try:
+                        async with asyncio.timeout(config.drain_s):
+                            await gateway.in_flight.idle()
+                    except TimeoutError:
+                        link.table.cells[CUT_OFF] = gateway.in_flight.count
+                        logger.warning(
+                            "%d requests did not end within router.drain_s: cut off", gateway.in_flight.count
+                        )
 
 
 @asynccontextmanager

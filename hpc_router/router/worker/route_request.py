@@ -95,17 +95,19 @@ class RequestRouting:
                 raise self.unknown(model, access)
             if access is not None:
                 access.check_expert(model)
-            experts: tuple[str, ...] = (model,)
-            reason = _NAMED
+            routed = RoutedRequest(self.dispatcher, request, request_id, call, endpoint, (model,), _NAMED, started)
         else:
-            experts, reason = self._choose_experts(call, endpoint, access)
-        routed = RoutedRequest(self.dispatcher, request, request_id, call, endpoint, experts, reason, started)
+            experts, reason, decision, version = self._choose_experts(call, endpoint, access)
+            routed = RoutedRequest(self.dispatcher, request, request_id, call, endpoint, experts, reason, started)
+            routed.decision, routed.artefact = decision, version
         if session is not None:
             routed.on_success = partial(self.sessions.answered, session)
         return routed
 
     def charge(self, routed: RoutedRequest, access: UserAccess) -> None:
-        """Charges the request to the limits of its token. Raises RateLimitedError."""
+        """Assigns the request to the user of its token, and charges it to the token's limits. Raises
+        RateLimitedError."""
+        routed.user = access.token.user
         if not access.unlimited:
             routed.charge = access.charge(routed.endpoint.path, routed.call.fields, routed.experts[0])
 
@@ -150,8 +152,9 @@ class RequestRouting:
 
     def _choose_experts(
         self, call: ApiCall, endpoint: ApiEndpoint, access: UserAccess | None
-    ) -> tuple[tuple[str, ...], RouteReason]:
-        """Returns the experts to try in order, as the policy decides, and the reason for the first one."""
+    ) -> tuple[tuple[str, ...], RouteReason, Decision, str | None]:
+        """Returns the experts to try in order, as the policy decides, the reason for the first one, the decision, and
+        the version of its artefact."""
         if endpoint.path in protocol.INCOMPARABLE_PATHS:
             raise BadRequestError(
                 f"'auto' cannot be the model at {endpoint.path}: the vectors, scores and tokens of experts differ, so "
@@ -172,8 +175,9 @@ class RequestRouting:
             )
         if self.deployment.policy.spill_per_s is not None and self._spills(decision):
             assert decision.runner_up is not None
-            return tuple(dict.fromkeys((decision.runner_up, *experts))), RouteReason.SPILLED
-        return experts, decision.reason
+            spilled = tuple(dict.fromkeys((decision.runner_up, *experts)))
+            return spilled, RouteReason.SPILLED, decision, policy.version
+        return experts, decision.reason, decision, policy.version
 
     def _spills(self, decision: Decision) -> bool:
         """Returns whether the request goes to the runner-up: its expert has no free place, the runner-up has one, and

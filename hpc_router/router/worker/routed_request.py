@@ -21,7 +21,7 @@ from hpc_router.relay.downstream.interface import (
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
-from hpc_router.relay.stream_summary import StreamSummary, stated_tokens
+from hpc_router.relay.stream_summary import StreamSummary, Usage, stated_usage
 from hpc_router.relay.upstream.interface import (
     PendingRequest,
     ResponseCallback,
@@ -32,7 +32,8 @@ from hpc_router.router.access.user_access import Charge, TokenSource
 from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
 from hpc_router.router.replicas.replica import Replica, Reservation
 from hpc_router.router.worker.request_body import ApiCall
-from hpc_router.routing.policy import RouteReason
+from hpc_router.router.worker.request_records import ANSWERED, CANCELLED
+from hpc_router.routing.policy import Decision, RouteReason
 from hpc_router.routing.prompt_text import first_user_message
 from hpc_router.state.registry import RecordKind
 
@@ -90,6 +91,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     failed_attempts: tuple[tuple[Replica, str, int | str], ...] = ()
     """Failed attempts: replica, expert, and status or connection error. They are reported as evidence of bad health
     only if another replica of the same expert serves the request."""
+    failovers: tuple[tuple[str, int | str], ...] = ()
+    """All failed attempts, for the request's record: name of the replica, and status or kind of failure."""
     lost_error: Callable[[str], RoutingError] | None = None
     """Makes the error for a request whose `only` replica is not ready any more. None: the client gets the error that
     its session was lost."""
@@ -98,9 +101,26 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     charge: Charge | None = None
     """What the request has taken of the limits of a user's token; None for the owner's requests."""
     summary: StreamSummary | None = None
-    """What is known of the response, if its tokens are limited."""
+    """What is known of the response of a request that may be a stream."""
     left = False
     """Whether the client has disconnected."""
+    user: str | None = None
+    """The user of the request's token; None for the owner."""
+    decision: Decision | None = None
+    """The policy's decision; None if the request names its expert or continues a session."""
+    artefact: str | None = None
+    """The version of the classifier that has decided."""
+    attempts = 1
+    queued_s = 0.0
+    """Time in seconds that the request has waited in queues."""
+    first_byte_s: float | None = None
+    """Time in seconds from the request's arrival to the head of the response that the client gets."""
+    status: int | None = None
+    """The status of the response that the client gets; None before its head has arrived."""
+    tried: Reservation | None = None
+    """The reservation of the last attempt in a task."""
+    broken = False
+    """Whether the response failed after its first byte."""
 
     def __init__(
         self,
@@ -164,6 +184,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.left = True
         self._release()
         self.dispatcher.metrics.cancelled.add(self.phase)
+        self.record(self.status, CANCELLED)
 
     def _release(self) -> None:
         if self.relay is not None and self.relay.events is not None:
@@ -174,22 +195,18 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.settle()
         self.dispatcher.in_flight.leave()
 
-    def _settle_short(self, status: int, body: bytes) -> None:
-        """Ends the charge of a request whose complete response has this status and body. A response other than 2xx has
-        generated no tokens. If the body of a 2xx response does not state their number, the reserved tokens stay
+    def _settle_short(self, status: int, generated: int | None) -> None:
+        """Ends the charge of a request whose complete response has this status and states this number of generated
+        tokens. A response other than 2xx has generated none. If the number is None, the reserved tokens stay
         charged."""
         charge, self.charge = self.charge, None
         assert charge is not None
         if not charge.counted or not 200 <= status < 300:
             charge.end(0)
             return
-        generated = stated_tokens(body)
         charge.end(generated)
-        tokens = self.dispatcher.metrics.tokens
-        if generated is not None:
-            tokens.add_many(generated, charge.expert, TokenSource.USAGE)
-        else:
-            tokens.add_many(charge.reserved, charge.expert, TokenSource.RESERVED)
+        if generated is None:
+            self.dispatcher.metrics.tokens.add_many(charge.reserved, charge.expert, TokenSource.RESERVED)
 
     def settle(self) -> None:
         """Ends the charge of the request: gives its place back, and replaces the reserved tokens by the number of
@@ -202,18 +219,17 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             return
         generated, source = self._generated(self.summary)
         charge.end(generated)
-        if source is not None:
-            count = charge.reserved if generated is None else generated
-            self.dispatcher.metrics.tokens.add_many(count, charge.expert, source)
+        if source is TokenSource.RESERVED:
+            self.dispatcher.metrics.tokens.add_many(charge.reserved, charge.expert, source)
 
     def _generated(self, summary: StreamSummary | None) -> tuple[int | None, TokenSource | None]:
         """Returns the number of generated tokens and its source. The number is 0, without a source, if no engine has
         accepted the request. It is None, with the source RESERVED, if it cannot be known: the response does not state
         it, or the client left before the first byte."""
         if summary is not None and summary.accepted:
-            if (stated := summary.stated_tokens()) is not None:
-                return stated, TokenSource.USAGE
-            return (summary.chunks, TokenSource.CHUNKS) if summary.streamed else (None, TokenSource.RESERVED)
+            if (stated := summary.stated()) is not None and stated.generated is not None:
+                return stated.generated, TokenSource.USAGE
+            return (summary.generated(), TokenSource.CHUNKS) if summary.streamed else (None, TokenSource.RESERVED)
         if self.left and self.phase == "before_first_byte":
             return None, TokenSource.RESERVED
         return 0, None
@@ -229,9 +245,15 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), status)
         self.measure(reservation)
         reservation.release()
+        usage = stated_usage(body) if 200 <= status < 300 else None
         if self.charge is not None:
-            self._settle_short(status, body)
+            self._settle_short(status, None if usage is None else usage.generated)
+        source = None
+        if usage is not None:
+            source = TokenSource.USAGE
+            self.count_tokens(reservation.expert, usage, source)
         dispatcher.in_flight.leave()
+        dispatcher.records.ended(self, reservation.expert, reservation.replica, status, ANSWERED, usage, source)
         self.request.respond(status, head, body)
         return True
 
@@ -258,6 +280,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), relay.status)
         self.measure(reservation)
         self._release()
+        self.record(relay.status, ANSWERED)
         self.request.end()
 
     def on_incomplete(self) -> None:
@@ -267,8 +290,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         stream = self.call.fields.get("stream") is True
         detector = self.endpoint.api_format.abort_detector
         limits = self.dispatcher.relay_limits
-        if self.charge is not None and self.charge.counted:
-            self.summary = StreamSummary(self.endpoint.api_format.delta_mark)
+        exact = self.charge is not None and self.charge.counted
+        self.summary = StreamSummary(self.endpoint.api_format.delta_mark, exact=exact)
         return ResponseRelay(self.request, limits, detector, stream=stream, summary=self.summary)
 
     def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:
@@ -286,7 +309,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
                 self.on_success(replica, expert, self.reason_at(expert))
         if dispatcher.in_flight.closing:
             self.request.keep_alive = False
-        dispatcher.metrics.first_byte.add(time.perf_counter() - self.started, expert, replica.record.replica)
+        self.status = status
+        self.first_byte_s = time.perf_counter() - self.started
+        dispatcher.metrics.first_byte.add(self.first_byte_s, expert, replica.record.replica)
         self.phase = "streaming"
         return self.response_head(reservation, headers)
 
@@ -340,6 +365,43 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if reservation.replica.record.expires_at is not None:
             elapsed_s = time.perf_counter() - self.started
             self.dispatcher.table.lifetimes.ended(reservation.expert, elapsed_s, self.call.fields)
+
+    def record(self, status: int | None, outcome: str, *, expert: str | None = None, error: str | None = None) -> None:
+        """Records the end of the request, with the tokens of its response. `status`: of the response that the client
+        got; `expert`: None for that of the last attempt; the rest as in `RequestRecords.ended`."""
+        tried = self.reservation or self.tried
+        if expert is None:
+            expert = self.experts[0] if tried is None else tried.expert
+        replica = tried.replica if tried is not None and tried.expert == expert else None
+        usage, source = self.tokens_of_response(expert)
+        self.dispatcher.records.ended(self, expert, replica, status, outcome, usage, source, error)
+
+    def count_tokens(self, expert: str, usage: Usage, source: TokenSource | None) -> None:
+        """Counts the tokens of a response in the metrics. `source`: how the generated ones are known."""
+        tokens = self.dispatcher.metrics.tokens
+        if usage.prompt:
+            tokens.add_many(usage.prompt, expert, "prompt")
+        if usage.generated:
+            tokens.add_many(usage.generated, expert, source)
+
+    def tokens_of_response(self, expert: str) -> tuple[Usage | None, TokenSource | None]:
+        """Returns the tokens of the response that `summary` describes, as far as they are known, and how the generated
+        ones are known. Counts them in the metrics, with the time per token if it is a stream."""
+        summary = self.summary
+        if summary is None or not summary.accepted:
+            return None, None
+        usage, source = summary.stated(), TokenSource.USAGE
+        if usage is None or usage.generated is None:
+            if not summary.streamed:
+                return usage, None
+            usage = Usage(None if usage is None else usage.prompt, summary.generated())
+            source = TokenSource.CHUNKS
+        self.count_tokens(expert, usage, source)
+        assert usage.generated is not None
+        if summary.streamed and usage.generated > 1 and self.first_byte_s is not None:
+            streamed_s = time.perf_counter() - self.started - self.first_byte_s
+            self.dispatcher.metrics.token_time.add(streamed_s / (usage.generated - 1), expert)
+        return usage, source
 
     def needed_s(self, expert: str) -> float:
         """Returns the expected duration in seconds of this request on the expert."""
