@@ -5,10 +5,13 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Final
 
 from hpc_router.cli.output import print_value, stderr_console
 from hpc_router.cli.parser import Parser, Verbs, add_verb
 from hpc_router.state.run_directory import RunDir, find_run
+
+EVENTS: Final = " A terminal shows the progress as a table, anything else gets a line for each change."
 
 
 def add_overrides(parser: Parser) -> None:
@@ -46,7 +49,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def add_up(verbs: "Verbs[Parser]") -> None:
-    parser = add_verb(verbs, up)
+    parser = add_verb(verbs, up, details=EVENTS)
+    parser.add_argument("--json", action="store_true", help="print the progress as JSON, one event per line")
     parser.add_argument(
         "--wait", choices=("any", "all"), default="any", help="return when any expert is ready (default), or all"
     )
@@ -60,20 +64,28 @@ def up(arguments: argparse.Namespace) -> int:
     hpc-router up --wait all policy=round_robin router.port=8000
     hpc-router up --run runs/mine          complete that run: start again what has ended
     """
-    return run_up(arguments.run, arguments.overrides, config_dir=arguments.config_dir, wait_all=arguments.wait == "all")
+    wait_all, folder = arguments.wait == "all", arguments.config_dir
+    return run_up(arguments.run, arguments.overrides, config_dir=folder, wait_all=wait_all, events=arguments.json)
 
 
-def run_up(given: Path | None, overrides: list[str], *, config_dir: Path | None, wait_all: bool) -> int:
+def run_up(
+    given: Path | None, overrides: list[str], *, config_dir: Path | None, wait_all: bool, events: bool = False
+) -> int:
     """Runs `up`, for the verb and for `launch.deploy`; returns the exit status. `given`: the run directory that the
-    user named, if any."""
+    user named, if any. `events`: whether to print the progress as JSON."""
+    from hpc_router.cli.json_events import JsonEvents
     from hpc_router.cli.tables import UpProgress
     from hpc_router.cluster.commands.up import Served
     from hpc_router.cluster.commands.up import up as bring_up
     from hpc_router.cluster.planning.run_target import find_target
 
-    target = find_target(given, overrides, config_dir=config_dir)
-    with UpProgress(stderr_console()) as progress:
+    with JsonEvents() if events else UpProgress(stderr_console()) as progress:
+        target = find_target(given, overrides, config_dir=config_dir)
         served: Served = bring_up(target, wait_all=wait_all, reporter=progress)
+    if isinstance(progress, JsonEvents):
+        failed = [view.replica for view in served.failed]
+        progress.event("serving", run=str(served.run.path), url=f"{served.url}/v1", failed=failed)
+        return 1 if failed and wait_all else 0
     print_usage(served.run, served.url)
     if served.failed:
         names = ", ".join(view.replica for view in served.failed)
@@ -95,7 +107,8 @@ def print_usage(run: RunDir, url: str) -> None:
 
 
 def add_down(verbs: "Verbs[Parser]") -> None:
-    add_verb(verbs, down)
+    parser = add_verb(verbs, down, details=EVENTS)
+    parser.add_argument("--json", action="store_true", help="print the progress as JSON, one event per line")
 
 
 def down(arguments: argparse.Namespace) -> int:
@@ -103,12 +116,16 @@ def down(arguments: argparse.Namespace) -> int:
 
     hpc-router down --run runs/mine
     """
+    from hpc_router.cli.json_events import JsonEvents
     from hpc_router.cli.tables import UpProgress
     from hpc_router.cluster.commands.down import down as take_down
 
     run = find_run(arguments.run)
-    with UpProgress(stderr_console()) as progress:
+    with JsonEvents() if arguments.json else UpProgress(stderr_console()) as progress:
         ended = take_down(run, watcher=progress)
+    if isinstance(progress, JsonEvents):
+        progress.event("down", run=str(run.path), jobs=ended)
+        return 0
     jobs = f"{ended} job{'' if ended == 1 else 's'} ended"
     print(f"{run.path} is down; {jobs}" if ended else f"nothing ran in {run.path}")
     return 0

@@ -5,7 +5,6 @@ import logging
 import os
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
 from hpc_router.cli.output import print_lines, print_value, print_warnings
@@ -50,20 +49,30 @@ def apply(arguments: argparse.Namespace) -> int:
     hpc-router apply --previous                                      undo the last `apply`
     hpc-router apply                                                 move the run to this version of hpc-router
     """
+    from hpc_router.cli.json_events import JsonEvents
+    from hpc_router.cli.tables import TextProgress
     from hpc_router.cluster.commands.apply import find_change, roll_out, write_change
 
     run, folder = find_run(arguments.run), arguments.config_dir
-    change = find_change(run, arguments.overrides, config_dir=folder, previous=arguments.previous)
-    print_value(change.to_json()) if arguments.json else print_lines(change.lines())
-    if arguments.dry_run:
-        return 0
-    control = write_change(change)
-    show = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
-    if control.preview().desired.down:
-        show(f"no job runs: `hpc-router up --run {shlex.quote(str(run.path))}` starts them with this config")
-    elif not arguments.no_wait:
-        roll_out(control, show)
-        show("every job has this config")
+    with JsonEvents() if arguments.json else TextProgress() as progress:
+        change = find_change(run, arguments.overrides, config_dir=folder, previous=arguments.previous)
+        if isinstance(progress, JsonEvents):
+            progress.event("change", **change.to_json())
+        else:
+            print_lines(change.lines())
+        if arguments.dry_run:
+            return 0
+        control = write_change(change)
+        if control.preview().desired.down:
+            progress.text(
+                f"no job runs: `hpc-router up --run {shlex.quote(str(run.path))}` starts them with this config"
+            )
+        elif not arguments.no_wait:
+            roll_out(control, progress.text)
+            if isinstance(progress, JsonEvents):
+                progress.event("applied", run=str(run.path))
+            else:
+                progress.text("every job has this config")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -257,6 +258,32 @@ class UpProgress:
         elif line and self._printed.get("") != line:
             self._printed[""] = line
             self._console.print(f"ending {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+class TextProgress:
+    """Shows the last of several texts on a terminal, with a sign that the verb still works; elsewhere prints each as a
+    line."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+        self._status: Status | None = None
+
+    def __enter__(self) -> "TextProgress":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def text(self, text: str) -> None:
+        if not self._console.is_terminal:
+            print(text, flush=True)
+            return
+        if self._status is None:
+            self._status = self._console.status("")
+            self._status.start()
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._status.update(Text(text))
 
 
 def _failure(view: ReplicaView) -> str:

@@ -5,6 +5,7 @@ Every error names the key and what is valid. Nothing here depends on the machine
 
 import ipaddress
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Final
 from urllib.parse import urlsplit
@@ -162,10 +163,25 @@ def _check_cluster(cluster: ClusterConfig) -> None:
         check_fabric(cluster.fabric)
     if cluster.stage_to is not None:
         check_not_empty("cluster.stage_to", cluster.stage_to)
+    if cluster.notify is not None:
+        notify_command(cluster.notify)
     if cluster.kind == "local":
         _check_no_slurm(cluster)
     check_options("cluster", cluster, warn_s=cluster.warn_s)
     check_script(cluster)
+
+
+def notify_command(notify: str) -> list[str] | None:
+    """Returns the words of the command in `cluster.notify`; None if the value is a mail address. Raises ConfigError if
+    it is neither."""
+    key = "cluster.notify"
+    try:
+        words = shlex.split(notify)
+    except ValueError as error:
+        raise ConfigError(f"{key}={notify}: not a command: {error}", key=key) from error
+    if not words:
+        raise ConfigError(f"{key}: it is empty (valid: a mail address, or a command with arguments)", key=key)
+    return None if len(words) == 1 and "@" in words[0] and "/" not in words[0] else words
 
 
 def _check_no_slurm(cluster: ClusterConfig) -> None:

@@ -38,6 +38,16 @@ def test_prompts_reach_the_expert_of_their_domain(sim: Deployed) -> None:
             assert ask(client, "hi", model=name)[1]["x-expert"] == name
 
 
+def test_progress_for_scripts(sim: Deployed) -> None:
+    """`up` of a deployment that serves already has the same events as at its start, and nothing else on stdout."""
+    events = [json.loads(line) for line in sim.up("--json").stdout.splitlines()]
+    assert events[0]["event"] == "run"
+    replicas = [event for event in events if event["event"] == "replica"]
+    assert {event["expert"] for event in replicas} >= {*PROMPTS, "generalist"}
+    assert {event["state"] for event in replicas} == {"ready"}
+    assert (events[-1]["event"], events[-1]["url"], events[-1]["failed"]) == ("serving", f"{sim.url}/v1", [])
+
+
 def test_later_turns_stay_where_the_first_went(sim: Deployed) -> None:
     turns = [
         {"role": "user", "content": PROMPTS["medicine"]},

@@ -6,7 +6,7 @@ replica will have one, and lists the handovers that are due or in progress. Thei
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -123,13 +123,14 @@ def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
 
 
 class ForecastFiles:
-    """The writer of `estimates.json` and `forecast.json`."""
+    """The writer of `estimates.json` and `forecast.json`. `handovers`: those of the last `write`."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._estimates: dict[str, Any] | None = None
         self._forecast: dict[str, Any] | None = None
         self._written_at = 0.0
+        self.handovers: Sequence[PlannedHandover] = ()
 
     def write(
         self,
@@ -150,6 +151,7 @@ class ForecastFiles:
             self._estimates = estimates
             replace_json(self._run.estimates_json, estimates)
         expected, handovers, starting = forecast(observed, due, durations, now)
+        self.handovers = handovers
         content = {
             "experts": {expert: asdict(found) for expert, found in expected.items()},
             "handovers": [asdict(planned) for planned in handovers],

@@ -29,6 +29,7 @@ from hpc_router.cluster.control_loop.forecast import ForecastFiles
 from hpc_router.cluster.control_loop.handover import Due, Durations, measured, schedule, served_until_ready
 from hpc_router.cluster.control_loop.job_requests import job_requests
 from hpc_router.cluster.control_loop.node_exclusion import NodeExclusion
+from hpc_router.cluster.control_loop.notices import Notifier, problems
 from hpc_router.cluster.control_loop.observer import RunObserver
 from hpc_router.cluster.control_loop.reconcile import (
     Action,
@@ -108,6 +109,7 @@ class ControlLoop:
         self._forecast = ForecastFiles(run)
         self._nodes = NodeExclusion(run, self.deployment, clock=clock)
         self._retention = Retention(run, self.deployment.cluster, clock=clock)
+        self._notifier = Notifier(run, self.deployment.cluster.notify, clock=clock)
         self._released: set[str] = set()
         self._handed_over: set[str] = set()
         self._revisions: Mapping[str, str] | None = None
@@ -153,8 +155,9 @@ class ControlLoop:
         return replace(seen, submitted=submitted, refused=refused)
 
     def publish(self, seen: LoopPass) -> None:
-        """Writes the expected times, node exclusions and completed handovers of the pass, and removes old generations.
-        Only the leading loop calls this."""
+        """Tells new problems, writes the expected times, node exclusions and completed handovers of the pass, and
+        removes old generations. Only the leading loop calls this."""
+        self._notifier.look(problems(seen.given_up, self._forecast.handovers, self.run.space_error()))
         partitions = {
             expert: partition_of(self.deployment, expert) for expert in {slot.expert for slot in seen.desired.slots()}
         }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.config.schema import Deployment
-from hpc_router.router.metrics import LATENCY_BOUNDS_S, Metrics
+from hpc_router.router.metrics import LATENCY_BOUNDS_S, TOKEN_BOUNDS_S, Metrics
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.settings import LIVE
 from hpc_router.state.atomic_files import load_json
@@ -37,22 +37,25 @@ Requests = Mapping[tuple[str, str, str], int]
 
 @dataclass(frozen=True, slots=True)
 class CounterSample:
-    """The counters at one time. `first_byte` and `queued`: the counts of each bucket of the histograms, by expert."""
+    """The counters at one time. `first_byte`, `queued` and `token_time`: the counts of each bucket of the histograms,
+    by expert."""
 
     at: float
     requests: Requests
     broken: Mapping[str, int]
     first_byte: Mapping[str, Sequence[int]]
     queued: Mapping[str, Sequence[int]]
+    token_time: Mapping[str, Sequence[int]]
 
     @classmethod
     def of(cls, counted: Metrics, at: float) -> "CounterSample":
         requests = {(labels[0], labels[1], labels[2]): count for labels, count in counted.requests.items()}
         broken = {labels[0]: count for labels, count in counted.broken.items()}
-        return cls(at, requests, broken, counted.first_byte.totals(), counted.queued.totals())
+        histograms = (counted.first_byte.totals(), counted.queued.totals(), counted.token_time.totals())
+        return cls(at, requests, broken, *histograms)
 
 
-EMPTY: Final = CounterSample(0.0, {}, {}, {}, {})
+EMPTY: Final = CounterSample(0.0, {}, {}, {}, {}, {})
 
 
 @dataclass(slots=True)
@@ -93,6 +96,7 @@ class Traffic:
             "failed_per_s": self._per_s(failed),
             "first_byte_s": _quantiles(first.first_byte.get(expert), last.first_byte.get(expert)),
             "queue_s": _quantiles(first.queued.get(expert), last.queued.get(expert)),
+            "token_s": _quantiles(first.token_time.get(expert), last.token_time.get(expert), TOKEN_BOUNDS_S),
         }
 
     def routes(self) -> list[dict[str, Any]]:
@@ -117,28 +121,30 @@ def _shrank(before: CounterSample, now: CounterSample) -> bool:
     return any(now.requests.get(key, 0) < count for key, count in before.requests.items())
 
 
-def _quantiles(before: Sequence[int] | None, now: Sequence[int] | None) -> dict[str, float] | None:
-    """Returns the median and the 99th percentile in seconds of the values that a histogram got between two states of
-    its buckets, `before` and `now`; None if it got none."""
+def _quantiles(
+    before: Sequence[int] | None, now: Sequence[int] | None, bounds: Sequence[float] = LATENCY_BOUNDS_S
+) -> dict[str, float] | None:
+    """Returns the median and the 99th percentile in seconds of the values that a histogram with these bucket `bounds`
+    got between two states of its buckets, `before` and `now`; None if it got none."""
     if now is None:
         return None
     added = [b - a for a, b in zip(before or [0] * len(now), now, strict=True)]
     if not any(added):
         return None
-    return {"p50": _quantile(added, 0.5), "p99": _quantile(added, 0.99)}
+    return {"p50": _quantile(added, 0.5, bounds), "p99": _quantile(added, 0.99, bounds)}
 
 
-def _quantile(counts: Sequence[int], share: float) -> float:
+def _quantile(counts: Sequence[int], share: float, bounds: Sequence[float]) -> float:
     """Returns a quantile in seconds. Values are taken as evenly spread within a bucket, as Prometheus's
     `histogram_quantile` does; those above the last bound count as the last bound."""
     ranks = list(accumulate(counts))
     wanted = share * ranks[-1]
     at = bisect_left(ranks, wanted)
-    if at >= len(LATENCY_BOUNDS_S):
-        return float(LATENCY_BOUNDS_S[-1])
-    low = LATENCY_BOUNDS_S[at - 1] if at else 0.0
+    if at >= len(bounds):
+        return float(bounds[-1])
+    low = bounds[at - 1] if at else 0.0
     below = ranks[at - 1] if at else 0
-    return round(low + (LATENCY_BOUNDS_S[at] - low) * (wanted - below) / counts[at], 4)
+    return round(low + (bounds[at] - low) * (wanted - below) / counts[at], 4)
 
 
 @dataclass(frozen=True, slots=True)

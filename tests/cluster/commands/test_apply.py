@@ -148,6 +148,6 @@ def test_the_config_of_a_run_that_is_down_is_for_the_next_up(run: RunDir, capsys
     assert f"no job runs: `hpc-router up --run {run.path}` starts them with this config" in capsys.readouterr().out
     assert frozen.read(run.config).experts["math"].engine.options["seed"] == 1
     assert main(["apply", "--json", "--run", str(run.path), "experts.math.engine.options.seed=2"]) == 0
-    displayed = capsys.readouterr()
-    assert json.loads(displayed.out)["replaced"] == ["math"]
-    assert "no job runs" in displayed.err
+    change, told = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (change["event"], change["replaced"]) == ("change", ["math"])
+    assert "no job runs" in told["text"]

@@ -64,6 +64,15 @@ def test_two_samples_give_what_happened_between_them() -> None:
     ]
 
 
+def test_the_time_per_token_has_buckets_of_its_own() -> None:
+    metrics = counted(math=1)
+    for _ in range(10):
+        metrics.token_time.add(0.0125, "math")
+    found = traffic(CounterSample.of(metrics, 5.0))
+    assert found.of_expert("math")["token_s"] == {"p50": 0.0125, "p99": 0.0149}
+    assert found.of_expert("law")["token_s"] is None
+
+
 def test_the_window_slides_and_ends_with_a_pause_or_with_lost_counts() -> None:
     samples = [CounterSample.of(counted(math=number), float(at)) for number, at in enumerate(range(0, 180, 20))]
     assert traffic(*samples).window_s == 60.0
