@@ -663,7 +663,7 @@ async def test_a_stream_of_a_lost_replica_ends_with_an_error_event(
     act = stream([event("a")], then="hang")
     async with (
         fake_replica(run, "math-0.g1", act) as hung,
-        a_router(run, a_deployment("math", probe_timeout_s=0.1)) as router,
+        a_router(run, a_deployment("math", probe_timeout_s=1)) as router,
     ):
         await ready(router)
         call = asyncio.create_task(post(router, chat(stream=True)))
