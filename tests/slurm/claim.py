@@ -13,6 +13,7 @@ that it is of this cluster's folder: by its address, its home, its name. This mo
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.slurm.host import SlurmClusterError, booted, command, power_off, unplug
+from tests.support.waiting import eventually_sync
 
 CLAIMS: Final = Path("/run/hpcr-slurm")
 NUMBERS: Final = range(1, 251)
@@ -173,15 +175,25 @@ def _remove(number: int, folder: Path) -> None:
             power_off(pid)
     frozen = freezer_of(folder)
     if frozen is not None and frozen.exists():
-        for path in sorted((path for path in frozen.rglob("*") if path.is_dir()), reverse=True):
-            path.rmdir()
-        frozen.rmdir()
+        for path in (*sorted((path for path in frozen.rglob("*") if path.is_dir()), reverse=True), frozen):
+            eventually_sync(lambda: _is_removed(path), within_s=10)  # noqa: B023
     if _is_bridge_of(number, folder):
         for link in DEVICES.glob(f"{bridge_of(number)}[a-z]*"):
             unplug(link.name)
         command(["ip", "link", "delete", bridge_of(number)])
     if (user := _user(number)) is not None and Path(user.pw_dir) == folder / "home":
         command(["userdel", user_of(number)])
+
+
+def _is_removed(folder: Path) -> bool:
+    """Removes a folder of the freezer, unless a process that was killed is still in it."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def make_folder(given: Path | None) -> Path:

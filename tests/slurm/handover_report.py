@@ -138,16 +138,20 @@ def main() -> int:
         print(f"needs {lack}", file=sys.stderr)
         return 1
     load, rows = LoadSize(chosen.streams, chosen.per_s), list[Row]()
+
+    def show(*found: Row) -> None:
+        print("\n".join([*(() if rows else HEAD), *map(str, found)]), flush=True)
+        rows.extend(found)
     with mounted_disk() as disk, SlurmCluster(proctrack="cgroup") as cluster:
         deploy = partial(on_slurm, cluster, shared=disk)
         if chosen.part in (None, "walltime"):
             with deploy("walltime", *OVERRIDES, f"cluster.walltime={chosen.walltime}", "cluster.ask_s=10") as deployed:
-                rows += asyncio.run(walltime_ends(deployed, load))
+                show(*asyncio.run(walltime_ends(deployed, load)))
         if chosen.part in (None, "incidents"):
             cluster.run(["scontrol", "update", "PartitionName=batch", f"GraceTime={GRACE_S}"])
             with deploy("incidents", *OVERRIDES, "cluster.walltime=120") as deployed:
-                rows += [asyncio.run(incident(deployed, load, one)) for one in incidents(away_s=120, stalled_s=60)]
-    print("\n".join([*HEAD, *map(str, rows)]))
+                for one in incidents(away_s=120, stalled_s=60):
+                    show(asyncio.run(incident(deployed, load, one)))
     return int(any(one.bad for one in rows))
 
 
