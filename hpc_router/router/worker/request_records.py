@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BATCH: Final = 128
-"""Number of lines that are written at once."""
+BATCH: Final = 2048
+"""Number of lines after which they are written before `FLUSH_S` has passed. It is large, because each write wakes the
+file thread, to which the event loop then passes the interpreter for a moment."""
 FLUSH_S: Final = 0.5
 """Maximum time in seconds between the end of a request and the write of its record."""
 ANSWERED: Final = "answered"
