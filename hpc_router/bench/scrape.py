@@ -13,7 +13,7 @@ from typing import Final
 from hpc_router.errors import ConfigError
 from hpc_router.relay import memory_tuning
 from hpc_router.router.control.continuity import Continuity
-from hpc_router.router.control.engine_metrics import EngineMetrics
+from hpc_router.router.control.engine_metrics import EngineLoads
 from hpc_router.router.ipc import messages
 from hpc_router.router.metrics import Metrics, gauges
 from hpc_router.router.replicas.engine_load import EngineLoad
@@ -52,7 +52,7 @@ def measure_scrapes(*, replicas: int, experts: int, workers: int, scrapes: int) 
     table = ReplicaTable()
     for number in range(replicas):
         table.put(_replica(names[number % experts], number // experts))
-    engines, continuity = EngineMetrics(table, lambda: None), Continuity(near_end_s=60.0)
+    engines, continuity = EngineLoads(table, lambda: None), Continuity(near_end_s=60.0)
     for replica in table.all():
         engines.learn(replica, EngineLoad(3.0, 1.0, 0.5, 1e6, 5e5))
     continuity.update(table)

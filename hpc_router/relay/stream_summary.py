@@ -86,7 +86,7 @@ _USAGE: Final = b'"usage"'
 _KEY: Final = b'"usage":'
 _loads: Final = orjson.loads
 _tokens_of: Final = itemgetter("prompt_tokens", "completion_tokens")
-_new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
+new_usage: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
 
 
 def stated_usage(data: bytes | bytearray) -> Usage | None:
@@ -102,7 +102,7 @@ def stated_usage(data: bytes | bytearray) -> Usage | None:
             if type(prompt) is type(generated) is int and prompt >= 0 <= generated:  # the usual case
                 details = usage.get("prompt_tokens_details")
                 cached = None if details is None else _count(details.get("cached_tokens"))
-                return _new_tuple(Usage, (prompt, generated, cached))
+                return new_usage(Usage, (prompt, generated, cached))
         except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
             pass
     elif data.find(_USAGE) < 0:

@@ -48,6 +48,14 @@ def test_progress_for_scripts(sim: Deployed) -> None:
     assert (events[-1]["event"], events[-1]["url"], events[-1]["failed"]) == ("serving", f"{sim.url}/v1", [])
 
 
+def test_the_router_reads_the_metrics_of_the_engines(sim: Deployed) -> None:
+    """Through the agents, with the replicas' keys."""
+    loads = eventually_sync(
+        lambda: [r["engine_load"] for r in sim.replicas("math") if r["engine_load"] is not None], every_s=0.5
+    )
+    assert all(load["running"] is not None and 0 <= load["kv_use"] <= 1 for load in loads)
+
+
 def test_later_turns_stay_where_the_first_went(sim: Deployed) -> None:
     turns = [
         {"role": "user", "content": PROMPTS["medicine"]},

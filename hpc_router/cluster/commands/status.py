@@ -17,7 +17,17 @@ from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
-_ROUTER_KEYS = ("in_flight", "capacity", "models", "silent", "trouble", "error_share", "first_byte_s", "sick")
+_ROUTER_KEYS = (
+    "in_flight",
+    "capacity",
+    "models",
+    "silent",
+    "trouble",
+    "error_share",
+    "first_byte_s",
+    "sick",
+    "engine_load",
+)
 
 
 def status(run: RunDir) -> dict[str, Any]:

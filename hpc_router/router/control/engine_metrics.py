@@ -31,7 +31,7 @@ AT_ONCE: Final = 8
 
 
 @dataclass(slots=True)
-class EngineMetrics:
+class EngineLoads:
     """The readings of all engines, and the tokens that their prefix caches had, by expert. An expert is the owner of
     the job; adapters count for their host. `on_read` is called after each burst that has changed a load."""
 

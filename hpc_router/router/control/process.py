@@ -25,7 +25,7 @@ from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.control.continuity import Continuity
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
-from hpc_router.router.control.engine_metrics import EngineMetrics
+from hpc_router.router.control.engine_metrics import EngineLoads
 from hpc_router.router.control.overview import SAMPLE_S, CounterSample, RunFiles, Traffic, overview, read_run_files
 from hpc_router.router.control.predecessor import Predecessor, handover_page
 from hpc_router.router.control.record_limit import limit_records_forever
@@ -87,7 +87,7 @@ class ControlProcess:
     workers: Workers = field(init=False)
     continuity: Continuity = field(init=False)
     predecessor: Predecessor = field(init=False)
-    engines: EngineMetrics = field(init=False)
+    engines: EngineLoads = field(init=False)
     lease: Lease | None = None
     own_metrics: Metrics = field(default_factory=Metrics)
     """The counts of this process itself."""
@@ -111,7 +111,7 @@ class ControlProcess:
         self.workers = Workers(self.table, self.counters, self, self._settings(), self.deployment.experts)
         self.predecessor = Predecessor(self.replica, self.run.secret(), self.workers.sessions, self.continuity)
         self.workers.on_unknown_session = self.predecessor.fetch
-        self.engines = EngineMetrics(self.table, self.workers.publish_soon)
+        self.engines = EngineLoads(self.table, self.workers.publish_soon)
         self.registry_file = RegistryFile(self.run, self.replica, self.files)
         self.discovery = Discovery(
             self.run, self.deployment.router, self.table, on_snapshot=self._registry_read, files=self.files,

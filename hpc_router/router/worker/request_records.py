@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BATCH: Final = 128
-"""Number of lines that are written at once."""
+BATCH: Final = 2048
+"""Number of lines after which they are written before `FLUSH_S` has passed. It is large, because each write wakes the
+file thread, to which the event loop then passes the interpreter for a moment."""
 FLUSH_S: Final = 0.5
 """Maximum time in seconds between the end of a request and the write of its record."""
 ANSWERED: Final = "answered"
@@ -41,13 +42,15 @@ CANCELLED: Final = "cancelled"
 """How a request ended: with the complete response of a replica, with an error response of the router, with a failure
 after the first byte, or with the client's disconnect."""
 _MAX_STARTS: Final = 4096
+_PARTS: Final = 4
+"""Number of parts in which lines are kept until they are written, since joining each line would cost a copy."""
 _NO_USAGE: Final = Usage(None, None)
 _dumps: Final = orjson.dumps
 
 
 def _members(value: dict[str, Any]) -> bytes:
-    """Returns the members of `value` as JSON without brackets."""
-    return _dumps(value)[1:-1]
+    """Returns the members of `value` as JSON without brackets, and a comma."""
+    return _dumps(value)[1:-1] + b","
 
 
 _NOT_DECIDED: Final = _members(dict.fromkeys(("cluster", "score", "margin", "runner_up")))
@@ -66,9 +69,10 @@ class RequestRecords:
     ) -> None:
         self._files, self._metrics = files, metrics
         self._records, self._samples = LineFile(run.records, writer), LineFile(run.samples, writer)
-        self._lines: list[bytes] = []
+        self._parts: list[bytes] = []  # of the lines that are not written yet
         self._sampled: list[bytes] = []
         self._starts: dict[tuple[object, ...], bytes] = {}  # of lines: the members that many requests have in common
+        self._to_wall = time.time() - time.perf_counter()
         self._timer: asyncio.TimerHandle | None = None
         self._posted = self._written = 0  # bytes; `_written` is changed by the file thread only, as is `_failed`
         self._failed = self._counted = 0  # lines that could not be written; those of them that are counted
@@ -117,16 +121,18 @@ class RequestRecords:
         ending = _dumps(
             {
                 "id": routed.request_id,
-                "at": time.time() - elapsed_s,
+                "at": started + self._to_wall,
                 "prompt_tokens": prompt,
                 "cached_tokens": cached,
                 "generated_tokens": generated,
                 "queue_s": routed.queued_s,
                 "first_byte_s": routed.first_byte_s,
                 "total_s": elapsed_s,
-            }
+            },
+            None,
+            orjson.OPT_APPEND_NEWLINE,
         )
-        self._add(b"%b,%b,%b,%b\n" % (self._starts.get(key) or self._new_start(key), decision, failures, ending[1:]))
+        self._add((self._starts.get(key) or self._new_start(key), decision, failures, ending[1:]))
         if self._share and status is not None and 200 <= status < 300 and random.random() < self._share:
             self._sample(routed, expert, reason)
 
@@ -137,24 +143,25 @@ class RequestRecords:
         start = _line_start((None, path, None, False, None, None, user, None, status, REFUSED, None))
         failures = _members({"error": error, "attempts": 0, "failed": []})
         ending = _dumps(dict.fromkeys(_LAST_KEYS) | {"id": request_id, "at": time.time()})
-        self._add(b"%b,%b,%b,%b\n" % (start, _NOT_DECIDED, failures, ending[1:]))
+        self._add((start, _NOT_DECIDED, failures, ending[1:] + b"\n"))
 
     def feedback(self, request_id: str, score: float, *, user: str | None) -> None:
         """Records the score that a client gives to an earlier request."""
         if self.enabled:
             line = {"kind": "feedback", "id": request_id, "at": time.time(), "user": user, "score": score}
-            self._add(_dumps(line) + b"\n")
+            self._add((_dumps(line), b"\n", b"", b""))
 
     def flush(self) -> None:
         """Passes all lines to the file thread."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        lines, self._lines = self._lines, []
+        parts, self._parts = self._parts, []
         sampled, self._sampled = self._sampled, []
         lost = self._failed - self._counted
         self._counted += lost
-        lost += self._post(self._records, lines) + self._post(self._samples, sampled)
+        lost += self._post(self._records, parts, len(parts) // _PARTS)
+        lost += self._post(self._samples, sampled, len(sampled))
         if lost:
             self._metrics.records_lost.add_many(lost)
 
@@ -164,12 +171,14 @@ class RequestRecords:
         self._files.post(self._records.close)
         self._files.post(self._samples.close)
 
-    def _add(self, line: bytes) -> None:
-        lines = self._lines
-        lines.append(line)
+    def _add(self, line: tuple[bytes, bytes, bytes, bytes]) -> None:
+        """Adds a line, given in `_PARTS` parts."""
+        parts = self._parts
+        parts += line
         if self._timer is None:
+            self._to_wall = time.time() - time.perf_counter()
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
-        if len(lines) >= BATCH:
+        if len(parts) >= BATCH * _PARTS:
             self.flush()
 
     def _new_start(self, key: tuple[Any, ...]) -> bytes:
@@ -185,14 +194,14 @@ class RequestRecords:
             row["prompt"] = text.encode("utf-8", "replace").decode()  # without surrogates
             self._sampled.append(_dumps(row) + b"\n")
 
-    def _post(self, file: LineFile, lines: list[bytes]) -> int:
-        """Passes these lines to the file thread. Returns how many of them were dropped instead."""
-        data = b"".join(lines)
+    def _post(self, file: LineFile, parts: list[bytes], count: int) -> int:
+        """Passes `count` lines, given in parts, to the file thread. Returns how many of them were dropped instead."""
+        data = b"".join(parts)
         if self._posted - self._written + len(data) > MAX_UNWRITTEN_BYTES:
-            return len(lines)
+            return count
         if data:
             self._posted += len(data)
-            self._files.post(partial(self._write, file, data, len(lines)))
+            self._files.post(partial(self._write, file, data, count))
         return 0
 
     def _write(self, file: LineFile, data: bytes, count: int) -> None:
@@ -207,7 +216,7 @@ class RequestRecords:
 
 
 def _line_start(key: tuple[Any, ...]) -> bytes:
-    """Returns the start of a record, which many requests have in common, without a comma at its end. `key`: replica,
+    """Returns the start of a record, which many requests have in common. `key`: replica,
     path, model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and source of
     the number of generated tokens."""
     replica, path, model, stream, expert, reason, user, artefact, status, outcome, source = key

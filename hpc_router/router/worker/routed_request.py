@@ -21,7 +21,7 @@ from hpc_router.relay.downstream.interface import (
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
-from hpc_router.relay.stream_summary import StreamSummary, Usage, stated_usage
+from hpc_router.relay.stream_summary import StreamSummary, Usage, new_usage, stated_usage
 from hpc_router.relay.upstream.interface import (
     PendingRequest,
     ResponseCallback,
@@ -394,7 +394,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if usage is None or usage.generated is None:
             if not summary.streamed:
                 return usage, None
-            usage = Usage(None if usage is None else usage.prompt, summary.generated())
+            usage = new_usage(Usage, (None if usage is None else usage.prompt, summary.generated(), None))
             source = TokenSource.CHUNKS
         self.count_tokens(expert, usage, source)
         assert usage.generated is not None

@@ -175,7 +175,8 @@ async def test_each_api_is_served_and_refused_in_its_own_error_shape(socket_fold
 async def test_bodies_are_relayed_unchanged_and_without_the_key(socket_folder: Path) -> None:
     raw = b'{ "model":"sim",\n "messages" :[{"role":"user","content":"\\u03c9"}], "future": [1,  2.50], "max_tokens":3}'
     async with running(socket_folder) as at:
-        headers = {"content-type": "application/json", "x-request-id": "r-1", "cookie": "a=b"}
+        parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+        headers = {"content-type": "application/json", "x-request-id": "r-1", "cookie": "a=b", "traceparent": parent}
         async with at.session.post(protocol.CHAT, data=raw, headers=headers) as response:
             assert response.status == 200
             assert response.headers["x-simulated"] == "true"
@@ -184,6 +185,7 @@ async def test_bodies_are_relayed_unchanged_and_without_the_key(socket_folder: P
         assert seen.body == raw
         names = {name.decode().lower(): value.decode() for name, value in seen.headers}
         assert names["x-request-id"] == "r-1"
+        assert names["traceparent"] == parent
         assert not {"authorization", "cookie"} & set(names)
         assert names["accept-encoding"] == "identity"
 

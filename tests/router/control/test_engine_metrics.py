@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hpc_router.net.http_client import session
 from hpc_router.router.control import engine_metrics
-from hpc_router.router.control.engine_metrics import EngineMetrics
+from hpc_router.router.control.engine_metrics import EngineLoads
 from hpc_router.router.replicas.engine_load import EngineLoad
 from hpc_router.sim import SimConfig, SimServer
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica
@@ -64,7 +64,7 @@ async def test_the_simulated_engine_tells_its_load() -> None:
 def test_prefix_hits_are_counted_from_the_first_reading() -> None:
     """Across a restart of the engine, whose counter begins again, and a reading that failed."""
     first, second = replica("math-0.g1"), replica("math-1.g1")
-    engines = EngineMetrics(table_of(first, second), lambda: None)
+    engines = EngineLoads(table_of(first, second), lambda: None)
     for one, hits in ((first, 500.0), (first, 800.0), (second, 0.0), (first, 100.0), (second, 30.0)):
         engines.learn(one, EngineLoad(prefix_hits=hits, prefix_queries=2 * hits))
     assert engines.prefix_hits == {"math": 300.0 + 100.0 + 30.0}
