@@ -103,8 +103,8 @@ class RequestRecords:
         if expert != routed.experts[0]:
             reason = RouteReason.UNAVAILABLE
         key = (
-            replica, routed.endpoint.path, fields["model"], fields.get("stream") is True, expert, reason, routed.user,
-            routed.artefact, status, outcome, source,
+            replica, routed.endpoint.path, routed.endpoint.request_class, fields["model"],
+            fields.get("stream") is True, expert, reason, routed.user, routed.artefact, status, outcome, source,
         )  # fmt: skip
         decision, failures = _NOT_DECIDED, _NO_FAILURES
         if routed.decision is not None:
@@ -208,9 +208,9 @@ class RequestRecords:
 
 def _line_start(key: tuple[Any, ...]) -> bytes:
     """Returns the start of a record, which many requests have in common, without a comma at its end. `key`: replica,
-    path, model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and source of
+    path, class, model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and source of
     the number of generated tokens."""
-    replica, path, model, stream, expert, reason, user, artefact, status, outcome, source = key
+    replica, path, request_class, model, stream, expert, reason, user, artefact, status, outcome, source = key
     name = served = revision = job = node = None
     if replica is not None:
         record = replica.record
@@ -219,7 +219,7 @@ def _line_start(key: tuple[Any, ...]) -> bytes:
     members = {
         "kind": "request",
         "user": user,
-        "class": None,
+        "class": request_class.label,
         "path": path,
         "model": model,
         "stream": stream,
