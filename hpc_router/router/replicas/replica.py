@@ -102,6 +102,7 @@ class Replica:
     routing_lines: dict[tuple[str, str], bytes] = field(default_factory=dict)  # expert, reason -> response headers
     address: Address = field(init=False)
     capacity: int = field(init=False)
+    nearly_full: int = field(init=False)  # load from which free places are first for requests that wait at any worker
     by_priority: bool = field(init=False)  # its engine orders requests by their `priority`
 
     def __post_init__(self) -> None:
@@ -112,6 +113,7 @@ class Replica:
         """Replaces the record with a newer one of the same server process, and sets the capacity from it."""
         self.record = record
         self.capacity = record.capacity or DEFAULT_CAPACITY
+        self.nearly_full = self.capacity - self.capacity // 8 - 1
         self.by_priority = record.engine.priority is True
 
     def is_at(self, record: Record) -> bool:

@@ -256,19 +256,21 @@ class ReplicaTable:
                 if self._line.queues:  # places that other workers released go to the waiting requests first
                     for replica in replicas:
                         self.offer(replica)
-                for row in self.order.peers:
-                    if row[WAITING_AT_ALL] and self._line.others_wait(expert, self._is_open):
+            if self.bounds.limits_experts:
+                if not self._is_open(expert, request_class):
+                    if self.has_ready(expert, avoid):
                         return None
-            if self.bounds.limits_experts and not self._is_open(expert, request_class):
-                if self.has_ready(expert, avoid):
+                    continue
+                if self._others_first(expert):
                     return None
-                continue
             if len(replicas) == 1:
                 replica = replicas[0]
                 if replica.state is not READY or replica in avoid or replica is not (only or replica):
                     continue
-                busy = len(replica.reservations) + replica.peer_in_flight >= replica.capacity
-                return None if busy else (replica, expert)
+                load = len(replica.reservations) + replica.peer_in_flight
+                if load >= replica.nearly_full and (load >= replica.capacity or self._others_first(expert)):
+                    return None
+                return replica, expert
             if replicas:
                 fits = _has_room if only is None and not avoid else partial(_is_candidate, avoid=avoid, only=only)
                 if needed_s is not None and expert in self.lifetimes.expiring:
@@ -278,7 +280,8 @@ class ReplicaTable:
                     best = self._by_affinity(expert, replicas, affinity_slot(), fits)
                 best = best or power_of_two_choices(replicas, fits=fits, random=self.random)
                 if best is not None:
-                    return best, expert
+                    nearly_full = len(best.reservations) + best.peer_in_flight >= best.nearly_full
+                    return None if nearly_full and self._others_first(expert) else (best, expert)
                 if self.has_ready(expert, avoid):
                     return None
         return None
@@ -302,6 +305,10 @@ class ReplicaTable:
         """Returns whether the expert has as many requests in flight as its limit allows."""
         bound = self.bounds.in_flight.get(expert)
         return bound is not None and self.load(expert) >= bound
+
+    def _others_first(self, expert: str) -> bool:
+        """Returns whether the few free places of the expert are for requests that wait at other workers."""
+        return any(row[WAITING_AT_ALL] for row in self.order.peers) and self._line.others_wait(expert, self._is_open)
 
     def _is_open(self, expert: str, of: RequestClass) -> bool:
         """Returns whether the limits of the expert and of the class allow a further request in flight."""

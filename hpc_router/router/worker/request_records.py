@@ -134,7 +134,7 @@ class RequestRecords:
         """Records a request that the router refused before it chose an expert."""
         if not self.enabled:
             return
-        start = _line_start((None, path, None, False, None, None, user, None, status, REFUSED, None))
+        start = _line_start((None, path, None, None, False, None, None, user, None, status, REFUSED, None))
         failures = _members({"error": error, "attempts": 0, "failed": []})
         ending = _dumps(dict.fromkeys(_LAST_KEYS) | {"id": request_id, "at": time.time()})
         self._add(b"%b,%b,%b,%b\n" % (start, _NOT_DECIDED, failures, ending[1:]))
@@ -208,8 +208,8 @@ class RequestRecords:
 
 def _line_start(key: tuple[Any, ...]) -> bytes:
     """Returns the start of a record, which many requests have in common, without a comma at its end. `key`: replica,
-    path, class, model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and source of
-    the number of generated tokens."""
+    path, class, model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and
+    source of the number of generated tokens."""
     replica, path, request_class, model, stream, expert, reason, user, artefact, status, outcome, source = key
     name = served = revision = job = node = None
     if replica is not None:
@@ -219,7 +219,7 @@ def _line_start(key: tuple[Any, ...]) -> bytes:
     members = {
         "kind": "request",
         "user": user,
-        "class": request_class.label,
+        "class": None if request_class is None else request_class.label,
         "path": path,
         "model": model,
         "stream": stream,
