@@ -130,6 +130,15 @@ class UnavailableError(RoutingError):
     """No replica could serve the request within the time limit."""
 
 
+class ShedError(UnavailableError):
+    """The router is overloaded, and this request is of the lowest class. `limit`: the key of the router whose limit is
+    reached: max_waiting or max_in_flight."""
+
+    def __init__(self, message: str, *, limit: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
+
+
 class ScaledToZeroError(UnavailableError):
     """The expert has no replicas, because it was scaled to 0. Sending the request again does not help."""
 

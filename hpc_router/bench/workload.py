@@ -136,11 +136,11 @@ def share_of(total: int, job: int, jobs: int) -> int:
     return total // jobs + (job < total % jobs)
 
 
-def http_request(body: bytes, *, host: str, path: str, token: str) -> bytes:
-    """Returns a complete HTTP/1.1 request."""
+def http_request(body: bytes, *, host: str, path: str, token: str, more: str = "") -> bytes:
+    """Returns a complete HTTP/1.1 request. `more`: further header lines, each with its line end."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\n"
-        f"accept: */*\r\nuser-agent: hpc-router-bench\r\ncontent-length: {len(body)}\r\n\r\n"
+        f"accept: */*\r\nuser-agent: hpc-router-bench\r\ncontent-length: {len(body)}\r\n{more}\r\n"
     )
     return head.encode() + body
 

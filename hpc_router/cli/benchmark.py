@@ -16,12 +16,13 @@ def add_bench(verbs: "Verbs[Parser]") -> None:
         "bench",
         help="measure this installation; `hpc-router bench --help` lists the benchmarks",
         description="Measure this installation on this machine.",
-        epilog="examples:\n  hpc-router bench router --quick\n  hpc-router bench soak",
+        epilog="examples:\n  hpc-router bench router --quick\n  hpc-router bench soak\n  hpc-router bench fairness",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True, parser_class=Parser)
     _add_router(benchmarks)
     _add_soak(benchmarks)
+    _add_fairness(benchmarks)
     _add_agreement(benchmarks)
     _add_passes(benchmarks)
     _add_scrape(benchmarks)
@@ -136,6 +137,34 @@ def _bench_soak(arguments: argparse.Namespace) -> int:
     else:
         print_lines([markdown(results, plot="soak.svg").rpartition("\n![")[0].strip()])
     return 1 if results.failed else 0
+
+
+def _add_fairness(benchmarks: "Verbs[Parser]") -> None:
+    parser = add_verb(benchmarks, _bench_fairness, run=False, json=True)
+    parser.add_argument("--seconds", type=number, metavar="S", help="duration of each measured load (default 30)")
+    parser.add_argument("--flood", type=count, metavar="N", help="requests that fill the queue (default 2000)")
+    parser.add_argument("--rate", type=number, metavar="R", help="interactive streams per second (default 8)")
+    parser.add_argument("--workers", type=count, metavar="N", help="workers of the router (default 2)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the arrivals (default 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report (default: analysis/results)")
+
+
+def _bench_fairness(arguments: argparse.Namespace) -> int:
+    """measure what a user and interactive requests wait while others flood the router
+
+    hpc-router bench fairness
+    hpc-router bench fairness --flood 500 --workers 4
+    """
+    from hpc_router.bench.fairness import FairnessOptions, fairness
+    from hpc_router.bench.output import default_out
+
+    given = _given(arguments, "seconds", "flood", "rate", "workers", "seed")
+    results = fairness(FairnessOptions(out=arguments.out or default_out(), **given).checked(), stderr_console())
+    if arguments.json:
+        print_value(results.to_json())
+    else:
+        print_lines([results.markdown()])
+    return 0
 
 
 def _add_agreement(benchmarks: "Verbs[Parser]") -> None:

@@ -256,6 +256,24 @@ class PolicyConfig:
 
 
 @dataclass
+class ClassConfig:
+    """One class of requests."""
+
+    # Share of the places that become free, relative to the other class, while requests of both classes wait.
+    weight: float = bounded(1.0, 0.01, 1000)
+    # Maximum requests of the class in flight on one expert's replicas; further ones wait. Null: no limit.
+    max_in_flight: int | None = bounded(None, 1, 10**6)
+
+
+@dataclass
+class ClassesConfig:
+    """The classes of requests, which a request states in its header `x-priority`."""
+
+    interactive: ClassConfig = field(default_factory=lambda: ClassConfig(weight=10.0))  # requests without the header
+    batch: ClassConfig = field(default_factory=ClassConfig)  # requests that may wait; shed first
+
+
+@dataclass
 class RouterConfig:
     """The router: admission, balancing, failover and timeouts."""
 
@@ -277,6 +295,7 @@ class RouterConfig:
     hold_mb: float = bounded(8.0, 1e-6, 4096)
     max_in_flight: int = bounded(4096, 1, 10**6)  # maximum requests in the router, with waiting ones; then 429
     max_waiting: int = bounded(1024, 1, 10**6)  # maximum requests that wait for one expert; then 429
+    classes: ClassesConfig = field(default_factory=ClassesConfig)  # priorities of interactive and batch requests
     # A session keeps its replica while the replica's load is at most this factor of the expert's average; null: no
     # affinity. With 1.1, the loads of two replicas have a Jain fairness index of at least 0.99.
     pin_bound: float | None = bounded(1.1, 1, 1000)

@@ -11,7 +11,7 @@ CORS headers (by default vLLM allows every page) are not sent downstream.
 from collections.abc import Mapping
 from typing import Any, Final, overload
 
-from hpc_router.net.protocol import REQUEST_ID_HEADER
+from hpc_router.net.protocol import PRIORITY_HEADER, REQUEST_ID_HEADER
 
 HOP_BY_HOP: Final = frozenset(
     {
@@ -37,6 +37,7 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"host",
     b"origin",
     b"x-api-key",
+    PRIORITY_HEADER.encode(),
 }
 MAX_RETRY_AFTER_S: Final = 59
 """Maximum of a forwarded `Retry-After` in seconds. Official clients sleep for that time without a log line, even beyond

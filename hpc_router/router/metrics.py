@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from hpc_router.router.replicas.fair_order import CLASSES
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
 
@@ -184,6 +185,9 @@ class Metrics:
         self.limit_refusals = CounterCollector(
             "hpc_router_limit_refusals", "Requests refused by a limit of their token.", ("limit",)
         )
+        self.shed = CounterCollector(
+            "hpc_router_requests_shed", "Requests of the lowest class that were refused under overload.", ("limit",)
+        )
         self.tokens = CounterCollector(
             "hpc_router_tokens",
             "Generated tokens by the source of their number, and prompt tokens.",
@@ -280,16 +284,20 @@ def gauges(
     states = gauge("hpc_router_replicas", "Replicas of an expert by state.", labels=("expert", "standing"))
     text = "Requests that wait for a replica of an expert."
     waiting = gauge("hpc_router_requests_waiting", text, labels=("expert",))
+    text = "Requests of a class that wait for a replica of an expert."
+    class_waiting = gauge("hpc_router_class_requests_waiting", text, labels=("expert", "class"))
     table.refresh_peer_counts(table.all())
     for replica in table.all():
         load.add_metric((replica.name,), replica.load)
         capacity.add_metric((replica.name,), replica.capacity)
     for expert in sorted(table.experts()):
         waiting.add_metric((expert,), table.waiting(expert))
+        for of in CLASSES:
+            class_waiting.add_metric((expert, of.label), table.class_waiting(expert, of))
         waiting_bound.add_metric((expert,), table.bounds.waiting)
         expert_load.add_metric((expert,), table.load(expert))
         if expert in table.bounds.in_flight:
             expert_bound.add_metric((expert,), table.bounds.in_flight[expert])
         for state in RoutingState:
             states.add_metric((expert, state), sum(r.state is state for r in table.of(expert)))
-    yield from (load, capacity, expert_load, expert_bound, states, waiting, waiting_bound)
+    yield from (load, capacity, expert_load, expert_bound, states, waiting, waiting_bound, class_waiting)

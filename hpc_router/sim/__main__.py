@@ -92,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--load-s", float, default.load_s, "S", "time to load before it listens")
     parser.add_argument("--listen-while-loading", action="store_true", help="listen at once, answer 503 until loaded")
     add("--capacity", int, default.capacity, "N", "requests that run at once; others wait")
+    parser.add_argument(
+        "--scheduling-policy", choices=("fcfs", "priority"), default=default.scheduling_policy,
+        help="order of requests that wait: by arrival, or first by `priority`, the lowest value first (default fcfs)",
+    )  # fmt: skip
     add("--max-tokens-default", int, default.max_tokens_default, "N", "mean length of an answer that ends by itself")
     add("--max-model-len", int, default.max_model_len, "N", "longest prompt plus answer, in words")
     caching = default.enable_prefix_caching
@@ -137,6 +141,7 @@ def _config(arguments: argparse.Namespace) -> SimConfig:
         load_s=arguments.load_s,
         listen_while_loading=arguments.listen_while_loading,
         capacity=arguments.capacity,
+        scheduling_policy=arguments.scheduling_policy,
         max_tokens_default=arguments.max_tokens_default,
         max_model_len=arguments.max_model_len,
         enable_prefix_caching=arguments.enable_prefix_caching,

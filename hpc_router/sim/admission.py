@@ -1,4 +1,5 @@
-"""Admits requests: at most `capacity` requests run at the same time, and the others wait in order of arrival.
+"""Admits requests: at most `capacity` requests run at the same time, and the others wait in order of arrival, or of
+priority.
 
 One context manager (`admit`) holds a request from arrival to end and counts how it ended. The gauges therefore return
 to zero for any end (a disconnected client, a fault, an error). When the engine stops, `EngineStopped` is raised in a
@@ -10,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from hpc_router.sim.metrics import Outcome, RequestCounts, RequestPhase
 
@@ -47,12 +49,47 @@ class EngineStopped(Exception):
     """Raised when the engine stops. The response then ends after the tokens that were already produced."""
 
 
-class AdmissionQueue:
-    """The queue of one engine, which limits the running requests to `capacity` and counts all requests."""
+class Places:
+    """A limited number of places. A free place goes to the waiting request with the lowest priority value, and among
+    equal ones to the first."""
 
-    def __init__(self, *, capacity: int | None) -> None:
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._arrived = 0
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+
+    async def acquire(self, priority: int) -> None:
+        """Waits for a place."""
+        if self._free:
+            self._free -= 1
+            return
+        self._arrived += 1
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heappush(self._waiting, (priority, self._arrived, granted))
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.done() and not granted.cancelled():
+                self.release()  # granted in the same step as the cancellation
+            raise
+
+    def release(self) -> None:
+        while self._waiting:
+            granted = heappop(self._waiting)[2]
+            if not granted.done():
+                granted.set_result(None)
+                return
+        self._free += 1
+
+
+class AdmissionQueue:
+    """The queue of one engine, which limits the running requests to `capacity` and counts all requests. `by_priority`:
+    whether waiting requests are admitted by their priority."""
+
+    def __init__(self, *, capacity: int | None, by_priority: bool = False) -> None:
         self.counts = RequestCounts()
-        self._places = asyncio.Semaphore(capacity) if capacity is not None else None
+        self._places = Places(capacity) if capacity is not None else None
+        self._by_priority = by_priority
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
@@ -73,14 +110,14 @@ class AdmissionQueue:
         await self._idle.wait()
 
     @asynccontextmanager
-    async def admit(self, *, prompt_tokens: int) -> AsyncIterator[Ticket]:
+    async def admit(self, *, prompt_tokens: int, priority: int = 0) -> AsyncIterator[Ticket]:
         """Waits until the request may run, yields its ticket, and counts its outcome at the end."""
         ticket = Ticket(stopped=self._stopping)
         self._tickets.add(ticket)
         self._idle.clear()
         self.counts.waiting += 1
         try:
-            async with self._place(ticket):
+            async with self._place(ticket, priority if self._by_priority else 0):
                 self.counts.waiting -= 1
                 self.counts.running += 1
                 ticket.phase = RequestPhase.BEFORE_FIRST_TOKEN
@@ -104,13 +141,13 @@ class AdmissionQueue:
                 self._idle.set()
 
     @asynccontextmanager
-    async def _place(self, ticket: Ticket) -> AsyncIterator[None]:
+    async def _place(self, ticket: Ticket, priority: int) -> AsyncIterator[None]:
         """Waits for a free place and holds it during the block. If the engine stops, enters the block without a
         place."""
         places = None if ticket.stopped else self._places
         if places is not None:
             try:
-                await ticket.wait(places.acquire())
+                await ticket.wait(places.acquire(priority))
             except EngineStopped:
                 places = None
         try:

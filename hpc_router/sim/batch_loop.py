@@ -47,10 +47,10 @@ class BatchLoop:
     """The loop that runs the steps. `step_s`: sum of the predicted durations of all steps. `lost_s`: sum of the delays
     that later steps did not make up. Both in seconds."""
 
-    def __init__(self, engine: RooflineEngine, clock: Clock, pool: BlockPool) -> None:
+    def __init__(self, engine: RooflineEngine, clock: Clock, pool: BlockPool, *, by_priority: bool = False) -> None:
         self._engine, self._clock = engine, clock
         self._slowdown = engine.options.slowdown
-        self.batch = Batch(pool, engine.max_seqs, engine.max_tokens)
+        self.batch = Batch(pool, engine.max_seqs, engine.max_tokens, by_priority=by_priority)
         self._slots: dict[Sequence, BatchSlot] = {}
         self._has_work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -58,11 +58,11 @@ class BatchLoop:
 
     @asynccontextmanager
     async def slot(
-        self, prompt_tokens: int, hashes: Values[int] = (), *, reads: bool = True
+        self, prompt_tokens: int, hashes: Values[int] = (), *, reads: bool = True, priority: int = 0
     ) -> AsyncIterator[BatchSlot]:
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        sequence = self.batch.add(prompt_tokens, hashes, reads=reads)
+        sequence = self.batch.add(prompt_tokens, hashes, reads=reads, priority=priority)
         slot = self._slots[sequence] = BatchSlot(sequence)
         self._has_work.set()
         try:

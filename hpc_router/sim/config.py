@@ -1,7 +1,7 @@
 """The settings of a simulated engine, with all defaults, for the command line and for tests."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError
@@ -26,6 +26,7 @@ class SimConfig:
     # vLLM does not listen before it has loaded. True: listen at once, and answer 503 until then.
     listen_while_loading: bool = False
     capacity: int | None = None
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"  # order of requests that wait, as in vLLM
     max_tokens_default: int = 16  # mean length of an answer that ends by itself
     max_model_len: int = 131_072
     enable_prefix_caching: bool = True  # vLLM's default for models that generate text

@@ -3,9 +3,12 @@
 As in vLLM's scheduler, every sequence whose prompt is computed produces one token per step. The rest of the step's
 token budget goes to prompts, first come, first served, and cut where the budget ends (Orca, OSDI 2022; chunked prefill:
 Sarathi-Serve, arXiv 2403.02310). Sequences take blocks of the KV cache as they grow. If none is free, the newest
-sequence gives back its blocks and is computed again later (preemption by recomputation, arXiv 2309.06180).
+sequence gives back its blocks and is computed again later (preemption by recomputation, arXiv 2309.06180). With
+`by_priority`, as in vLLM's policy of that name, sequences wait in the order of their priority, lowest value first, and
+the one with the highest value is preempted. A waiting sequence preempts none that runs.
 """
 
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Values
 from dataclasses import dataclass, field
@@ -16,10 +19,13 @@ from hpc_router.sim.roofline import SequenceStep
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request in the batch. `computed`: tokens in the KV cache. `produced`: tokens of the answer."""
+    """A request in the batch. `computed`: tokens in the KV cache. `produced`: tokens of the answer. `number`:
+    its position in the order of arrival."""
 
     prompt: int
     blocks: SequenceBlocks
+    priority: int = 0
+    number: int = 0
     computed: int = 0
     produced: int = 0
     running: bool = False
@@ -30,6 +36,10 @@ class Sequence:
         return self.prompt + self.produced
 
 
+def _order(one: Sequence) -> tuple[int, int]:
+    return one.priority, one.number
+
+
 @dataclass(slots=True)
 class Batch:
     """The sequences of one engine, and the blocks of its KV cache."""
@@ -37,21 +47,25 @@ class Batch:
     pool: BlockPool
     max_seqs: int
     max_tokens: int
+    by_priority: bool = False
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preempted: int = 0
+    _arrived: int = 0
     _step: list[tuple[Sequence, int]] = field(default_factory=list)
 
     @property
     def idle(self) -> bool:
         return not self.running and not self.waiting
 
-    def add(self, prompt_tokens: int, hashes: Values[int] = (), *, reads: bool = True) -> Sequence:
+    def add(self, prompt_tokens: int, hashes: Values[int] = (), *, reads: bool = True, priority: int = 0) -> Sequence:
         """Adds a sequence with a prompt of this length. A prompt larger than the whole cache is cut, so that the
         sequence can run. `hashes`, `reads`: see `SequenceBlocks`."""
         most = self.pool.tokens - self.pool.block_size
-        one = Sequence(max(1, min(prompt_tokens, most)), SequenceBlocks(self.pool, hashes, reads))
-        self.waiting.append(one)
+        self._arrived += 1
+        blocks = SequenceBlocks(self.pool, hashes, reads)
+        one = Sequence(max(1, min(prompt_tokens, most)), blocks, priority if self.by_priority else 0, self._arrived)
+        insort(self.waiting, one, key=_order)
         return one
 
     def remove(self, one: Sequence) -> None:
@@ -101,12 +115,12 @@ class Batch:
         return produced
 
     def _make_room(self, one: Sequence, new: int) -> bool:
-        """Takes blocks for `new` more tokens of a running sequence, and preempts the newest sequences while too few
+        """Takes blocks for `new` more tokens of a running sequence, and preempts the last sequences while too few
         blocks are free. Returns False if the sequence itself was preempted."""
         while not one.blocks.fits(one.computed + new):
-            newest = self.running[-1]
-            self._preempt(newest)
-            if newest is one:
+            last = max(self.running, key=_order)
+            self._preempt(last)
+            if last is one:
                 return False
         one.blocks.grow(one.computed + new)
         return True
@@ -115,7 +129,7 @@ class Batch:
         self.running.remove(one)
         self._free(one)
         one.computed = 0
-        self.waiting.appendleft(one)
+        insort(self.waiting, one, key=_order)
         self.preempted += 1
 
     def _free(self, one: Sequence) -> None:

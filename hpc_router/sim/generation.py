@@ -40,6 +40,7 @@ class Generation:
     JSON for a schema, or the arguments of the forced `tool`. `top_logprobs`, `prompt_logprobs`: number of alternatives,
     None if no log probabilities are requested. `previous_response_id`: id of the response that this one continues.
     `store`: whether a later request can continue this response. `cache_salt`: separates prefixes in the prefix cache.
+    `priority`: the lowest value is served first if the engine orders requests by it.
     """
 
     api: Api
@@ -62,6 +63,7 @@ class Generation:
     previous_response_id: str | None = None
     store: bool = False
     cache_salt: str | None = None
+    priority: int = 0
     fault: object = None
 
     @property
@@ -77,6 +79,7 @@ class Embedding:
     inputs: tuple[ParsedPrompt, ...]
     base64: bool = False
     dimensions: int | None = None
+    priority: int = 0
     fault: object = None
 
     @property

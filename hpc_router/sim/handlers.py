@@ -111,8 +111,8 @@ class InferenceHandlers:
         factor, fault = await self._fault(request, asked, answer=ResponseForm.BODY)
         made = body(self._envelope(request, asked, prefix=prefix))
         async with (
-            self._context.admission.admit(prompt_tokens=asked.prompt_tokens) as ticket,
-            self._schedule(asked.prompt_tokens, factor) as schedule,
+            self._context.admission.admit(prompt_tokens=asked.prompt_tokens, priority=asked.priority) as ticket,
+            self._schedule(asked.prompt_tokens, factor, priority=asked.priority) as schedule,
         ):
             running = self._running(request, asked, ticket, schedule=schedule, fault=fault)
             return await answer_embedding(running, made)
@@ -167,12 +167,15 @@ class InferenceHandlers:
         envelope = self._envelope(request, generation, prefix=_ID_PREFIXES[generation.api], own=own_id)
         send = answer_stream if generation.stream else answer_body
         async with (
-            self._context.admission.admit(prompt_tokens=generation.prompt_tokens) as ticket,
+            self._context.admission.admit(
+                prompt_tokens=generation.prompt_tokens, priority=generation.priority
+            ) as ticket,
             self._schedule(
                 generation.prompt_tokens,
                 factor,
                 hashes=self._block_hashes(generation, choices[0]),
                 reads=generation.prompt_logprobs is None,
+                priority=generation.priority,
             ) as schedule,
         ):
             running = self._running(request, generation, ticket, schedule=schedule, fault=fault)
@@ -275,13 +278,13 @@ class InferenceHandlers:
 
     @asynccontextmanager
     async def _schedule(
-        self, prompt_tokens: int, factor: float, *, hashes: Sequence[int] = (), reads: bool = True
+        self, prompt_tokens: int, factor: float, *, hashes: Sequence[int] = (), reads: bool = True, priority: int = 0
     ) -> AsyncIterator[TokenSchedule]:
         """Yields the token schedule of one request. `factor` has no effect in a batch, because all requests share its
         steps. `hashes`, `reads`: see `SequenceBlocks`."""
         context = self._context
         if context.batch is not None:
-            async with context.batch.slot(prompt_tokens, hashes, reads=reads) as slot:
+            async with context.batch.slot(prompt_tokens, hashes, reads=reads, priority=priority) as slot:
                 yield slot
             return
         blocks = SequenceBlocks(context.pool, hashes, reads)

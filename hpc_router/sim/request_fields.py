@@ -53,6 +53,10 @@ class RequestFields:
             raise ApiError(f"'{key}' must be at least {minimum}{upper}.", param=key)
         return value
 
+    def priority(self) -> int:
+        """Returns the request's priority; the lowest value goes first."""
+        return self.integer("priority", minimum=-(2**63)) or 0
+
     def number(self, key: str) -> float | None:
         value = self._body.get(key)
         if value is None:

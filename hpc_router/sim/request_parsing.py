@@ -50,6 +50,7 @@ def parse_chat(raw: bytes) -> Generation:
         top_logprobs=_top_logprobs(fields, top if logprobs else None),
         prompt_logprobs=_prompt_logprobs(fields, stream=stream, echoed=top if echo else None),
         cache_salt=_cache_salt(fields),
+        priority=fields.priority(),
         fault=fields.value("sim_fault"),
     )
 
@@ -79,6 +80,7 @@ def parse_completion(raw: bytes) -> Generation:
         top_logprobs=_top_logprobs(fields, top),
         prompt_logprobs=_prompt_logprobs(fields, stream=stream, echoed=top if echo else None),
         cache_salt=_cache_salt(fields),
+        priority=fields.priority(),
         fault=fields.value("sim_fault"),
     )
 
@@ -111,6 +113,7 @@ def parse_response(raw: bytes) -> Generation:
         previous_response_id=fields.text("previous_response_id"),
         store=fields.value("store") is None or fields.flag("store"),
         cache_salt=_cache_salt(fields),
+        priority=fields.priority(),
         fault=fields.value("sim_fault"),
     )
 
@@ -156,6 +159,7 @@ def parse_embedding(raw: bytes) -> Embedding:
         inputs=inputs(fields.value("input"), key="input"),
         base64=encoding == "base64",
         dimensions=fields.integer("dimensions", minimum=1, maximum=65_536),
+        priority=fields.priority(),
         fault=fields.value("sim_fault"),
     )
 

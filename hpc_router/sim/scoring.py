@@ -23,6 +23,7 @@ class Scoring:
     model: str | None
     pairs: tuple[tuple[str, str], ...]
     top_n: int | None = None
+    priority: int = 0
     fault: object = None
 
     @property
@@ -38,7 +39,7 @@ def parse_score(raw: bytes) -> Scoring:
         raise ApiError("Input lengths must be either 1:1, 1:N or N:N", param=names[0])
     queries = first * len(second) if len(first) == 1 else first
     pairs = tuple(zip(queries, second, strict=True))
-    return Scoring(model=fields.text("model"), pairs=pairs, fault=fields.value("sim_fault"))
+    return Scoring(model=fields.text("model"), pairs=pairs, priority=fields.priority(), fault=fields.value("sim_fault"))
 
 
 def parse_rerank(raw: bytes) -> Scoring:
@@ -51,6 +52,7 @@ def parse_rerank(raw: bytes) -> Scoring:
         model=fields.text("model"),
         pairs=tuple((query, document) for document in documents),
         top_n=fields.integer("top_n", minimum=0) or 0,
+        priority=fields.priority(),
         fault=fields.value("sim_fault"),
     )
 

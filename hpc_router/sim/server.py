@@ -62,11 +62,13 @@ class SimServer:
             clock=clock,
             latency=latency or _default_latency(config),
             crash=crash or self._crash,
-            admission=AdmissionQueue(capacity=config.capacity),
+            admission=AdmissionQueue(capacity=config.capacity, by_priority=config.scheduling_policy == "priority"),
             faults=FaultSchedule(config.faults, seed=config.seed),
             ids=random.Random(),  # not seeded, because replicas with the same seed must not share ids
             pool=pool,
-            batch=None if roofline is None else BatchLoop(roofline, clock, pool),
+            batch=None
+            if roofline is None
+            else BatchLoop(roofline, clock, pool, by_priority=config.scheduling_policy == "priority"),
         )
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None

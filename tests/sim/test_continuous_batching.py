@@ -57,6 +57,26 @@ def test_first_come_first_served_up_to_the_most_sequences() -> None:
     assert batch.running == [b, c]
 
 
+def test_the_lowest_priority_value_goes_first_and_the_highest_is_sent_back() -> None:
+    """As in vLLM's policy `priority`; without it the value has no effect."""
+    for by_priority, order in ((True, "cab"), (False, "abc")):
+        batch = Batch(BlockPool(256), max_seqs=1, max_tokens=256, by_priority=by_priority)
+        named = {name: batch.add(10, priority=value) for name, value in (("a", 1), ("b", 1), ("c", -2))}
+        ran = ""
+        for _ in range(3):
+            batch.plan()
+            (one,) = batch.finish()
+            ran += next(name for name, added in named.items() if added is one)
+            batch.remove(one)
+        assert ran == order
+        batch = Batch(BlockPool(3), max_seqs=8, max_tokens=256, by_priority=by_priority)
+        first, second = batch.add(BLOCK, priority=1), batch.add(BLOCK, priority=-2)
+        batch.plan()
+        batch.finish()
+        batch.plan()
+        assert (batch.preempted, batch.running) == (1, [second if by_priority else first])
+
+
 def test_a_full_cache_sends_the_newest_back() -> None:
     """Two sequences of one block each, in a cache of three blocks: both grow, and one has to wait."""
     batch = Batch(BlockPool(3), max_seqs=8, max_tokens=256)

@@ -28,9 +28,12 @@ def prompts(size: str) -> list[str]:
 
 
 def request(port: int, *, token: str, prompt: str, model: str = MODEL, **fields: object) -> bytes:
+    return http_request(chat_body(prompt, model, **fields), host=f"127.0.0.1:{port}", path=CHAT, token=token)
+
+
+def chat_body(prompt: str, model: str, **fields: object) -> bytes:
     body = {"model": model, **fields, "messages": [{"role": "user", "content": prompt}]}
-    encoded = json.dumps(body, separators=(",", ":")).encode()
-    return http_request(encoded, host=f"127.0.0.1:{port}", path=CHAT, token=token)
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def short(port: int, *, token: str, size: str, model: str = MODEL) -> list[bytes]:

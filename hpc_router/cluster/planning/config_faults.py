@@ -136,10 +136,23 @@ def own_warnings(deployment: Deployment) -> Iterator[str]:
     yield from _never_chosen(deployment)
     yield from _ineffective(deployment)
     yield from _not_staged(deployment)
+    yield from _without_priority(deployment)
     cpus = sum(e.replicas * e.resources.cpus for e in with_jobs.values())
     have = os.cpu_count() or 1
     if deployment.cluster.kind == "local" and cpus > have:
         yield f"the replicas ask for {cpus} CPUs, this machine has {have}: the replicas will share them"
+
+
+def _without_priority(deployment: Deployment) -> Iterator[str]:
+    """Yields a warning about engines that do not order requests by priority, if batch requests are limited so that
+    interactive ones are served first."""
+    if deployment.router.classes.batch.max_in_flight is None:
+        return
+    engines, _ = build_engines(deployment.experts)
+    without = [name for name, engine in engines.items() if not engine.info().priority]
+    if without:
+        key = "experts.NAME.engine.options.extra.scheduling-policy=priority"
+        yield f"batch requests in these engines delay interactive ones: {', '.join(without)} (vLLM and sim: {key})"
 
 
 def _never_chosen(deployment: Deployment) -> Iterator[str]:

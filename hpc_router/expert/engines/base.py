@@ -257,6 +257,11 @@ def flag_name(name: str) -> str:
     return name.lstrip("-").replace("_", "-")
 
 
+def orders_by_priority(extra: Mapping[str, Any]) -> bool:
+    """Returns whether vLLM or the simulated engine serves requests by their `priority` with these further options."""
+    return {flag_name(name): value for name, value in extra.items()}.get("scheduling-policy") == "priority"
+
+
 def checked_flags(extra: Mapping[str, Any], *, at: str, reserved: Mapping[str, str]) -> dict[str, Any]:
     """Returns `extra` with names normalised by `flag_name`. Raises ConfigError for a flag in `reserved`, which gives
     for each flag the reason. `at`: the config key that has `extra`, for the error."""

@@ -15,6 +15,7 @@ from hpc_router.expert.engines.base import (
     flag_name,
     flags,
     lora_modules,
+    orders_by_priority,
     own_names,
     rank_flags,
     ranks_at,
@@ -74,7 +75,7 @@ class SimEngine(AdapterEngine):
             quantization=None if roofline_options is None else roofline_options.quantization,
             tensor_parallel_size=None if roofline_options is None else roofline_options.tensor_parallel_size,
             pipeline_parallel_size=None if roofline_options is None else roofline_options.pipeline_parallel_size,
-            priority=False,
+            priority=orders_by_priority(self.options.extra),
         )
 
     def argv(self, place: Place) -> list[str]:

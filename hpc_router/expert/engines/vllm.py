@@ -25,6 +25,7 @@ from hpc_router.expert.engines.base import (
     flags,
     is_local,
     lora_modules,
+    orders_by_priority,
     own_names,
     rank_flags,
     ranks_at,
@@ -138,7 +139,7 @@ class VllmEngine(AdapterEngine):
             tensor_parallel_size=self.options.tensor_parallel_size,
             pipeline_parallel_size=self.options.pipeline_parallel_size,
             frontend=self.options.frontend,
-            priority={flag_name(k): v for k, v in self.options.extra.items()}.get("scheduling-policy") == "priority",
+            priority=orders_by_priority(self.options.extra),
         )
 
     def argv(self, place: Place) -> list[str]:

@@ -106,8 +106,9 @@ class ControlProcess:
         cluster = self.deployment.cluster
         self.continuity = Continuity(near_end_s=cluster.warn_s + cluster.drain_s)
         self.table = ReplicaTable(
-            bounds=queue_limits(self.deployment), peers=self.counters.all(), on_change=self._table_changed
-        )
+            bounds=queue_limits(self.deployment), peers=self.counters.all(), order=self.counters.order_of_all(),
+            on_change=self._table_changed,
+        )  # fmt: skip
         self.workers = Workers(self.table, self.counters, self, self._settings(), self.deployment.experts)
         self.predecessor = Predecessor(self.replica, self.run.secret(), self.workers.sessions, self.continuity)
         self.workers.on_unknown_session = self.predecessor.fetch

@@ -5,8 +5,10 @@ No decision combines two cells, so the order in which stores become visible (aar
 clears the row of a worker that has ended. The control process assigns the columns; it reuses a column only after it has
 used all others, and only when every worker's cell in that column is zero.
 
-The counts of users' tokens are in a second table, whose columns follow from a token's slot. There only the requests in
-flight of a worker that has ended are cleared; its counts of the present minute remain for its successor.
+The order of waiting requests (`replicas.fair_order`) has a table of its own, in which an expert's queue has the same
+column as in the table of counters. The counts of users' tokens are in a third table, whose columns follow from a
+token's slot. There only the requests in flight of a worker that has ended are cleared; its counts of the present minute
+remain for its successor.
 """
 
 import mmap
@@ -14,6 +16,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from hpc_router.relay.in_flight import Cells
+from hpc_router.router.replicas.fair_order import SharedOrder, cells_for
 from hpc_router.router.replicas.replica import NO_COLUMN
 from hpc_router.state.user_tokens import SLOTS
 
@@ -24,6 +27,7 @@ CUT_OFF: Final = 2
 """Column with the number of requests that a worker cut off after `router.drain_s`."""
 _FIRST: Final = 3
 _CELL: Final = 8
+_ORDER_CELLS: Final = cells_for(COLUMNS)
 TOKEN_COUNTS: Final = 3
 """Number of cells per slot of a user's token: requests in flight, requests and tokens of the present minute."""
 
@@ -36,6 +40,7 @@ class Counters:
         self.workers = workers
         self._cells = memoryview(mmap.mmap(-1, (workers + 1) * COLUMNS * _CELL)).cast("q")
         self._token_cells = memoryview(mmap.mmap(-1, workers * TOKEN_COUNTS * SLOTS * _CELL)).cast("q")
+        self._order_cells = memoryview(mmap.mmap(-1, workers * _ORDER_CELLS * _CELL)).cast("q")
         self._own = self._row(workers)  # row of the control process; its first cell is the next column to assign
         if not self._own[NO_COLUMN]:
             self._own[NO_COLUMN] = _FIRST
@@ -56,6 +61,15 @@ class Counters:
         """Returns the rows of the counts of users' tokens of all workers except this one."""
         return tuple(self._token_row(other) for other in range(self.workers) if other != worker)
 
+    def order(self, worker: int) -> SharedOrder:
+        """Returns the order of waiting requests as this worker sees it."""
+        peers = tuple(self._order_row(other) for other in range(self.workers) if other != worker)
+        return SharedOrder(self._order_row(worker), peers, worker)
+
+    def order_of_all(self) -> SharedOrder:
+        """Returns the order of waiting requests as the control process sees it, which has no queue of its own."""
+        return SharedOrder(peers=tuple(map(self._order_row, range(self.workers))))
+
     def all(self) -> Sequence[Cells]:
         return tuple(map(self._row, range(self.workers)))
 
@@ -63,8 +77,10 @@ class Counters:
         return sum(row[column] for row in self.all())
 
     def clear(self, worker: int) -> None:
-        """Clears the row of a worker that has ended, and its numbers of requests in flight by user's token."""
+        """Clears the row of a worker that has ended, its queues, and its numbers of requests in flight by user's
+        token."""
         self._row(worker)[:] = memoryview(bytes(COLUMNS * _CELL)).cast("q")
+        self._order_row(worker)[:] = memoryview(bytes(_ORDER_CELLS * _CELL)).cast("q")
         self._token_row(worker)[:SLOTS] = memoryview(bytes(SLOTS * _CELL)).cast("q")
 
     def allocate(self, used: Collection[int]) -> int:
@@ -88,6 +104,9 @@ class Counters:
     def _token_row(self, worker: int) -> memoryview:
         size = TOKEN_COUNTS * SLOTS
         return self._token_cells[worker * size : (worker + 1) * size]
+
+    def _order_row(self, worker: int) -> memoryview:
+        return self._order_cells[worker * _ORDER_CELLS : (worker + 1) * _ORDER_CELLS]
 
     def _row(self, worker: int) -> memoryview:
         return self._cells[worker * COLUMNS : (worker + 1) * COLUMNS]

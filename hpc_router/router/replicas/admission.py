@@ -12,6 +12,7 @@ from typing import Final
 
 from hpc_router.config.adapters import host_of
 from hpc_router.config.schema import Deployment
+from hpc_router.router.replicas.fair_order import CLASSES
 
 RATE_WINDOW_S: Final = 30.0
 """Length in seconds of the sliding window over which the departure rate is measured."""
@@ -30,19 +31,33 @@ class QueueLimits:
     """The limits of requests per expert.
 
     `waiting`: maximum number of requests that wait for one expert. `in_flight`: maximum number of requests in flight by
-    expert, for the experts that have a limit besides the capacity of their replicas.
+    expert, for the experts that have a limit besides the capacity of their replicas. `classes`: for each class of
+    requests, the maximum number in flight per expert, None without a limit. `weights`: the weight of each class.
     """
 
     waiting: int
     in_flight: Mapping[str, int] = field(default_factory=dict)
+    classes: tuple[int | None, ...] = (None,) * len(CLASSES)
+    weights: tuple[float, ...] = (1.0,) * len(CLASSES)
+    limits_classes: bool = field(init=False)
+    limits_experts: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        limits_classes = any(limit is not None for limit in self.classes)
+        object.__setattr__(self, "limits_classes", limits_classes)
+        object.__setattr__(self, "limits_experts", limits_classes or bool(self.in_flight))
 
 
 def queue_limits(deployment: Deployment) -> QueueLimits:
     """Returns the configured limits. Experts that share one engine share the engine's `max_in_flight`."""
     experts = deployment.experts
     limits = {name: experts[host_of(experts, name)].max_in_flight for name in experts}
+    classes = [getattr(deployment.router.classes, of.label) for of in CLASSES]
     return QueueLimits(
-        deployment.router.max_waiting, {name: limit for name, limit in limits.items() if limit is not None}
+        deployment.router.max_waiting,
+        {name: limit for name, limit in limits.items() if limit is not None},
+        tuple(each.max_in_flight for each in classes),
+        tuple(each.weight for each in classes),
     )
 
 

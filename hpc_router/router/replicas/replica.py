@@ -16,6 +16,7 @@ from hpc_router.relay.in_flight import Cells
 from hpc_router.relay.upstream.interface import Address, address_of
 from hpc_router.relay.upstream.timeouts import IdleTimer
 from hpc_router.router.replicas.engine_load import EngineLoad
+from hpc_router.router.replicas.fair_order import RequestClass
 from hpc_router.router.replicas.health import ReplicaHealth
 from hpc_router.state.registry import Record
 
@@ -101,6 +102,8 @@ class Replica:
     routing_lines: dict[tuple[str, str], bytes] = field(default_factory=dict)  # expert, reason -> response headers
     address: Address = field(init=False)
     capacity: int = field(init=False)
+    nearly_full: int = field(init=False)  # load from which free places are first for requests that wait at any worker
+    by_priority: bool = field(init=False)  # its engine orders requests by their `priority`
 
     def __post_init__(self) -> None:
         self.renew(self.record)
@@ -110,6 +113,8 @@ class Replica:
         """Replaces the record with a newer one of the same server process, and sets the capacity from it."""
         self.record = record
         self.capacity = record.capacity or DEFAULT_CAPACITY
+        self.nearly_full = self.capacity - self.capacity // 8 - 1
+        self.by_priority = record.engine.priority is True
 
     def is_at(self, record: Record) -> bool:
         """Returns whether `record` describes the same server process as this replica's record."""
@@ -216,6 +221,28 @@ class Reservation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
+
+
+class ClassCounter(Protocol):
+    """The table that counts requests in flight by class."""
+
+    def count_class(self, replica: Replica, of: RequestClass, change: int) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class ClassReservation(Reservation):
+    """A reservation that counts for its request's class while a class has a limit."""
+
+    _counter: ClassCounter = field(kw_only=True)
+    _class: RequestClass = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._counter.count_class(self.replica, self._class, 1)
+
+    def release(self) -> None:
+        if self in self.replica.reservations:
+            self._counter.count_class(self.replica, self._class, -1)
+        Reservation.release(self)
 
 
 @lru_cache(maxsize=1024)

@@ -2,9 +2,10 @@
 free place.
 
 A request gets a `Reservation` on a replica that `balancing` chooses, or waits in the `WaitingLine`. A released place
-goes to the longest waiting request in the same step, so later requests cannot overtake and no wake-up is lost. A
-request for several experts waits for the first expert that has a ready replica. When this expert has no ready replica
-any more, the request also waits for the next experts.
+goes in the same step to the waiting request whose turn it is, so later requests cannot overtake and no wake-up is lost.
+If it is the turn of a request of another worker, the place is left to that worker. A request for several experts waits
+for the first expert that has a ready replica. When this expert has no ready replica any more, the request also waits
+for the next experts. When a queue is full, a waiting request of the lowest class is shed for one of a higher class.
 
 No I/O. The table knows neither HTTP nor the source of its replicas.
 """
@@ -19,12 +20,29 @@ from operator import attrgetter
 from random import Random
 from typing import Final
 
-from hpc_router.errors import HpcRouterError, ScaledToZeroError
+from hpc_router.errors import HpcRouterError, ScaledToZeroError, ShedError
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.replicas.admission import QueueLimits
 from hpc_router.router.replicas.balancing import affinity, load_bound, power_of_two_choices, rendezvous
+from hpc_router.router.replicas.fair_order import (
+    INTERACTIVE,
+    LOWEST,
+    OWNERS_FLOW,
+    WAITING_AT_ALL,
+    Flow,
+    RequestClass,
+    SharedOrder,
+)
 from hpc_router.router.replicas.lifetime import Lifetimes, outliving
-from hpc_router.router.replicas.replica import NO_COLUMN, READY, Event, Replica, Reservation, RoutingState
+from hpc_router.router.replicas.replica import (
+    NO_COLUMN,
+    READY,
+    ClassReservation,
+    Event,
+    Replica,
+    Reservation,
+    RoutingState,
+)
 from hpc_router.router.replicas.waiting_line import Waiter, WaitingLine
 from hpc_router.state.registry import Record, RecordKind
 
@@ -63,7 +81,8 @@ class ReplicaTable:
     seconds.
 
     This worker writes its request counts to `cells` and reads those of the other workers from `peers`. `queue_columns`:
-    by expert, the column that counts its waiting requests.
+    by expert, the column that counts its waiting requests. `order`: the order of waiting requests over all workers.
+    `excess`: returns by how many requests the router exceeds `router.max_in_flight`.
     """
 
     pin_bound: float | None = None
@@ -73,7 +92,9 @@ class ReplicaTable:
     cells: Cells = field(default_factory=lambda: defaultdict[int, int](int))
     peers: Sequence[Cells] = ()
     queue_columns: Mapping[str, int] = field(default_factory=dict)
+    order: SharedOrder = field(default_factory=SharedOrder)
     on_change: Callable[[], None] | None = None
+    excess: Callable[[], int] = field(default=lambda: 0)
     expected_ready_at: Mapping[str, float] = field(default_factory=dict)
     lifetimes: Lifetimes = field(default_factory=Lifetimes)
     _scaled_to_zero: Mapping[str, str] = field(default_factory=dict)
@@ -81,11 +102,12 @@ class ReplicaTable:
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
     _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # rendezvous order by affinity slot
     _line: WaitingLine = field(init=False)
+    _class_in_flight: dict[tuple[str, RequestClass], int] = field(default_factory=dict)  # of this worker
     _acquired_total: int = 0
     _peer_refresh: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
-        self._line = WaitingLine(lambda: self.clock(), self._count_waiting)
+        self._line = WaitingLine(lambda: self.clock(), self._count_waiting, self._queue_column, self.order)
 
     def __repr__(self) -> str:
         """Shows the replicas of each expert with their load and capacity, and the length of its queue, over all
@@ -202,10 +224,13 @@ class ReplicaTable:
         only: Replica | None = None,
         affinity_slot: AffinitySlot | None = None,
         needed_s: ExpectedDuration | None = None,
+        request_class: RequestClass = INTERACTIVE,
     ) -> Reservation | None:
         """Reserves a place on the replica that `pick` chooses; returns None if `pick` finds no replica."""
-        picked = self.pick(experts, avoid=avoid, only=only, affinity_slot=affinity_slot, needed_s=needed_s)
-        return None if picked is None else self.reserve(*picked)
+        picked = self.pick(
+            experts, avoid=avoid, only=only, affinity_slot=affinity_slot, needed_s=needed_s, request_class=request_class
+        )
+        return None if picked is None else self.reserve(*picked, request_class if self.bounds.limits_classes else None)
 
     def pick(
         self,
@@ -215,9 +240,10 @@ class ReplicaTable:
         only: Replica | None = None,
         affinity_slot: AffinitySlot | None = None,
         needed_s: ExpectedDuration | None = None,
+        request_class: RequestClass = INTERACTIVE,
     ) -> tuple[Replica, str] | None:
         """Returns a replica with room and its expert, which is the first of these experts that has a ready replica;
-        None if that expert has no replica with room.
+        None if that expert has no replica with room, or if another worker has a request that waits for the room.
 
         `avoid`: replicas that are not chosen; `only`: the only replica that may be chosen. `affinity_slot` is called
         only if affinity may decide. `needed_s` is called only if a replica nears the end of its walltime; the request
@@ -230,16 +256,21 @@ class ReplicaTable:
                 if self._line.queues:  # places that other workers released go to the waiting requests first
                     for replica in replicas:
                         self.offer(replica)
-            if self.bounds.in_flight and self._at_bound(expert):
-                if self.has_ready(expert, avoid):
+            if self.bounds.limits_experts:
+                if not self._is_open(expert, request_class):
+                    if self.has_ready(expert, avoid):
+                        return None
+                    continue
+                if self._others_first(expert):
                     return None
-                continue
             if len(replicas) == 1:
                 replica = replicas[0]
                 if replica.state is not READY or replica in avoid or replica is not (only or replica):
                     continue
-                busy = len(replica.reservations) + replica.peer_in_flight >= replica.capacity
-                return None if busy else (replica, expert)
+                load = len(replica.reservations) + replica.peer_in_flight
+                if load >= replica.nearly_full and (load >= replica.capacity or self._others_first(expert)):
+                    return None
+                return replica, expert
             if replicas:
                 fits = _has_room if only is None and not avoid else partial(_is_candidate, avoid=avoid, only=only)
                 if needed_s is not None and expert in self.lifetimes.expiring:
@@ -249,7 +280,8 @@ class ReplicaTable:
                     best = self._by_affinity(expert, replicas, affinity_slot(), fits)
                 best = best or power_of_two_choices(replicas, fits=fits, random=self.random)
                 if best is not None:
-                    return best, expert
+                    nearly_full = len(best.reservations) + best.peer_in_flight >= best.nearly_full
+                    return None if nearly_full and self._others_first(expert) else (best, expert)
                 if self.has_ready(expert, avoid):
                     return None
         return None
@@ -274,6 +306,32 @@ class ReplicaTable:
         bound = self.bounds.in_flight.get(expert)
         return bound is not None and self.load(expert) >= bound
 
+    def _others_first(self, expert: str) -> bool:
+        """Returns whether the few free places of the expert are for requests that wait at other workers."""
+        return any(row[WAITING_AT_ALL] for row in self.order.peers) and self._line.others_wait(expert, self._is_open)
+
+    def _is_open(self, expert: str, of: RequestClass) -> bool:
+        """Returns whether the limits of the expert and of the class allow a further request in flight."""
+        bounds = self.bounds
+        if not bounds.limits_experts:
+            return True
+        limit = bounds.classes[of]
+        if limit is not None and self.class_in_flight(expert, of) >= limit:
+            return False
+        return not self._at_bound(expert)
+
+    def class_in_flight(self, expert: str, of: RequestClass) -> int:
+        """Returns the number of requests of a class with a limit that are in flight on the expert's replicas."""
+        own = self._class_in_flight.get((expert, of), 0)
+        return own + self.order.others_in_flight(self._queue_column(expert), of)
+
+    def count_class(self, replica: Replica, of: RequestClass, change: int) -> None:
+        """Adds `change` to the number of this worker's requests of the class in flight, for each expert of the
+        replica."""
+        for expert in replica.record.serves:
+            count = self._class_in_flight[expert, of] = self._class_in_flight.get((expert, of), 0) + change
+            self.order.publish_in_flight(self._queue_column(expert), of, count)
+
     def load(self, expert: str) -> int:
         """Returns the number of requests in flight on all replicas of the expert."""
         return sum(replica.load for replica in self._by_expert.get(expert, ()))
@@ -282,23 +340,33 @@ class ReplicaTable:
         """Returns whether the expert has a ready replica that is not one of `avoid`."""
         return any(r.state is READY and r not in avoid for r in self._by_expert.get(expert, ()))
 
-    def reserve(self, replica: Replica, expert: str) -> Reservation:
-        """Makes a reservation on a replica that has room."""
+    def reserve(self, replica: Replica, expert: str, of: RequestClass | None = None) -> Reservation:
+        """Makes a reservation on a replica that has room. `of`: the class for which it counts; None if no class has a
+        limit."""
         self._acquired_total += 1
         replica.last_used = self._acquired_total
-        reservation = Reservation(replica, expert, self)
+        if of is None:
+            reservation = Reservation(replica, expert, self)
+        else:
+            reservation = ClassReservation(replica, expert, self, _counter=self, _class=of)
         replica.reservations.add(reservation)
         self.cells[replica.column] = len(replica.reservations)
         return reservation
 
     async def wait(
-        self, experts: Sequence[str], *, avoid: Collection[Replica] = (), only: Replica | None = None
+        self,
+        experts: Sequence[str],
+        *,
+        avoid: Collection[Replica] = (),
+        only: Replica | None = None,
+        flow: Flow = OWNERS_FLOW,
     ) -> Reservation:
         """Waits in the queues of the experts, and returns a reservation on the first of these experts that has a ready
         replica.
 
         With `only`, the reservation is on that replica; raises ReplicaLostError as soon as that replica is not ready.
-        Raises QueueFullError if a queue is full, and ScaledToZeroError if none of the experts can have a replica.
+        If a queue is full, raises ShedError for a request of the lowest class, and QueueFullError if all requests that
+        wait have the highest. Raises ScaledToZeroError if none of the experts can have a replica.
         """
         if only is not None and (only.state is not RoutingState.READY or self._replicas.get(only.name) is not only):
             raise ReplicaLostError(f"{only.name} is not ready")
@@ -307,15 +375,19 @@ class ReplicaTable:
             if not possible:
                 raise self._absent_error(experts)
             experts = possible
-        waiter = self._line.arrive(experts, avoid, only)
-        self._extend_to_next_expert(waiter)
-        full = next((expert for expert in waiter.experts if self.waiting(expert) > self.bounds.waiting), None)
-        if full is not None:
-            self._line.leave(waiter)
-            raise QueueFullError(full, serves=self.has_ready(full, waiter.avoid))
-        if self.peers and self._peer_refresh is None:
-            self._peer_refresh = asyncio.get_running_loop().call_later(PEER_REFRESH_S, self._offer_released_by_peers)
+        waiter = self._line.arrive(experts, avoid, only, flow)
         try:
+            self._extend_to_next_expert(waiter)
+            for expert in waiter.experts:
+                if self.waiting(expert) > self.bounds.waiting:
+                    self._make_room(expert, waiter)
+            if self.peers:
+                for expert in tuple(waiter.experts):  # a place may be free that was left to a request of another worker
+                    for replica in self.of(expert):
+                        self.offer(replica)
+                if self._peer_refresh is None:
+                    later = asyncio.get_running_loop().call_later
+                    self._peer_refresh = later(PEER_REFRESH_S, self._offer_released_by_peers)
             return await waiter.granted
         except asyncio.CancelledError:
             granted = waiter.granted
@@ -324,6 +396,56 @@ class ReplicaTable:
             raise
         finally:
             self._line.leave(waiter)
+
+    def _make_room(self, expert: str, waiter: Waiter) -> None:
+        """Sheds a request of the lowest class because `waiter` exceeds the limit of the expert's queue. If another
+        worker has that request, it sheds it. Raises ShedError if `waiter` itself is shed, and QueueFullError if there
+        is no request to shed."""
+        lowest = self._line.waiting(expert, LOWEST)
+        if waiter.flow.request_class is LOWEST:
+            raise self._shed_error(expert, "max_waiting")
+        if self.waiting(expert) - lowest > self.bounds.waiting:
+            raise QueueFullError(expert, serves=self.has_ready(expert, waiter.avoid))
+        self._shed(expert, "max_waiting")
+
+    def _shed(self, expert: str, limit: str) -> bool:
+        """Makes the last request of the lowest class that waits for the expert at this worker fail with ShedError.
+        Returns whether there is one."""
+        queue = self._line.queues.get(expert)
+        last = None if queue is None else queue.last(LOWEST)
+        if last is None:
+            return False
+        self._line.fail(last, self._shed_error(expert, limit))
+        return True
+
+    def _shed_error(self, expert: str, limit: str) -> ShedError:
+        what = {
+            "max_waiting": f"{self.bounds.waiting} requests wait for {expert}, the limit of router.max_waiting",
+            "max_in_flight": "as many requests are in flight as router.max_in_flight allows",
+        }[limit]
+        return ShedError(
+            f"{what}, and requests of class {LOWEST.label} are shed first",
+            limit=limit,
+            retry_after_s=self.wait_s(expert),
+        )
+
+    def shed_for_newcomer(self) -> bool:
+        """Makes room for a request beyond `router.max_in_flight`: sheds a waiting request of the lowest class at this
+        worker, or lets another worker shed one. Returns False if there is none."""
+        if any(self._shed(expert, "max_in_flight") for expert in tuple(self._line.queues)):
+            return True
+        return any(self._line.waiting(expert, LOWEST) for expert in self.queue_columns)
+
+    def _shed_excess(self) -> None:
+        """Sheds this worker's waiting requests of the lowest class while a limit is exceeded, because another worker
+        has admitted a request of a higher class."""
+        for expert in tuple(self._line.queues):
+            for _ in range(self.waiting(expert) - self.bounds.waiting):
+                if not self._shed(expert, "max_waiting"):
+                    break
+        for _ in range(self.excess()):
+            if not any(self._shed(expert, "max_in_flight") for expert in tuple(self._line.queues)):
+                break
 
     def set_scaled_to_zero(self, experts: Mapping[str, str]) -> None:
         """Sets the experts that shall have no replicas. The value is the expert to scale up instead: for an adapter,
@@ -360,6 +482,10 @@ class ReplicaTable:
         others = sum(row[column] for row in self.peers) if column != NO_COLUMN else 0
         return self._line.length(expert) + others
 
+    def class_waiting(self, expert: str, of: RequestClass) -> int:
+        """Returns the number of requests of the class, of all workers, that wait for the expert."""
+        return self._line.waiting(expert, of)
+
     def waiting_here(self, expert: str) -> int:
         """Returns the number of requests of this worker that wait for the expert."""
         return self._line.length(expert)
@@ -376,12 +502,16 @@ class ReplicaTable:
 
     def reassign_queue_columns(self, columns: Mapping[str, int]) -> None:
         """Sets the columns that count the waiting requests of each expert, and moves the present counts there."""
-        for expert, column in self.queue_columns.items():
+        before, self.queue_columns = self.queue_columns, columns
+        for expert, column in before.items():
             if columns.get(expert) != column:
                 self.cells[column] = 0
-        self.queue_columns = columns
-        for expert in columns:
-            self._count_waiting(expert, self._line.length(expert))
+        for expert in before.keys() | columns.keys():
+            column = before.get(expert, NO_COLUMN)
+            if column != columns.get(expert, NO_COLUMN):
+                self._line.move(expert, column)
+        for (expert, of), count in self._class_in_flight.items():
+            self.order.publish_in_flight(self._queue_column(expert), of, count)
 
     def offer(self, replica: Replica, *, ignore_avoid: bool = False) -> None:
         """Gives the replica's free places to waiting requests. `ignore_avoid`: also to requests that avoid this
@@ -390,16 +520,19 @@ class ReplicaTable:
             return
         if self.peers:
             self.refresh_peer_counts((replica,))
-        for waiter, expert in self._line.in_order(replica.record.serves):
-            if not replica.has_room:
-                return
-            if self.bounds.in_flight and self._at_bound(expert):
-                continue
+        serves = replica.record.serves
+
+        def fits(waiter: Waiter) -> bool:
             if waiter.granted.done() or (replica in waiter.avoid and not ignore_avoid):
-                continue
-            if waiter.only not in (None, replica):
-                continue
-            self._line.grant(waiter, expert, partial(self.reserve, replica, expert))
+                return False
+            return waiter.only is None or waiter.only is replica
+
+        while replica.has_room:
+            turn = self._line.next_turn(serves, fits, self._is_open, self.bounds.weights)
+            if turn is None:
+                return
+            of = turn.queued.waiter.flow.request_class if self.bounds.limits_classes else None
+            self._line.grant(turn, serves, partial(self.reserve, replica, turn.expert, of))
 
     def _fail_waiters(self, replica: Replica) -> None:
         """Handles a replica that is not ready any more: fails the requests that accept only this replica, and lets the
@@ -433,14 +566,19 @@ class ReplicaTable:
                 for expert in replica.record.serves:
                     self._by_expert.setdefault(expert, []).append(replica)
 
+    def _queue_column(self, expert: str) -> int:
+        return self.queue_columns.get(expert, NO_COLUMN)
+
     def _count_waiting(self, expert: str, length: int) -> None:
-        self.cells[self.queue_columns.get(expert, NO_COLUMN)] = length
+        self.cells[self._queue_column(expert)] = length
+        self.order.cells[WAITING_AT_ALL] = sum(map(len, self._line.queues.values()))
 
     def _offer_released_by_peers(self) -> None:
         """Offers all replicas to waiting requests, because other workers do not announce released places. Repeats every
         `PEER_REFRESH_S` while a request waits."""
         self._peer_refresh = None
         try:
+            self._shed_excess()
             for replica in {replica for expert in self._line.queues for replica in self.of(expert)}:
                 self.offer(replica)
         finally:  # an error in one round does not end the rounds

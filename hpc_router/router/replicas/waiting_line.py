@@ -1,4 +1,4 @@
-"""The requests that wait for a replica: one queue per expert, in order of arrival. No I/O.
+"""The requests that wait for a replica: one queue per expert, in the fair order of `fair_order`. No I/O.
 
 A request may wait in the queues of several experts; it leaves all of them once it has a reservation. `ReplicaTable`
 decides which replica has room and when a request joins the queue of its next expert; this module does not know the
@@ -6,11 +6,20 @@ states of replicas.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 from hpc_router.router.replicas.admission import DEFAULT_WAIT_S, MIN_WAIT_S, DepartureRate
+from hpc_router.router.replicas.fair_order import CLASSES, Flow, QueueHead, RequestClass, SharedOrder
 from hpc_router.router.replicas.replica import Replica, Reservation
+
+YIELD_S: Final = 0.5
+"""Maximum time in seconds for which a free place is left to another worker whose request is first. A worker that does
+not take it within this time does not run, or knows a reason not to take it."""
+_fits_any: Final[Callable[["Waiter"], bool]] = attrgetter("fits_any")
 
 
 @dataclass(slots=True, eq=False)
@@ -23,53 +32,139 @@ class Waiter:
     """
 
     number: int
+    flow: Flow
     later: list[str]
     avoid: Collection[Replica]
     only: Replica | None
     granted: "asyncio.Future[Reservation]"
     experts: list[str] = field(default_factory=list)
+    waits: bool = True
+
+    @property
+    def fits_any(self) -> bool:
+        """Whether any replica of its experts may serve it, so that other workers can leave each free place to it."""
+        return self.only is None and not self.avoid
+
+
+class Queued(NamedTuple):
+    """A request in a queue, in the order of the queue: by tag, then by arrival."""
+
+    tag: int
+    number: int
+    waiter: Waiter
+
+
+class Grant(NamedTuple):
+    """The request that gets the next place, and the virtual time of its class's turn."""
+
+    queued: Queued
+    expert: str
+    at: int
+
+
+class FairQueue:
+    """The requests of one worker that wait for one expert, in the order of their tags in each class."""
+
+    __slots__ = ("_flows", "_orders")
+
+    def __init__(self) -> None:
+        self._orders: tuple[list[Queued], ...] = tuple([] for _ in CLASSES)
+        self._flows: dict[tuple[RequestClass, str], dict[Waiter, int]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._orders))
+
+    def __iter__(self) -> Iterator[Waiter]:
+        return (queued.waiter for order in self._orders for queued in order)
+
+    def count(self, of: RequestClass) -> int:
+        return len(self._orders[of])
+
+    def last_tag(self, flow: Flow) -> int:
+        """Returns the tag of the last waiting request of this class and user; 0 if none waits."""
+        waiting = self._flows.get(flow[:2])
+        return waiting[next(reversed(waiting))] if waiting else 0
+
+    def add(self, waiter: Waiter, tag: int) -> None:
+        insort(self._orders[waiter.flow.request_class], Queued(tag, waiter.number, waiter))
+        self._flows.setdefault(waiter.flow[:2], {})[waiter] = tag
+
+    def remove(self, waiter: Waiter) -> None:
+        """Removes the request; does nothing if it is not in the queue."""
+        key = waiter.flow[:2]
+        tag = self._flows.get(key, {}).pop(waiter, None)
+        if tag is None:
+            return
+        if not self._flows[key]:
+            del self._flows[key]
+        order = self._orders[waiter.flow.request_class]
+        del order[bisect_left(order, (tag, waiter.number))]
+
+    def first(self, of: RequestClass, fits: Callable[[Waiter], bool]) -> Queued | None:
+        """Returns the first request of the class for which `fits` is true."""
+        return next((queued for queued in self._orders[of] if fits(queued.waiter)), None)
+
+    def last(self, of: RequestClass) -> Waiter | None:
+        """Returns the last request of the class that has no place yet."""
+        return next((queued.waiter for queued in reversed(self._orders[of]) if not queued.waiter.granted.done()), None)
 
 
 @dataclass(slots=True)
 class WaitingLine:
     """The queues of one worker by expert, and their departure rates. `on_length(expert, length)` is called whenever a
-    queue changes. `queues` has no empty queue."""
+    queue changes. `column_of`: returns the column of an expert's queue in `order`. `queues` has no empty queue."""
 
     clock: Callable[[], float]
     on_length: Callable[[str, int], None]
-    queues: dict[str, dict[Waiter, None]] = field(default_factory=dict)
+    column_of: Callable[[str], int]
+    order: SharedOrder = field(default_factory=SharedOrder)
+    queues: dict[str, FairQueue] = field(default_factory=dict)
     _departure_rates: dict[str, DepartureRate] = field(default_factory=dict)
     _arrivals: int = 0
+    _left_to: dict[tuple[str, RequestClass], tuple[QueueHead, float]] = field(default_factory=dict)
+    """By expert and class, the request of another worker to which a free place was left last, and since when."""
 
-    def arrive(self, experts: Sequence[str], avoid: Collection[Replica], only: Replica | None) -> Waiter:
+    def arrive(self, experts: Sequence[str], avoid: Collection[Replica], only: Replica | None, flow: Flow) -> Waiter:
         """Returns a new waiter that is in no queue yet."""
         self._arrivals += 1
-        return Waiter(self._arrivals, list(experts), set(avoid), only, asyncio.get_running_loop().create_future())
+        self.order.count_user(flow.slot, 1)
+        granted = asyncio.get_running_loop().create_future()
+        return Waiter(self._arrivals, flow, list(experts), set(avoid), only, granted)
 
     def join_next(self, waiter: Waiter) -> None:
         """Moves the first of the waiter's later experts to its experts, and adds the waiter to the queue of that
         expert."""
-        expert = waiter.later.pop(0)
+        expert, flow = waiter.later.pop(0), waiter.flow
         waiter.experts.append(expert)
-        if expert not in self.queues:
+        queue = self.queues.get(expert)
+        if queue is None:
             self._departure_rates.setdefault(expert, DepartureRate()).began(self.clock())
-        self.queues.setdefault(expert, {})[waiter] = None
-        self.on_length(expert, self.length(expert))
+            queue = self.queues[expert] = FairQueue()
+        last = queue.last_tag(flow)
+        queue.add(waiter, self.order.next_tag(self.column_of(expert), flow.request_class, last=last, slot=flow.slot))
+        self._changed(expert)
 
     def leave(self, waiter: Waiter) -> None:
-        """Removes the waiter from all queues."""
+        """Removes the waiter from all queues. A second call has no effect."""
+        if not waiter.waits:
+            return
+        waiter.waits = False
+        self.order.count_user(waiter.flow.slot, -1)
         for expert in waiter.experts:
-            queue = self.queues.get(expert, {})
-            queue.pop(waiter, None)
+            queue = self.queues[expert]
+            queue.remove(waiter)
             if not queue:
-                self.queues.pop(expert, None)
-            self.on_length(expert, self.length(expert))
+                del self.queues[expert]
+            self._changed(expert)
 
-    def grant(self, waiter: Waiter, expert: str, reserve: Callable[[], Reservation]) -> None:
-        """Removes the waiter from all queues and gives it the reservation that `reserve` makes on a replica of
-        `expert`."""
+    def grant(self, turn: Grant, serves: Collection[str], reserve: Callable[[], Reservation]) -> None:
+        """Removes the waiter from all queues and gives it the reservation that `reserve` makes on a replica of the
+        experts `serves`."""
+        waiter, tag = turn.queued.waiter, turn.queued.tag
+        columns = [self.column_of(expert) for expert in serves]
+        self.order.granted(columns, waiter.flow.request_class, tag=tag, turn=turn.at)
         self.leave(waiter)
-        self._departure_rates[expert].left(self.clock())
+        self._departure_rates[turn.expert].left(self.clock())
         waiter.granted.set_result(reserve())
 
     def fail(self, waiter: Waiter, error: Exception) -> None:
@@ -77,17 +172,80 @@ class WaitingLine:
         self.leave(waiter)
         waiter.granted.set_exception(error)
 
-    def in_order(self, experts: Iterable[str]) -> Sequence[tuple[Waiter, str]]:
-        """Returns pairs of waiter and expert for the queues of these experts, in order of arrival over all queues."""
-        queues = [(expert, self.queues[expert]) for expert in experts if expert in self.queues]
-        waiting = [(waiter, expert) for expert, queue in queues for waiter in queue]
-        if len(queues) > 1:
-            waiting.sort(key=lambda one: one[0].number)
-        return waiting
+    def next_turn(
+        self,
+        serves: Collection[str],
+        fits: Callable[[Waiter], bool],
+        is_open: Callable[[str, RequestClass], bool],
+        weights: Sequence[float],
+    ) -> Grant | None:
+        """Returns the request that gets the next place of a replica of the experts `serves`; None if no request of this
+        worker may have it, or if the place is left to another worker whose request is first.
+
+        `fits`: whether a waiter may use this replica. `is_open`: whether an expert may serve a further request of a
+        class. `weights`: the weight of each class.
+        """
+        first: tuple[int, Grant | None, QueueHead | None, tuple[str, RequestClass] | None] | None = None
+        any_own = False
+        columns = [self.column_of(expert) for expert in serves]
+        for of in CLASSES:
+            own: Grant | None = None
+            other: QueueHead | None = None
+            place: tuple[str, RequestClass] | None = None
+            at = -1
+            for expert in serves:
+                if not is_open(expert, of):
+                    continue
+                queue = self.queues.get(expert)
+                queued = None if queue is None else queue.first(of, fits)
+                head = self._head(expert, of)
+                if (queued is not None or head is not None) and at < 0:
+                    at = self.order.turn(columns, of, weights[of])
+                if queued is not None and (own is None or queued < own.queued):
+                    own = Grant(queued, expert, at)
+                if head is not None and (other is None or head < other):
+                    other, place = head, (expert, of)
+            any_own = any_own or own is not None
+            if at >= 0 and (first is None or at < first[0]):
+                first = at, own, other, place
+        if first is None or not any_own:
+            return None
+        _, own, other, place = first
+        if other is None or place is None or (own is not None and (own.queued.tag, self.order.worker) < other):
+            return own
+        if self._left_to.get(place, (None, 0.0))[0] != other:
+            self._left_to[place] = other, self.clock()
+        return None
+
+    def others_wait(self, expert: str, is_open: Callable[[str, RequestClass], bool]) -> bool:
+        """Returns whether another worker has a request that waits for a place of this expert and may take it."""
+        return any(self._head(expert, of) is not None and is_open(expert, of) for of in CLASSES)
+
+    def _head(self, expert: str, of: RequestClass) -> QueueHead | None:
+        """Returns the first request of the other workers; None if there is none, or if it has not taken a place that
+        was left to it for `YIELD_S`."""
+        if not self.order.peers:
+            return None
+        head = self.order.head(self.column_of(expert), of)
+        if head is not None:
+            left, since = self._left_to.get((expert, of), (None, 0.0))
+            if left == head and self.clock() - since >= YIELD_S:
+                return None
+        return head
+
+    def move(self, expert: str, column: int) -> None:
+        """Moves this worker's cells of the expert's queue from `column` to its present column."""
+        self.order.move(column, self.column_of(expert))
+        self._changed(expert)
 
     def length(self, expert: str) -> int:
         """Returns the number of this worker's requests that wait for the expert."""
         return len(self.queues.get(expert, ()))
+
+    def waiting(self, expert: str, of: RequestClass) -> int:
+        """Returns the number of requests of the class, of all workers, that wait for the expert."""
+        queue = self.queues.get(expert)
+        return (0 if queue is None else queue.count(of)) + self.order.others_waiting(self.column_of(expert), of)
 
     def wait_s(self, expert: str) -> float:
         """Returns the expected wait in seconds of a request that would join the expert's queue now."""
@@ -97,3 +255,13 @@ class WaitingLine:
     def longest_wait_s(self) -> float:
         """Returns the longest expected wait in seconds over all queues."""
         return max(map(self.wait_s, self.queues), default=MIN_WAIT_S)
+
+    def _changed(self, expert: str) -> None:
+        """Publishes the queue's length and its first request."""
+        queue, column = self.queues.get(expert), self.column_of(expert)
+        for of in CLASSES:
+            first = None if queue is None else queue.first(of, _fits_any)
+            self.order.publish(
+                column, of, head=0 if first is None else first.tag, waiting=0 if queue is None else queue.count(of)
+            )
+        self.on_length(expert, 0 if queue is None else len(queue))

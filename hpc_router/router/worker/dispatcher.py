@@ -139,6 +139,7 @@ class Dispatcher:
                     only=routed.only,
                     affinity_slot=routed.slot,
                     needed_s=routed.needed_s,
+                    request_class=routed.endpoint.request_class,
                 )
             if reservation is None and routed.error_result is not None:
                 return routed.error_result
@@ -179,11 +180,14 @@ class Dispatcher:
 
     async def _wait(self, routed: RoutedRequest, deadline: float) -> Reservation:
         """Waits for a reservation until the deadline (of `time.perf_counter`). Raises UnavailableError when it has
-        passed, OverloadedError for a full queue, and a not-found error if the only possible replica is lost."""
+        passed, OverloadedError or ShedError for a full queue, and a not-found error if the only possible replica is
+        lost."""
         started = time.perf_counter()
         try:
             async with asyncio.timeout(deadline - started):
-                reservation = await self.table.wait(routed.experts, avoid=routed.avoid, only=routed.only)
+                reservation = await self.table.wait(
+                    routed.experts, avoid=routed.avoid, only=routed.only, flow=routed.flow()
+                )
         except ReplicaLostError as error:
             raise (routed.lost_error or not_found)(str(error)) from error
         except QueueFullError as error:

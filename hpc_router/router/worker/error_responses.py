@@ -22,6 +22,7 @@ from hpc_router.errors import (
     ResponseNotFoundError,
     RoutingError,
     ScaledToZeroError,
+    ShedError,
     UnauthorizedError,
     UnavailableError,
     UnknownModelError,
@@ -82,6 +83,8 @@ class ErrorResponses:
         self.metrics.requests.add("", "", status)
         if isinstance(error, RateLimitedError | ExpertForbiddenError):
             self.metrics.limit_refusals.add("experts" if isinstance(error, ExpertForbiddenError) else error.param)
+        elif isinstance(error, ShedError):
+            self.metrics.shed.add(error.limit)
         response = _error_response(status, kind, error, request_id, path=request.path)
         if isinstance(error, DrainingError):
             response.add(protocol.DRAINING_HEADER, "1")

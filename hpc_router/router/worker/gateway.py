@@ -22,6 +22,7 @@ from hpc_router.errors import (
     OriginNotAllowedError,
     OverloadedError,
     OwnerOnlyError,
+    ShedError,
     UnauthorizedError,
     UnknownPathError,
 )
@@ -41,6 +42,7 @@ from hpc_router.router.access.user_access import UserAccess, UserTokens
 from hpc_router.router.ipc.messages import GetExposition, GetHandover, GetOverview, GetStatus
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import queue_limits
+from hpc_router.router.replicas.fair_order import LOWEST
 from hpc_router.router.replicas.sessions import PARAM, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker import dashboard
@@ -114,6 +116,7 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self.cross_origin.allow(self.deployment.router.allowed_origins)
+        self.table.excess = self._excess
         self.routes = {
             ("GET", protocol.HEALTH): self._health,
             ("GET", "/ready"): self._ready,
@@ -159,7 +162,7 @@ class Gateway:
             if endpoint is None or body is None or len(body) > LONG_BODY_BYTES:
                 return self._respond(request, request_id)
         try:
-            self._admit()
+            self._admit(endpoint)
             routed = self.routing.route(request, request_id, decode(body), endpoint, access)
             if access is not None:
                 self.routing.charge(routed, access)
@@ -199,9 +202,9 @@ class Gateway:
             return None
         try:
             access = self._authorize(request.headers)
-        except UnauthorizedError:
+            endpoint = endpoint_of(request)
+        except (UnauthorizedError, BadRequestError):
             return None
-        endpoint = endpoint_of(request)
         if access is not None:
             cached[self], cached[access] = None, endpoint
             return None
@@ -359,7 +362,8 @@ class Gateway:
         return json_response({"id": rated, "score": score})
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:
-        self._admit()
+        endpoint = endpoint_of(request)
+        self._admit(endpoint)
         with self.in_flight:
             body = request.complete_body()
             call = decode(body) if body is not None and len(body) <= LONG_BODY_BYTES else await self._read_call(request)
@@ -368,13 +372,13 @@ class Gateway:
                 if session is not None:
                     await self.link.recall(session)
             access = self._access(request)
-            routed = self.routing.route(request, request_id, call, endpoint_of(request), access)
+            routed = self.routing.route(request, request_id, call, endpoint, access)
             if access is not None:
                 self.routing.charge(routed, access)
             return await self.dispatcher.respond(routed)
 
     async def _stored_response(self, request: Request, request_id: str) -> Response | None:
-        self._admit()
+        self._admit(endpoint_of(request))
         with self.in_flight:
             session = session_id(request.headers)
             if session is not None:
@@ -385,13 +389,20 @@ class Gateway:
                 self.routing.charge(routed, access)
             return await self.dispatcher.respond(routed)
 
-    def _admit(self) -> None:
-        """Raises OverloadedError if the router serves as many requests as `router.max_in_flight` allows."""
+    def _admit(self, endpoint: ApiEndpoint) -> None:
+        """Raises ShedError or OverloadedError if the router serves as many requests as `router.max_in_flight` allows
+        and no waiting request of a lower class makes room."""
         if self.in_flight.total >= self.deployment.router.max_in_flight:
-            raise OverloadedError(
-                f"{self.deployment.router.max_in_flight} requests are in flight, the limit of router.max_in_flight",
-                retry_after_s=self.table.longest_wait_s(),
-            )
+            text = f"{self.deployment.router.max_in_flight} requests are in flight, the limit of router.max_in_flight"
+            retry_after_s = self.table.longest_wait_s()
+            if endpoint.request_class is LOWEST:
+                raise ShedError(text, limit="max_in_flight", retry_after_s=retry_after_s)
+            if not self.table.shed_for_newcomer():
+                raise OverloadedError(text, retry_after_s=retry_after_s)
+
+    def _excess(self) -> int:
+        """Returns by how many requests the router exceeds `router.max_in_flight`."""
+        return self.in_flight.total - self.deployment.router.max_in_flight
 
     async def _read_call(self, request: Request) -> ApiCall:
         """Waits for the complete body and returns it decoded."""

@@ -57,8 +57,9 @@ async def control_client(deployment: Deployment, counters: Counters, worker: int
     """Yields a worker's connection to the control process, which is attached later, with an empty replica table."""
     config = deployment.router
     table = ReplicaTable(
-        config.pin_bound, queue_limits(deployment), cells=counters.row(worker), peers=counters.others(worker)
-    )
+        config.pin_bound, queue_limits(deployment), cells=counters.row(worker), peers=counters.others(worker),
+        order=counters.order(worker),
+    )  # fmt: skip
     users = UserTokens(counters.token_row(worker), counters.token_others(worker))
     link = ControlClient(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1, users=users)
     try:

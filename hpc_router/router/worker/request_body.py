@@ -1,13 +1,14 @@
-"""Decodes request bodies for routing and finds the position of the `model` value.
+"""Decodes request bodies for routing and finds the positions of the values that the router replaces.
 
 The client's bytes are sent upstream unchanged; if a replica uses another name for the model, only the bytes of that
-value are replaced. Most bodies are decoded by orjson. A body that orjson rejects, or that does not contain the bytes
-`"model"` exactly once, is parsed member by member, which also gives exact error messages.
+value are replaced, and `priority` is set where an engine obeys it. Most bodies are decoded by orjson. A body that
+orjson rejects, or that does not contain the bytes `"model"` exactly once, is parsed member by member, which also gives
+exact error messages.
 """
 
 import json
 import re
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from json.decoder import JSONDecoder, scanstring  # type: ignore[attr-defined]
 from typing import Any, Final
 
@@ -58,8 +59,11 @@ class ApiCall:
             start = raw.find(name, model_at + len(_MODEL))
             if raw[model_at + len(_MODEL) : start].strip() == b":" and self._is_top_level():
                 return start, start + len(name)
-        text = raw.decode()
-        start, end = _parse_text(text)[1]["model"]
+        return self._find("model")
+
+    def _find(self, key: str) -> tuple[int, int]:
+        text = self.raw.decode()
+        start, end = _parse_text(text)[1][key]
         before = len(text[:start].encode())
         return before, before + len(text[start:end].encode())
 
@@ -85,6 +89,26 @@ class ApiCall:
             wrong = "is missing" if "model" not in self.fields else "must be a non-empty string"
             raise BadRequestError(f"'model' {wrong}: 'auto' or the name of an expert", param="model")
         return value
+
+    def with_priority(self, priority: int) -> "ApiCall":
+        """Returns the call with this `priority` in its body; the same call if it has no body, or if neither states one,
+        because an engine's default is 0. Raises BadRequestError for a duplicate key."""
+        raw, value = self.raw, b"%d" % priority
+        if "priority" not in self.fields:
+            if not priority or not raw:
+                return self
+            changed = b"".join((memoryview(raw)[: raw.rindex(b"}")], b',"priority":', value, b"}"))
+            call = ApiCall(changed, self.fields, self.model_at)
+            call._span = self._span
+            return call
+        start, end = self.priority_span
+        changed = b"".join((memoryview(raw)[:start], value, memoryview(raw)[end:]))
+        return ApiCall(changed, self.fields, changed.find(_MODEL) if self.model_at >= 0 else -1)
+
+    @cached_property
+    def priority_span(self) -> tuple[int, int]:
+        """Start and end offset of the value of `priority` in the bytes. Raises BadRequestError for a duplicate key."""
+        return self._find("priority")
 
     def body(self, model: str) -> bytes:
         """Returns the body with its model name replaced by `model`."""

@@ -107,8 +107,8 @@ class RequestRecords:
         if expert != routed.experts[0]:
             reason = RouteReason.UNAVAILABLE
         key = (
-            replica, routed.endpoint.path, fields["model"], fields.get("stream") is True, expert, reason, routed.user,
-            routed.artefact, status, outcome, source,
+            replica, routed.endpoint.path, routed.endpoint.request_class, fields["model"],
+            fields.get("stream") is True, expert, reason, routed.user, routed.artefact, status, outcome, source,
         )  # fmt: skip
         decision, failures = _NOT_DECIDED, _NO_FAILURES
         if routed.decision is not None:
@@ -140,7 +140,7 @@ class RequestRecords:
         """Records a request that the router refused before it chose an expert."""
         if not self.enabled:
             return
-        start = _line_start((None, path, None, False, None, None, user, None, status, REFUSED, None))
+        start = _line_start((None, path, None, None, False, None, None, user, None, status, REFUSED, None))
         failures = _members({"error": error, "attempts": 0, "failed": []})
         ending = _dumps(dict.fromkeys(_LAST_KEYS) | {"id": request_id, "at": time.time()})
         self._add((start, _NOT_DECIDED, failures, ending[1:] + b"\n"))
@@ -217,9 +217,9 @@ class RequestRecords:
 
 def _line_start(key: tuple[Any, ...]) -> bytes:
     """Returns the start of a record, which many requests have in common. `key`: replica,
-    path, model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and source of
-    the number of generated tokens."""
-    replica, path, model, stream, expert, reason, user, artefact, status, outcome, source = key
+    path, class, model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and
+    source of the number of generated tokens."""
+    replica, path, request_class, model, stream, expert, reason, user, artefact, status, outcome, source = key
     name = served = revision = job = node = None
     if replica is not None:
         record = replica.record
@@ -228,7 +228,7 @@ def _line_start(key: tuple[Any, ...]) -> bytes:
     members = {
         "kind": "request",
         "user": user,
-        "class": None,
+        "class": None if request_class is None else request_class.label,
         "path": path,
         "model": model,
         "stream": stream,

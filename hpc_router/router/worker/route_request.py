@@ -11,9 +11,11 @@ from hpc_router.errors import BadRequestError, ExpertForbiddenError, UnknownMode
 from hpc_router.net import protocol
 from hpc_router.relay.api_formats import api_format_of
 from hpc_router.relay.downstream.interface import Request
+from hpc_router.relay.headers import Headers
 from hpc_router.router.access.user_access import UserAccess
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import should_spill
+from hpc_router.router.replicas.fair_order import CLASSES, RequestClass
 from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.dispatcher import Dispatcher
@@ -26,6 +28,8 @@ from hpc_router.state.registry import split_replica
 
 _NAMED: Final = RouteReason.NAMED
 _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
+CLASS_NAMES: Final = {of.label: of for of in CLASSES}
+"""The classes by their names in requests."""
 _TRUE_WORDS: Final = ("true", "t", "yes", "y", "on", "1")
 
 
@@ -34,9 +38,24 @@ UNKNOWN_ENDPOINT: Final = ApiEndpoint("", "", api_format_of(""))
 
 
 def endpoint_of(request: Request) -> ApiEndpoint:
-    """Returns the API endpoint of the request."""
+    """Returns the API endpoint of the request. Raises BadRequestError for an unknown class."""
     path = request.path.rstrip("/")
-    return ApiEndpoint(path, f"{path}?{request.query}" if request.query else path, api_format_of(path))
+    target = f"{path}?{request.query}" if request.query else path
+    return ApiEndpoint(path, target, api_format_of(path), class_of(request.headers))
+
+
+def class_of(headers: Headers) -> RequestClass:
+    """Returns the class that a request states in its head. Raises BadRequestError for an unknown one."""
+    name = headers.text(protocol.PRIORITY_HEADER)
+    if not name:
+        return RequestClass.INTERACTIVE
+    found = CLASS_NAMES.get(name.strip().lower())
+    if found is None:
+        valid = suggest(name, CLASS_NAMES)
+        raise BadRequestError(
+            f"{protocol.PRIORITY_HEADER}: {name[:80]!r} is not a class{valid}", param=protocol.PRIORITY_HEADER
+        )
+    return found
 
 
 def is_true(value: object) -> bool:
@@ -107,7 +126,7 @@ class RequestRouting:
     def charge(self, routed: RoutedRequest, access: UserAccess) -> None:
         """Assigns the request to the user of its token, and charges it to the token's limits. Raises
         RateLimitedError."""
-        routed.user = access.token.user
+        routed.access = access
         if not access.unlimited:
             routed.charge = access.charge(routed.endpoint.path, routed.call.fields, routed.experts[0])
 
@@ -197,6 +216,8 @@ class RequestRouting:
         model = call.fields.get("model")
         if isinstance(model, str) and model:
             call.model_span  # noqa: B018  # cached for `body`
+        if "priority" in call.fields:
+            call.priority_span  # noqa: B018  # cached for `with_priority`
         continued = path == protocol.RESPONSES and call.fields.get(PARAM) is not None
         if path == "/route" or (model == "auto" and not continued):
             call.text = self.prompt(call, first=api_format_of(path).prompt_field)

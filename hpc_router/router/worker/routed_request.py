@@ -28,8 +28,9 @@ from hpc_router.relay.upstream.interface import (
     UpstreamTimeouts,
     request_line,
 )
-from hpc_router.router.access.user_access import Charge, TokenSource
+from hpc_router.router.access.user_access import Charge, TokenSource, UserAccess
 from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
+from hpc_router.router.replicas.fair_order import INTERACTIVE, OWNER_SLOT, Flow, RequestClass
 from hpc_router.router.replicas.replica import Replica, Reservation
 from hpc_router.router.worker.request_body import ApiCall
 from hpc_router.router.worker.request_records import ANSWERED, CANCELLED
@@ -53,11 +54,12 @@ _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica"
 
 class ApiEndpoint(NamedTuple):
     """The API path of a request. `path`: the path without a final slash; `target`: path and query of the upstream
-    request."""
+    request. `request_class`: the class in the request's head, which is kept with the path."""
 
     path: str
     target: str
     api_format: ApiFormat
+    request_class: RequestClass = INTERACTIVE
 
 
 class RoutedRequest(PendingResponse, ResponseCallback):
@@ -98,14 +100,14 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     its session was lost."""
     engines_lost = 0
     """Number of attempts whose engine or connection ended before the response began."""
+    access: UserAccess | None = None
+    """What the user's token allows; None for the owner's requests."""
     charge: Charge | None = None
     """What the request has taken of the limits of a user's token; None for the owner's requests."""
     summary: StreamSummary | None = None
     """What is known of the response of a request that may be a stream."""
     left = False
     """Whether the client has disconnected."""
-    user: str | None = None
-    """The user of the request's token; None for the owner."""
     decision: Decision | None = None
     """The policy's decision; None if the request names its expert or continues a session."""
     artefact: str | None = None
@@ -146,15 +148,24 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         """Sends the request if that is possible without waiting; otherwise continues it in a task."""
         dispatcher = self.dispatcher
         dispatcher.in_flight.enter()
-        self.reservation = reservation = dispatcher.table.acquire(
-            self.experts, affinity_slot=self.slot, needed_s=self.needed_s
-        )
+        table, request_class = dispatcher.table, self.endpoint.request_class
+        if request_class is INTERACTIVE and not table.bounds.limits_classes:
+            picked = table.pick(self.experts, affinity_slot=self.slot, needed_s=self.needed_s)
+            reservation = None if picked is None else table.reserve(*picked)
+        else:
+            reservation = table.acquire(
+                self.experts, affinity_slot=self.slot, needed_s=self.needed_s, request_class=request_class
+            )
+        self.reservation = reservation
         if reservation is None:
             self.request.resume()
             return
         try:
             replica, headers = reservation.replica, self.request.headers
-            body = _body(self.call, reservation.expert, replica)
+            call = self.call
+            if replica.by_priority:
+                call = call.with_priority(request_class)
+            body = _body(call, reservation.expert, replica)
             message = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (
                 replica.request_starts.get(self.endpoint.target) or self._request_start(replica),
                 headers.cached.get(NOT_UPSTREAM) or crossing(headers, drop=NOT_UPSTREAM),
@@ -317,7 +328,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
     def _request_start(self, replica: Replica) -> bytes:
         """Returns the request line and the header lines that are the same for all requests to this replica."""
-        path, target, _ = self.endpoint
+        path, target = self.endpoint[:2]
         start = request_line("POST", replica.address, target) + replica.authorization
         if target == path:  # cached, because there are only a few paths
             replica.request_starts[path] = start
@@ -331,7 +342,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             replica.authorization,
             self.request_id.encode(),
         )
-        return head, _body(self.call, reservation.expert, replica)
+        call = self.call.with_priority(self.endpoint.request_class) if replica.by_priority else self.call
+        return head, _body(call, reservation.expert, replica)
 
     def timeouts(self) -> UpstreamTimeouts:
         """Returns the timeouts of the request. A response that is not streamed has its own limit for the first byte,
@@ -406,6 +418,18 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     def needed_s(self, expert: str) -> float:
         """Returns the expected duration in seconds of this request on the expert."""
         return self.dispatcher.table.lifetimes.expected_s(expert, self.call.fields)
+
+    @property
+    def user(self) -> str | None:
+        """The user of the request's token; None for the owner."""
+        return None if self.access is None else self.access.token.user
+
+    def flow(self) -> Flow:
+        """Returns the class and the user of the request, for the order of waiting requests."""
+        if self.access is None:
+            return Flow(self.endpoint.request_class, "", OWNER_SLOT)
+        token = self.access.token
+        return Flow(self.endpoint.request_class, token.user, token.slot)
 
     def slot(self) -> int | None:
         """Returns the affinity slot of the request's conversation (see `balancing`), from the session id or else from

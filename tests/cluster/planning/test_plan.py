@@ -150,6 +150,12 @@ def test_a_value_that_may_be_intended_is_a_warning() -> None:
     assert "every expert has replicas=0" in notes
     assert "the fallback expert 'math' is served by 'base': replicas=0" in notes
     assert "no experts" in " ".join(make_plan(load_deployment(["topology=empty"])).warnings)
+    limited = ["topology=sim", "router.classes.batch.max_in_flight=4"]
+    notes = " ".join(make_plan(load_deployment(limited)).warnings)
+    assert "these engines delay interactive ones: code, math, medicine, law, generalist (" in notes
+    ordered = [f"experts.{name}.engine.options.extra.scheduling-policy=priority" for name in ("code", "law")]
+    notes = " ".join(make_plan(load_deployment([*limited, *ordered])).warnings)
+    assert "these engines delay interactive ones: math, medicine, generalist (" in notes
 
 
 def test_an_expert_without_a_cluster_is_a_note(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from hpc_router.relay.in_flight import InFlight
 from hpc_router.router.control.workers import assign_columns
 from hpc_router.router.ipc.shared_counters import COLUMNS, CUT_OFF, IN_FLIGHT, Counters
+from hpc_router.router.replicas.fair_order import RequestClass
 from hpc_router.router.replicas.replica import NO_COLUMN, Event, Reservation
 from hpc_router.router.replicas.snapshot import apply_snapshot, snapshot_of
 from hpc_router.router.replicas.table import PEER_REFRESH_S, ReplicaTable
@@ -88,7 +89,7 @@ class Interleaving(RuleBasedStateMachine):
 
     def _born(self, at: int) -> Worker:
         row, peers = self.counters.row(at), self.counters.others(at)
-        table = ReplicaTable(cells=row, peers=peers, random=Random(at))
+        table = ReplicaTable(cells=row, peers=peers, order=self.counters.order(at), random=Random(at))
         return Worker(table, InFlight(row, peers, IN_FLIGHT))
 
     def _step(self) -> None:
@@ -215,6 +216,10 @@ class Interleaving(RuleBasedStateMachine):
             while worker.holds:
                 self.answer(at, 0)
         assert self.counters.nonzero() == 0
+        for at in range(WORKERS):
+            order, columns = self.counters.order(at), range(COLUMNS)
+            assert not any(order.head(column, of) for column in columns for of in RequestClass)
+            assert not any(order.others_waiting(column, of) for column in columns for of in RequestClass)
         self.loop.run_until_complete(asyncio.sleep(0))
         self.loop.close()
 

@@ -81,8 +81,9 @@ async def test_a_short_response(tmp_path: Path) -> None:
     first_byte_s, total_s = record.pop("first_byte_s"), record.pop("total_s")
     assert 0 < first_byte_s <= total_s < 60
     assert record == {
-        "kind": "request", "id": "r-1", "user": None, "class": None, "path": CHAT, "model": "math", "stream": False,
-        "expert": "math", "replica": "math-0.g1", "served_model": "math", "revision": None, "job": "4711", "node": "n7",
+        "kind": "request", "id": "r-1", "user": None, "class": "interactive", "path": CHAT, "model": "math",
+        "stream": False, "expert": "math", "replica": "math-0.g1", "served_model": "math", "revision": None,
+        "job": "4711", "node": "n7",
         "reason": "named", "classifier": None, "status": 200, "outcome": "answered", "token_source": "usage",
         "cluster": None, "score": None, "margin": None, "runner_up": None, "error": None, "attempts": 1, "failed": [],
         "prompt_tokens": 1, "cached_tokens": None, "generated_tokens": 1, "queue_s": 0.0,
