@@ -24,6 +24,7 @@ MIN_DURATION_S: Final = 1e-3
 HOUR_S: Final = 3600.0
 DAY_S: Final = 24 * HOUR_S
 
+ColdStart = Literal["wait", "fail", "fallback"]
 ClusterKind = Literal["local", "slurm", "allocation"]
 HandoverMode = Literal["overlap", "drain_first", "none"]
 EngineKind = Literal["vllm", "transformers", "sim"]
@@ -289,7 +290,14 @@ class RouterConfig:
     eject_most_s: float = bounded(300.0, MIN_DURATION_S, 7 * DAY_S)  # maximum duration of an ejection
     retry_share: float = bounded(0.2, 0, 1)  # retry budget: maximum share of requests that are retried
     retry_least_per_s: float = bounded(10.0, 1e-3, 1e6)  # retries per second that are always allowed
-    queue_timeout_s: float = bounded(30.0, MIN_DURATION_S, DAY_S)  # maximum wait of a request for a replica, then 503
+    # Maximum wait of a request for a replica, then 503. Time in which a replica of its expert starts does not count.
+    queue_timeout_s: float = bounded(30.0, MIN_DURATION_S, DAY_S)
+    # What happens to a request for an expert without a ready replica; the header `x-wait` decides for one request.
+    # wait: it is held while a replica starts; fail: 503 with Retry-After; fallback: if its model is `auto`, the next
+    # expert with a ready replica serves it, and any other request is held as with wait.
+    cold_start: ColdStart = "fallback"
+    # A stream without a first byte for this long gets its head and SSE comments; null: only while a replica starts.
+    early_headers_s: float | None = bounded(None, MIN_DURATION_S, DAY_S)
     connect_timeout_s: float = bounded(5.0, MIN_DURATION_S, HOUR_S)  # time limit to connect to a replica
     first_byte_timeout_s: float = bounded(600.0, MIN_DURATION_S, DAY_S)  # time limit until a streamed response begins
     # Time limit from a request to the first byte of its response, if not streamed.

@@ -53,6 +53,8 @@ STARTING_HEADER: Final = "x-hpc-router-starting"
 request. With status 502: the engine got the request and ended before the first byte of its response."""
 REQUEST_ID_HEADER: Final = "x-request-id"
 SESSION_HEADER: Final = "x-session-id"
+WAIT_HEADER: Final = "x-wait"
+"""Request header that replaces `router.cold_start` for one request."""
 
 
 def path_at(base: str, target: str) -> str:

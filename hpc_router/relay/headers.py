@@ -37,6 +37,7 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"host",
     b"origin",
     b"x-api-key",
+    b"x-wait",
 }
 MAX_RETRY_AFTER_S: Final = 59
 """Maximum of a forwarded `Retry-After` in seconds. Official clients sleep for that time without a log line, even beyond

@@ -167,6 +167,9 @@ class Metrics:
         self.queued = HistogramCollector(
             "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=LATENCY_BOUNDS_S
         )
+        self.cold_starts = CounterCollector(
+            "hpc_router_cold_starts", "Requests whose expert had no ready replica.", ("expert", "outcome")
+        )
         self.decision = HistogramCollector(
             "hpc_router_decision_seconds", "Time to choose an expert for a request.", (), bounds=_DECISION_S
         )

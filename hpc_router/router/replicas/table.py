@@ -26,6 +26,7 @@ from hpc_router.router.replicas.balancing import affinity, load_bound, power_of_
 from hpc_router.router.replicas.lifetime import Lifetimes, outliving
 from hpc_router.router.replicas.replica import NO_COLUMN, READY, Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.waiting_line import Waiter, WaitingLine
+from hpc_router.state.forecast import StartForecast
 from hpc_router.state.registry import Record, RecordKind
 
 PEER_REFRESH_S: Final = 0.005
@@ -59,8 +60,7 @@ class ReplicaTable:
 
     `pin_bound`: maximum load of a replica that keeps affinity, as a multiple of the average load; None turns affinity
     off. `bounds`: limits of the requests per expert. `on_change` is called when a replica has changed.
-    `expected_ready_at`: for experts without a ready replica, the forecast time at which the next one is ready, in Unix
-    seconds.
+    `forecasts`: for experts without a ready replica, the forecast of the next one.
 
     This worker writes its request counts to `cells` and reads those of the other workers from `peers`. `queue_columns`:
     by expert, the column that counts its waiting requests.
@@ -74,7 +74,7 @@ class ReplicaTable:
     peers: Sequence[Cells] = ()
     queue_columns: Mapping[str, int] = field(default_factory=dict)
     on_change: Callable[[], None] | None = None
-    expected_ready_at: Mapping[str, float] = field(default_factory=dict)
+    forecasts: Mapping[str, StartForecast] = field(default_factory=dict)
     lifetimes: Lifetimes = field(default_factory=Lifetimes)
     _scaled_to_zero: Mapping[str, str] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
@@ -367,8 +367,17 @@ class ReplicaTable:
     def wait_s(self, expert: str) -> float:
         """Returns the expected wait in seconds for the expert: the length of this worker's queue divided by its recent
         departure rate, or the time until the expert is expected to be ready, whichever is longer."""
-        ready_in_s = self.expected_ready_at.get(expert, 0.0) - time.time()
-        return max(self._line.wait_s(expert), ready_in_s)
+        forecast, now = self.forecasts.get(expert), time.time()
+        ready_at = None if forecast is None else forecast.expected_ready_at(now)
+        return max(self._line.wait_s(expert), (ready_at or 0.0) - now)
+
+    def coming(self, experts: Iterable[str]) -> StartForecast | None:
+        """Returns the forecast of the first of these experts for which a replica is expected; None if one of them has a
+        ready replica, or if none is expected."""
+        experts = tuple(experts)
+        if any(self.has_ready(expert, ()) for expert in experts):
+            return None
+        return next((self.forecasts[expert] for expert in experts if expert in self.forecasts), None)
 
     def longest_wait_s(self) -> float:
         """Returns the longest expected wait in seconds over this worker's queues."""

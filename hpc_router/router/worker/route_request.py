@@ -3,10 +3,10 @@
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, get_args
 from urllib.parse import parse_qs
 
-from hpc_router.config.schema import Deployment
+from hpc_router.config.schema import ColdStart, Deployment
 from hpc_router.errors import BadRequestError, ExpertForbiddenError, UnknownModelError, suggest
 from hpc_router.net import protocol
 from hpc_router.relay.api_formats import api_format_of
@@ -24,6 +24,7 @@ from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import prompt_text
 from hpc_router.state.registry import split_replica
 
+COLD_STARTS: Final = get_args(ColdStart)
 _NAMED: Final = RouteReason.NAMED
 _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
 _TRUE_WORDS: Final = ("true", "t", "yes", "y", "on", "1")
@@ -36,7 +37,8 @@ UNKNOWN_ENDPOINT: Final = ApiEndpoint("", "", api_format_of(""))
 def endpoint_of(request: Request) -> ApiEndpoint:
     """Returns the API endpoint of the request."""
     path = request.path.rstrip("/")
-    return ApiEndpoint(path, f"{path}?{request.query}" if request.query else path, api_format_of(path))
+    wait = request.headers.text(protocol.WAIT_HEADER) or None
+    return ApiEndpoint(path, f"{path}?{request.query}" if request.query else path, api_format_of(path), wait)
 
 
 def is_true(value: object) -> bool:
@@ -76,6 +78,11 @@ class RequestRouting:
             model = call.model  # raises
         if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
             call.fields["stream"] = is_true(call.fields["stream"])
+        if endpoint.wait is not None and endpoint.wait not in COLD_STARTS:
+            raise BadRequestError(
+                f"{protocol.WAIT_HEADER} is '{endpoint.wait[:100]}' (valid: {', '.join(COLD_STARTS)})",
+                param=protocol.WAIT_HEADER,
+            )
         session = None
         if endpoint.path == protocol.RESPONSES:
             session = session_id(request.headers)
@@ -177,7 +184,17 @@ class RequestRouting:
             assert decision.runner_up is not None
             spilled = tuple(dict.fromkeys((decision.runner_up, *experts)))
             return spilled, RouteReason.SPILLED, decision, policy.version
+        mode = endpoint.wait or self.deployment.router.cold_start
+        if mode != "fallback" and self._is_cold(experts[0], waits=mode == "wait"):
+            experts = experts[:1]
         return experts, decision.reason, decision, policy.version
+
+    def _is_cold(self, expert: str, *, waits: bool) -> bool:
+        """Returns whether the expert has no ready replica. `waits`: only if one is expected to become ready, because
+        otherwise there is nothing to wait for."""
+        if self.table.has_ready(expert, ()):
+            return False
+        return not waits or self.table.coming((expert,)) is not None
 
     def _spills(self, decision: Decision) -> bool:
         """Returns whether the request goes to the runner-up: its expert has no free place, the runner-up has one, and
