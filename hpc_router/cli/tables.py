@@ -107,7 +107,9 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
     table = new_table("expert", "replica", "state", "in flight", "restarts", "engine", "node", "job", "left", "")
     for name, expert in value["experts"].items():
         if not expert["replicas"]:
-            table.add_row(name, "-", state_text("stopped"), *[""] * 6, "no replicas wanted")
+            elastic = expert.get("elastic")
+            remark = "no replicas wanted" if elastic is None else f"starts on demand: {elastic['reason']}"
+            table.add_row(name, "-", state_text("stopped"), *[""] * 6, (elastic or {}).get("blocked") or remark)
         for replica in expert["replicas"]:
             table.add_row(
                 name,

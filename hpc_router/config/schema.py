@@ -163,6 +163,11 @@ class ExpertConfig:
     # Domain of the expert in a sentence. Where a sentence encoder is installed, the classifier is trained with it.
     description: str = ""
     replicas: int = bounded(1, 0, MAX_REPLICAS)  # number of engines with this model, each with its own resources
+    # Minimum number of replicas where it follows the demand, from `replicas` on; null: `replicas`. With 0, an unused
+    # expert has no replica, and the next request starts one.
+    min_replicas: int | None = bounded(None, 0, MAX_REPLICAS)
+    max_replicas: int | None = bounded(None, 0, MAX_REPLICAS)  # maximum number of replicas; null: `replicas`
+    idle_s: float = bounded(300.0, 1.0, 7 * DAY_S)  # time of low demand after which there are fewer replicas
     capacity: int = bounded(256, 1, 10**6)  # maximum number of requests in flight per replica
     # Maximum number of requests in flight on all replicas together; further ones wait. Null: the sum of the capacities.
     max_in_flight: int | None = bounded(None, 1, 10**6)
@@ -194,6 +199,7 @@ class ClusterConfig(JobOptions):
     gpu_request: GpuRequest = "gres"  # form of the GPU request: --gres=gpu:N or --gpus-per-node=N
     # Replicas with equal resources that run in one job, for sites that only give whole nodes.
     replicas_per_job: int = bounded(1, 1, MAX_REPLICAS)
+    max_gpus: int | None = bounded(None, 1, 10**6)  # maximum GPUs of all jobs of the run together; null: no limit
     python: str | None = None  # Python interpreter of the jobs, present on every node; null: the one that runs `up`
     modules: list[str] = field(default_factory=list)  # arguments of `module load`, in this order
     setup: list[str] = field(default_factory=list)  # lines of bash that each job runs before its service

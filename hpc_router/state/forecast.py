@@ -13,15 +13,26 @@ SCALED_TO_ZERO: Final = "ScaledToZero"
 """Reason in `forecast.json` for an expert that has no replica because nobody used it, and gets one on demand."""
 
 
+NO_GPUS: Final = "MaxGpus"
+"""Reason in `forecast.json` for an expert that gets no replica because the others have `cluster.max_gpus` GPUs."""
+
+FAILED: Final = "Failed"
+"""Reason in `forecast.json` for an expert that gets no replica because all its slots have failed for good."""
+
+
+ON_DEMAND: Final = "scaled to zero, starts on demand"
+
+
 @dataclass(frozen=True, slots=True)
 class StartForecast:
     """What is known of the start of an expert's next replica. `state`: what it waits for, as text. `ready_at`: when it
     is expected to be ready, in Unix seconds; None if unknown. `until_ready_s`: for an expert that is scaled to zero,
-    the expected seconds from the first request to a ready replica."""
+    the expected seconds from the first request to a ready replica. `hopeless`: whether no replica will start."""
 
     state: str
     ready_at: float | None = None
     until_ready_s: float | None = None
+    hopeless: bool = False
 
     def expected_ready_at(self, now: float) -> float | None:
         """Returns the expected time in Unix seconds; None if unknown. `now`: Unix seconds."""
@@ -67,6 +78,7 @@ def _forecast(entry: Mapping[str, Any]) -> StartForecast:
         _state(entry.get("reason")),
         ready_at if isinstance(ready_at, int | float) else None,
         until_ready_s if isinstance(until_ready_s, int | float) else None,
+        hopeless=entry.get("reason") == FAILED,
     )
 
 
@@ -75,7 +87,11 @@ def _state(reason: object) -> str:
     if not isinstance(reason, str) or reason in (JobPhase.STARTING, "None"):
         return "starting"
     if reason == SCALED_TO_ZERO:
-        return "scaled to zero, starts on demand"
+        return ON_DEMAND
+    if reason == FAILED:
+        return "failed"
+    if reason == NO_GPUS:
+        return "waits for GPUs within cluster.max_gpus"
     if reason in list(JobPhase):
         return f"starting ({reason})"
     return f"queued in Slurm ({reason})"

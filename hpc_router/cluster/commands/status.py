@@ -12,6 +12,8 @@ from hpc_router.cluster.commands.router_access import RouterAccess, router_acces
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt
 from hpc_router.config.adapters import host_of
+from hpc_router.config.elastic import replica_limits
+from hpc_router.config.schema import ExpertConfig
 from hpc_router.errors import LaunchError
 from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.state.registry import RecordKind
@@ -42,11 +44,12 @@ def status(run: RunDir) -> dict[str, Any]:
             "replicas": [],
             "wanted": seen.desired.replicas.get(host_of(configured, name), 0),
             "adapter_of": expert.adapter_of,
+            "elastic": _elastic(seen, host_of(configured, name), configured),
         }
         for name, expert in configured.items()
     }
     for view in expert_views(shown):
-        entry = experts.setdefault(view.expert, {"replicas": [], "wanted": 0, "adapter_of": None})
+        entry = experts.setdefault(view.expert, {"replicas": [], "wanted": 0, "adapter_of": None, "elastic": None})
         entry["replicas"].append(_merged(view, known.get(view.replica)))
     for entry in experts.values():
         host = entry["adapter_of"]
@@ -66,6 +69,16 @@ def status(run: RunDir) -> dict[str, Any]:
         "policy": answer.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "artefact": None},
         "experts": experts,
     }
+
+
+def _elastic(seen: LoopPass, host: str, experts: Mapping[str, ExpertConfig]) -> dict[str, Any] | None:
+    """Returns why the expert `host` has its number of replicas; None if that number does not follow the demand."""
+    state = seen.desired.elastic.get(host)
+    if state is None:
+        return None
+    low, high = replica_limits(experts[host])
+    limits = {"min_replicas": low, "max_replicas": high, "replicas": state.replicas}
+    return limits | {"since": state.changed_at or None, "reason": state.reason, "blocked": state.blocked}
 
 
 def _standby(attempts: Sequence[Attempt], serving: str | None) -> str | None:

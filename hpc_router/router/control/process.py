@@ -23,6 +23,7 @@ from hpc_router.errors import HpcRouterError
 from hpc_router.router.control.certificate_watcher import CertificateWatcher
 from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.control.continuity import Continuity
+from hpc_router.router.control.demand_report import DemandCounts, DemandReport, counts_by_expert
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
 from hpc_router.router.control.engine_metrics import EngineMetrics
@@ -88,6 +89,7 @@ class ControlProcess:
     continuity: Continuity = field(init=False)
     predecessor: Predecessor = field(init=False)
     engines: EngineMetrics = field(init=False)
+    demand: DemandReport = field(init=False)
     lease: Lease | None = None
     own_metrics: Metrics = field(default_factory=Metrics)
     """The counts of this process itself."""
@@ -109,6 +111,7 @@ class ControlProcess:
             bounds=queue_limits(self.deployment), peers=self.counters.all(), on_change=self._table_changed
         )
         self.workers = Workers(self.table, self.counters, self, self._settings(), self.deployment.experts)
+        self.demand = DemandReport(self.run, self.replica, self.base, self.table, self.files, self._demand_counts)
         self.predecessor = Predecessor(self.replica, self.run.secret(), self.workers.sessions, self.continuity)
         self.workers.on_unknown_session = self.predecessor.fetch
         self.engines = EngineMetrics(self.table, self.workers.publish_soon)
@@ -141,7 +144,8 @@ class ControlProcess:
         limit = partial(limit_records_forever, self.run, self.files, lambda: self.deployment.router.records_gb)
         limiting = background("records", limit, self.task_failed)
         reading = background("engine metrics", self.engines.read_forever, self.task_failed)
-        async with self.discovery, self.config_watcher.watching(), following, limiting, reading:
+        demand = background("demand", self.demand.report_forever, self.task_failed)
+        async with self.discovery, self.config_watcher.watching(), following, limiting, reading, demand:
             if self.table.all():
                 self._table_changed()
             try:
@@ -329,6 +333,10 @@ class ControlProcess:
                 self.discovery.served(name)
         for name in [name for name in self._stats if self.table.get(name) is None]:
             del self._stats[name]
+
+    def _demand_counts(self) -> DemandCounts:
+        dumps = [connection.metrics for connection in self.workers.all]
+        return DemandCounts(counts_by_expert(dumps), self._departure_rates)
 
     def observed(self, observation: messages.ReplicaObservation) -> None:
         """Records what a worker's request observed of a replica."""

@@ -26,7 +26,7 @@ from hpc_router.router.replicas.balancing import affinity, load_bound, power_of_
 from hpc_router.router.replicas.lifetime import Lifetimes, outliving
 from hpc_router.router.replicas.replica import NO_COLUMN, READY, Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.waiting_line import Waiter, WaitingLine
-from hpc_router.state.forecast import StartForecast
+from hpc_router.state.forecast import ON_DEMAND, StartForecast
 from hpc_router.state.registry import Record, RecordKind
 
 PEER_REFRESH_S: Final = 0.005
@@ -47,6 +47,7 @@ class QueueFullError(HpcRouterError):
         self.expert, self.serves = expert, serves
 
 
+_ON_DEMAND: Final = StartForecast(ON_DEMAND)
 AffinitySlot = Callable[[], int | None]
 """Computes the affinity slot of a request; None if the request has no conversation."""
 ExpectedDuration = Callable[[str], float]
@@ -60,7 +61,8 @@ class ReplicaTable:
 
     `pin_bound`: maximum load of a replica that keeps affinity, as a multiple of the average load; None turns affinity
     off. `bounds`: limits of the requests per expert. `on_change` is called when a replica has changed.
-    `forecasts`: for experts without a ready replica, the forecast of the next one.
+    `forecasts`: for experts without a ready replica, the forecast of the next one. `on_demand`: the experts that get a
+    replica when a request comes, even before there is a forecast.
 
     This worker writes its request counts to `cells` and reads those of the other workers from `peers`. `queue_columns`:
     by expert, the column that counts its waiting requests.
@@ -75,6 +77,7 @@ class ReplicaTable:
     queue_columns: Mapping[str, int] = field(default_factory=dict)
     on_change: Callable[[], None] | None = None
     forecasts: Mapping[str, StartForecast] = field(default_factory=dict)
+    on_demand: Collection[str] = ()
     lifetimes: Lifetimes = field(default_factory=Lifetimes)
     _scaled_to_zero: Mapping[str, str] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
@@ -377,7 +380,8 @@ class ReplicaTable:
         experts = tuple(experts)
         if any(self.has_ready(expert, ()) for expert in experts):
             return None
-        return next((self.forecasts[expert] for expert in experts if expert in self.forecasts), None)
+        known = (self.forecasts.get(e) or (_ON_DEMAND if e in self.on_demand else None) for e in experts)
+        return next((forecast for forecast in known if forecast is not None and not forecast.hopeless), None)
 
     def longest_wait_s(self) -> float:
         """Returns the longest expected wait in seconds over this worker's queues."""

@@ -16,6 +16,7 @@ from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import should_spill
 from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.worker.cold_start import without_fallback
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.request_body import ApiCall, check_values, decode
 from hpc_router.router.worker.routed_request import ApiEndpoint, RoutedRequest
@@ -185,16 +186,7 @@ class RequestRouting:
             spilled = tuple(dict.fromkeys((decision.runner_up, *experts)))
             return spilled, RouteReason.SPILLED, decision, policy.version
         mode = endpoint.wait or self.deployment.router.cold_start
-        if mode != "fallback" and self._is_cold(experts[0], waits=mode == "wait"):
-            experts = experts[:1]
-        return experts, decision.reason, decision, policy.version
-
-    def _is_cold(self, expert: str, *, waits: bool) -> bool:
-        """Returns whether the expert has no ready replica. `waits`: only if one is expected to become ready, because
-        otherwise there is nothing to wait for."""
-        if self.table.has_ready(expert, ()):
-            return False
-        return not waits or self.table.coming((expert,)) is not None
+        return without_fallback(experts, self.table, mode), decision.reason, decision, policy.version
 
     def _spills(self, decision: Decision) -> bool:
         """Returns whether the request goes to the runner-up: its expert has no free place, the runner-up has one, and

@@ -88,7 +88,15 @@ def test_files_are_written_when_their_content_changes(tmp_path: Path) -> None:
 
     def write(observed: Observed, now: float) -> None:
         durations = measured(observed)
-        files.write(observed, schedule(observed, ONE.handovers, durations), durations, {"math": "gpu"}, now)
+        files.write(
+            observed,
+            schedule(observed, ONE.handovers, durations),
+            durations,
+            {"math": "gpu"},
+            now,
+            absent={},
+            adapters={},
+        )
 
     write({MATH: (OLD, serving(2))}, DUE)
     assert json.loads(run.estimates_json.read_text()) == {

@@ -182,6 +182,24 @@ async def test_auto_falls_back_waits_or_fails(tmp_path: Path) -> None:
             assert (await call)[2]["x-expert"] == "math"
 
 
+async def test_auto_waits_although_the_last_replica_seemed_ready(tmp_path: Path) -> None:
+    """It has gone, and the router learns that from the request."""
+    run = a_run(tmp_path)
+    trained(run.classifier)
+    draining = refuse(503, headers={"x-hpc-router-draining": "1"})
+    async with fake_replica(run, "code-0.g1"), a_router(run, deployed(run)) as router:
+        async with fake_replica(run, "math-0.g1", draining) as fake:
+            await ready(router, 2)
+            forecast(run, math=queued())
+            await eventually(lambda: "math" in router.gateway.table.forecasts)
+            call = asyncio.create_task(post(router, for_math(), **{"x-wait": "wait"}))
+            await fake.arrived.wait()
+            await eventually(lambda: router.gateway.table.waiting("math") == 1)
+            fake.state = "draining"
+        async with fake_replica(run, "math-0.g2"):
+            assert (await call)[2]["x-replica"] == "math-0.g2"
+
+
 async def test_auto_does_not_wait_for_an_expert_of_which_no_replica_starts(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     trained(run.classifier)
