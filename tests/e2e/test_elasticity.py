@@ -10,7 +10,7 @@ from hpc_router.state.job_records import JobDir
 from hpc_router.state.run_directory import RunDir
 from tests.e2e.cold_start import OVERRIDES, PROMPT, WITHIN_S, from_zero_to_one_and_back_in_each_mode, scalings
 from tests.e2e.deployment import deployed
-from tests.e2e.support import FAST
+from tests.e2e.support import FAST, metrics
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
@@ -51,6 +51,17 @@ def test_two_streams_get_two_replicas_and_scaling_down_breaks_none(tmp_path: Pat
         end = gone.exit()
         assert end is not None
         assert (end.ok, end.cut) == (True, 0)
+        key = 'hpc_router_gpu_seconds_total{expert="math",state="%s"}'
+        eventually_sync(
+            lambda: all(metrics(one).get(key % state) for state in ("starting", "busy", "idle")),
+            within_s=WITHIN_S, every_s=0.5,
+        )  # fmt: skip
+        usage = one.status()["experts"]["math"]["usage"]
+        assert usage["idle_s"] > 0
+        assert usage["gpu_hours"]["busy"] > 0
+        assert usage["tokens"] > 0
+        assert usage["tokens_per_gpu_hour"] > 0
+        assert "GPU hours used" in one.verb("status").stdout
 
 
 def test_an_unused_run_goes_down_by_itself(tmp_path: Path) -> None:

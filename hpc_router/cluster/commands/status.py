@@ -3,6 +3,7 @@
 Files show the state of jobs even when no router runs. Only the router knows requests in flight and ejected replicas.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,10 @@ from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt
 from hpc_router.config.adapters import host_of
 from hpc_router.config.elastic import replica_limits
 from hpc_router.config.schema import ExpertConfig
-from hpc_router.errors import LaunchError
+from hpc_router.errors import LaunchError, RegistryError
 from hpc_router.net.http_client import Unreachable, call_blocking
+from hpc_router.state.atomic_files import read_json
+from hpc_router.state.gpu_hours import ExpertUsage, GpuState, parse_usage
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
@@ -55,10 +58,12 @@ def status(run: RunDir) -> dict[str, Any]:
         host = entry["adapter_of"]
         if host is not None:  # an adapter's name may also have external endpoints
             entry["replicas"] += experts[host]["replicas"]
+    used = _read_usage(run)
     for name, entry in experts.items():
         own = (answer.get("experts") or {}).get(name) or {}
         entry["ready"] = sum(r["state"] == DisplayedState.READY for r in entry["replicas"])
         entry["waiting"] = own.get("waiting")
+        entry["usage"] = _usage(used.get(name))
     policy = control.deployment.policy
     return {
         "run": str(run.path),
@@ -79,6 +84,30 @@ def _elastic(seen: LoopPass, host: str, experts: Mapping[str, ExpertConfig]) -> 
     low, high = replica_limits(experts[host])
     limits = {"min_replicas": low, "max_replicas": high, "replicas": state.replicas}
     return limits | {"since": state.changed_at or None, "reason": state.reason, "blocked": state.blocked}
+
+
+def _read_usage(run: RunDir) -> Mapping[str, ExpertUsage]:
+    """Returns the usage by expert; empty if it has not been counted yet, or if the file is damaged."""
+    content = read_json(run.gpu_hours_json)
+    try:
+        return {} if content is None else parse_usage(content).experts
+    except RegistryError:
+        return {}
+
+
+def _usage(usage: ExpertUsage | None) -> dict[str, Any] | None:
+    """Returns the usage of an expert with jobs of its own as JSON: GPU hours by state, generated tokens, time of the
+    last request in Unix seconds, and the seconds since then."""
+    if usage is None:
+        return None
+    last_at, per_hour = usage.last_request_at, usage.tokens_per_gpu_hour
+    return {
+        "last_request_at": last_at,
+        "idle_s": None if last_at is None else round(max(0.0, time.time() - last_at), 1),
+        "gpu_hours": {state.value: round(usage.hours(state), 4) for state in GpuState},
+        "tokens": usage.tokens,
+        "tokens_per_gpu_hour": None if per_hour is None else round(per_hour, 1),
+    }
 
 
 def _standby(attempts: Sequence[Attempt], serving: str | None) -> str | None:

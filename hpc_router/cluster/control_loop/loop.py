@@ -28,6 +28,7 @@ from hpc_router.cluster.control_loop.desired_state import (
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
 from hpc_router.cluster.control_loop.elastic_counts import BY, ElasticCounts, is_idle
 from hpc_router.cluster.control_loop.forecast import ForecastFiles
+from hpc_router.cluster.control_loop.gpu_hours import GpuHours
 from hpc_router.cluster.control_loop.handover import Due, Durations, measured, schedule, served_until_ready
 from hpc_router.cluster.control_loop.job_requests import job_requests
 from hpc_router.cluster.control_loop.node_exclusion import NodeExclusion
@@ -115,6 +116,7 @@ class ControlLoop:
         self._retention = Retention(run, self.deployment.cluster, clock=clock)
         self._notifier = Notifier(run, self.deployment.cluster.notify, clock=clock)
         self._elastic = ElasticCounts(run, self.deployment)
+        self._gpu_hours = GpuHours(run)
         self._released: set[str] = set()
         self._handed_over: set[str] = set()
         self._revisions: Mapping[str, str] | None = None
@@ -203,6 +205,8 @@ class ControlLoop:
             adapters=adapters,
         )
         self._report_handovers(seen.observed)
+        demand = read_demand(self.run, self._routers())
+        self._gpu_hours.update(seen.observed, seen.desired.gpus, demand, self.observer.records, time.time())
         if self._nodes.apply(seen.observed, time.time()):
             self.apply_exclusions(seen)
         self._retention.apply(seen.observed, time.time())

@@ -38,7 +38,7 @@ from hpc_router.router.control.workers import WorkerConnection, Workers
 from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor import CONTROL, worker_name
-from hpc_router.router.metrics import Metrics, departures, gauges
+from hpc_router.router.metrics import Metrics, departures, gauges, usage_metrics
 from hpc_router.router.policies import artefact_folder
 from hpc_router.router.replicas.admission import DepartureRate, queue_limits
 from hpc_router.router.replicas.health import Incident
@@ -47,10 +47,12 @@ from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.settings import scaled_to_zero
 from hpc_router.routing.artefact import read_training
 from hpc_router.routing.policy import Policy, versions
+from hpc_router.state.gpu_hours import Usage, parse_usage
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Record, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import StampedFile
 from hpc_router.state.user_tokens import UserToken
 
 logger = logging.getLogger(__name__)
@@ -103,9 +105,11 @@ class ControlProcess:
     _overview: tuple[float, dict[str, Any]] | None = None
     _overview_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _measuring: asyncio.Handle | None = None
+    _usage: StampedFile[Usage] = field(init=False)
 
     def __post_init__(self) -> None:
         cluster = self.deployment.cluster
+        self._usage = StampedFile(self.run.gpu_hours_json, parse_usage)
         self.continuity = Continuity(near_end_s=cluster.warn_s + cluster.drain_s)
         self.table = ReplicaTable(
             bounds=queue_limits(self.deployment), peers=self.counters.all(), on_change=self._table_changed
@@ -293,8 +297,17 @@ class ControlProcess:
             workers=sum(connection.serving.is_set() for connection in self.workers.all),
         )
         drifted = () if measured is None else measured.gauges()
-        others = (*self.continuity.metrics(), *self.engines.metrics(), *drifted)
+        used = usage_metrics(await self._read_usage())
+        others = (*self.continuity.metrics(), *self.engines.metrics(), *drifted, *used)
         return counted.exposition((*read, *others)).decode()
+
+    async def _read_usage(self) -> Usage | None:
+        """Returns the usage of the experts; the last known one if the file system fails, or does not answer within
+        `READ_S`."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(READ_S):
+                return await self.files.run(self._usage.read)
+        return self._usage.value
 
     async def _counted(self) -> Metrics:
         """Returns the sum of the counts of this process and all workers."""
