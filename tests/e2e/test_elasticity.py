@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 
 
 def test_from_zero_to_one_and_back_in_each_mode(tmp_path: Path) -> None:
-    with deployed(tmp_path, *OVERRIDES, FAST, "experts.math.idle_s=3", wait_all=False) as one:
+    with deployed(tmp_path, *OVERRIDES, FAST, "experts.math.idle_s=6", wait_all=False) as one:
         from_zero_to_one_and_back_in_each_mode(one)
 
 

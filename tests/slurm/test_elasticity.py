@@ -11,7 +11,7 @@ from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.slurm
 
-QUICK = (*OVERRIDES, "cluster.ask_s=2", "cluster.reconcile_s=0.5", "experts.math.idle_s=4")
+QUICK = (*OVERRIDES, "cluster.ask_s=2", "cluster.reconcile_s=0.5", "experts.math.idle_s=8")
 
 
 @pytest.mark.newest
