@@ -139,6 +139,10 @@ class ShedError(UnavailableError):
         self.limit = limit
 
 
+class ColdStartError(UnavailableError):
+    """The expert has no ready replica, and the request does not want to wait for one."""
+
+
 class ScaledToZeroError(UnavailableError):
     """The expert has no replicas, because it was scaled to 0. Sending the request again does not help."""
 

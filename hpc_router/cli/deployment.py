@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.cli.output import print_value, stderr_console
-from hpc_router.cli.parser import Parser, Verbs, add_verb
+from hpc_router.cli.parser import Parser, Verbs, add_verb, duration
 from hpc_router.state.run_directory import RunDir, find_run
 
 EVENTS: Final = " A terminal shows the progress as a table, anything else gets a line for each change."
@@ -109,18 +109,30 @@ def print_usage(run: RunDir, url: str) -> None:
 def add_down(verbs: "Verbs[Parser]") -> None:
     parser = add_verb(verbs, down, details=EVENTS)
     parser.add_argument("--json", action="store_true", help="print the progress as JSON, one event per line")
+    parser.add_argument(
+        "--when-idle",
+        type=duration,
+        metavar="TIME",
+        help="end it once no request came for that time, such as 2h or 45m",
+    )
 
 
 def down(arguments: argparse.Namespace) -> int:
     """end a deployment: its replicas finish their requests, then all its jobs end
 
     hpc-router down --run runs/mine
+    hpc-router down --when-idle 2h      returns at once; the control loop ends it, and `up` withdraws this
     """
     from hpc_router.cli.json_events import JsonEvents
     from hpc_router.cli.tables import UpProgress
     from hpc_router.cluster.commands.down import down as take_down
+    from hpc_router.cluster.commands.down import down_when_idle
 
     run = find_run(arguments.run)
+    if arguments.when_idle is not None:
+        down_when_idle(run, arguments.when_idle)
+        told = f"{run.path} ends after {arguments.when_idle:g} s without a request"
+        return print_value({"run": str(run.path), "when_idle_s": arguments.when_idle} if arguments.json else told)
     with JsonEvents() if arguments.json else UpProgress(stderr_console()) as progress:
         ended = take_down(run, watcher=progress)
     if isinstance(progress, JsonEvents):

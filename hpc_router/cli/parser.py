@@ -134,6 +134,14 @@ def number(text: str) -> float:
     return value
 
 
+def duration(text: str) -> float:
+    """Returns the time in seconds of an argument such as 90s, 45m, 2h or 1d; argparse refuses other words."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time (valid: a number and s, m, h or d, such as 2h)")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
 def interval(text: str) -> float:
     """Returns the time in seconds that an argument gives; argparse refuses times below 0.1 or above 3600."""
     value = number(text)

@@ -49,6 +49,20 @@ def token_table(tokens: Sequence[UserToken], *, now: float) -> RenderableType:
     return table
 
 
+def usage_table(usage: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns a table of what each expert has used since the first launch of the run."""
+    table = new_table("expert", "GPU hours used", "idle", "starting", "draining", "tokens per GPU hour", "last request")
+    for name, used in usage.items():
+        hours, idle_s, tokens = used["gpu_hours"], used["idle_s"], used["tokens_per_gpu_hour"]
+        table.add_row(
+            name,
+            *(f"{hours[state]:.2f}" for state in ("busy", "idle", "starting", "draining")),
+            "-" if tokens is None else f"{tokens:.0f}",
+            "-" if idle_s is None else f"{idle_s:.0f} s ago" if idle_s < 600 else f"{idle_s / 3600:.1f} h ago",
+        )
+    return table
+
+
 def state_text(name: str) -> Text:
     """Returns the name of a state in its colour."""
     return Text(name, style=_STYLE.get(name, ""))
@@ -107,7 +121,9 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
     table = new_table("expert", "replica", "state", "in flight", "restarts", "engine", "node", "job", "left", "")
     for name, expert in value["experts"].items():
         if not expert["replicas"]:
-            table.add_row(name, "-", state_text("stopped"), *[""] * 6, "no replicas wanted")
+            elastic = expert.get("elastic")
+            remark = "no replicas wanted" if elastic is None else f"starts on demand: {elastic['reason']}"
+            table.add_row(name, "-", state_text("stopped"), *[""] * 6, (elastic or {}).get("blocked") or remark)
         for replica in expert["replicas"]:
             table.add_row(
                 name,
@@ -122,6 +138,9 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
                 _remark(replica),
             )
     parts: list[RenderableType] = [head, *map(Text, _process_lines(router)), Text(), table]
+    usage = {name: used for name, expert in value["experts"].items() if (used := expert.get("usage"))}
+    if any(any(used["gpu_hours"].values()) for used in usage.values()):
+        parts += [Text(), usage_table(usage)]
     if trouble := value.get("full") or router.get("write_trouble"):
         parts.append(Text(trouble, style="red"))
     if value.get("slurm"):

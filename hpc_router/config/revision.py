@@ -27,10 +27,16 @@ _NOT_OF_JOBS: Final = frozenset(
         "keep_days",
         "login",
         "replicas_per_job",
+        "max_gpus",
     }
 )
 """Keys of `cluster` that no job reads."""
-_NOT_OF_AGENTS: Final = frozenset({"replicas", "description", "exemplars", "handover", "max_in_flight"})
+_NOT_OF_AGENTS: Final = frozenset(
+    {
+        *("replicas", "min_replicas", "max_replicas", "idle_s"),
+        *("description", "exemplars", "handover", "max_in_flight"),
+    }
+)
 """Keys of an expert that its agent does not read."""
 _ROUTED: Final = ("model", "adapter_of", "capacity", "max_in_flight")
 """Keys of an expert that the router reads."""

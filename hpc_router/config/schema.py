@@ -24,6 +24,7 @@ MIN_DURATION_S: Final = 1e-3
 HOUR_S: Final = 3600.0
 DAY_S: Final = 24 * HOUR_S
 
+ColdStart = Literal["wait", "fail", "fallback"]
 ClusterKind = Literal["local", "slurm", "allocation"]
 HandoverMode = Literal["overlap", "drain_first", "none"]
 EngineKind = Literal["vllm", "transformers", "sim"]
@@ -162,6 +163,11 @@ class ExpertConfig:
     # Domain of the expert in a sentence. Where a sentence encoder is installed, the classifier is trained with it.
     description: str = ""
     replicas: int = bounded(1, 0, MAX_REPLICAS)  # number of engines with this model, each with its own resources
+    # Minimum number of replicas where it follows the demand, from `replicas` on; null: `replicas`. With 0, an unused
+    # expert has no replica, and the next request starts one.
+    min_replicas: int | None = bounded(None, 0, MAX_REPLICAS)
+    max_replicas: int | None = bounded(None, 0, MAX_REPLICAS)  # maximum number of replicas; null: `replicas`
+    idle_s: float = bounded(300.0, 1.0, 7 * DAY_S)  # time of low demand after which there are fewer replicas
     capacity: int = bounded(256, 1, 10**6)  # maximum number of requests in flight per replica
     # Maximum number of requests in flight on all replicas together; further ones wait. Null: the sum of the capacities.
     max_in_flight: int | None = bounded(None, 1, 10**6)
@@ -193,6 +199,7 @@ class ClusterConfig(JobOptions):
     gpu_request: GpuRequest = "gres"  # form of the GPU request: --gres=gpu:N or --gpus-per-node=N
     # Replicas with equal resources that run in one job, for sites that only give whole nodes.
     replicas_per_job: int = bounded(1, 1, MAX_REPLICAS)
+    max_gpus: int | None = bounded(None, 1, 10**6)  # maximum GPUs of all jobs of the run together; null: no limit
     python: str | None = None  # Python interpreter of the jobs, present on every node; null: the one that runs `up`
     modules: list[str] = field(default_factory=list)  # arguments of `module load`, in this order
     setup: list[str] = field(default_factory=list)  # lines of bash that each job runs before its service
@@ -308,7 +315,14 @@ class RouterConfig:
     eject_most_s: float = bounded(300.0, MIN_DURATION_S, 7 * DAY_S)  # maximum duration of an ejection
     retry_share: float = bounded(0.2, 0, 1)  # retry budget: maximum share of requests that are retried
     retry_least_per_s: float = bounded(10.0, 1e-3, 1e6)  # retries per second that are always allowed
-    queue_timeout_s: float = bounded(30.0, MIN_DURATION_S, DAY_S)  # maximum wait of a request for a replica, then 503
+    # Maximum wait of a request for a replica, then 503. Time in which a replica of its expert starts does not count.
+    queue_timeout_s: float = bounded(30.0, MIN_DURATION_S, DAY_S)
+    # What happens to a request for an expert without a ready replica; the header `x-wait` decides for one request.
+    # wait: it is held while a replica starts; fail: 503 with Retry-After; fallback: if its model is `auto`, the next
+    # expert with a ready replica serves it, and any other request is held as with wait.
+    cold_start: ColdStart = "fallback"
+    # A stream without a first byte for this long gets its head and SSE comments; null: only while a replica starts.
+    early_headers_s: float | None = bounded(None, MIN_DURATION_S, DAY_S)
     connect_timeout_s: float = bounded(5.0, MIN_DURATION_S, HOUR_S)  # time limit to connect to a replica
     first_byte_timeout_s: float = bounded(600.0, MIN_DURATION_S, DAY_S)  # time limit until a streamed response begins
     # Time limit from a request to the first byte of its response, if not streamed.

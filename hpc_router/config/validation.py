@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Final
 from urllib.parse import urlsplit
 
-from hpc_router.config.adapters import check_adapter
+from hpc_router.config.adapters import check_adapter, hosts
 from hpc_router.config.parsing import check_values
 from hpc_router.config.schema import (
     EXPERT_NAME,
@@ -61,9 +61,45 @@ def check(deployment: Deployment) -> None:
         if expert.adapter_of is not None:
             check_adapter(name, deployment.experts)
         _check_expert(name, expert, deployment.cluster)
+    _check_gpus(deployment)
     if deployment.experts:
         check_fallback(deployment.policy.fallback, deployment.experts)
         _check_classifier(deployment)
+
+
+def _check_gpus(deployment: Deployment) -> None:
+    """Raises ConfigError if the replicas that the deployment starts with have more GPUs than cluster.max_gpus."""
+    most = deployment.cluster.max_gpus
+    if most is None:
+        return
+    used = {name: e.replicas * e.resources.gpus * e.resources.nodes for name, e in hosts(deployment.experts).items()}
+    if sum(used.values()) > most:
+        each = ", ".join(f"{name} {gpus}" for name, gpus in used.items() if gpus)
+        raise ConfigError(
+            f"cluster.max_gpus={most}: the replicas have {sum(used.values())} GPUs ({each}; valid: that or more, or "
+            "fewer replicas)",
+            key="cluster.max_gpus",
+        )
+
+
+def _check_elastic(at: str, expert: ExpertConfig, cluster: ClusterConfig) -> None:
+    """Raises ConfigError for limits of the number of replicas that contradict each other."""
+    if expert.min_replicas is None and expert.max_replicas is None:
+        return
+    limits = ((expert.min_replicas, "min_replicas", 1), (expert.max_replicas, "max_replicas", -1))
+    for limit, name, sign in limits:
+        if limit is not None and sign * limit > sign * expert.replicas:
+            valid = f"{expert.replicas} or {'less' if sign > 0 else 'more'}, or another {at}.replicas"
+            raise ConfigError(
+                f"{at}.{name}={limit}: {at}.replicas={expert.replicas} is outside of it (valid: {valid})",
+                key=f"{at}.{name}",
+            )
+    if cluster.replicas_per_job > 1:
+        raise ConfigError(
+            f"{at}.{'min' if expert.max_replicas is None else 'max'}_replicas: the replicas of one job end together, "
+            f"so their number cannot follow demand with cluster.replicas_per_job={cluster.replicas_per_job} (valid: 1)",
+            key="cluster.replicas_per_job",
+        )
 
 
 def check_router(router: RouterConfig) -> None:
@@ -244,6 +280,7 @@ def _check_expert(name: str, expert: ExpertConfig, cluster: ClusterConfig) -> No
     _check_resources(f"{at}.resources", expert.resources, cluster)
     if expert.adapter_of is not None:
         return
+    _check_elastic(at, expert, cluster)
     options = options_of(name, expert.engine)
     if expert.resources.nodes > 1:
         _check_several_nodes(at, expert, cluster)

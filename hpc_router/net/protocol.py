@@ -55,6 +55,8 @@ REQUEST_ID_HEADER: Final = "x-request-id"
 SESSION_HEADER: Final = "x-session-id"
 PRIORITY_HEADER: Final = "x-priority"
 """Header of a request with its class: interactive or batch."""
+WAIT_HEADER: Final = "x-wait"
+"""Request header that replaces `router.cold_start` for one request."""
 
 
 def path_at(base: str, target: str) -> str:

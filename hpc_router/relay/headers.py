@@ -11,7 +11,7 @@ CORS headers (by default vLLM allows every page) are not sent downstream.
 from collections.abc import Mapping
 from typing import Any, Final, overload
 
-from hpc_router.net.protocol import PRIORITY_HEADER, REQUEST_ID_HEADER
+from hpc_router.net.protocol import PRIORITY_HEADER, REQUEST_ID_HEADER, WAIT_HEADER
 
 HOP_BY_HOP: Final = frozenset(
     {
@@ -38,6 +38,7 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"origin",
     b"x-api-key",
     PRIORITY_HEADER.encode(),
+    WAIT_HEADER.encode(),
 }
 MAX_RETRY_AFTER_S: Final = 59
 """Maximum of a forwarded `Retry-After` in seconds. Official clients sleep for that time without a log line, even beyond

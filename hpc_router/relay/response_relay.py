@@ -1,9 +1,10 @@
 """Relays one upstream response to one client and commits it as late as possible.
 
-A response is committed once its head is sent to the client; until then the request can be retried on another replica.
-Nothing is sent before the first body byte, and a response that is not streamed is buffered until it is complete. After
-the commit only complete events are sent, with a comment as keep-alive when the stream pauses. The client can always see
-a later failure: as an error event in an event stream, otherwise as an aborted connection.
+A response is committed once the client has received any of it; until then the request can be retried on another
+replica. Nothing is sent before the first body byte, except the head and comments of an `EarlyStream`, and a response
+that is not streamed is buffered until it is complete. After the commit only complete events are sent, with a comment as
+keep-alive when the stream pauses. The client can always see a later failure: as an error event in an event stream,
+otherwise as an aborted connection.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from typing import Final
 from hpc_router.errors import UpstreamError
 from hpc_router.relay.aborted_responses import AbortDetector, UnbufferedAbortDetector
 from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, Request, Response
+from hpc_router.relay.early_stream import EarlyStream
 from hpc_router.relay.sse import (
     CONTENT_TYPE,
     EVENT_ENDS,
@@ -47,9 +49,13 @@ class ResponseRelay:
     `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed
     like any other body. `summary`: gets what is needed to count the response's tokens; None: they are not counted.
+    `early`: may have sent the head of the stream; a response that is not an event stream is then returned as
+    `response`.
     """
 
-    __slots__ = ("_abort_detector", "_limits", "_request", "_stream", "_summary", "events", "response", "status")
+    __slots__ = (
+        "_abort_detector", "_early", "_limits", "_request", "_stream", "_summary", "events", "response", "status",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -59,8 +65,10 @@ class ResponseRelay:
         *,
         stream: bool,
         summary: StreamSummary | None = None,
+        early: EarlyStream | None = None,
     ) -> None:
         self._summary = summary
+        self._early = early
         self._request = request
         self._limits = limits
         self._abort_detector = abort_detector
@@ -72,6 +80,8 @@ class ResponseRelay:
     @property
     def committed(self) -> bool:
         """Whether the response can no longer be replaced by that of another replica."""
+        if self._early is not None and self._early.started and (self.events is None or not self.events.started):
+            return self.response is not None
         return self.response is not None or self._request.response_started
 
     async def relay(self, upstream: UpstreamResponse, head: bytes) -> None:
@@ -82,6 +92,11 @@ class ResponseRelay:
             await self.relay_events(upstream)
             return
         self.status = upstream.status
+        if self._early is not None:
+            self._early.stop()
+            if self._early.started:
+                self.response = Response(self.status, head, await upstream.read(self._limits.buffer_bytes))
+                return
         whole = upstream.complete_body
         if whole is not None and len(whole) <= SHORT_BYTES:
             self._abort_detector().check_body(whole)
@@ -109,7 +124,9 @@ class ResponseRelay:
         self.status = status
         if self._summary is not None:
             self._summary.streamed = True
-        self.events = EventStream(self._request, status, head, self._limits, self._abort_detector(), self._summary)
+        self.events = EventStream(
+            self._request, status, head, self._limits, self._abort_detector(), self._summary, self._early
+        )
         return self.events
 
     def _summarise(self, body: bytes | bytearray) -> None:
@@ -177,8 +194,8 @@ class EventStream:
     """A sink that forwards only complete events. The first event commits the response."""
 
     __slots__ = (
-        "_abort_detector", "_chunk_writer", "_head", "_limits", "_mark", "_ping_timer", "_request", "_splitter",
-        "_started", "_summary",
+        "_abort_detector", "_chunk_writer", "_early", "_head", "_limits", "_mark", "_ping_timer", "_request",
+        "_splitter", "_summary", "started",
     )  # fmt: skip
 
     def __init__(
@@ -189,15 +206,17 @@ class EventStream:
         limits: RelayLimits,
         abort_detector: AbortDetector,
         summary: StreamSummary | None,
+        early: EarlyStream | None = None,
     ) -> None:
         self._request = request
         self._summary = summary
+        self._early = early
         self._head = status, head
         self._limits = limits
         self._abort_detector = abort_detector
         self._mark = abort_detector.event_mark
         self._splitter = EventSplitter()
-        self._started = False
+        self.started = False
         self._chunk_writer: ChunkWriter | None = None
         self._ping_timer: asyncio.TimerHandle | None = None
 
@@ -213,7 +232,7 @@ class EventStream:
                 return True
         if events.rfind(self._mark) >= 0:
             self._abort_detector.check_events(events)
-        if not self._started:
+        if not self.started:
             self._start()
         writable = self._request.write(events)
         if self._summary is not None:
@@ -236,7 +255,7 @@ class EventStream:
         except UnfinishedEventError as error:
             raise UpstreamError(f"the replica's stream is cut: {error}") from error
         self._abort_detector.check_events(last)
-        if not self._started:
+        if not self.started:
             self._start()
         if last:
             if self._summary is not None:
@@ -248,8 +267,11 @@ class EventStream:
             self._ping_timer.cancel()
 
     def _start(self) -> None:
-        self._request.start_response(*self._head, length=None)
-        self._started = True
+        if self._early is not None:
+            self._early.stop()
+        if self._early is None or not self._early.started:
+            self._request.start_response(*self._head, length=None)
+        self.started = True
         write = self._request.write_chunk
         summary = self._summary
         if summary is not None and summary.exact and write is not None:

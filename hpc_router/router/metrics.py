@@ -17,6 +17,7 @@ from prometheus_client.utils import floatToGoString
 from hpc_router.router.replicas.fair_order import CLASSES
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.state.gpu_hours import GpuState, Usage
 
 LATENCY_BOUNDS_S: Final = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400, 259200,
@@ -168,6 +169,9 @@ class Metrics:
         self.queued = HistogramCollector(
             "hpc_router_queue_seconds", "What requests waited that got a replica.", ("expert",), bounds=LATENCY_BOUNDS_S
         )
+        self.cold_starts = CounterCollector(
+            "hpc_router_cold_starts", "Requests whose expert had no ready replica.", ("expert", "outcome")
+        )
         self.decision = HistogramCollector(
             "hpc_router_decision_seconds", "Time to choose an expert for a request.", (), bounds=_DECISION_S
         )
@@ -301,3 +305,19 @@ def gauges(
         for state in RoutingState:
             states.add_metric((expert, state), sum(r.state is state for r in table.of(expert)))
     yield from (load, capacity, expert_load, expert_bound, states, waiting, waiting_bound, class_waiting)
+
+
+def usage_metrics(usage: Usage | None) -> Iterator[Metric]:
+    """Yields the metrics of the experts' usage, as the control loop has counted it; none if it has not."""
+    gpu_s = CounterMetricFamily(
+        "hpc_router_gpu_seconds", "GPU time of the jobs of an expert.", labels=("expert", "state")
+    )
+    last = GaugeMetricFamily(
+        "hpc_router_last_request_timestamp_seconds", "Time of the last request for an expert.", labels=("expert",)
+    )
+    for name, used in sorted(usage.experts.items() if usage is not None else ()):
+        for state in GpuState:
+            gpu_s.add_metric((name, state), used.gpu_s.get(state, 0.0))
+        if used.last_request_at is not None:
+            last.add_metric((name,), used.last_request_at)
+    yield from (gpu_s, last)

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any, Final
 
 from hpc_router.config.adapters import host_of
+from hpc_router.config.elastic import is_elastic
 from hpc_router.config.parsing import parse, type_at
 from hpc_router.config.schema import Deployment, PolicyConfig, RouterConfig
 from hpc_router.config.validation import check
@@ -59,24 +60,27 @@ def _refusal(key: str) -> str:
 
 
 def with_desired(deployment: Deployment, desired: Mapping[str, Any]) -> Deployment:
-    """Returns the deployment with the settings and replica counts of `desired.json`. Raises ConfigError for invalid
-    settings."""
+    """Returns the deployment with the settings and replica counts of `desired.json`. Elastic experts keep their count,
+    because it follows the demand. Raises ConfigError for invalid settings."""
     changed = with_settings(deployment, settings_in(desired))
     counts = desired.get("replicas")
     if not isinstance(counts, dict):
         return changed
     experts = {
-        name: replace(expert, replicas=counts[name]) if type(counts.get(name)) is int else expert
+        name: replace(expert, replicas=counts[name])
+        if type(counts.get(name)) is int and not is_elastic(expert)
+        else expert
         for name, expert in changed.experts.items()
     }
     return replace(changed, experts=experts)
 
 
 def scaled_to_zero(deployment: Deployment) -> dict[str, str]:
-    """Returns the experts that shall have no replicas. The value is the expert to scale up instead: for an adapter, its
-    host."""
+    """Returns the experts that shall have no replicas, not even on demand. The value is the expert to scale up instead:
+    for an adapter, its host."""
     hosts = {name: host_of(deployment.experts, name) for name in deployment.experts}
-    return {name: host for name, host in hosts.items() if deployment.experts[host].replicas == 0}
+    absent = {name for name, e in deployment.experts.items() if e.replicas == 0 and not is_elastic(e)}
+    return {name: host for name, host in hosts.items() if host in absent}
 
 
 def settings_in(desired: Mapping[str, Any]) -> Mapping[str, Any]:

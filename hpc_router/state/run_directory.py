@@ -115,6 +115,22 @@ class RunDir:
         return self.path / "forecast.json"
 
     @property
+    def demand(self) -> Path:
+        """Returns the folder with the demand that each router measures (see `demand`)."""
+        return self.path / "demand"
+
+    @property
+    def elastic_json(self) -> Path:
+        """Returns the path of the file with the number of replicas of each elastic expert, and why it is that
+        number."""
+        return self.path / "elastic.json"
+
+    @property
+    def gpu_hours_json(self) -> Path:
+        """Returns the path of the file with the GPU time that each expert has used."""
+        return self.path / "gpu_hours.json"
+
+    @property
     def classifier(self) -> Path:
         """Returns the folder of the classifier artefact that `up` trains from the experts' exemplars."""
         return self.path / "classifier"
@@ -155,7 +171,7 @@ class RunDir:
         return _read_secret(path) if path.exists() else None
 
     def store_external_token(self, replica: str, token: str) -> None:
-        _private_folder(self.path / "tokens")
+        make_private_folder(self.path / "tokens")
         _write_secret(self.path / "tokens" / replica, token)
 
     def event(self, kind: str, **facts: Any) -> None:
@@ -214,10 +230,10 @@ def make_run(path: Path) -> RunDir:
     """Creates the run directory at `path`, or only its missing parts, with mode 0700 regardless of the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     run = RunDir(path.absolute())
-    _private_folder(run.path)
+    make_private_folder(run.path)
     _check_owner(run.path)
-    for folder in (run.registry, run.jobs, run.logs):
-        _private_folder(folder)
+    for folder in (run.registry, run.jobs, run.logs, run.demand):
+        make_private_folder(folder)
     for name in ("token", "secret"):
         if not (run.path / name).exists():
             _write_secret(run.path / name, new_token())
@@ -275,7 +291,8 @@ def private_umask() -> Iterator[None]:
             os.umask(_saved_umasks.pop())
 
 
-def _private_folder(path: Path) -> None:
+def make_private_folder(path: Path) -> None:
+    """Creates the folder with mode 0700, regardless of the umask. An existing folder stays as it is."""
     with contextlib.suppress(FileExistsError), private_umask():
         path.mkdir(mode=0o700)
 

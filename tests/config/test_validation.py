@@ -11,6 +11,7 @@ from hpc_router.config.schema import (
     Deployment,
     EngineConfig,
     ExpertConfig,
+    PolicyConfig,
     ResourceConfig,
     RouterConfig,
 )
@@ -201,3 +202,39 @@ def test_slurm_keys_without_kind_slurm_are_refused(key: str) -> None:
 def test_https_needs_a_certificate_and_its_key(router: dict[str, Any], message: str) -> None:
     assert message in refused(replace(deployment(), router=RouterConfig(**router)))
     check(replace(deployment(), router=RouterConfig(tls_cert="/c.pem", tls_key="/k.pem")))
+
+
+def elastic(**expert: Any) -> Deployment:
+    own = ExpertConfig(model="m", engine=EngineConfig(kind="sim"), **expert)
+    return Deployment(experts={"math": own}, policy=PolicyConfig(kind="model_field"))
+
+
+@pytest.mark.parametrize(
+    ("expert", "key"),
+    [
+        ({"replicas": 1, "min_replicas": 2}, "experts.math.min_replicas"),
+        ({"replicas": 3, "max_replicas": 2}, "experts.math.max_replicas"),
+        ({"replicas": 3, "min_replicas": 0, "max_replicas": 2}, "experts.math.max_replicas"),
+    ],
+)
+def test_replicas_lie_between_their_limits(expert: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match="is outside of it") as raised:
+        check(elastic(**expert))
+    assert raised.value.key == key
+    check(elastic(replicas=2, min_replicas=0, max_replicas=2))
+
+
+def test_replicas_of_one_job_cannot_follow_the_demand() -> None:
+    deployment = elastic(min_replicas=0)
+    deployment.cluster.replicas_per_job = 2
+    with pytest.raises(ConfigError, match="end together"):
+        check(deployment)
+
+
+def test_the_first_replicas_fit_into_the_gpu_limit() -> None:
+    deployment = elastic(replicas=2, resources=ResourceConfig(gpus=2))
+    deployment.cluster.gpus, deployment.cluster.max_gpus = 4, 3
+    with pytest.raises(ConfigError, match=r"the replicas have 4 GPUs \(math 4;"):
+        check(deployment)
+    deployment.cluster.max_gpus = 4
+    check(deployment)

@@ -142,6 +142,7 @@ def main() -> int:
     def show(*found: Row) -> None:
         print("\n".join([*(() if rows else HEAD), *map(str, found)]), flush=True)
         rows.extend(found)
+
     with mounted_disk() as disk, SlurmCluster(proctrack="cgroup") as cluster:
         deploy = partial(on_slurm, cluster, shared=disk)
         if chosen.part in (None, "walltime"):

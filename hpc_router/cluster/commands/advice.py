@@ -76,6 +76,9 @@ LOG_ADVICE: Final = "`hpc-router logs router` shows more"
 SETTINGS_ADVICE: Final = "`hpc-router set KEY=` restores the configured value; an artefact can be trained again"
 SPACE_ADVICE: Final = "free space or raise the quota: records, logs and the control loop need it"
 NODE_EXCLUDED_ADVICE: Final = "`hpc-router nodes forget {node}` lets jobs start there again, once it is repaired"
+MAX_GPUS_ADVICE: Final = (
+    "raise cluster.max_gpus, or lower the min_replicas or idle_s of other experts (`hpc-router apply`)"
+)
 NODE_FAILING_ADVICE: Final = (
     "the control loop excludes at most a quarter of a partition's nodes; `hpc-router drain {node}` keeps jobs off it"
 )

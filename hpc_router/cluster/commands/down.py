@@ -11,7 +11,8 @@ import time
 from contextlib import suppress
 from typing import Final, Protocol
 
-from hpc_router.cluster.control_loop.desired_state import want_down
+from hpc_router.cluster.commands.router_access import live_router
+from hpc_router.cluster.control_loop.desired_state import want_down, want_down_when_idle
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.slots import Attempt, all_attempts
 from hpc_router.cluster.launchers.interface import JobState
@@ -61,6 +62,18 @@ def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
         before = {a.replica for a in living(control.preview())}  # counted first, because the control loop may end them
         want_down(run)
         return end_all(control, before, watcher=watcher or NoWatcher())
+
+
+def down_when_idle(run: RunDir, idle_s: float) -> None:
+    """Lets the control loop end the deployment after `idle_s` seconds without a request. Raises LaunchError if no
+    router serves that could run the loop."""
+    control = ControlLoop(run)
+    if control.preview().desired.down:
+        raise LaunchError(f"{run.path} is down already")
+    if not control.deployment.router.reconcile or live_router(run) is None:
+        raise LaunchError("no router runs the control loop, which would end the deployment (router.reconcile)")
+    want_down_when_idle(run, idle_s)
+    run.event("down_when_idle", idle_s=idle_s)
 
 
 def leftover_text(run: RunDir) -> str:

@@ -3,6 +3,7 @@
 Files show the state of jobs even when no router runs. Only the router knows requests in flight and ejected replicas.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,12 @@ from hpc_router.cluster.commands.router_access import RouterAccess, router_acces
 from hpc_router.cluster.control_loop.loop import ControlLoop, LoopPass
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt
 from hpc_router.config.adapters import host_of
-from hpc_router.errors import LaunchError
+from hpc_router.config.elastic import replica_limits
+from hpc_router.config.schema import ExpertConfig
+from hpc_router.errors import LaunchError, RegistryError
 from hpc_router.net.http_client import Unreachable, call_blocking
+from hpc_router.state.atomic_files import read_json
+from hpc_router.state.gpu_hours import ExpertUsage, GpuState, parse_usage
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
@@ -52,20 +57,23 @@ def status(run: RunDir) -> dict[str, Any]:
             "replicas": [],
             "wanted": seen.desired.replicas.get(host_of(configured, name), 0),
             "adapter_of": expert.adapter_of,
+            "elastic": _elastic(seen, host_of(configured, name), configured),
         }
         for name, expert in configured.items()
     }
     for view in expert_views(shown):
-        entry = experts.setdefault(view.expert, {"replicas": [], "wanted": 0, "adapter_of": None})
+        entry = experts.setdefault(view.expert, {"replicas": [], "wanted": 0, "adapter_of": None, "elastic": None})
         entry["replicas"].append(_merged(view, known.get(view.replica)))
     for entry in experts.values():
         host = entry["adapter_of"]
         if host is not None:  # an adapter's name may also have external endpoints
             entry["replicas"] += experts[host]["replicas"]
+    used = _read_usage(run)
     for name, entry in experts.items():
         own = (answer.get("experts") or {}).get(name) or {}
         entry["ready"] = sum(r["state"] == DisplayedState.READY for r in entry["replicas"])
         entry["waiting"] = own.get("waiting")
+        entry["usage"] = _usage(used.get(name))
     policy = control.deployment.policy
     return {
         "run": str(run.path),
@@ -75,6 +83,40 @@ def status(run: RunDir) -> dict[str, Any]:
         "router": router,
         "policy": answer.get("policy") or {"kind": policy.kind, "fallback": policy.fallback, "artefact": None},
         "experts": experts,
+    }
+
+
+def _elastic(seen: LoopPass, host: str, experts: Mapping[str, ExpertConfig]) -> dict[str, Any] | None:
+    """Returns why the expert `host` has its number of replicas; None if that number does not follow the demand."""
+    state = seen.desired.elastic.get(host)
+    if state is None:
+        return None
+    low, high = replica_limits(experts[host])
+    limits = {"min_replicas": low, "max_replicas": high, "replicas": state.replicas}
+    return limits | {"since": state.changed_at or None, "reason": state.reason, "blocked": state.blocked}
+
+
+def _read_usage(run: RunDir) -> Mapping[str, ExpertUsage]:
+    """Returns the usage by expert; empty if it has not been counted yet, or if the file is damaged."""
+    content = read_json(run.gpu_hours_json)
+    try:
+        return {} if content is None else parse_usage(content).experts
+    except RegistryError:
+        return {}
+
+
+def _usage(usage: ExpertUsage | None) -> dict[str, Any] | None:
+    """Returns the usage of an expert with jobs of its own as JSON: GPU hours by state, generated tokens, time of the
+    last request in Unix seconds, and the seconds since then."""
+    if usage is None:
+        return None
+    last_at, per_hour = usage.last_request_at, usage.tokens_per_gpu_hour
+    return {
+        "last_request_at": last_at,
+        "idle_s": None if last_at is None else round(max(0.0, time.time() - last_at), 1),
+        "gpu_hours": {state.value: round(usage.hours(state), 4) for state in GpuState},
+        "tokens": usage.tokens,
+        "tokens_per_gpu_hour": None if per_hour is None else round(per_hour, 1),
     }
 
 

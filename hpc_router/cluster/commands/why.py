@@ -20,6 +20,7 @@ from hpc_router.cluster.commands.advice import (
     FAILURE_ADVICE,
     GAP_ADVICE,
     LOG_ADVICE,
+    MAX_GPUS_ADVICE,
     NODE_EXCLUDED_ADVICE,
     NODE_FAILING_ADVICE,
     ROUTER_OPTION_ADVICE,
@@ -36,6 +37,7 @@ from hpc_router.cluster.control_loop.desired_state import forgotten_nodes, host_
 from hpc_router.cluster.control_loop.forecast import PlannedHandover, forecast
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.node_exclusion import BY, failing_nodes
+from hpc_router.cluster.control_loop.reconcile import Desired
 from hpc_router.cluster.control_loop.slots import Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
@@ -77,7 +79,12 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
     shown = replica_views(control, seen)
     if name is not None:
         name = host_expert(run, name)
-        names = {v.expert for v in shown} | {v.replica for v in shown} | {v.replica.rpartition(".")[0] for v in shown}
+        names = (
+            set(seen.desired.elastic)
+            | {v.expert for v in shown}
+            | {v.replica for v in shown}
+            | {v.replica.rpartition(".")[0] for v in shown}
+        )
         if name not in names:
             raise ConfigError(f"no replica of this run is named '{name}'{suggest(name, names)}")
         shown = [v for v in shown if name in (v.expert, v.replica, v.replica.rpartition(".")[0])]
@@ -88,6 +95,7 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
         causes = [_step_cause(cause) for cause in causes]
     planned = forecast(seen.observed, seen.handovers, seen.durations, now)[1]
     causes += _handovers(shown, planned, now=now)
+    causes += _scaled(seen.desired, shown, name, now=now)
     refused = {handover.replica for handover in planned if handover.refused is not None}  # said already
     others = [view for view in shown if view.replica not in refused]
     causes += _last_ends(run, others, seen.observed, forgiven=seen.desired.forgiven, now=now)
@@ -110,6 +118,27 @@ def _step_cause(cause: Cause) -> Cause:
         return cause
     what = f"its step has not begun: other steps hold the resources of job {view.job_id}, or it is just starting"
     return Cause(view, what, STEP_ADVICE.format(job_id=view.job_id))
+
+
+def _scaled(desired: Desired, shown: Sequence[ReplicaView], name: str | None, *, now: float) -> list[Cause]:
+    """Returns a cause for each elastic expert that has no replica, has fewer than its demand needs, or got another
+    number of replicas in the last hour. `name`: limits the result to that expert."""
+    causes = []
+    for expert, state in desired.elastic.items():
+        if name not in (None, expert) or desired.down:
+            continue
+        own = next((view for view in shown if view.expert == expert), None)
+        view = own or ReplicaView(expert, expert, DisplayedState.STOPPED)
+        replicas = "no replica" if state.replicas == 0 else f"{state.replicas} replica{'s' * (state.replicas > 1)}"
+        since = f" since {datetime.fromtimestamp(state.changed_at):%H:%M:%S}" if state.changed_at else ""
+        told = f"{expert} has {replicas}{since}: {state.reason}"
+        if state.blocked is not None:
+            causes.append(Cause(view, f"{told}; {state.blocked}", MAX_GPUS_ADVICE))
+        elif state.replicas == 0:
+            causes.append(Cause(view, f"{told}; the next request starts one", None))
+        elif now - state.changed_at < RECENT_S and state.changes:
+            causes.append(Cause(view, told, None))
+    return causes
 
 
 def _handovers(shown: Sequence[ReplicaView], planned: Sequence[PlannedHandover], *, now: float) -> list[Cause]:

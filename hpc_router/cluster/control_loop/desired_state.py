@@ -11,12 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_router import __version__
+from hpc_router.cluster.control_loop.elastic_states import elastic_policies, read_states
 from hpc_router.cluster.control_loop.handover import HandoverPolicy
 from hpc_router.cluster.control_loop.reconcile import Desired
 from hpc_router.cluster.control_loop.slots import Observed
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.config import frozen
 from hpc_router.config.adapters import host_of, hosts
+from hpc_router.config.elastic import replica_limits
 from hpc_router.config.parsing import bounds_of, check_values
 from hpc_router.config.revision import revisions
 from hpc_router.config.schema import Deployment, ExpertConfig
@@ -56,6 +58,9 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
     bounds = bounds_of(ExpertConfig, "replicas")
     assert bounds is not None
     replicas |= {n: c for n, c in _counts(desired.get("replicas")).items() if n in replicas and bounds.contains(c)}
+    policies = elastic_policies(deployment, replicas)
+    states = {} if not policies else read_states(run, policies, scaled_times(desired))
+    replicas |= {name: state.replicas for name, state in states.items()}
     return Desired(
         replicas=replicas,
         router=desired.get("router") is True,
@@ -69,7 +74,26 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
         revisions=_texts(desired.get("revisions")),
         overlapping=frozenset(_overlapping(deployment)),
         excluded=tuple(sorted(_exclusions(desired))),
+        elastic=states,
+        gpus=gpus_by_expert(deployment),
+        max_gpus=deployment.cluster.max_gpus,
+        down_when_idle_s=_number(desired.get("down_when_idle_s")),
+        idle_from=_number(desired.get("idle_from")) or 0.0,
     )
+
+
+def gpus_by_expert(deployment: Deployment) -> dict[str, int]:
+    """Returns the GPUs of one replica of each expert with jobs of its own, and of the router."""
+    resources = {name: expert.resources for name, expert in hosts(deployment.experts).items()}
+    return {name: own.gpus * own.nodes for name, own in {**resources, ROUTER: deployment.router.resources}.items()}
+
+
+def scaled_times(desired: Mapping[str, Any]) -> dict[str, float]:
+    """Returns when the number of replicas of each expert was last set by `scale`, or by `up` after `down` (Unix
+    seconds). `desired`: the content of `desired.json`."""
+    value = desired.get("scaled_at")
+    items = value.items() if isinstance(value, dict) else ()
+    return {str(name): float(at) for name, at in items if isinstance(at, int | float)}
 
 
 def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
@@ -137,8 +161,15 @@ def _standby(deployment: Deployment) -> bool:
 
 def want_up(run: RunDir, observed: Observed) -> None:
     """Records that `up` wants the router, and that earlier failures no longer count."""
-    forgiven = _newest_ended(observed)
-    run.change_desired(lambda _: {"router": True, "down": False, "forgiven": forgiven})
+    forgiven, now = _newest_ended(observed), round(time.time(), 3)
+
+    def changes(desired: Mapping[str, Any]) -> dict[str, Any]:
+        wanted = {"router": True, "down": False, "forgiven": forgiven, "down_when_idle_s": None}
+        if desired.get("down") is True:  # elastic experts start again with their configured replicas
+            wanted["scaled_at"] = dict.fromkeys({slot.expert for slot in observed}, now)
+        return wanted
+
+    run.change_desired(changes)
 
 
 def want_down(run: RunDir) -> None:
@@ -146,13 +177,29 @@ def want_down(run: RunDir) -> None:
     run.change_desired(lambda _: {"down": True})
 
 
+def want_down_when_idle(run: RunDir, idle_s: float) -> None:
+    """Records that the leading control loop takes the run down after `idle_s` seconds without a request, counted from
+    now at the earliest. `up` withdraws this."""
+    now = round(time.time(), 3)
+    run.change_desired(lambda _: {"down_when_idle_s": idle_s, "idle_from": now})
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observed: Observed) -> None:
     """Writes the replica counts of the experts in `counts` to `desired.json`; earlier failures then no longer count.
     Raises ConfigError as `check_counts` does."""
     check_counts(deployment, counts)
     forgiven = _newest_ended(observed)
+    now = round(time.time(), 3)
     run.change_desired(
-        lambda desired: {"replicas": _counts(desired.get("replicas")) | dict(counts), "forgiven": forgiven}
+        lambda desired: {
+            "replicas": _counts(desired.get("replicas")) | dict(counts),
+            "scaled_at": scaled_times(desired) | dict.fromkeys(counts, now),
+            "forgiven": forgiven,
+        }
     )
 
 
@@ -164,7 +211,14 @@ def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
         host = host_of(deployment.experts, name)
         if host != name:
             raise ConfigError(f"scale: {name} is an adapter on the engine of {host}; scale that: {host}={count}")
-        check_values(replace(deployment.experts[name], replicas=count), at=f"experts.{name}")
+        expert = deployment.experts[name]
+        check_values(replace(expert, replicas=count), at=f"experts.{name}")
+        low, high = replica_limits(expert)
+        if low < high and not low <= count <= high:
+            raise ConfigError(
+                f"scale: {name}={count} is outside of experts.{name}.min_replicas={low} and max_replicas={high}: the "
+                "number of its replicas follows the demand between them; `hpc-router apply` changes these keys"
+            )
 
 
 def with_desired_counts(deployment: Deployment, desired: Desired) -> Deployment:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from hpc_router.cluster.control_loop.handover import Due, Durations
 from hpc_router.cluster.control_loop.reconcile import refusal
-from hpc_router.cluster.control_loop.slots import Attempt, Observed
+from hpc_router.cluster.control_loop.slots import Attempt, Observed, all_attempts
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.run_directory import RunDir
@@ -26,11 +26,13 @@ alive."""
 @dataclass(frozen=True, slots=True)
 class ExpectedReady:
     """The time at which a replica is expected to be ready (Unix seconds). `ready_at` is None if the time is unknown;
-    `reason` says why the replica is not ready yet."""
+    `reason` says why the replica is not ready yet. `replica`: None if it has no job yet; `until_ready_s` is then the
+    expected seconds from its submission until it is ready."""
 
     ready_at: float | None
-    replica: str
+    replica: str | None
     reason: str | None
+    until_ready_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,20 @@ def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
     return ExpectedReady(ready_at if ready_at is not None and ready_at > now else None, attempt.replica, reason)
 
 
+def not_submitted(
+    experts: Mapping[str, str], observed: Observed, durations: Mapping[str, Durations]
+) -> dict[str, ExpectedReady]:
+    """Returns the forecasts of experts without a live job. Pure. `experts`: the experts that may have none, and the
+    reason."""
+    live = {a.slot.expert for a in all_attempts(observed) if a.live and not a.stop_requested}
+    known = {expert: durations.get(expert, Durations()) for expert in experts}
+    return {
+        expert: ExpectedReady(None, None, reason, round(known[expert].until_ready_s, 1) or None)
+        for expert, reason in experts.items()
+        if expert not in live
+    }
+
+
 class ForecastFiles:
     """The writer of `estimates.json` and `forecast.json`. `handovers`: those of the last `write`."""
 
@@ -139,8 +155,12 @@ class ForecastFiles:
         durations: Mapping[str, Durations],
         partitions: Mapping[str, str],
         now: float,
+        *,
+        absent: Mapping[str, str],
+        adapters: Mapping[str, str],
     ) -> None:
-        """Writes the files whose content has changed. `partitions`: the configured partition of each expert."""
+        """Writes the files whose content has changed. `partitions`: the configured partition of each expert. `absent`:
+        the experts that may have no live job, as for `not_submitted`. `adapters`: for each adapter, its host."""
         estimates = {
             "experts": {
                 expert: {partitions.get(expert, ""): {k: [round(s, 2) for s in v] for k, v in asdict(known).items()}}
@@ -152,6 +172,8 @@ class ForecastFiles:
             replace_json(self._run.estimates_json, estimates)
         expected, handovers, starting = forecast(observed, due, durations, now)
         self.handovers = handovers
+        expected = not_submitted(absent, observed, durations) | expected
+        expected |= {adapter: expected[host] for adapter, host in adapters.items() if host in expected}
         content = {
             "experts": {expert: asdict(found) for expert, found in expected.items()},
             "handovers": [asdict(planned) for planned in handovers],

@@ -23,9 +23,12 @@ from hpc_router.cluster.control_loop.desired_state import (
     excluded_nodes,
     forgotten_nodes,
     version_of,
+    want_down,
 )
 from hpc_router.cluster.control_loop.drain_calls import ask_to_drain
+from hpc_router.cluster.control_loop.elastic_counts import BY, ElasticCounts, is_idle
 from hpc_router.cluster.control_loop.forecast import ForecastFiles
+from hpc_router.cluster.control_loop.gpu_hours import GpuHours
 from hpc_router.cluster.control_loop.handover import Due, Durations, measured, schedule, served_until_ready
 from hpc_router.cluster.control_loop.job_requests import job_requests
 from hpc_router.cluster.control_loop.node_exclusion import NodeExclusion
@@ -44,7 +47,7 @@ from hpc_router.cluster.control_loop.reconcile import (
 )
 from hpc_router.cluster.control_loop.retention import Retention
 from hpc_router.cluster.control_loop.slots import Observed, all_attempts
-from hpc_router.cluster.launchers.interface import JobRequest, JobState, Launcher
+from hpc_router.cluster.launchers.interface import ROUTER, JobRequest, JobState, Launcher
 from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.cluster.launchers.slurm.node_fit import partition_of
 from hpc_router.cluster.signals import ignored, interrupt_event
@@ -53,8 +56,10 @@ from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import exists_now
+from hpc_router.state.demand import read_demand
+from hpc_router.state.forecast import FAILED, NO_GPUS, SCALED_TO_ZERO
 from hpc_router.state.job_reader import JobReader
-from hpc_router.state.job_records import FailureReason, JobDir, Stop
+from hpc_router.state.job_records import FailureReason, JobDir, JobPhase, Stop
 from hpc_router.state.registry import RecordKind, leading_router, split_replica
 from hpc_router.state.run_directory import RunDir
 from hpc_router.state.stamped_file import Stamp, stamp_at
@@ -110,6 +115,8 @@ class ControlLoop:
         self._nodes = NodeExclusion(run, self.deployment, clock=clock)
         self._retention = Retention(run, self.deployment.cluster, clock=clock)
         self._notifier = Notifier(run, self.deployment.cluster.notify, clock=clock)
+        self._elastic = ElasticCounts(run, self.deployment)
+        self._gpu_hours = GpuHours(run)
         self._released: set[str] = set()
         self._handed_over: set[str] = set()
         self._revisions: Mapping[str, str] | None = None
@@ -118,8 +125,7 @@ class ControlLoop:
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
         """Returns a pass without carrying out its actions. `clear`: see `Desired`. `fresh`: whether to query the Slurm
         controller now."""
-        observed = self.observer.observe(fresh=fresh)
-        return self.decide(replace(self._desired(), clear=clear), observed)
+        return self.decide(replace(self._desired(), clear=clear), self.observer.observe(fresh=fresh))
 
     def _desired(self) -> Desired:
         """Returns the desired state. If its revisions are not those of this loop's config, it has no revisions, so that
@@ -136,11 +142,14 @@ class ControlLoop:
         actions = reconcile(desired, observed, time.time(), handovers)
         return LoopPass(desired, observed, actions, durations, handovers)
 
-    def run_pass(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Carries out one pass and returns what it saw and did. If Slurm refuses a submission, the error is in
+    def run_pass(self, *, clear: bool = False, fresh: bool = False, leading: bool = False) -> LoopPass:
+        """Carries out one pass and returns what it saw and did. `leading`: whether this is the leading loop, which also
+        decides on the number of replicas of elastic experts. If Slurm refuses a submission, the error is in
         `refused` of the pass, and an exit record is written, so that later passes count the refusal as a failure of the
         slot."""
         seen = self.preview(clear=clear, fresh=fresh)
+        if leading:
+            seen = self._follow_demand(seen)
         for replica in self.observer.lost:
             self.run.event("lost", replica=replica)
         # Submissions come first: scancel may take many seconds for a job whose node is lost.
@@ -154,6 +163,29 @@ class ControlLoop:
         self._release([a for a in seen.actions if isinstance(a, ReleaseJob)], seen.desired.excluded)
         return replace(seen, submitted=submitted, refused=refused)
 
+    def _follow_demand(self, seen: LoopPass) -> LoopPass:
+        """Returns the pass with the numbers of replicas that the present demand needs. Takes the run down if it was
+        unused for the time that `down --when-idle` has set; its routers end last."""
+        desired, observed, idle_s = seen.desired, seen.observed, seen.desired.down_when_idle_s
+        if desired.down:
+            over = not any(a.holds_resources for a in all_attempts(observed) if a.slot.expert != ROUTER)
+            return self.decide(replace(desired, clear=True), observed) if idle_s is not None and over else seen
+        if idle_s is not None:
+            demand = read_demand(self.run, self._routers())
+            if is_idle(demand, idle_s, since=desired.idle_from, now=time.time()):
+                self.run.event("down", reason=f"no request for {idle_s:.0f} s", by=BY)
+                want_down(self.run)
+                return self.decide(self._desired(), observed)
+        if desired.elastic:
+            given_up = {action.slot for action in seen.given_up}
+            self._elastic.update(desired, observed, self._routers(), seen.handovers, seen.durations, failed=given_up)
+            return self.decide(self._desired(), observed)
+        return seen
+
+    def _routers(self) -> list[str]:
+        """Returns the names of the routers that have a record."""
+        return [name for name, record in self.observer.records.items() if record.kind is RecordKind.ROUTER]
+
     def publish(self, seen: LoopPass) -> None:
         """Tells new problems, writes the expected times, node exclusions and completed handovers of the pass, and
         removes old generations. Only the leading loop calls this."""
@@ -161,11 +193,36 @@ class ControlLoop:
         partitions = {
             expert: partition_of(self.deployment, expert) for expert in {slot.expert for slot in seen.desired.slots()}
         }
-        self._forecast.write(seen.observed, seen.handovers, seen.durations, partitions, time.time())
+        experts = self.deployment.experts
+        adapters = {name: host for name, expert in experts.items() if (host := expert.adapter_of) is not None}
+        self._forecast.write(
+            seen.observed,
+            seen.handovers,
+            seen.durations,
+            partitions,
+            time.time(),
+            absent=self._absent(seen),
+            adapters=adapters,
+        )
         self._report_handovers(seen.observed)
+        demand = read_demand(self.run, self._routers())
+        self._gpu_hours.update(seen.observed, seen.desired.gpus, demand, self.observer.records, time.time())
         if self._nodes.apply(seen.observed, time.time()):
             self.apply_exclusions(seen)
         self._retention.apply(seen.observed, time.time())
+
+    def _absent(self, seen: LoopPass) -> dict[str, str]:
+        """Returns the experts that may have no job now, with what happens next: they get one on demand, or in the next
+        passes, or none because all their slots are given up."""
+        if seen.desired.down:
+            return {}
+        given_up = {action.slot for action in seen.given_up}
+        wanted = {slot.expert for slot in seen.desired.slots() if slot not in given_up and slot.expert != ROUTER}
+        asleep = {name for name in seen.desired.elastic if not seen.desired.replicas.get(name)}
+        blocked = self._elastic.blocked()
+        absent = dict.fromkeys((slot.expert for slot in given_up if slot.expert != ROUTER), FAILED)
+        absent |= dict.fromkeys(wanted, JobPhase.STARTING.value)
+        return absent | {name: NO_GPUS if name in blocked else SCALED_TO_ZERO for name in asleep}
 
     def _report_handovers(self, observed: Observed) -> None:
         """Writes an event for each replica that became ready while its predecessor served. A file in the successor's
@@ -308,7 +365,7 @@ def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = Fals
                 if (stamp := _stamp(run)) != config:  # `apply` has replaced the config, or `up` has added one
                     config, control = stamp, ControlLoop(run)
                 if version_of(run) in (None, __version__) and (while_leading is None or control.leads(while_leading)):
-                    control.publish(control.run_pass())
+                    control.publish(control.run_pass(leading=True))
             except Exception:
                 logger.exception("a pass of the control loop failed; the next one is in %.1f s", pause_s)
             missed = missed + 1 if run.is_removed() else 0

@@ -16,7 +16,11 @@ Rules, one slot at a time:
 6. Jobs of an earlier config (`rolling`) are replaced slot by slot. A ready job hands over at once; where two jobs
    cannot run at the same time, it drains. A job that is not ready is ended. If Slurm refuses an overlapping successor,
    the ready job drains only after Slurm has accepted a successor that waits for its end.
-7. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
+7. The jobs have at most `Desired.max_gpus` GPUs together. Without room for two jobs of a slot, the next one waits for
+   the end of the old one; without room for one, nothing is submitted.
+8. The surplus job of an elastic expert drains until its last request has ended. If its slot is wanted again meanwhile,
+   the next job is submitted at once.
+9. Routers, and slots with a letter in their name, are never surplus: only the verb `down` ends them.
 """
 
 import math
@@ -25,12 +29,14 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from hpc_router import backoff
+from hpc_router.cluster.control_loop.elasticity import ElasticState
 from hpc_router.cluster.control_loop.handover import Due, HandoverPolicy, measured, schedule
 from hpc_router.cluster.control_loop.rolling import is_outdated, may_roll
 from hpc_router.cluster.control_loop.slots import CLAIM_S, ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.config.schema import HandoverMode
 from hpc_router.state.job_records import BLAMELESS, PERMANENT, Exit, FailureReason, Runner
+from hpc_router.state.registry import split_replica
 
 STABLE_S: Final = 30.0
 """A job that was ready for this time in seconds does not count as a failure to start when it ends."""
@@ -47,6 +53,8 @@ DEPENDENCY: Final = "Dependency"
 """Slurm's pending reason for a job that waits for the end of another job."""
 TOLERATED: Final = frozenset({FailureReason.REFUSED})
 """Failures of a successor after which further ones are submitted."""
+MAX_DRAIN_S: Final = 86400.0
+"""Time limit in seconds of the drain of an elastic expert's surplus job."""
 KILL_AGAIN_S: Final = 10.0
 """Interval in seconds between repeated kills. Slurm may take this long, and much longer for a lost node."""
 
@@ -60,6 +68,12 @@ class Desired:
     `handovers`: how the jobs of each expert and of the router are replaced near their walltime. `revisions`: by expert,
     the config revision that the jobs should have. `overlapping`: the experts whose old and new jobs can run at the same
     time. `excluded`: the nodes on which no new job may start.
+
+    `elastic`: the experts whose number of replicas follows the demand, with what was decided last. `gpus`: GPUs of one
+    replica by expert; `max_gpus`: GPUs that all jobs may have together, None for no limit.
+
+    `down_when_idle_s`: seconds without a request after which the run is to be taken down; None: never. `idle_from`:
+    Unix time from which these seconds count.
 
     `down`: whether the run must have no jobs. `clear`: whether every live job must end, including routers and jobs that
     were started by hand. Only the command `down` sets `clear`, because a loop that still runs must not end a router
@@ -79,6 +93,11 @@ class Desired:
     revisions: Mapping[str, str] = field(default_factory=dict)
     overlapping: frozenset[str] = frozenset()
     excluded: tuple[str, ...] = ()
+    elastic: Mapping[str, ElasticState] = field(default_factory=dict)
+    gpus: Mapping[str, int] = field(default_factory=dict)
+    max_gpus: int | None = None
+    down_when_idle_s: float | None = None
+    idle_from: float = 0.0
 
     def slots(self) -> list[Slot]:
         """Returns every slot that should have a job."""
@@ -172,13 +191,51 @@ def reconcile(
         mode: HandoverMode = "overlap" if slot.expert in desired.overlapping else "drain_first"
         outdated = [a for a in observed[slot] if a.ready and is_outdated(a, desired.revisions)]
         due |= {a.replica: Due(mode, now, math.inf, math.inf, outdated=True) for a in outdated}
+    room = GpuRoom(desired, observed)
+    if desired.max_gpus is not None:
+        due = {name: room.overlapping_or_not(split_replica(name)[0], planned) for name, planned in due.items()}
     for slot in wanted:
-        actions.extend(_fill_slot(slot, observed.get(slot, ()), desired, due, now))
+        actions.extend(room.admit(a, now) for a in _fill_slot(slot, observed.get(slot, ()), desired, due, now))
     for slot in sorted(set(observed) - set(wanted)):
         if desired.clear or (slot.managed and slot.expert != ROUTER):
             actions.extend(_end_lingering(observed[slot], now))
             actions.extend(_stop_all(observed[slot], desired, now))
     return actions
+
+
+class GpuRoom:
+    """The GPUs that new jobs may still have. Each admitted job takes its GPUs."""
+
+    def __init__(self, desired: Desired, observed: Observed) -> None:
+        self._desired = desired
+        self._free = math.inf if desired.max_gpus is None else desired.max_gpus - held_gpus(desired.gpus, observed)
+
+    def overlapping_or_not(self, expert: str, due: Due) -> Due:
+        """Returns the handover; if there is no room for a second job, as one without overlap."""
+        fits = due.mode != "overlap" or self._desired.gpus.get(expert, 0) <= self._free
+        return due if fits else replace(due, mode="drain_first")
+
+    def admit(self, action: Action, now: float) -> Action:
+        """Returns the action; if it starts a job for which there is no room, a Wait instead."""
+        if not isinstance(action, ReleaseJob | Submit) or (isinstance(action, Submit) and action.after is not None):
+            return action
+        gpus = self._desired.gpus.get(split_replica(action.replica)[0], 0)
+        if gpus <= self._free:
+            self._free -= gpus
+            return action
+        most = self._desired.max_gpus
+        return Wait(action.replica, now, f"it needs {gpus} GPUs, and the other jobs have cluster.max_gpus={most}")
+
+
+def held_gpus(gpus: Mapping[str, int], observed: Observed) -> int:
+    """Returns the number of GPUs that the jobs have or will get. `gpus`: GPUs of one replica by expert. A job that
+    waits for the end of another one takes over the GPUs of that one."""
+    held = 0
+    for slot, attempts in observed.items():
+        holding = [a for a in attempts if a.holds_resources or (not a.submitted and a.exit is None)]
+        ids = {a.job_id for a in holding}
+        held += gpus.get(slot.expert, 0) * sum(a.after is None or a.after not in ids for a in holding)
+    return held
 
 
 def backoff_s(failures: int) -> float:
@@ -202,7 +259,8 @@ def _fill_slot(
     unready = [a for a in outdated if not a.ready and a.draining_at is None]
     ending = [a for a in live if a.hung or a.stop_requested or a in superseded or a in unready]
     for attempt in ending:
-        yield _stop(attempt, desired, now, handover=attempt in superseded and attempt not in outdated)
+        handover = attempt in superseded and attempt not in outdated
+        yield _stop(attempt, desired, now, until_at=_walltime_end(attempt) if handover else None)
     if not newest.submitted and newest.exit is None and (newest.submitting or now < newest.claimed_at + CLAIM_S):
         yield Wait(newest.replica, newest.claimed_at + CLAIM_S, "claimed, not submitted yet")
     elif live and (due := _handover(live, handovers, now)) is not None:
@@ -210,8 +268,9 @@ def _fill_slot(
     elif slot == ROUTER_SLOT and desired.standby and len(live) == 1 and _has_served_long_enough(live[0], now):
         tried = [attempt for attempt in attempts if attempt.generation > live[0].generation]
         yield from _submit_successor(slot, newest.generation + 1, tried, desired, now, after=live[0].job_id)
-    elif all(_cannot_serve_again(attempt) for attempt in live):
-        yield from _submit_next(slot, newest.generation + 1, attempts, desired, now)
+    elif all(_cannot_serve_again(a) or _drains_unhurried(a) for a in live):
+        past = [attempt for attempt in attempts if not (attempt.live and _drains_unhurried(attempt))]
+        yield from _submit_next(slot, newest.generation + 1, past, desired, now)
 
 
 def _handover(live: Sequence[Attempt], handovers: Mapping[str, Due], now: float) -> tuple[Attempt, Due] | None:
@@ -328,6 +387,12 @@ def _cannot_serve_again(attempt: Attempt) -> bool:
     return attempt.hung or (attempt.stop.cancel_at is not None and attempt.job is JobState.PENDING)
 
 
+def _drains_unhurried(attempt: Attempt) -> bool:
+    """Returns whether the attempt finishes its requests without the usual time limit, because it was superseded or its
+    elastic expert needed fewer replicas."""
+    return attempt.stop.until_at is not None and attempt.stop.cancel_at is None
+
+
 def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
     """Yields actions that cancel, then kill, jobs whose service has ended but which still hold resources."""
     for attempt in attempts:
@@ -382,24 +447,34 @@ def _exit_of(attempt: Attempt) -> Exit:
 def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iterator[Action]:
     for attempt in attempts:
         if attempt.live:
-            yield _stop(attempt, desired, now)
+            unhurried = attempt.slot.expert in desired.elastic
+            yield _stop(attempt, desired, now, until_at=_last_request_end(attempt, now) if unhurried else None)
         elif not attempt.submitted and attempt.exit is None and attempt.stop.cancel_at is None:
             # If its job is being submitted now, the job reads this request before it starts.
             yield Cancel(attempt.replica)
 
 
-def _stop(attempt: Attempt, desired: Desired, now: float, *, handover: bool = False) -> Action:
-    """Returns the next action that ends the attempt: Drain, Wait, Cancel or Kill. `handover`: whether a successor
-    serves already; requests in flight may then use the rest of the walltime."""
+def _walltime_end(attempt: Attempt) -> float | None:
+    """Returns the latest end of a drain within the walltime (Unix seconds); None without a known walltime."""
+    return None if attempt.expires_at is None else attempt.expires_at - END_MARGIN_S
+
+
+def _last_request_end(attempt: Attempt, now: float) -> float:
+    """Returns the latest end of the drain of a job that nothing urges to end."""
+    return min(_walltime_end(attempt) or math.inf, now + MAX_DRAIN_S)
+
+
+def _stop(attempt: Attempt, desired: Desired, now: float, *, until_at: float | None = None) -> Action:
+    """Returns the next action that ends the attempt: Drain, Wait, Cancel or Kill. `until_at`: time until which requests
+    in flight may run (Unix seconds), if that is later than the usual limit."""
     replica, stop = attempt.replica, attempt.stop
     drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:
         return _kill_or_wait(attempt, stop.cancel_at + drain_s + KILL_AFTER_S, now)
-    until_at = None if attempt.expires_at is None else attempt.expires_at - END_MARGIN_S
     if not desired.down:
         draining_at = stop.drain_at if stop.drain_at is not None else attempt.draining_at
         if draining_at is None and attempt.ready and attempt.slot.expert != ROUTER:
-            return Drain(replica, until_at if handover else None)
+            return Drain(replica, until_at)
         if draining_at is not None and now < (until := max(draining_at + drain_s, stop.until_at or 0.0)):
             return Wait(replica, until, "asked to drain")
     return Cancel(replica)  # the agent drains on SIGTERM too

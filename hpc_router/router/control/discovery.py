@@ -185,7 +185,7 @@ class Discovery:
             try:
                 snapshot = await self.files.run(reader.snapshot)
                 await self.files.run(forecast.read)
-                self.table.expected_ready_at = forecast.expected_ready_at
+                self.table.forecasts = forecast.experts
                 self.last_read_at = self.clock()
                 await self._apply_records(snapshot)
                 self.on_snapshot(snapshot)

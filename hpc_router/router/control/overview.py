@@ -20,6 +20,7 @@ from hpc_router.router.metrics import LATENCY_BOUNDS_S, TOKEN_BOUNDS_S, Metrics
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.settings import LIVE
 from hpc_router.state.atomic_files import load_json
+from hpc_router.state.forecast import SCALED_TO_ZERO
 
 WINDOW_S: Final = 60.0
 """Length of the time in seconds over which rates and latencies are measured."""
@@ -229,9 +230,10 @@ def _router_problems(router: Mapping[str, Any]) -> Iterable[str]:
 def _expert_problems(experts: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     seen = set()
     for one in experts:
-        if not one["ready"]:
-            coming = one["expected"]
-            waits = f": {coming['replica']}, {coming['reason'] or 'starting'}" if isinstance(coming, dict) else ""
+        coming = one["expected"]
+        if not one["ready"] and not (isinstance(coming, dict) and coming.get("reason") == SCALED_TO_ZERO):
+            named = [coming.get("replica"), coming.get("reason") or "starting"] if isinstance(coming, dict) else []
+            waits = f": {', '.join(filter(None, named))}" if named else ""
             yield f"{one['expert']} has no ready replica{waits}"
         if one["waiting"]:
             wait = "" if one["wait_s"] is None else f"; a new one waits for about {one['wait_s']:.1f} s"

@@ -23,6 +23,7 @@ from hpc_router.errors import HpcRouterError
 from hpc_router.router.control.certificate_watcher import CertificateWatcher
 from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.control.continuity import Continuity
+from hpc_router.router.control.demand_report import DemandCounts, DemandReport, counts_by_expert
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
 from hpc_router.router.control.engine_metrics import EngineLoads
@@ -37,7 +38,7 @@ from hpc_router.router.control.workers import WorkerConnection, Workers
 from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.shared_counters import IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor import CONTROL, worker_name
-from hpc_router.router.metrics import Metrics, departures, gauges
+from hpc_router.router.metrics import Metrics, departures, gauges, usage_metrics
 from hpc_router.router.policies import artefact_folder
 from hpc_router.router.replicas.admission import DepartureRate, queue_limits
 from hpc_router.router.replicas.health import Incident
@@ -46,10 +47,12 @@ from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.settings import scaled_to_zero
 from hpc_router.routing.artefact import read_training
 from hpc_router.routing.policy import Policy, versions
+from hpc_router.state.gpu_hours import Usage, parse_usage
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.lease import Lease
 from hpc_router.state.registry import Record, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.stamped_file import StampedFile
 from hpc_router.state.user_tokens import UserToken
 
 logger = logging.getLogger(__name__)
@@ -88,6 +91,7 @@ class ControlProcess:
     continuity: Continuity = field(init=False)
     predecessor: Predecessor = field(init=False)
     engines: EngineLoads = field(init=False)
+    demand: DemandReport = field(init=False)
     lease: Lease | None = None
     own_metrics: Metrics = field(default_factory=Metrics)
     """The counts of this process itself."""
@@ -101,15 +105,18 @@ class ControlProcess:
     _overview: tuple[float, dict[str, Any]] | None = None
     _overview_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _measuring: asyncio.Handle | None = None
+    _usage: StampedFile[Usage] = field(init=False)
 
     def __post_init__(self) -> None:
         cluster = self.deployment.cluster
+        self._usage = StampedFile(self.run.gpu_hours_json, parse_usage)
         self.continuity = Continuity(near_end_s=cluster.warn_s + cluster.drain_s)
         self.table = ReplicaTable(
             bounds=queue_limits(self.deployment), peers=self.counters.all(), order=self.counters.order_of_all(),
             on_change=self._table_changed,
         )  # fmt: skip
         self.workers = Workers(self.table, self.counters, self, self._settings(), self.deployment.experts)
+        self.demand = DemandReport(self.run, self.replica, self.base, self.table, self.files, self._demand_counts)
         self.predecessor = Predecessor(self.replica, self.run.secret(), self.workers.sessions, self.continuity)
         self.workers.on_unknown_session = self.predecessor.fetch
         self.engines = EngineLoads(self.table, self.workers.publish_soon)
@@ -142,7 +149,8 @@ class ControlProcess:
         limit = partial(limit_records_forever, self.run, self.files, lambda: self.deployment.router.records_gb)
         limiting = background("records", limit, self.task_failed)
         reading = background("engine metrics", self.engines.read_forever, self.task_failed)
-        async with self.discovery, self.config_watcher.watching(), following, limiting, reading:
+        demand = background("demand", self.demand.report_forever, self.task_failed)
+        async with self.discovery, self.config_watcher.watching(), following, limiting, reading, demand:
             if self.table.all():
                 self._table_changed()
             try:
@@ -290,8 +298,17 @@ class ControlProcess:
             workers=sum(connection.serving.is_set() for connection in self.workers.all),
         )
         drifted = () if measured is None else measured.gauges()
-        others = (*self.continuity.metrics(), *self.engines.metrics(), *drifted)
+        used = usage_metrics(await self._read_usage())
+        others = (*self.continuity.metrics(), *self.engines.metrics(), *drifted, *used)
         return counted.exposition((*read, *others)).decode()
+
+    async def _read_usage(self) -> Usage | None:
+        """Returns the usage of the experts; the last known one if the file system fails, or does not answer within
+        `READ_S`."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(READ_S):
+                return await self.files.run(self._usage.read)
+        return self._usage.value
 
     async def _counted(self) -> Metrics:
         """Returns the sum of the counts of this process and all workers."""
@@ -330,6 +347,10 @@ class ControlProcess:
                 self.discovery.served(name)
         for name in [name for name in self._stats if self.table.get(name) is None]:
             del self._stats[name]
+
+    def _demand_counts(self) -> DemandCounts:
+        dumps = [connection.metrics for connection in self.workers.all]
+        return DemandCounts(counts_by_expert(dumps), self._departure_rates)
 
     def observed(self, observation: messages.ReplicaObservation) -> None:
         """Records what a worker's request observed of a replica."""

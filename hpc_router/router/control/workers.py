@@ -20,6 +20,7 @@ from hpc_router.router.replicas.replica import NO_COLUMN, Replica, RoutingState
 from hpc_router.router.replicas.sessions import Sessions, Turn
 from hpc_router.router.replicas.snapshot import ReplicaSnapshot, apply_snapshot, snapshot_of
 from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.state.forecast import StartForecast
 
 HELLO_S: Final = 1.0
 """Maximum time in seconds that a control process that has just started waits for the workers' `Hello`."""
@@ -94,7 +95,7 @@ class Workers:
     all: list[WorkerConnection] = field(init=False)
     _session_workers: dict[str, int] = field(default_factory=dict)
     _snapshot: tuple[ReplicaSnapshot, ...] | None = None
-    _expected_ready_at: dict[str, float] = field(default_factory=dict)
+    _forecasts: dict[str, StartForecast] = field(default_factory=dict)
     _publishing: asyncio.Handle | None = None
 
     def __post_init__(self) -> None:
@@ -164,14 +165,14 @@ class Workers:
 
     def publish_changes(self) -> None:
         """Sends the snapshot now if a replica or the forecast differs from what was sent last."""
-        if self._snapshot != self._take_snapshot() or self._expected_ready_at != self.table.expected_ready_at:
+        if self._snapshot != self._take_snapshot() or self._forecasts != self.table.forecasts:
             self._publish()
 
     def _publish(self) -> None:
         self._publishing = None
-        snapshot, expected = self._take_snapshot(), dict(self.table.expected_ready_at)
-        changed = snapshot != self._snapshot or expected != self._expected_ready_at
-        self._snapshot, self._expected_ready_at = snapshot, expected
+        snapshot, forecasts = self._take_snapshot(), dict(self.table.forecasts)
+        changed = snapshot != self._snapshot or forecasts != self._forecasts
+        self._snapshot, self._forecasts = snapshot, forecasts
         self.informed.set()
         for connection in self.all:
             if changed or connection.stale:
@@ -190,7 +191,7 @@ class Workers:
         if connection.applied:
             connection.applied = False
             columns = dict(self.table.queue_columns)
-            connection.notify(messages.Snapshot(connection.observed, self._snapshot, columns, self._expected_ready_at))
+            connection.notify(messages.Snapshot(connection.observed, self._snapshot, columns, self._forecasts))
 
     def _receive(self, connection: WorkerConnection, message: messages.Message) -> Awaitable[Any] | None:
         match message:

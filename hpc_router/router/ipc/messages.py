@@ -19,6 +19,7 @@ from hpc_router.router.replicas.health import Incident
 from hpc_router.router.replicas.replica import Event
 from hpc_router.router.replicas.sessions import Turn
 from hpc_router.router.replicas.snapshot import ReplicaSnapshot
+from hpc_router.state.forecast import StartForecast
 from hpc_router.state.user_tokens import UserToken
 
 REPORT_S: Final = 1.0
@@ -191,12 +192,12 @@ class GetExposition(Call[str]):
 @dataclass(frozen=True, slots=True)
 class Snapshot(Message):
     """The state of all replicas. `observed`: number of the worker's last `ReplicaObservation` that the snapshot
-    includes. `expected_ready_at`: as in `ReplicaTable`."""
+    includes. `forecasts`: as in `ReplicaTable`."""
 
     observed: int
     replicas: tuple[ReplicaSnapshot, ...]
     queue_columns: dict[str, int]
-    expected_ready_at: dict[str, float]
+    forecasts: dict[str, StartForecast]
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ from hpc_router.router.replicas.replica import (
     RoutingState,
 )
 from hpc_router.router.replicas.waiting_line import Waiter, WaitingLine
+from hpc_router.state.forecast import ON_DEMAND, StartForecast
 from hpc_router.state.registry import Record, RecordKind
 
 PEER_REFRESH_S: Final = 0.005
@@ -64,6 +65,7 @@ class QueueFullError(HpcRouterError):
         self.expert, self.serves = expert, serves
 
 
+_ON_DEMAND: Final = StartForecast(ON_DEMAND)
 AffinitySlot = Callable[[], int | None]
 """Computes the affinity slot of a request; None if the request has no conversation."""
 ExpectedDuration = Callable[[str], float]
@@ -77,8 +79,8 @@ class ReplicaTable:
 
     `pin_bound`: maximum load of a replica that keeps affinity, as a multiple of the average load; None turns affinity
     off. `bounds`: limits of the requests per expert. `on_change` is called when a replica has changed.
-    `expected_ready_at`: for experts without a ready replica, the forecast time at which the next one is ready, in Unix
-    seconds.
+    `forecasts`: for experts without a ready replica, the forecast of the next one. `on_demand`: the experts that get a
+    replica when a request comes, even before there is a forecast.
 
     This worker writes its request counts to `cells` and reads those of the other workers from `peers`. `queue_columns`:
     by expert, the column that counts its waiting requests. `order`: the order of waiting requests over all workers.
@@ -95,7 +97,8 @@ class ReplicaTable:
     order: SharedOrder = field(default_factory=SharedOrder)
     on_change: Callable[[], None] | None = None
     excess: Callable[[], int] = field(default=lambda: 0)
-    expected_ready_at: Mapping[str, float] = field(default_factory=dict)
+    forecasts: Mapping[str, StartForecast] = field(default_factory=dict)
+    on_demand: Collection[str] = ()
     lifetimes: Lifetimes = field(default_factory=Lifetimes)
     _scaled_to_zero: Mapping[str, str] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
@@ -493,8 +496,18 @@ class ReplicaTable:
     def wait_s(self, expert: str) -> float:
         """Returns the expected wait in seconds for the expert: the length of this worker's queue divided by its recent
         departure rate, or the time until the expert is expected to be ready, whichever is longer."""
-        ready_in_s = self.expected_ready_at.get(expert, 0.0) - time.time()
-        return max(self._line.wait_s(expert), ready_in_s)
+        forecast, now = self.forecasts.get(expert), time.time()
+        ready_at = None if forecast is None else forecast.expected_ready_at(now)
+        return max(self._line.wait_s(expert), (ready_at or 0.0) - now)
+
+    def coming(self, experts: Iterable[str]) -> StartForecast | None:
+        """Returns the forecast of the first of these experts for which a replica is expected; None if one of them has a
+        ready replica, or if none is expected."""
+        experts = tuple(experts)
+        if any(self.has_ready(expert, ()) for expert in experts):
+            return None
+        known = (self.forecasts.get(e) or (_ON_DEMAND if e in self.on_demand else None) for e in experts)
+        return next((forecast for forecast in known if forecast is not None and not forecast.hopeless), None)
 
     def longest_wait_s(self) -> float:
         """Returns the longest expected wait in seconds over this worker's queues."""

@@ -199,7 +199,7 @@ class ControlClient:
         }
         self.table.reassign_queue_columns(snapshot.queue_columns)
         apply_snapshot(self.table, snapshot.replicas, keep_state={replica.name for replica in self._unacknowledged})
-        self.table.expected_ready_at = snapshot.expected_ready_at
+        self.table.forecasts = snapshot.forecasts
         self._notify(messages.SnapshotApplied())
         self.informed.set()
 

@@ -3,8 +3,9 @@
 The dispatcher acquires a replica of the request's experts and relays the response. Until the first body byte is
 received, a failed attempt is retried on another replica. A request for `auto` is retried on replicas of its expert, of
 the runner-up and of the fallback; a request for a named expert only on replicas of that expert, for which it waits up
-to `router.queue_timeout_s`. A budget limits the retries. A request that was begun by callbacks continues here from its
-state: with its reservation, its connection, and its stream if that has begun.
+to `router.queue_timeout_s`, and longer while one starts (`cold_start`). A budget limits the retries. A request that was
+begun by callbacks continues here from its state: with its reservation, its connection, and its stream if that has
+begun.
 """
 
 import asyncio
@@ -47,6 +48,7 @@ from hpc_router.router.worker.attempt_review import (
     RetryError,
     error_result,
 )
+from hpc_router.router.worker.cold_start import ColdStartWait, without_fallback
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, ErrorResponses, error_code
 from hpc_router.router.worker.request_records import ANSWERED, BROKEN, CANCELLED, REFUSED, RequestRecords
 from hpc_router.router.worker.retry_budget import RetryBudget
@@ -104,6 +106,8 @@ class Dispatcher:
         DownstreamGoneError."""
         if self.in_flight.closing:
             routed.request.keep_alive = False
+        if self.config.early_headers_s is not None:
+            routed.begin_early(self.config.early_headers_s)
         try:
             result = await self._attempts(routed)
         except asyncio.CancelledError:
@@ -117,22 +121,36 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001  # logged and reported to the client
             response = self.errors.response_to(error, routed.request, routed.request_id)
             routed.record(response.status, REFUSED, error=error_code(error))
-            return response
+            return self._after_early(routed, response)
         finally:
+            if routed.early is not None:
+                routed.early.stop()
             if routed.charge is not None:
                 routed.settle()
         self.metrics.requests.add(result.expert, result.reason.value, result.status)
         outcome = CANCELLED if routed.left else BROKEN if routed.broken else ANSWERED
         routed.record(result.status, outcome, expert=result.expert)
-        return result.response
+        return self._after_early(routed, result.response)
+
+    def _after_early(self, routed: RoutedRequest, response: Response | None) -> Response | None:
+        """Returns the response. If the stream has started before its first event, its status cannot be sent any more:
+        sends it as an event that ends the stream, and returns None."""
+        early = routed.early
+        if response is None or early is None or not early.started:
+            return response
+        self.metrics.broken.add(routed.experts[0])
+        early.end_with(response, routed.endpoint.api_format)
+        return None
 
     async def _attempts(self, routed: RoutedRequest) -> RequestResult:
         """Tries replicas until one serves the request, and returns the result. Raises RoutingErrors if none does."""
-        deadline = routed.started + self.config.queue_timeout_s
+        routed.queue_until = routed.started + self.config.queue_timeout_s
         attempts = routed.attempts = 0
         while attempts < MAX_ATTEMPTS:
             reservation, routed.reservation = routed.reservation, None
             if reservation is None:
+                mode = routed.endpoint.wait or self.config.cold_start
+                routed.experts = without_fallback(routed.experts, self.table, mode, avoid=routed.avoid)
                 reservation = self.table.acquire(
                     routed.experts,
                     avoid=routed.avoid,
@@ -145,7 +163,9 @@ class Dispatcher:
                 return routed.error_result
             if reservation is None:
                 routed.phase = "queued"
-                reservation = await self._wait(routed, deadline)
+                reservation = await self._wait(routed)
+            if reservation.expert != routed.experts[0]:
+                routed.count_cold("fell_back")
             with reservation:
                 attempts += 1
                 routed.attempts, routed.tried = attempts, reservation
@@ -178,13 +198,15 @@ class Dispatcher:
         self.metrics.retries_refused.add()
         return False
 
-    async def _wait(self, routed: RoutedRequest, deadline: float) -> Reservation:
-        """Waits for a reservation until the deadline (of `time.perf_counter`). Raises UnavailableError when it has
-        passed, OverloadedError or ShedError for a full queue, and a not-found error if the only possible replica is
-        lost."""
+    async def _wait(self, routed: RoutedRequest) -> Reservation:
+        """Waits for a reservation until `routed.queue_until`. Raises UnavailableError when this time has passed,
+        ColdStartError if there is no ready replica and the request does not wait for one, OverloadedError or ShedError
+        for a full queue, and a not-found error if the only possible replica is lost."""
         started = time.perf_counter()
+        wait = ColdStartWait(routed, self.table, self.config)
+        wait.check()
         try:
-            async with asyncio.timeout(deadline - started):
+            async with wait:
                 reservation = await self.table.wait(
                     routed.experts, avoid=routed.avoid, only=routed.only, flow=routed.flow()
                 )
@@ -194,9 +216,9 @@ class Dispatcher:
             kind = OverloadedError if error.serves else UnavailableError
             raise kind(str(error), retry_after_s=self.table.wait_s(error.expert)) from error
         except TimeoutError as error:
-            waited = f"within {self.config.queue_timeout_s:g} s"
+            waited = f"within {round(routed.queue_until - routed.started, 2):g} s"
             raise UnavailableError(
-                f"no replica of {' or '.join(routed.experts)} could take the request {waited}",
+                f"no replica of {' or '.join(routed.experts)} could take the request {waited}{wait.state()}",
                 retry_after_s=max(map(self.table.wait_s, routed.experts)),
             ) from error
         waited_s = time.perf_counter() - started

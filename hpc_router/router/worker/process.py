@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpc_router.background_tasks import background
+from hpc_router.config.elastic import on_demand
 from hpc_router.config.schema import Deployment, RouterConfig
 from hpc_router.errors import HpcRouterError
 from hpc_router.net.tls import load_pair, server_context
@@ -58,7 +59,7 @@ async def control_client(deployment: Deployment, counters: Counters, worker: int
     config = deployment.router
     table = ReplicaTable(
         config.pin_bound, queue_limits(deployment), cells=counters.row(worker), peers=counters.others(worker),
-        order=counters.order(worker),
+        order=counters.order(worker), on_demand=on_demand(deployment.experts),
     )  # fmt: skip
     users = UserTokens(counters.token_row(worker), counters.token_others(worker))
     link = ControlClient(table, Sessions(), Metrics(), ejects_at_once=config.eject_connect_errors == 1, users=users)

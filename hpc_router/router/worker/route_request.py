@@ -3,10 +3,10 @@
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, get_args
 from urllib.parse import parse_qs
 
-from hpc_router.config.schema import Deployment
+from hpc_router.config.schema import ColdStart, Deployment
 from hpc_router.errors import BadRequestError, ExpertForbiddenError, UnknownModelError, suggest
 from hpc_router.net import protocol
 from hpc_router.relay.api_formats import api_format_of
@@ -18,6 +18,7 @@ from hpc_router.router.replicas.admission import should_spill
 from hpc_router.router.replicas.fair_order import CLASSES, RequestClass
 from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.worker.cold_start import without_fallback
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.request_body import ApiCall, check_values, decode
 from hpc_router.router.worker.routed_request import ApiEndpoint, RoutedRequest
@@ -26,6 +27,7 @@ from hpc_router.routing.policy import Decision, Policy, RouteReason
 from hpc_router.routing.prompt_text import prompt_text
 from hpc_router.state.registry import split_replica
 
+COLD_STARTS: Final = get_args(ColdStart)
 _NAMED: Final = RouteReason.NAMED
 _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
 CLASS_NAMES: Final = {of.label: of for of in CLASSES}
@@ -41,7 +43,8 @@ def endpoint_of(request: Request) -> ApiEndpoint:
     """Returns the API endpoint of the request. Raises BadRequestError for an unknown class."""
     path = request.path.rstrip("/")
     target = f"{path}?{request.query}" if request.query else path
-    return ApiEndpoint(path, target, api_format_of(path), class_of(request.headers))
+    wait = request.headers.text(protocol.WAIT_HEADER) or None
+    return ApiEndpoint(path, target, api_format_of(path), class_of(request.headers), wait)
 
 
 def class_of(headers: Headers) -> RequestClass:
@@ -95,6 +98,11 @@ class RequestRouting:
             model = call.model  # raises
         if type(call.fields.get("stream")) not in _OPTIONAL_BOOL:
             call.fields["stream"] = is_true(call.fields["stream"])
+        if endpoint.wait is not None and endpoint.wait not in COLD_STARTS:
+            raise BadRequestError(
+                f"{protocol.WAIT_HEADER} is '{endpoint.wait[:100]}' (valid: {', '.join(COLD_STARTS)})",
+                param=protocol.WAIT_HEADER,
+            )
         session = None
         if endpoint.path == protocol.RESPONSES:
             session = session_id(request.headers)
@@ -196,7 +204,8 @@ class RequestRouting:
             assert decision.runner_up is not None
             spilled = tuple(dict.fromkeys((decision.runner_up, *experts)))
             return spilled, RouteReason.SPILLED, decision, policy.version
-        return experts, decision.reason, decision, policy.version
+        mode = endpoint.wait or self.deployment.router.cold_start
+        return without_fallback(experts, self.table, mode), decision.reason, decision, policy.version
 
     def _spills(self, decision: Decision) -> bool:
         """Returns whether the request goes to the runner-up: its expert has no free place, the runner-up has one, and

@@ -18,6 +18,7 @@ from hpc_router.relay.downstream.interface import (
     Request,
     Response,
 )
+from hpc_router.relay.early_stream import EarlyStream
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
@@ -47,19 +48,22 @@ MISSING_STATUSES: Final = frozenset({404, 405})
 """Statuses of an engine that may not serve the path at all."""
 REVIEWED_STATUSES: Final = RETRY_STATUSES | MISSING_STATUSES | {400, 401}
 """Statuses that `AttemptReview` checks before the client gets the response."""
+_STREAMED: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.EMBEDDINGS}
+"""Paths at which an engine streams."""
 _SESSION: Final = protocol.SESSION_HEADER.encode()
 _CONTENT_ENCODING: Final = b"content-encoding"
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
 
 class ApiEndpoint(NamedTuple):
-    """The API path of a request. `path`: the path without a final slash; `target`: path and query of the upstream
-    request. `request_class`: the class in the request's head, which is kept with the path."""
+    """The API path of a request, and the other values that depend on its head only. `path`: the path without a final
+    slash; `target`: path and query of the upstream request; `wait`: the value of `x-wait`."""
 
     path: str
     target: str
     api_format: ApiFormat
     request_class: RequestClass = INTERACTIVE
+    wait: str | None = None
 
 
 class RoutedRequest(PendingResponse, ResponseCallback):
@@ -123,6 +127,12 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     """The reservation of the last attempt in a task."""
     broken = False
     """Whether the response failed after its first byte."""
+    early: EarlyStream | None = None
+    """The start of a stream that may be sent before its first event."""
+    queue_until = 0.0
+    """Time (of `time.perf_counter`) until which the request may wait for a replica."""
+    cold = False
+    """Whether the request was counted in the metric of cold starts."""
 
     def __init__(
         self,
@@ -160,6 +170,10 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if reservation is None:
             self.request.resume()
             return
+        if reservation.expert != self.experts[0]:
+            self.count_cold("fell_back")
+        if dispatcher.config.early_headers_s is not None:
+            self.begin_early(dispatcher.config.early_headers_s)
         try:
             replica, headers = reservation.replica, self.request.headers
             call = self.call
@@ -200,6 +214,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     def _release(self) -> None:
         if self.relay is not None and self.relay.events is not None:
             self.relay.events.stop_pings()
+        if self.early is not None:
+            self.early.stop()
         if self.reservation is not None:
             self.reservation.release()
         if self.charge is not None:
@@ -251,6 +267,10 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             return False
         if self.endpoint.api_format.abort_detector.may_be_aborted(body):
             return False
+        if self.early is not None:
+            self.early.stop()
+            if self.early.started:
+                return False
         assert reservation is not None
         head = self.accept(reservation, status, headers)
         dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), status)
@@ -303,7 +323,27 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         limits = self.dispatcher.relay_limits
         exact = self.charge is not None and self.charge.counted
         self.summary = StreamSummary(self.endpoint.api_format.delta_mark, exact=exact)
-        return ResponseRelay(self.request, limits, detector, stream=stream, summary=self.summary)
+        return ResponseRelay(self.request, limits, detector, stream=stream, summary=self.summary, early=self.early)
+
+    def begin_early(self, delay_s: float | None = None) -> EarlyStream | None:
+        """Returns the early start of this request's stream; None if the request does not ask for a stream. `delay_s`:
+        seconds from the arrival of the request after which the stream starts; None: it starts with its first
+        comment."""
+        if self.early is None and self.call.fields.get("stream") is True and self.endpoint.path in _STREAMED:
+            head = f"x-request-id: {self.request_id}\r\n"
+            if len(self.experts) == 1:
+                head += f"x-expert: {self.experts[0]}\r\nx-route-reason: {self.reason}\r\n"
+            self.early = EarlyStream(self.request, head.encode(), ping_s=self.dispatcher.relay_limits.ping_s)
+            if delay_s is not None:
+                self.early.start_after(max(0.0, self.started + delay_s - time.perf_counter()))
+        return self.early
+
+    def count_cold(self, outcome: str) -> None:
+        """Counts, once, that the first expert of the request has no ready replica. `outcome`: `waited`, `failed` or
+        `fell_back`."""
+        if not self.cold:
+            self.cold = True
+            self.dispatcher.metrics.cold_starts.add(self.experts[0], outcome)
 
     def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:
         """Records that the response of the reserved replica is sent to the client, and returns the header lines to
@@ -328,7 +368,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
 
     def _request_start(self, replica: Replica) -> bytes:
         """Returns the request line and the header lines that are the same for all requests to this replica."""
-        path, target = self.endpoint[:2]
+        path, target = self.endpoint.path, self.endpoint.target
         start = request_line("POST", replica.address, target) + replica.authorization
         if target == path:  # cached, because there are only a few paths
             replica.request_starts[path] = start

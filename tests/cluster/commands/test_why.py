@@ -19,13 +19,15 @@ from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView
 from hpc_router.cluster.commands.status import status
 from hpc_router.cluster.commands.why import Cause, expected, router_causes
 from hpc_router.cluster.control_loop.desired_state import exclude_nodes
+from hpc_router.cluster.control_loop.elastic_states import write_states
+from hpc_router.cluster.control_loop.elasticity import ElasticState
 from hpc_router.cluster.control_loop.forecast import PlannedHandover
 from hpc_router.cluster.control_loop.node_exclusion import BY
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.cluster.launchers.slurm import pending_reasons
 from hpc_router.config import frozen
-from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig
+from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, PolicyConfig
 from hpc_router.router.settings import LIVE
 from hpc_router.state.job_records import (
     Exit,
@@ -434,3 +436,37 @@ def test_excluded_and_failing_nodes_are_named(run: RunDir) -> None:
     ]
     assert causes[0].advice is not None
     assert "`hpc-router nodes forget n1`" in causes[0].advice
+
+
+def test_why_and_status_explain_the_number_of_replicas(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    sim = EngineConfig(kind="sim")
+    limits: dict[str, int] = {"replicas": 1, "min_replicas": 0, "max_replicas": 3}
+    deployment = Deployment(
+        experts={name: ExpertConfig(model="m", engine=sim, **limits) for name in ("math", "code", "law")},  # type: ignore[arg-type]
+        policy=PolicyConfig(kind="model_field"),
+    )
+    run.config.write_text(frozen.to_yaml(deployment))
+    now = time.time()
+    states = {
+        "math": ElasticState(0, now - 60, "no request for 300 s", changes=(now - 60,)),
+        "code": ElasticState(
+            2, now - 60, "9 requests for 8 places", changes=(now - 60,), blocked="it needs 3 replicas"
+        ),
+        "law": ElasticState(1, now - 7200, "a request came while it had no replica", changes=(now - 7200,)),
+    }
+    write_states(run, states, at=now)
+    told = {cause.view.expert: cause for cause in why.why(run) if " has " in cause.what}
+    assert told.keys() == {"math", "code"}, "law has changed long ago"
+    assert told["math"].what.startswith("math has no replica since ")
+    assert told["math"].what.endswith(": no request for 300 s; the next request starts one")
+    assert "code has 2 replicas" in told["code"].what
+    assert told["code"].advice == advice.MAX_GPUS_ADVICE
+    assert [cause.view.replica for cause in why.why(run, "math")] == ["math"]
+    shown = status(run)["experts"]
+    assert shown["math"]["elastic"] == {
+        "min_replicas": 0, "max_replicas": 3, "replicas": 0, "since": states["math"].changed_at,
+        "reason": "no request for 300 s", "blocked": None,
+    }  # fmt: skip
+    assert shown["math"]["usage"] is None
+    assert main(["status", "--run", str(run.path)]) == 0
+    assert "starts on demand: no request for 300 s" in capsys.readouterr().out

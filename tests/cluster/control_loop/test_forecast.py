@@ -2,14 +2,22 @@
 
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
-from hpc_router.cluster.control_loop.forecast import ExpectedReady, ForecastFiles, PlannedHandover, forecast
+from hpc_router.cluster.control_loop.forecast import (
+    ExpectedReady,
+    ForecastFiles,
+    PlannedHandover,
+    forecast,
+    not_submitted,
+)
 from hpc_router.cluster.control_loop.handover import measured, schedule
 from hpc_router.cluster.control_loop.reconcile import Desired
 from hpc_router.cluster.control_loop.slots import Attempt, Observed
 from hpc_router.cluster.launchers.interface import JobReport, JobState
-from hpc_router.state.job_records import FailureReason, JobPhase, JobProgress
+from hpc_router.state.forecast import FAILED, SCALED_TO_ZERO, ForecastReader, StartForecast
+from hpc_router.state.job_records import FailureReason, JobPhase, JobProgress, Stop
 from hpc_router.state.registry import State
 from hpc_router.state.run_directory import make_run
 from tests.cluster.control_loop.support import BEGAN, DUE, LIFE_S, MATH, POLICY, ended, serving, waiting
@@ -88,7 +96,15 @@ def test_files_are_written_when_their_content_changes(tmp_path: Path) -> None:
 
     def write(observed: Observed, now: float) -> None:
         durations = measured(observed)
-        files.write(observed, schedule(observed, ONE.handovers, durations), durations, {"math": "gpu"}, now)
+        files.write(
+            observed,
+            schedule(observed, ONE.handovers, durations),
+            durations,
+            {"math": "gpu"},
+            now,
+            absent={},
+            adapters={},
+        )
 
     write({MATH: (OLD, serving(2))}, DUE)
     assert json.loads(run.estimates_json.read_text()) == {
@@ -128,3 +144,36 @@ def test_a_refused_overlap_is_named() -> None:
     )
     failed = ended(2, FailureReason.CRASHED, at=DUE)
     assert handovers(serving(), failed)[0].refused is None
+
+
+def test_experts_without_a_job_have_a_forecast_too(tmp_path: Path) -> None:
+    """Also adapters; an expert whose only job is draining counts as one without a job."""
+    serves = serving()
+    durations = measured({MATH: (serves,)})
+    draining = replace(serves, stop=Stop(drain_at=DUE))
+    absent = {"math": SCALED_TO_ZERO, "code": FAILED, "law": JobPhase.STARTING.value}
+    assert not_submitted(absent, {MATH: (serves,)}, durations).keys() == {"code", "law"}
+    found = not_submitted(absent, {MATH: (draining,)}, durations)
+    assert found["math"] == ExpectedReady(None, None, SCALED_TO_ZERO, until_ready_s=60.0)
+    run = make_run(tmp_path / "run")
+    files = ForecastFiles(run)
+    files.write(
+        {MATH: (draining,)}, {}, durations, {"math": "gpu"}, DUE, absent=absent, adapters={"tune": "math", "x": "other"}
+    )
+    reader = ForecastReader(run)
+    reader.read()
+    assert reader.experts == {
+        "math": StartForecast("scaled to zero, starts on demand", until_ready_s=60.0),
+        "tune": StartForecast("scaled to zero, starts on demand", until_ready_s=60.0),
+        "code": StartForecast("failed", hopeless=True),
+        "law": StartForecast("starting"),
+    }
+    assert reader.experts["math"].expected_ready_at(DUE) == DUE + 60
+
+
+def test_the_text_of_a_forecast_has_the_date_of_another_day() -> None:
+    noon = datetime(2026, 3, 1, 12).timestamp()
+    assert StartForecast("starting", noon + 60).text(noon) == "starting, expected at 12:01"
+    assert StartForecast("starting", noon + 86400).text(noon) == "starting, expected at 2026-03-02 12:00"
+    assert StartForecast("starting", noon).text(noon) == "starting"
+    assert StartForecast("starting").text(noon) == "starting"

@@ -47,6 +47,7 @@ from hpc_router.router.replicas.replica import Event, RoutingState
 from hpc_router.router.replicas.sessions import Turn
 from hpc_router.router.replicas.snapshot import snapshot_of
 from hpc_router.routing.policy import RouteReason
+from hpc_router.state.forecast import StartForecast
 from hpc_router.state.registry import RecordKind, State
 from hpc_router.state.user_tokens import TokenLimits, UserToken
 from tests.router.support import replica, table_of
@@ -62,7 +63,7 @@ MESSAGES: list[Message] = [
     ReplicaObservation(1, "math-0.g1", "n", Incident.ERROR, None, "500"),
     ReplicaObservation(2, "math-0.g1", None, None, Event.SAYS_DRAINING, None),
     FindTurn("session"), GetStatus(), GetOverview(), GetHandover(3), GetExposition(),
-    Snapshot(4, REPLICAS, {"math": 5}, {"code": 7.5}),
+    Snapshot(4, REPLICAS, {"math": 5}, {"code": StartForecast("loading", 7.5, None)}),
     Inherit(METRICS, (("session", TURN),)), ReplicaWell("math-0.g1"), Release(), CertificateChanged(),
     GetMetrics(), Sync(),
     Settings(PolicyConfig(), RouterConfig(workers=2, queue_timeout_s=1.5), "v1", None, {"law": "base"}),

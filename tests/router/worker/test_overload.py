@@ -211,13 +211,13 @@ async def test_retry_after_is_the_time_until_the_expert_is_expected_to_be_ready(
     """The control loop's forecast; without one, and for one that is over, the usual pause."""
     run = a_run(tmp_path)
     replace_json(run.forecast_json, {"at": 0, "experts": {"math": {"ready_at": time.time() + 45}}, "handovers": []})
-    async with a_router(run, a_deployment("math", "code", queue_timeout_s=0.05)) as router:
+    async with a_router(run, a_deployment("math", "code", queue_timeout_s=0.05, answer_timeout_s=0.05)) as router:
         table = router.gateway.table
-        await eventually(lambda: "math" in table.expected_ready_at)
+        await eventually(lambda: "math" in table.forecasts)
         status, _, headers = await post(router, chat())
         assert (status, 40 <= int(headers["retry-after"]) <= 45) == (503, True)
         usual = (await post(router, chat("code")))[2]["retry-after"]
         assert int(usual) < 40
         replace_json(run.forecast_json, {"at": 1, "experts": {}, "handovers": []})
-        await eventually(lambda: not table.expected_ready_at)
+        await eventually(lambda: not table.forecasts)
         assert (await post(router, chat()))[2]["retry-after"] == usual

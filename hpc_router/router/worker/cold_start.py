@@ -1,0 +1,114 @@
+"""The wait of a request for a replica, in particular for one that is only starting.
+
+A request waits for at most `router.queue_timeout_s`. Time in which a replica of its expert starts does not count, so
+that a request is held until the replica is ready: a stream gets SSE comments with the state of the start, and any other
+request is held up to the deadline of its client. The whole wait is limited by `router.answer_timeout_s`.
+"""
+
+import asyncio
+import time
+from collections.abc import Collection
+from types import TracebackType
+from typing import Final
+
+from hpc_router.config.schema import RouterConfig
+from hpc_router.errors import ColdStartError
+from hpc_router.router.replicas.replica import Replica
+from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.worker.routed_request import RoutedRequest
+
+CHECK_S: Final = 1.0
+"""Interval in seconds at which a waiting request looks at the forecast."""
+DEADLINE_HEADERS: Final = (b"x-stainless-read-timeout", b"x-stainless-timeout")
+"""Request headers in which the openai and anthropic clients state their timeout in seconds."""
+MIN_ADVANCE_S: Final = 1.0
+ADVANCE_SHARE: Final = 0.05
+"""Share of a client's timeout by which a response is sent before it passes, but at least `MIN_ADVANCE_S`."""
+
+
+def without_fallback(
+    experts: tuple[str, ...], table: ReplicaTable, mode: str, *, avoid: Collection[Replica] = ()
+) -> tuple[str, ...]:
+    """Returns the experts of a request without those that would only stand in for the first one, if it has no ready
+    replica and `mode`, a value of `router.cold_start`, says so. With `wait`, one must be expected to become ready,
+    because otherwise there is nothing to wait for. `avoid`: replicas that do not count as ready."""
+    if mode == "fallback" or len(experts) == 1 or table.has_ready(experts[0], avoid):
+        return experts
+    return experts[:1] if mode == "fail" or table.coming(experts[:1]) is not None else experts
+
+
+class ColdStartWait:
+    """The time limit of the wait of `routed`, as an asynchronous context manager that raises TimeoutError. While the
+    request waits, it extends `routed.queue_until` and sends the comments."""
+
+    def __init__(self, routed: RoutedRequest, table: ReplicaTable, config: RouterConfig) -> None:
+        self._routed, self._table, self._config = routed, table, config
+        self._limit = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def check(self) -> None:
+        """Counts the request if none of its experts has a ready replica. Raises ColdStartError if it does not want to
+        wait for one."""
+        routed, table = self._routed, self._table
+        if routed.only is not None or any(table.has_ready(expert, ()) for expert in routed.experts):
+            return
+        if (routed.endpoint.wait or self._config.cold_start) == "fail":
+            routed.count_cold("failed")
+            raise ColdStartError(
+                f"{' and '.join(routed.experts)} {'has' if len(routed.experts) == 1 else 'have'} no ready replica"
+                f"{self.state()}",
+                retry_after_s=max(map(table.wait_s, routed.experts)),
+            )
+        routed.count_cold("waited")
+
+    def state(self) -> str:
+        """Returns the state of the start as the end of a message; empty if no replica is starting."""
+        coming = self._table.coming(self._routed.experts)
+        return "" if coming is None else f": {coming.text(time.time())}"
+
+    async def __aenter__(self) -> "ColdStartWait":
+        await self._limit.__aenter__()
+        self._look()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._limit.__aexit__(kind, error, traceback)
+
+    def _look(self) -> None:
+        """Extends the limit and sends the state if a replica is starting. Repeats this every `CHECK_S`."""
+        routed, loop = self._routed, asyncio.get_running_loop()
+        now, queue_s = time.perf_counter(), self._config.queue_timeout_s
+        coming = None if routed.only is not None else self._table.coming(routed.experts)
+        if coming is not None:
+            until = max(routed.queue_until, now + queue_s)
+            early = routed.begin_early()
+            if early is not None:
+                early.say(coming.text(time.time()))
+            routed.queue_until = min(until, routed.started + self._hold_s(streams=early is not None))
+        self._limit.reschedule(loop.time() + routed.queue_until - now)
+        self._timer = loop.call_later(min(CHECK_S, queue_s / 2), self._look)
+
+    def _hold_s(self, *, streams: bool) -> float:
+        """Returns how long the request may wait in seconds, from its arrival. A response that is not streamed must come
+        before the client's own timeout, if the client states one; the comments of a stream satisfy that timeout."""
+        most_s = self._config.answer_timeout_s
+        stated = None if streams else _stated_timeout_s(self._routed)
+        if stated is None:
+            return most_s
+        return min(most_s, max(stated - max(MIN_ADVANCE_S, ADVANCE_SHARE * stated), stated / 2))
+
+
+def _stated_timeout_s(routed: RoutedRequest) -> float | None:
+    """Returns the timeout in seconds that the client states in a header; None if it states none, or no number."""
+    for name in DEADLINE_HEADERS:
+        try:
+            stated = float(routed.request.headers.get(name, b""))
+        except ValueError:
+            continue
+        if 0 < stated < float("inf"):
+            return stated
+    return None

@@ -1,0 +1,80 @@
+"""The demand that a router measures, in `demand/ROUTER.json`: written by the router's control process, read by the
+control loop, which decides the number of replicas, and by the commands.
+
+Each router writes its own file, so that the sum over the live routers is the demand of the run, also while one router
+hands over to another.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from hpc_router.state.atomic_files import read_json
+from hpc_router.state.run_directory import RunDir
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertDemand:
+    """The requests for one expert with jobs of its own, with those for its adapters. `wait_s`: expected wait of a new
+    request in seconds. `last_request_at`: Unix time of the last request; None if there was none."""
+
+    in_flight: int = 0
+    waiting: int = 0
+    wait_s: float = 0.0
+    last_request_at: float | None = None
+
+    def __add__(self, other: "ExpertDemand") -> "ExpertDemand":
+        times = [at for at in (self.last_request_at, other.last_request_at) if at is not None]
+        return ExpertDemand(
+            self.in_flight + other.in_flight,
+            self.waiting + other.waiting,
+            max(self.wait_s, other.wait_s),
+            max(times, default=None),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RouterDemand:
+    """The demand at one router. `replicas`: requests in flight by replica."""
+
+    experts: Mapping[str, ExpertDemand] = field(default_factory=dict)
+    replicas: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"experts": {name: asdict(d) for name, d in self.experts.items()}, "replicas": dict(self.replicas)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Parses the content of the file. Raises ValueError if it is not valid."""
+        try:
+            experts = {str(name): ExpertDemand(**entry) for name, entry in value["experts"].items()}
+            return cls(experts, {str(name): int(count) for name, count in value["replicas"].items()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the demand at a router: {error}") from error
+
+
+def demand_path(run: RunDir, router: str) -> Path:
+    """Returns the path of the file of a router."""
+    return run.demand / f"{router}.json"
+
+
+def read_demand(run: RunDir, routers: Iterable[str]) -> RouterDemand | None:
+    """Returns the sum of the demand at these routers; None if none of them has a valid file."""
+    read = [value for router in routers if (value := read_json(demand_path(run, router))) is not None]
+    found = []
+    for value in read:
+        try:
+            found.append(RouterDemand.from_json(value))
+        except ValueError:
+            continue
+    if not found:
+        return None
+    experts: dict[str, ExpertDemand] = {}
+    replicas: dict[str, int] = {}
+    for one in found:
+        for name, demand in one.experts.items():
+            experts[name] = experts.get(name, ExpertDemand()) + demand
+        for name, count in one.replicas.items():
+            replicas[name] = replicas.get(name, 0) + count
+    return RouterDemand(experts, replicas)
