@@ -509,6 +509,16 @@ class ReplicaTable:
         known = (self.forecasts.get(e) or (_ON_DEMAND if e in self.on_demand else None) for e in experts)
         return next((forecast for forecast in known if forecast is not None and not forecast.hopeless), None)
 
+    def without_fallback(
+        self, experts: tuple[str, ...], mode: str, *, avoid: Collection[Replica] = ()
+    ) -> tuple[str, ...]:
+        """Returns the experts of a request without those that would only stand in for the first one, if it has no ready
+        replica and `mode`, a value of `router.cold_start`, says so. With `wait`, one must be expected to become ready,
+        because otherwise there is nothing to wait for. `avoid`: replicas that do not count as ready."""
+        if mode == "fallback" or len(experts) == 1 or self.has_ready(experts[0], avoid):
+            return experts
+        return experts[:1] if mode == "fail" or self.coming(experts[:1]) is not None else experts
+
     def longest_wait_s(self) -> float:
         """Returns the longest expected wait in seconds over this worker's queues."""
         return self._line.longest_wait_s()

@@ -7,13 +7,11 @@ request is held up to the deadline of its client. The whole wait is limited by `
 
 import asyncio
 import time
-from collections.abc import Collection
 from types import TracebackType
 from typing import Final
 
 from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import ColdStartError
-from hpc_router.router.replicas.replica import Replica
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.routed_request import RoutedRequest
 
@@ -24,17 +22,6 @@ DEADLINE_HEADERS: Final = (b"x-stainless-read-timeout", b"x-stainless-timeout")
 MIN_ADVANCE_S: Final = 1.0
 ADVANCE_SHARE: Final = 0.05
 """Share of a client's timeout by which a response is sent before it passes, but at least `MIN_ADVANCE_S`."""
-
-
-def without_fallback(
-    experts: tuple[str, ...], table: ReplicaTable, mode: str, *, avoid: Collection[Replica] = ()
-) -> tuple[str, ...]:
-    """Returns the experts of a request without those that would only stand in for the first one, if it has no ready
-    replica and `mode`, a value of `router.cold_start`, says so. With `wait`, one must be expected to become ready,
-    because otherwise there is nothing to wait for. `avoid`: replicas that do not count as ready."""
-    if mode == "fallback" or len(experts) == 1 or table.has_ready(experts[0], avoid):
-        return experts
-    return experts[:1] if mode == "fail" or table.coming(experts[:1]) is not None else experts
 
 
 class ColdStartWait:

@@ -48,7 +48,7 @@ from hpc_router.router.worker.attempt_review import (
     RetryError,
     error_result,
 )
-from hpc_router.router.worker.cold_start import ColdStartWait, without_fallback
+from hpc_router.router.worker.cold_start import ColdStartWait
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, ErrorResponses, error_code
 from hpc_router.router.worker.request_records import ANSWERED, BROKEN, CANCELLED, REFUSED, RequestRecords
 from hpc_router.router.worker.retry_budget import RetryBudget
@@ -150,7 +150,7 @@ class Dispatcher:
             reservation, routed.reservation = routed.reservation, None
             if reservation is None:
                 mode = routed.endpoint.wait or self.config.cold_start
-                routed.experts = without_fallback(routed.experts, self.table, mode, avoid=routed.avoid)
+                routed.experts = self.table.without_fallback(routed.experts, mode, avoid=routed.avoid)
                 reservation = self.table.acquire(
                     routed.experts,
                     avoid=routed.avoid,

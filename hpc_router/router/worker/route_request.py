@@ -18,7 +18,6 @@ from hpc_router.router.replicas.admission import should_spill
 from hpc_router.router.replicas.fair_order import CLASSES, RequestClass
 from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
-from hpc_router.router.worker.cold_start import without_fallback
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.request_body import ApiCall, check_values, decode
 from hpc_router.router.worker.routed_request import ApiEndpoint, RoutedRequest
@@ -205,7 +204,7 @@ class RequestRouting:
             spilled = tuple(dict.fromkeys((decision.runner_up, *experts)))
             return spilled, RouteReason.SPILLED, decision, policy.version
         mode = endpoint.wait or self.deployment.router.cold_start
-        return without_fallback(experts, self.table, mode), decision.reason, decision, policy.version
+        return self.table.without_fallback(experts, mode), decision.reason, decision, policy.version
 
     def _spills(self, decision: Decision) -> bool:
         """Returns whether the request goes to the runner-up: its expert has no free place, the runner-up has one, and
