@@ -233,8 +233,8 @@ class ClusterConfig(JobOptions):
     # Ended jobs of one replica whose records and logs are kept; the newest one always is.
     keep_generations: int = bounded(20, 1, 10_000)
     keep_days: float = bounded(30.0, 1, 3650)  # days for which the records and logs of ended jobs are kept
-    # Mail address, or command with arguments, that is told when an expert is given up, a successor will be late, or the
-    # disk is full. The command gets a JSON object on its standard input.
+    # Mail address, or command with arguments, that is told when an expert is given up, a successor will be late,
+    # max_gpus is reached, or the disk is full. The command gets a JSON object on its standard input.
     notify: str | None = None
     max_failures: int = bounded(3, 1, 1000)  # consecutive failed jobs after which a replica is not submitted again
 

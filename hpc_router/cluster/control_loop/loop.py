@@ -189,7 +189,8 @@ class ControlLoop:
     def publish(self, seen: LoopPass) -> None:
         """Tells new problems, writes the expected times, node exclusions and completed handovers of the pass, and
         removes old generations. Only the leading loop calls this."""
-        self._notifier.look(problems(seen.given_up, self._forecast.handovers, self.run.space_error()))
+        elastic, full = seen.desired.elastic, self.run.space_error()
+        self._notifier.look(problems(seen.given_up, self._forecast.handovers, elastic, full))
         partitions = {
             expert: partition_of(self.deployment, expert) for expert in {slot.expert for slot in seen.desired.slots()}
         }

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from hpc_router.cluster.control_loop.elasticity import ElasticState
 from hpc_router.cluster.control_loop.forecast import PlannedHandover
 from hpc_router.cluster.control_loop.reconcile import GiveUp
 from hpc_router.config.validation import notify_command
@@ -34,8 +35,8 @@ LATE_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """One problem. `kind`: `gave_up`, `successor_late` or `disk_full`. `replica`: the slot that was given up, or the
-    replica whose successor is late. `reason`: the problem in words."""
+    """One problem. `kind`: `gave_up`, `successor_late`, `disk_full` or `budget_reached`. `replica`: the slot that was
+    given up, or the replica whose successor is late. `reason`: the problem in words."""
 
     kind: str
     replica: str | None
@@ -43,12 +44,18 @@ class Notice:
     reason: str
 
     @property
-    def key(self) -> tuple[str, str | None]:
-        return self.kind, self.replica
+    def key(self) -> tuple[str, str | None, str | None]:
+        return self.kind, self.replica, self.expert
 
 
-def problems(given_up: Iterable[GiveUp], handovers: Iterable[PlannedHandover], full: str | None) -> list[Notice]:
-    """Returns the present problems. Pure. `full`: why the run directory cannot be written, if so."""
+def problems(
+    given_up: Iterable[GiveUp],
+    handovers: Iterable[PlannedHandover],
+    elastic: Mapping[str, ElasticState],
+    full: str | None,
+) -> list[Notice]:
+    """Returns the present problems. Pure. `elastic`: the experts whose number of replicas follows the demand. `full`:
+    why the run directory cannot be written, if so."""
     found = [
         Notice("gave_up", str(action.slot), action.slot.expert, f"{action.slot} failed for good: {action.exit.message}")
         for action in given_up
@@ -58,6 +65,9 @@ def problems(given_up: Iterable[GiveUp], handovers: Iterable[PlannedHandover], f
             because = f" ({planned.reason})" if planned.reason else ""
             reason = f"the successor of {planned.replica} is expected {planned.late_s:.0f} s late{because}"
             found.append(Notice("successor_late", planned.replica, split_replica(planned.replica)[0], reason))
+    for name, state in elastic.items():
+        if state.blocked is not None:
+            found.append(Notice("budget_reached", None, name, f"{name}: {state.blocked}"))
     if full is not None:
         found.append(Notice("disk_full", None, None, full))
     return found
@@ -68,7 +78,7 @@ class Notifier:
 
     def __init__(self, run: RunDir, notify: str | None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._notify, self._clock = run, notify, clock
-        self._seen: dict[tuple[str, str | None], float] = {}  # problem -> time at which it was last seen
+        self._seen: dict[tuple[str, str | None, str | None], float] = {}  # problem -> time at which it was last seen
         self._queue: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 

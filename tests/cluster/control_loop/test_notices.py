@@ -1,10 +1,12 @@
 """What `cluster.notify` tells, when, and how: a command or a mail."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hpc_router.cluster.control_loop.elasticity import ElasticState
 from hpc_router.cluster.control_loop.forecast import PlannedHandover
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.notices import GONE_S, Notice, Notifier, problems
@@ -53,12 +55,15 @@ def test_which_problems_there_are() -> None:
         PlannedHandover("law-1.g1", "overlap", 1.0, 2.0, late_s=0.5),
         PlannedHandover("law-2.g1", "drain_first", 1.0, 2.0, late_s=90.0),  # as configured
     ]
-    assert problems([gave_up], [late, *others], "it is full") == [
+    enough = ElasticState(1, 0.0, "it is enough")
+    elastic = {"law": replace(enough, blocked="its demand needs 2 replicas"), "tax": enough}
+    assert problems([gave_up], [late, *others], elastic, "it is full") == [
         Notice("gave_up", "math-0", "math", "math-0 failed for good: no weights"),
         Notice("successor_late", "math-1.g2", "math", "the successor of math-1.g2 is expected 90 s late (Priority)"),
+        Notice("budget_reached", None, "law", "law: its demand needs 2 replicas"),
         Notice("disk_full", None, None, "it is full"),
     ]
-    assert problems([], [], None) == []
+    assert problems([], [], {}, None) == []
 
 
 def test_a_command_gets_each_problem_once_and_again_when_it_returns(run: RunDir, tmp_path: Path) -> None:
