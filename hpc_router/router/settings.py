@@ -4,8 +4,10 @@
 access) stay until the router is restarted. `replicas` has the counts that `scale` has set.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass, replace
+from functools import reduce
+from operator import getitem
 from typing import Any, Final
 
 from hpc_router.config.adapters import host_of
@@ -22,22 +24,38 @@ _FIXED: Final = frozenset(
         *("tls_cert", "tls_key"),
     }
 )
-LIVE: Final = (
-    *(f"policy.{item.name}" for item in fields(PolicyConfig)),
-    *(f"router.{item.name}" for item in fields(RouterConfig) if item.name not in _FIXED),
-)
+
+
+def _keys(schema: type, at: str, *, without: Collection[str] = ()) -> Iterator[str]:
+    """Yields the keys of a section and of its sections. `at`: the section's own key."""
+    for item in fields(schema):
+        if item.name in without:
+            continue
+        key = f"{at}.{item.name}"
+        if isinstance(item.type, type) and is_dataclass(item.type):
+            yield from _keys(item.type, key)
+        else:
+            yield key
+
+
+LIVE: Final = (*_keys(PolicyConfig, "policy"), *_keys(RouterConfig, "router", without=_FIXED))
 """The config keys that can be set while a router serves."""
+
+
+def value_at(deployment: Deployment, key: str) -> Any:
+    """Returns the value of one of the keys in `LIVE`."""
+    return reduce(getattr, key.split("."), deployment)
 
 
 def with_settings(deployment: Deployment, settings: Mapping[str, Any]) -> Deployment:
     """Returns the deployment with these settings. Raises ConfigError for a key that cannot change and for an invalid
     value."""
-    sections: dict[str, dict[str, Any]] = {"policy": asdict(deployment.policy), "router": asdict(deployment.router)}
+    sections: dict[str, Any] = {"policy": asdict(deployment.policy), "router": asdict(deployment.router)}
     for key, value in settings.items():
-        section, _, name = key.partition(".")
         if key not in LIVE:
             raise ConfigError(_refusal(key), key=key)
-        sections[section][name] = value
+        *path, name = key.split(".")
+        reduce(getitem, path, sections)[name] = value
     changed = replace(
         deployment,
         policy=parse(PolicyConfig, sections["policy"], at="policy"),

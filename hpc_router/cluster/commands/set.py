@@ -6,9 +6,9 @@ from typing import Any, Final, get_origin
 
 from hpc_router.cluster.control_loop.desired_state import deployment_of
 from hpc_router.config.assignments import unique
-from hpc_router.config.schema import Deployment, RouterConfig
+from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import ConfigError
-from hpc_router.router.settings import KEY, settings_in, with_settings
+from hpc_router.router.settings import KEY, settings_in, value_at, with_settings
 from hpc_router.state.run_directory import RunDir
 
 _LISTS: Final = frozenset(f"router.{item.name}" for item in fields(RouterConfig) if get_origin(item.type) is list)
@@ -52,14 +52,9 @@ def change(run: RunDir, values: Mapping[str, Any], reset: Sequence[str]) -> dict
     def changes(desired: Mapping[str, Any]) -> dict[str, Any]:
         given = {k: v for k, v in {**settings_in(desired), **values}.items() if k not in reset}
         changed = with_settings(deployment, given)
-        settings.update({key: _value_of(changed, key) for key in given})
+        settings.update({key: value_at(changed, key) for key in given})
         return {KEY: settings}
 
     run.change_desired(changes)
     run.event("set", settings=settings)
     return settings
-
-
-def _value_of(deployment: Deployment, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(deployment, section), name)

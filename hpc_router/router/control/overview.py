@@ -10,7 +10,7 @@ import os
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from typing import Any, Final
 from hpc_router.config.schema import Deployment
 from hpc_router.router.metrics import LATENCY_BOUNDS_S, TOKEN_BOUNDS_S, Metrics
 from hpc_router.router.replicas.replica import RoutingState
-from hpc_router.router.settings import LIVE
+from hpc_router.router.settings import LIVE, value_at
 from hpc_router.state.atomic_files import load_json
 from hpc_router.state.forecast import SCALED_TO_ZERO
 
@@ -268,7 +268,5 @@ def _listed(value: Any) -> list[Any]:
 
 def _settings(deployment: Deployment) -> Iterable[tuple[str, Any]]:
     """Yields the keys that `hpc-router set` changes, with their values."""
-    sections = {"policy": asdict(deployment.policy), "router": asdict(deployment.router)}
     for key in LIVE:
-        section, _, name = key.partition(".")
-        yield key, sections[section][name]
+        yield key, value_at(deployment, key)

@@ -133,7 +133,7 @@ class RequestRouting:
     def charge(self, routed: RoutedRequest, access: UserAccess) -> None:
         """Assigns the request to the user of its token, and charges it to the token's limits. Raises
         RateLimitedError."""
-        routed.access = access
+        routed.user, routed.user_slot = access.token.user, access.token.slot
         if not access.unlimited:
             routed.charge = access.charge(routed.endpoint.path, routed.call.fields, routed.experts[0])
 

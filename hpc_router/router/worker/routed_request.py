@@ -29,7 +29,7 @@ from hpc_router.relay.upstream.interface import (
     UpstreamTimeouts,
     request_line,
 )
-from hpc_router.router.access.user_access import Charge, TokenSource, UserAccess
+from hpc_router.router.access.user_access import Charge, TokenSource
 from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
 from hpc_router.router.replicas.fair_order import INTERACTIVE, OWNER_SLOT, Flow, RequestClass
 from hpc_router.router.replicas.replica import Replica, Reservation
@@ -104,8 +104,10 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     its session was lost."""
     engines_lost = 0
     """Number of attempts whose engine or connection ended before the response began."""
-    access: UserAccess | None = None
-    """What the user's token allows; None for the owner's requests."""
+    user: str | None = None
+    """The user of the request's token; None for the owner."""
+    user_slot = OWNER_SLOT
+    """The number of the user's token."""
     charge: Charge | None = None
     """What the request has taken of the limits of a user's token; None for the owner's requests."""
     summary: StreamSummary | None = None
@@ -187,7 +189,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
                 len(body),
                 body,
             )
-            self.sent = sent = dispatcher.client.start(replica.address, message, self, self.timeouts())
+            timeouts = dispatcher.stream_timeouts if call.fields.get("stream") else dispatcher.response_timeouts
+            self.sent = sent = dispatcher.client.start(replica.address, message, self, timeouts)
         except Exception:
             self._release()
             raise
@@ -459,17 +462,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         """Returns the expected duration in seconds of this request on the expert."""
         return self.dispatcher.table.lifetimes.expected_s(expert, self.call.fields)
 
-    @property
-    def user(self) -> str | None:
-        """The user of the request's token; None for the owner."""
-        return None if self.access is None else self.access.token.user
-
     def flow(self) -> Flow:
         """Returns the class and the user of the request, for the order of waiting requests."""
-        if self.access is None:
-            return Flow(self.endpoint.request_class, "", OWNER_SLOT)
-        token = self.access.token
-        return Flow(self.endpoint.request_class, token.user, token.slot)
+        return Flow(self.endpoint.request_class, self.user or "", self.user_slot)
 
     def slot(self) -> int | None:
         """Returns the affinity slot of the request's conversation (see `balancing`), from the session id or else from
