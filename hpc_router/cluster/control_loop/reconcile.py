@@ -43,6 +43,9 @@ STABLE_S: Final = 30.0
 STANDBY_S: Final = 10.0
 """A standby is submitted only after the router was ready for this time in seconds. Otherwise a router that crashes at
 once would get new standbys for ever."""
+FOUND_S: Final = 3.0
+"""Time in seconds after a successor is ready at which its predecessor is drained. Routers need it to find and probe the
+successor; on a busy node they would else have neither for a moment."""
 BACKOFF_S: Final = 2.0
 BACKOFF_MAX_S: Final = 60.0
 KILL_AFTER_S: Final = 10.0
@@ -253,7 +256,7 @@ def _fill_slot(
     newest = attempts[-1]
     live = [attempt for attempt in attempts if attempt.live]
     outdated = [a for a in live if is_outdated(a, desired.revisions)]
-    superseded = live[:-1] if live and live[-1].ready else []
+    superseded = live[:-1] if live and live[-1].ready and _is_found(live[-1], now) else []
     if slot.expert == ROUTER:  # a superseded router with the current config ends by itself
         superseded = [a for a in superseded if a in outdated]
     unready = [a for a in outdated if not a.ready and a.draining_at is None]
@@ -404,6 +407,11 @@ def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
                 yield _kill_or_wait(attempt, attempt.stop.cancel_at + KILL_AFTER_S, now)
             elif not begun or now >= ended_at + KILL_AFTER_S:  # Slurm would start one that was not begun again
                 yield Cancel(attempt.replica)
+
+
+def _is_found(attempt: Attempt, now: float) -> bool:
+    """Returns whether the routers have had time to find the ready attempt. Its node's clock may be ahead."""
+    return attempt.ready_at is None or not 0 <= now - attempt.ready_at < FOUND_S
 
 
 def _has_served_long_enough(router: Attempt, now: float) -> bool:

@@ -7,6 +7,7 @@ import pytest
 from hpc_router.cluster.control_loop.handover import Durations, HandoverPolicy, measured, schedule, served_until_ready
 from hpc_router.cluster.control_loop.reconcile import (
     END_MARGIN_S,
+    FOUND_S,
     Action,
     Cancel,
     Desired,
@@ -50,6 +51,14 @@ def test_the_predecessor_serves_until_the_successor_is_ready() -> None:
     assert decide(serving(), starting) == []
     ready = serving(2, expires_at=BEGAN + 3 * LIFE_S)
     assert decide(serving(), ready) == [Drain("math-0.g1", until_at=BEGAN + LIFE_S - END_MARGIN_S)]
+
+
+def test_the_predecessor_serves_until_routers_have_found_the_successor() -> None:
+    """Their probe may come later than the drain, and the expert would be without a ready replica."""
+    fresh = replace(serving(2, expires_at=BEGAN + 3 * LIFE_S), progress=JobProgress(JobPhase.READY, ready_at=DUE))
+    assert decide(serving(), fresh, now=DUE) == []
+    assert decide(serving(), fresh, now=DUE + FOUND_S) == [Drain("math-0.g1", until_at=BEGAN + LIFE_S - END_MARGIN_S)]
+    assert decide(serving(), fresh, now=DUE - 60) != [], "the clock of its node is ahead"
 
 
 def test_requests_in_flight_may_take_the_rest_of_the_walltime() -> None:

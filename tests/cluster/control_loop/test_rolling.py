@@ -10,7 +10,7 @@ from hpc_router.cluster.control_loop.rolling import may_roll
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
 from hpc_router.state.job_records import Exit, FailureReason
 from hpc_router.state.registry import State
-from tests.cluster.control_loop.support import BEGAN, DUE, MATH, ended, serving, waiting
+from tests.cluster.control_loop.support import DUE, MATH, ended, serving, waiting
 
 NEW = {"math": "new", "code": "new", "router": "new"}
 
@@ -23,7 +23,7 @@ def new(generation: int = 2, *, slot: Slot = MATH) -> Attempt:
     return replace(old(generation, slot=slot), revision="new")
 
 
-def decide(*attempts: Attempt, overlapping: bool = True, router: bool = False, now: float = BEGAN) -> list[Action]:
+def decide(*attempts: Attempt, overlapping: bool = True, router: bool = False, now: float = DUE) -> list[Action]:
     slots: dict[Slot, tuple[Attempt, ...]] = {}
     for one in attempts:
         slots[one.slot] = (*slots.get(one.slot, ()), one)
