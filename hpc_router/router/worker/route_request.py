@@ -186,7 +186,9 @@ class RequestRouting:
             spilled = tuple(dict.fromkeys((decision.runner_up, *experts)))
             return spilled, RouteReason.SPILLED, decision, policy.version
         mode = endpoint.wait or self.deployment.router.cold_start
-        return without_fallback(experts, self.table, mode), decision.reason, decision, policy.version
+        if mode != "fallback":
+            experts = without_fallback(experts, self.table, mode)
+        return experts, decision.reason, decision, policy.version
 
     def _spills(self, decision: Decision) -> bool:
         """Returns whether the request goes to the runner-up: its expert has no free place, the runner-up has one, and
