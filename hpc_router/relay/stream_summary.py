@@ -15,7 +15,7 @@ import orjson
 from hpc_router.relay.sse import payloads
 
 
-class Usage(NamedTuple):
+class TokenUsage(NamedTuple):
     """The tokens that a response states, or of which it is known: of the prompt, generated ones, and tokens of the
     prompt that the engine had in its prefix cache. None: unknown."""
 
@@ -43,7 +43,7 @@ class StreamSummary:
     unread: int = 0  # HTTP chunks since the last `add`
     last: bytes = b""
     before_last: bytes = b""
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
 
     def add(self, events: bytes) -> None:
         """Counts events as they are written to the client, with or without the framing of HTTP chunks."""
@@ -63,7 +63,7 @@ class StreamSummary:
 
         return write_counted
 
-    def stated(self) -> Usage | None:
+    def stated(self) -> TokenUsage | None:
         """Returns the tokens that the complete response states; None if it states none."""
         if self.usage is None and (self.last.rfind(_USAGE) >= 0 or self.before_last.rfind(_USAGE) >= 0):
             stated = [stated_usage(data) for data in payloads(self.before_last + self.last) if _USAGE in data]
@@ -89,7 +89,7 @@ _tokens_of: Final = itemgetter("prompt_tokens", "completion_tokens")
 new_usage: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
 
 
-def stated_usage(data: bytes | bytearray) -> Usage | None:
+def stated_usage(data: bytes | bytearray) -> TokenUsage | None:
     """Returns the tokens in the `usage` of `data`, the JSON of a complete response or of an event; None if it has
     none."""
     at = data.rfind(_KEY)
@@ -102,7 +102,7 @@ def stated_usage(data: bytes | bytearray) -> Usage | None:
             if type(prompt) is type(generated) is int and prompt >= 0 <= generated:  # the usual case
                 details = usage.get("prompt_tokens_details")
                 cached = None if details is None else _count(details.get("cached_tokens"))
-                return new_usage(Usage, (prompt, generated, cached))
+                return new_usage(TokenUsage, (prompt, generated, cached))
         except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
             pass
     elif data.find(_USAGE) < 0:
@@ -119,7 +119,7 @@ def stated_usage(data: bytes | bytearray) -> Usage | None:
     return _usage_of(usage) if type(usage) is dict else None
 
 
-def _usage_of(usage: dict[str, Any]) -> Usage:
+def _usage_of(usage: dict[str, Any]) -> TokenUsage:
     """Returns the tokens in a `usage` of any API."""
     prompt, details = usage.get("prompt_tokens"), usage.get("prompt_tokens_details")
     if prompt is None:
@@ -128,7 +128,7 @@ def _usage_of(usage: dict[str, Any]) -> Usage:
     if generated is None:
         generated = usage.get("output_tokens", 0 if "prompt_tokens" in usage else None)
     cached = details.get("cached_tokens") if type(details) is dict else usage.get("cache_read_input_tokens")
-    return Usage(_count(prompt), _count(generated), _count(cached))
+    return TokenUsage(_count(prompt), _count(generated), _count(cached))
 
 
 def _count(value: object) -> int | None:

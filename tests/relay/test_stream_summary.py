@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hpc_router.relay.api_formats import api_format_of
-from hpc_router.relay.stream_summary import StreamSummary, Usage, stated_usage
+from hpc_router.relay.stream_summary import StreamSummary, TokenUsage, stated_usage
 
 MARK = api_format_of("/v1/chat/completions").delta_mark
 TEXT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
@@ -48,7 +48,7 @@ CHAT = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
 )
 def test_a_usage_is_a_key_of_the_response_itself(value: Any, expected: Any, separators: tuple[str, str]) -> None:
     body = json.dumps(value, separators=separators).encode()
-    assert stated_usage(body) == (None if expected is None else Usage(*expected))
+    assert stated_usage(body) == (None if expected is None else TokenUsage(*expected))
     assert stated_usage(bytearray(body)) == stated_usage(body)
 
 
@@ -81,4 +81,4 @@ def test_events_with_text_are_counted(texts: int, end: tuple[bytes, ...], how: s
         else:
             forwarded(summary, event)
     assert summary.generated() == summary.generated() == texts
-    assert summary.stated() == (Usage(3, 7) if USAGE in end else None)
+    assert summary.stated() == (TokenUsage(3, 7) if USAGE in end else None)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from hpc_router.config.schema import RouterConfig
-from hpc_router.relay.stream_summary import Usage
+from hpc_router.relay.stream_summary import TokenUsage
 from hpc_router.router.access.user_access import TokenSource
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.replica import Replica
@@ -44,7 +44,7 @@ after the first byte, or with the client's disconnect."""
 _MAX_STARTS: Final = 4096
 _PARTS: Final = 4
 """Number of parts in which lines are kept until they are written, since joining each line would cost a copy."""
-_NO_USAGE: Final = Usage(None, None)
+_NO_USAGE: Final = TokenUsage(None, None)
 _dumps: Final = orjson.dumps
 
 
@@ -93,7 +93,7 @@ class RequestRecords:
         replica: Replica | None,
         status: int | None,
         outcome: str,
-        usage: Usage | None = None,
+        usage: TokenUsage | None = None,
         source: TokenSource | None = None,
         error: str | None = None,
     ) -> None:

@@ -22,7 +22,7 @@ from hpc_router.relay.early_stream import EarlyStream
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
-from hpc_router.relay.stream_summary import StreamSummary, Usage, new_usage, stated_usage
+from hpc_router.relay.stream_summary import StreamSummary, TokenUsage, new_usage, stated_usage
 from hpc_router.relay.upstream.interface import (
     PendingRequest,
     ResponseCallback,
@@ -431,7 +431,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         usage, source = self.tokens_of_response(expert)
         self.dispatcher.records.ended(self, expert, replica, status, outcome, usage, source, error)
 
-    def count_tokens(self, expert: str, usage: Usage, source: TokenSource | None) -> None:
+    def count_tokens(self, expert: str, usage: TokenUsage, source: TokenSource | None) -> None:
         """Counts the tokens of a response in the metrics. `source`: how the generated ones are known."""
         tokens = self.dispatcher.metrics.tokens
         if usage.prompt:
@@ -439,7 +439,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if usage.generated:
             tokens.add_many(usage.generated, expert, source)
 
-    def tokens_of_response(self, expert: str) -> tuple[Usage | None, TokenSource | None]:
+    def tokens_of_response(self, expert: str) -> tuple[TokenUsage | None, TokenSource | None]:
         """Returns the tokens of the response that `summary` describes, as far as they are known, and how the generated
         ones are known. Counts them in the metrics, with the time per token if it is a stream."""
         summary = self.summary
@@ -449,7 +449,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if usage is None or usage.generated is None:
             if not summary.streamed:
                 return usage, None
-            usage = new_usage(Usage, (None if usage is None else usage.prompt, summary.generated(), None))
+            usage = new_usage(TokenUsage, (None if usage is None else usage.prompt, summary.generated(), None))
             source = TokenSource.CHUNKS
         self.count_tokens(expert, usage, source)
         assert usage.generated is not None
