@@ -19,7 +19,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hpc_router.cli.main import INTERRUPTED, run_reporting_errors
+from hpc_router.cli import INTERRUPTED
+from hpc_router.cli.main import run_reporting_errors
 from hpc_router.config.compose import conf_folder, hydra_overrides, user_folder
 from hpc_router.config.sources import parse_override
 from hpc_router.errors import ConfigError, LaunchError, suggest

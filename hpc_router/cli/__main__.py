@@ -2,6 +2,6 @@
 
 import sys
 
-from hpc_router.cli.main import main
+from hpc_router.cli import run
 
-sys.exit(main())
+sys.exit(run())

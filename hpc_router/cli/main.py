@@ -11,7 +11,17 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from hpc_router.cli import access, benchmark, classifier, deployment, doctor, endpoint, observation, operation
+from hpc_router.cli import (
+    INTERRUPTED,
+    access,
+    benchmark,
+    classifier,
+    deployment,
+    doctor,
+    endpoint,
+    observation,
+    operation,
+)
 from hpc_router.cli.parser import Parser, Verbs, parse_arguments
 from hpc_router.errors import ConfigError, HpcRouterError
 
@@ -45,9 +55,6 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "classify": classifier.add_classify,
 }
 """The verbs, in the order of `hpc-router --help`."""
-
-INTERRUPTED: Final = 130
-"""Exit status after Ctrl-C."""
 
 
 def main(words: list[str] | None = None) -> int:

@@ -62,16 +62,17 @@ def explaining_interrupt(text: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def ignored(number: signal.Signals) -> Iterator[None]:
-    """Ignores the signal during the block. Does nothing outside the main thread."""
+def ignored(*numbers: signal.Signals) -> Iterator[None]:
+    """Ignores the signals during the block. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(number, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from hpc_router.errors import ConfigError, HpcRouterError, suggest
 from hpc_router.expert.agent.agent import Agent
 from hpc_router.expert.engine_process.guard import become_subreaper
 from hpc_router.expert.multinode.follower import Follower
+from hpc_router.net.job_environment import WARNING_SIGNALS
 from hpc_router.state.io_thread import FileThread, file_thread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.registry import split_replica
@@ -30,8 +31,7 @@ from hpc_router.state.run_directory import RunDir, open_run, private_umask
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
 
 RANK: Final = "HPC_ROUTER_RANK"
 """Environment variable with the rank of this node, set by a launcher that starts one process per node."""

@@ -1,7 +1,8 @@
-"""Environment variables about Slurm jobs: this process's own job, and which of them a started process or job
-inherits."""
+"""What a process gets from its Slurm job: environment variables, and the signals that announce the job's end. Also
+says which of the variables a started process or job inherits."""
 
 import os
+import signal
 from collections.abc import Mapping
 from typing import Final
 
@@ -14,6 +15,9 @@ JOB_ID: Final = "HPC_ROUTER_JOB_ID"
 """Variable with the id of the Slurm job that a service runs in."""
 JOB_END: Final = "HPC_ROUTER_JOB_END"
 """Variable with the end of that job in Unix seconds, as Slurm set it when the job's step started."""
+WARNING_SIGNALS: Final = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals with which Slurm announces the end of the walltime. Our jobs ask for SIGUSR2; a job of the user, in which
+`cluster=allocation` runs its steps, often asks for SIGUSR1."""
 
 
 def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:

@@ -15,11 +15,13 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Final
 
 from hpc_router.errors import UpstreamAbortedError
-from hpc_router.relay.sse import payloads
+from hpc_router.relay.sse import DONE, payloads
 
 _ABORT: Final = b'"abort"'
 _ABORTED_CHOICE: Final = re.compile(rb'"finish_reason"\s*:\s*"abort"')
 _NO_TOKENS: Final = re.compile(rb'"output_tokens"\s*:\s*0')
+_FINAL_TYPES: Final = frozenset({"message_stop", "response.completed"})
+"""Types of the events that end a stream of an API without `[DONE]`."""
 _OVERLAP_BYTES: Final = 64
 """Number of bytes kept of the previous chunk, to find a mark that is split between two chunks. A mark is shorter."""
 
@@ -126,6 +128,18 @@ class MessagesAbortDetector(AbortDetector):
             case {"type": "message"}:
                 return value.get("stop_reason", "") is None
         return False
+
+
+def ends_stream(events: bytes) -> bool:
+    """Returns whether the last of these complete events is the one with which every complete stream of its API ends."""
+    last = b""
+    for data in payloads(events):
+        last = data
+    try:
+        value = json.loads(last)
+    except (ValueError, RecursionError):
+        return last.strip() == DONE
+    return isinstance(value, dict) and value.get("type") in _FINAL_TYPES
 
 
 class UnbufferedAbortDetector:

@@ -11,8 +11,8 @@ import asyncio
 from dataclasses import dataclass
 from typing import Final
 
-from hpc_router.errors import UpstreamError
-from hpc_router.relay.aborted_responses import AbortDetector, UnbufferedAbortDetector
+from hpc_router.errors import UpstreamAbortedError, UpstreamError
+from hpc_router.relay.aborted_responses import AbortDetector, UnbufferedAbortDetector, ends_stream
 from hpc_router.relay.downstream.interface import SHORT_BYTES, DownstreamGoneError, Request, Response
 from hpc_router.relay.early_stream import EarlyStream
 from hpc_router.relay.sse import (
@@ -26,7 +26,9 @@ from hpc_router.relay.sse import (
 from hpc_router.relay.stream_summary import StreamSummary, stated_usage
 from hpc_router.relay.upstream.interface import CHUNK_END, ChunkWriter, UpstreamResponse
 
-_EVENT_CHUNK_ENDS: Final = tuple(end + CHUNK_END for end in EVENT_ENDS)
+_EVENT_CHUNK_ENDS: Final = tuple(b"}" + end + CHUNK_END for end in EVENT_ENDS)
+"""The ends of the chunks that are forwarded without being looked at: events whose data are a JSON object. `[DONE]` is
+none, so `EventStream` sees it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +142,15 @@ class ResponseRelay:
         self.events.end()
 
     async def relay_events(self, upstream: UpstreamResponse) -> None:
-        """Relays the remaining events and ends the stream. Raises the same errors as `relay`."""
+        """Relays the remaining events and ends the stream. Raises the same errors as `relay`. A failure after the final
+        event is ignored, because the client has the complete response."""
         assert self.events is not None
         try:
             await upstream.stream_to(self.events)
             self.events.end()
+        except UpstreamError as error:
+            if isinstance(error, UpstreamAbortedError) or not self.events.final:
+                raise
         finally:
             self.events.stop_pings()
 
@@ -194,7 +200,7 @@ class EventStream:
     """A sink that forwards only complete events. The first event commits the response."""
 
     __slots__ = (
-        "_abort_detector", "_chunk_writer", "_early", "_head", "_limits", "_mark", "_ping_timer", "_request",
+        "_abort_detector", "_chunk_writer", "_early", "_head", "_last", "_limits", "_mark", "_ping_timer", "_request",
         "_splitter", "_summary", "started",
     )  # fmt: skip
 
@@ -217,6 +223,7 @@ class EventStream:
         self._mark = abort_detector.event_mark
         self._splitter = EventSplitter()
         self.started = False
+        self._last = b""  # the last events that were not written by the chunk writer
         self._chunk_writer: ChunkWriter | None = None
         self._ping_timer: asyncio.TimerHandle | None = None
 
@@ -237,7 +244,13 @@ class EventStream:
         writable = self._request.write(events)
         if self._summary is not None:
             self._summary.add(events)
+        self._last = events
         return writable
+
+    @property
+    def final(self) -> bool:
+        """Whether the final event of the stream was sent to the client."""
+        return ends_stream(self._last)
 
     def chunk_writer(self) -> ChunkWriter | None:
         return None if self._splitter.tail else self._chunk_writer

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 import pytest
 
+from hpc_router.cli import INTERRUPTED
 from hpc_router.cli.deployment import print_usage
 from hpc_router.cli.main import VERBS, main
 from hpc_router.cluster.commands.scale import parse_counts
@@ -48,6 +50,33 @@ def test_help_lists_all_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     output = Output(capsys, "--help")
     assert output.status == 0
     assert all(f"    {verb}" in output.out for verb in VERBS)
+
+
+PRESSED = """\
+import importlib.abc, os, runpy, signal, sys
+
+class Press(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Press())
+sys.argv = ["hpc-router", "status"]
+{start}
+"""
+STARTS = {
+    "the command": 'from importlib.metadata import EntryPoint\nsys.exit(EntryPoint("", {entry!r}, "").load()())',
+    "the module": 'runpy.run_module("hpc_router.cli", run_name="__main__")',
+}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+@pytest.mark.parametrize("module", ["hpc_router.cli.main", "hpc_router.cli.parser", "hpc_router.state.registry"])
+def test_ctrl_c_while_modules_are_imported_prints_one_line(start: str, module: str) -> None:
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["hpc-router"]
+    program = PRESSED.format(module=module, start=start.format(entry=entry))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "hpc-router: interrupted\n")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -141,6 +141,45 @@ async def test_a_whole_stream_passes_as_it_is(relay: Relay, path: str, events: l
         assert at.ends == ["complete"]
 
 
+FAILURES = {
+    "a reset": [End.RESET],
+    "an early close": [End.CLOSE],
+    "a tail": [chunk(b"data: {"), b"0\r\n\r\n"],
+    "a tail and a reset": [chunk(b"data: {"), End.RESET],
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "at once"])
+@pytest.mark.parametrize(("path", "events"), WHOLE_STREAMS.values(), ids=WHOLE_STREAMS)
+async def test_nothing_is_added_to_a_whole_stream_that_does_not_end_cleanly(
+    relay: Relay, path: str, events: list[bytes], together: bool, failure: list[bytes | End]
+) -> None:
+    pieces = [b"".join(events)] if together else events
+    answer = [EVENTS, *map(chunk, pieces), End.PAUSE, *failure]
+    async with relayed(relay, answer, path=path) as at, Client(at.port) as client:
+        await client.get("Connection: close", version="1.0")
+        await client.head()
+        await client.until(events[-1])
+        at.upstream.go_on.release()
+        assert await client.rest() == b""
+        assert at.ends == ["complete"]
+
+
+@pytest.mark.parametrize("events", [[delta("so")], [delta("so"), delta("", "stop")], [delta("[DONE]")]])
+async def test_a_stream_without_its_final_event_that_does_not_end_cleanly_is_an_error(
+    relay: Relay, events: list[dict[str, Any]]
+) -> None:
+    answer: Answer = [EVENTS, *(chunk(event(value)) for value in events), End.PAUSE, End.RESET]
+    async with relayed(relay, answer) as at, Client(at.port) as client:
+        await client.get()
+        await client.head()
+        await client.until(chunk(event(events[-1])))
+        at.upstream.go_on.release()
+        assert await client.until(b"0\r\n\r\n") == chunk(ERROR) + b"0\r\n\r\n"
+        assert at.ends == ["UpstreamError"]
+
+
 async def test_a_stream_that_is_cut_before_its_first_event_can_go_elsewhere(relay: Relay) -> None:
     answer = [EVENTS, chunk(event(delta("")) + event(delta("", "abort")) + DONE), b"0\r\n\r\n"]
     async with relayed(relay, answer) as at, Client(at.port) as client:

@@ -88,12 +88,14 @@ def ended(deployed: OnSlurm, replica: str) -> Exit:
     return eventually_sync(deployed.job(replica).exit, every_s=0.1)
 
 
+@pytest.mark.parametrize("number", ["USR2", "USR1"])
 @pytest.mark.parametrize("expert", [pytest.param("code", marks=pytest.mark.newest), "math"])
-def test_the_walltime_warning_cuts_no_answer(deployed: OnSlurm, expert: str) -> None:
-    """Neither an engine nor one of its ranks ends, on one node and on two."""
+def test_the_walltime_warning_cuts_no_answer(deployed: OnSlurm, expert: str, number: str) -> None:
+    """Neither an engine nor one of its ranks ends, on one node and on two. A job of the user, in which replicas are
+    steps, may ask for SIGUSR1."""
     replica = deployed.newest(f"{expert}-0")
     with open_stream(deployed, expert) as stream:
-        deployed.cluster.run(["scancel", "--signal=USR2", deployed.job_id(replica)])
+        deployed.cluster.run(["scancel", f"--signal={number}", deployed.job_id(replica)])
         assert stream.end() == "length"
     end = ended(deployed, replica)
     assert (end.ok, end.reason, end.cut) == (True, "drained", 0), end
@@ -125,11 +127,12 @@ def plan(deployed: OnSlurm) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_routers_walltime_warning_cuts_no_answer(deployed: OnSlurm) -> None:
+@pytest.mark.parametrize("number", ["USR2", "USR1"])
+def test_the_routers_walltime_warning_cuts_no_answer(deployed: OnSlurm, number: str) -> None:
     """It does not end the control loop either, which is a process of the router's job."""
     router = deployed.serving("router-0")
     with open_stream(deployed, "code") as stream:
-        deployed.cluster.run(["scancel", "--signal=USR2", deployed.job_id(router)])
+        deployed.cluster.run(["scancel", f"--signal={number}", deployed.job_id(router)])
         assert stream.end() == "length"
     end = ended(deployed, router)
     assert (end.ok, end.reason, end.cut) == (True, "drained", 0), end

@@ -35,7 +35,7 @@ from hpc_router.expert.multinode.start_strategy import MultiNodeLeader, SingleNo
 from hpc_router.expert.staging.staging import NodeStaging
 from hpc_router.net import addresses
 from hpc_router.net.auth import new_token, replica_key
-from hpc_router.net.job_environment import current_job_id
+from hpc_router.net.job_environment import WARNING_SIGNALS, current_job_id
 from hpc_router.relay import memory_tuning
 from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.upstream.client import UpstreamClient
@@ -98,7 +98,7 @@ class Agent:
         self._lease: Lease | None = None
 
     def signalled(self, number: signal.Signals) -> None:
-        """Drains after a signal. SIGINT comes from a terminal; SIGUSR2 is Slurm's warning before the walltime ends."""
+        """Drains after a signal. SIGINT comes from a terminal; WARNING_SIGNALS announce the end of the walltime."""
         self._signals.add(number)
         self.drain(number.name, by_signal=number is not signal.SIGINT)
 
@@ -196,7 +196,7 @@ class Agent:
         requested = self._lifecycle.ready_at is not None or not self._by_signal
         if requested or await self._files.run_within_limit(self._job.stop) is not None:
             return Exit.drained(f"drained after {self._drain_reason}", cut=self._aborted)
-        if signal.SIGUSR2 in self._signals:
+        if not self._signals.isdisjoint(WARNING_SIGNALS):
             message = "its walltime ended before its engine was ready: raise walltime, or shorten the start"
             return Exit(ok=False, reason=FailureReason.WALLTIME, message=message)
         message = "it was ended from outside before it was ready"

@@ -51,12 +51,13 @@ def main() -> int:
 def start(argv: list[str]) -> int:
     """Starts the engine in its own process group, without stdin, with all output to our stderr. Returns its process id.
 
-    The engine and its descendants ignore SIGUSR2. Slurm sends it before the walltime ends; it is meant for the agent,
-    but at some sites (proctrack/linuxproc) every process of the job gets it.
+    The engine and its descendants ignore SIGUSR1 and SIGUSR2. Slurm sends one of them before the walltime ends; it is
+    meant for the agent, but at some sites (proctrack/linuxproc) every process of the job gets it.
     """
     guard = os.getpid()
 
     def before_exec() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         _prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
         if os.getppid() != guard:

@@ -8,6 +8,7 @@ exact error messages.
 
 import json
 import re
+from codecs import BOM_UTF16_LE, BOM_UTF32_LE
 from functools import cached_property, lru_cache
 from json.decoder import JSONDecoder, scanstring  # type: ignore[attr-defined]
 from typing import Any, Final
@@ -29,6 +30,8 @@ MAX_DIGITS: Final = 400
 """Maximum number of digits of an integer: the time to decode one grows with the square of its length."""
 _BYTE_ORDER_MARK: Final = "\ufeff"
 """Some programs begin a UTF-8 text with it, and Python's `json.loads`, which engines use, skips it."""
+_SURROGATES: Final = "surrogatepass"
+"""Half of a surrogate pair in the bytes is taken, as by `json.loads`; it is no valid Unicode text."""
 _space = re.compile(r"[ \t\n\r]*").match
 
 
@@ -62,10 +65,12 @@ class ApiCall:
         return self._find("model")
 
     def _find(self, key: str) -> tuple[int, int]:
-        text = self.raw.decode()
+        """Returns where the value of a top-level key begins and ends, in bytes."""
+        encoding = _encoding(self.raw)
+        text = self.raw.decode(encoding, _SURROGATES)
         start, end = _parse_text(text)[1][key]
-        before = len(text[:start].encode())
-        return before, before + len(text[start:end].encode())
+        before = len(text[:start].encode(encoding, _SURROGATES))
+        return before, before + len(text[start:end].encode(encoding, _SURROGATES))
 
     def _is_top_level(self) -> bool:
         """Returns whether the `"model"` at `model_at` is a key of the top-level object, not of an inner one: if only
@@ -93,16 +98,17 @@ class ApiCall:
     def with_priority(self, priority: int) -> "ApiCall":
         """Returns the call with this `priority` in its body; the same call if it has no body, or if neither states one,
         because an engine's default is 0. Raises BadRequestError for a duplicate key."""
-        raw, value = self.raw, b"%d" % priority
+        raw, encoding = self.raw, _encoding(self.raw)
         if "priority" not in self.fields:
             if not priority or not raw:
                 return self
-            changed = b"".join((memoryview(raw)[: raw.rindex(b"}")], b',"priority":', value, b"}"))
+            end = raw.rindex("}".encode(encoding))
+            changed = b"".join((memoryview(raw)[:end], f',"priority":{priority:d}}}'.encode(encoding)))
             call = ApiCall(changed, self.fields, self.model_at)
             call._span = self._span
             return call
         start, end = self.priority_span
-        changed = b"".join((memoryview(raw)[:start], value, memoryview(raw)[end:]))
+        changed = b"".join((memoryview(raw)[:start], str(int(priority)).encode(encoding), memoryview(raw)[end:]))
         return ApiCall(changed, self.fields, changed.find(_MODEL) if self.model_at >= 0 else -1)
 
     @cached_property
@@ -116,7 +122,8 @@ class ApiCall:
             return b'{"model":%b%b' % (_quoted(model), self.raw[9 + len(asked) :])  # the usual case
         start, end = self.model_span
         raw = memoryview(self.raw)  # avoids a second copy of the rest
-        return b"".join((raw[:start], _quoted(model), raw[end:]))
+        name = _quoted(model)
+        return b"".join((raw[:start], name.decode().encode(_encoding(self.raw)), raw[end:]))
 
 
 @lru_cache(maxsize=256)
@@ -154,11 +161,26 @@ def decode(body: bytes) -> ApiCall:
         else:
             if type(fields) is dict:
                 return ApiCall(body, fields, model_at)
+    encoding = _encoding(body)
     try:
-        text = body.decode("utf-8")
+        text = body.decode(encoding, _SURROGATES)
     except UnicodeDecodeError as error:
-        raise BadRequestError("the body is not UTF-8") from error
+        raise BadRequestError(f"the body is not {encoding.upper()}") from error
     return ApiCall(body, _parse_text(text)[0])
+
+
+def _encoding(body: bytes) -> str:
+    """Returns the encoding of a JSON text, as `json.loads` detects it, for engines decode bodies with that function: a
+    text in UTF-16 or UTF-32 has null bytes or a byte order mark. The decoded text keeps this mark."""
+    match json.detect_encoding(body):
+        case "utf-8-sig":
+            return "utf-8"
+        case "utf-16":
+            return "utf-16-le" if body.startswith(BOM_UTF16_LE) else "utf-16-be"
+        case "utf-32":
+            return "utf-32-le" if body.startswith(BOM_UTF32_LE) else "utf-32-be"
+        case encoding:
+            return encoding
 
 
 def _parse_text(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:

@@ -464,8 +464,10 @@ def test_the_loop_ends_on_sigterm(run: RunDir, options: list[str]) -> None:
         text=True,
     ) as loop:
         eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM) and _ignores(loop.pid, signal.SIGUSR2))
+        assert _ignores(loop.pid, signal.SIGUSR1)
         if options:
             eventually_sync(lambda: len(list(Path(f"/proc/{loop.pid}/task").iterdir())) > 1)  # the one that reads
+        loop.send_signal(signal.SIGUSR1)
         loop.send_signal(signal.SIGUSR2)
         loop.terminate()
         assert loop.wait(20) == 0

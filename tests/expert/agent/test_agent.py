@@ -125,18 +125,22 @@ async def test_requests_that_do_not_finish_in_time_are_aborted(run: RunDir, scra
         assert (ended.ok, ended.cut, ended.message) == (True, 1, "drained after SIGTERM; 1 answer was cut off")
 
 
-async def test_a_walltime_warning_to_every_process_of_the_job_cuts_nothing(run: RunDir, scratch: Path) -> None:
-    """Slurm sends the warning to every process where it tracks processes by proctrack/linuxproc."""
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+async def test_a_walltime_warning_to_every_process_of_the_job_cuts_nothing(
+    run: RunDir, scratch: Path, number: signal.Signals
+) -> None:
+    """Slurm sends the warning to every process where it tracks processes by proctrack/linuxproc. A job of the user may
+    ask for another signal than ours do."""
     async with replica(run, deployment(scratch)) as agent:
         await agent.ready()
         async with agent.session() as session, half_a_stream(session, for_s=1.0) as response:
             for pid in [agent.process.pid, *processes_below(agent.process)]:
-                os.kill(pid, signal.SIGUSR2)
+                os.kill(pid, number)
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
         assert await agent.end() == 0
         ended = agent.job.exit()
         assert ended is not None
-        assert (ended.cut, ended.message) == (0, "drained after SIGUSR2")
+        assert (ended.cut, ended.message) == (0, f"drained after {number.name}")
 
 
 async def test_a_drain_whose_engine_dies_counts_the_lost_responses(run: RunDir, scratch: Path) -> None:
@@ -256,6 +260,7 @@ async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> No
     ("numbers", "reason", "message"),
     [
         ([signal.SIGUSR2], FailureReason.WALLTIME, "its walltime ended before its engine was ready: raise walltime"),
+        ([signal.SIGUSR1], FailureReason.WALLTIME, "its walltime ended"),
         ([signal.SIGUSR2, signal.SIGTERM], FailureReason.WALLTIME, "its walltime ended"),
         ([signal.SIGTERM], FailureReason.CANCELLED, "ended from outside before it was ready"),
     ],

@@ -140,7 +140,7 @@ def test_a_killed_guard_ends_the_engine(tmp_path: Path) -> None:
         assert tree.all_gone()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_other_signals_end_neither_guard_nor_engine(number: signal.Signals, tmp_path: Path) -> None:
     with guarded(at=tmp_path) as tree:
         tree.started()
@@ -149,12 +149,13 @@ def test_other_signals_end_neither_guard_nor_engine(number: signal.Signals, tmp_
         assert tree.guard.wait(GUARD_S) == 128 + signal.SIGTERM
 
 
-def test_the_whole_tree_ignores_the_walltime_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_the_whole_tree_ignores_the_walltime_warning(number: signal.Signals, tmp_path: Path) -> None:
     """The warning is for the agent; at some sites Slurm sends it to every process of a job."""
     with guarded(at=tmp_path) as tree:
         engine = tree.started()
         for pid in [engine, *descendants(engine)]:
-            os.kill(pid, signal.SIGUSR2)  # has the lower number, so it would end them before SIGTERM does
+            os.kill(pid, number)  # has the lower number, so it would end them before SIGTERM does
         tree.guard.terminate()
         assert tree.guard.wait(GUARD_S) == 128 + signal.SIGTERM
 

@@ -37,11 +37,18 @@ class AiohttpResponse(UpstreamResponse):
         self._limits = limits
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        read = self._response.content.readany
-        while chunk := await read():
+        while chunk := await self._read():
             self._idle_timer.pause()
             yield chunk
             self._idle_timer.restart(self._limits.idle_s)
+
+    async def _read(self) -> bytes:
+        try:
+            return await self._response.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise UpstreamError(f"the connection to the replica broke: {type(error).__name__}") from error
 
 
 class AiohttpClient:

@@ -81,7 +81,10 @@ def test_only_the_model_value_is_replaced(body: dict[str, Any], old: str, new: s
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
         (b"\xef\xbb\xbf", "does not start"),
         (b" \xef\xbb\xbf{}", "does not start"),
-        ('{"model": "math"}'.encode("utf-16"), "UTF-8"),
+        (b'{"a": "\xed\xa0"}', "UTF-8"),
+        ('{"a": 1'.encode("utf-16"), "ends too early"),
+        ('{"a": 1}'.encode("utf-16") + b"\0", "UTF-16-LE"),
+        ('{"a": 1}'.encode("utf-32-be")[:-1], "UTF-32-BE"),
     ],
 )
 def test_what_is_no_object_is_refused_in_words(raw: bytes, says: str) -> None:
@@ -106,6 +109,36 @@ def test_a_byte_order_mark_is_passed_on(rest: bytes) -> None:
     call = decode(raw)
     assert (call.model, call.raw) == ("math", raw)
     assert call.body("theirs") == raw.replace(b'"math"', b'"theirs"')
+
+
+ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "utf-8-sig")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", *ENCODINGS])
+@pytest.mark.parametrize("stated", ['"priority": 7, ', ""])
+def test_the_priority_is_written_in_the_body_s_encoding(encoding: str, stated: str) -> None:
+    call = decode(f'{{{stated}"model": "m", "é": "}}"}}'.encode(encoding))
+    assert json.loads(call.with_priority(1).raw) == {"model": "m", "é": "}", "priority": 1}
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "utf-16 with a mark, big endian"])
+@given(body=bodies, ascii_only=st.booleans())
+def test_a_body_in_another_encoding_of_unicode_is_read_as_json_reads_it(
+    encoding: str, body: dict[str, Any], ascii_only: bool
+) -> None:
+    """As vLLM reads it. The name of the model is replaced in the same encoding."""
+    text = json.dumps({**body, "model": "math"}, ensure_ascii=ascii_only)
+    odd = encoding not in ENCODINGS
+    raw = ("\ufeff" + text).encode("utf-16-be", "replace") if odd else text.encode(encoding, "replace")
+    call = decode(raw)
+    assert (call.fields, call.raw) == (json.loads(raw), raw)
+    assert json.loads(call.body("their é")) == json.loads(raw) | {"model": "their é"}
+
+
+def test_half_of_a_surrogate_pair_is_read_as_json_reads_it() -> None:
+    raw = b'{"prompt": "\xed\xa0\x80", "model": "math"}'
+    assert decode(raw).fields == json.loads(raw)
+    assert decode(raw).body("theirs") == raw.replace(b"math", b"theirs")
 
 
 def test_a_model_that_is_named_elsewhere_as_well() -> None:
