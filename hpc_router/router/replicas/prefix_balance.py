@@ -5,7 +5,7 @@ seconds of them. The cost of a replica is
 
     waiting - SAVED_WEIGHT * cached
     waiting = prefill that it has still to compute, of all workers
-            + REQUEST_BYTES for each of its requests in flight
+            + REQUEST_BYTES for each of its requests in flight, also of other clients where its metrics tell
             + RECENT_WEIGHT * prefill that this worker has sent to it within about the last RECENT_S seconds
 
 and the lowest cost wins. `cached` is the longest beginning of the prompt that this worker has sent to that replica
@@ -26,13 +26,11 @@ from typing import Final, NamedTuple
 
 from hpc_router.router.replicas.balancing import SLOTS, rendezvous
 from hpc_router.router.replicas.prefixes import FIRST_BIT, NO_PREFIX, SHARED, PrefixMemory, PromptPrefix
-from hpc_router.router.replicas.replica import READY, Replica, Reservation
+from hpc_router.router.replicas.replica import READY, REQUEST_BYTES, Replica, Reservation
 
 SAVED_WEIGHT: Final = 16
 """How many bytes of waiting one cached byte is worth: a byte that must be computed also delays the requests behind it.
 A higher weight finds more in the caches, and requests wait longer; 8 to 24 hardly differ."""
-REQUEST_BYTES: Final = 256
-"""Prefill in bytes that slows an engine as much as one request in flight. ASSUMED: 64 tokens."""
 RECENT_WEIGHT: Final = 0.05
 """How many bytes of waiting one byte of recent prefill counts as."""
 RECENT_S: Final = 20.0

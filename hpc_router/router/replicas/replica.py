@@ -26,6 +26,8 @@ DEFAULT_CAPACITY: Final = 1024
 """Capacity of an endpoint whose record does not state one."""
 NO_COLUMN: Final = 0
 """Column of `Cells` used before the control process has assigned one. It is written and never read."""
+REQUEST_BYTES: Final = 256
+"""Prefill in bytes that slows an engine as much as one request in flight. ASSUMED: 64 tokens."""
 PREFILL_COLUMNS: Final = 2**13
 """Distance in `Cells` from a replica's column to the column with its `prefill_bytes`."""
 
@@ -99,7 +101,8 @@ class Replica:
     reservations: "set[Reservation]" = field(default_factory=set)
     peer_in_flight: int = 0
     prefill_bytes: int = 0  # prompt bytes that this worker has sent and the engine has still to compute
-    peer_prefill_bytes: int = 0  # the same of the router's other workers
+    peer_prefill_bytes: int = 0  # the same of the router's other workers, and `foreign_bytes`
+    foreign_bytes: int = 0  # prefill in bytes that slows the engine as much as its requests of other clients
     recent_bytes: float = 0.0  # prompt bytes to compute that this worker has sent lately, in units of `RecentWork`
     prefix_bit: int = 0  # stands for this replica in `PrefixMemory`
     column: int = NO_COLUMN  # column of the shared counters with this replica's requests in flight
@@ -167,6 +170,15 @@ class Replica:
         name in its record."""
         name = self.record.serves.get(expert)
         return name if name is not None or len(self.models) != 1 else self.models[0]
+
+    def set_engine_load(self, load: EngineLoad | None) -> None:
+        """Stores the load that the engine's metrics have just told. Requests beyond those of this router come from
+        other clients."""
+        self.engine_load = load
+        before = self.foreign_bytes
+        requests = 0.0 if load is None else (load.running or 0.0) + (load.waiting or 0.0) - self.load
+        self.foreign_bytes = REQUEST_BYTES * max(0, int(requests))
+        self.peer_prefill_bytes += self.foreign_bytes - before
 
     def apply(self, event: Event) -> None:
         self.state = TRANSITIONS[self.state, event]

@@ -156,7 +156,7 @@ class ReplicaTable:
         """Reads how many requests the other workers have in flight on these replicas, and how much of their prompts is
         still to be computed."""
         for replica in replicas:
-            column, in_flight, prefill_bytes = replica.column, 0, 0
+            column, in_flight, prefill_bytes = replica.column, 0, replica.foreign_bytes
             for row in self.peers:
                 in_flight += row[column]
                 prefill_bytes += row[column + PREFILL_COLUMNS]

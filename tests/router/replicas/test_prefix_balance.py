@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from hpc_router.router.replicas.prefix_balance import FREE_REQUESTS, RECENT_S, REQUEST_BYTES, SAVED_WEIGHT
+from hpc_router.router.replicas.engine_load import EngineLoad
+from hpc_router.router.replicas.prefix_balance import DEFAULT_S_PER_BYTE, FREE_REQUESTS, RECENT_S, SAVED_WEIGHT
 from hpc_router.router.replicas.prefixes import ENDS, PromptPrefix
-from hpc_router.router.replicas.replica import PREFILL_COLUMNS, Reservation
+from hpc_router.router.replicas.replica import PREFILL_COLUMNS, REQUEST_BYTES, Reservation
 from hpc_router.router.replicas.table import ReplicaTable
 from tests.router.support import replica
 
@@ -214,4 +215,19 @@ def test_without_a_choice_nothing_is_read_or_remembered() -> None:
     picked = [answered(sent(pair, unexpected)) for _ in range(4)]
     assert picked in (["math-0.g1", "math-1.g1"] * 2, ["math-1.g1", "math-0.g1"] * 2)
     assert pair.explain("math", prompt(1)()) == []
-    assert REQUEST_BYTES > 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_requests_of_other_clients_count_where_the_engine_tells(workers: int) -> None:
+    table = tables(workers=workers, replicas=2)[0]
+    held = sent(table, prompt(1))
+    busy = held.replica
+    held.prefill_ended()
+    busy.set_engine_load(EngineLoad(running=7.0, waiting=2.0))
+    waits = {e.replica: e.wait_s for e in table.explain("math", prompt(2)())}
+    busy.set_engine_load(EngineLoad(running=1.0, waiting=0.0))
+    own = {e.replica: e.wait_s for e in table.explain("math", prompt(2)())}
+    assert waits[busy.name] - own[busy.name] == pytest.approx(8 * REQUEST_BYTES * DEFAULT_S_PER_BYTE)
+    busy.set_engine_load(None)
+    assert {e.replica: e.wait_s for e in table.explain("math", prompt(2)())} == own
+    held.release()
