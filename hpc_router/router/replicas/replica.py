@@ -103,7 +103,7 @@ class Replica:
     prefill_bytes: int = 0  # prompt bytes that this worker has sent and the engine has still to compute
     peer_prefill_bytes: int = 0  # the same of the router's other workers, and `foreign_bytes`
     foreign_bytes: int = 0  # prefill in bytes that slows the engine as much as its requests of other clients
-    recent_bytes: float = 0.0  # prompt bytes to compute that this worker has sent lately, in units of `RecentWork`
+    recent_bytes: float = 0.0  # prompt bytes to compute that this worker has sent lately, in units of `PrefixBalance`
     prefix_bit: int = 0  # stands for this replica in `PrefixMemory`
     column: int = NO_COLUMN  # column of the shared counters with this replica's requests in flight
     engine_load: EngineLoad | None = None
