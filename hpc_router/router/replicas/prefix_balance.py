@@ -37,7 +37,7 @@ RECENT_S: Final = 20.0
 """Time constant in seconds with which the recent prefill fades."""
 FREE_REQUESTS: Final = 8
 """Number of requests in flight by which a replica may exceed its bound (`pin_bound`)."""
-SESSION_BYTES: Final = 512
+SESSION_BYTES: Final = 192
 """How many cached bytes the home of a session that the client has named is credited with, in addition to its prompt and
 whatever is known here."""
 RATE_BYTES: Final = 2048
