@@ -53,9 +53,11 @@ NO_PREFIX: Final = PromptPrefix((), (), 0, None)
 def prompt_prefix(raw: bytes, fields: Mapping[str, Any], session: bytes | None) -> PromptPrefix:
     """Returns the beginnings of the prompt in the request body `raw`, which was decoded to `fields`. `session`: the
     session that the request names, or None."""
-    name = b'"messages"' if "messages" in fields else b'"input"' if "input" in fields else b'"prompt"'
+    if "messages" in fields:
+        name, end = b'"messages"', raw.rfind(b"}]") + 1 or len(raw)
+    else:
+        name, end = b'"input"' if "input" in fields else b'"prompt"', len(raw)
     start = raw.find(name) + len(name)
-    end = raw.rfind(b"}]") + 1 or len(raw)
     if "tools" in fields or "system" in fields:  # long values that may follow the messages
         end = min(end, _next_key(raw, fields, name))
     hashes: list[int] = []

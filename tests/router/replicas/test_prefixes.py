@@ -79,6 +79,12 @@ def test_the_system_field_of_other_apis_comes_first_wherever_it_stands() -> None
     assert shared.hashes[0] == prefix_of({"input": "other", "instructions": "s" * 500}).hashes[0]
 
 
+@pytest.mark.parametrize("field", ["prompt", "input"])
+def test_a_text_may_contain_what_ends_messages(field: str) -> None:
+    prefix = prefix_of({"model": "m", field: "x = [{1: 2}]" + "y" * 1390, "n": 1})
+    assert len(prefix.hashes) == sum(end <= 1400 for end in ENDS)
+
+
 @pytest.mark.parametrize(
     "body",
     [{"model": "m"}, {"messages": []}, {"prompt": ""}, {"input": 7}, {"prompt": [[1, 2]]}, {"tools": []}],
