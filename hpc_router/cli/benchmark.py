@@ -26,6 +26,7 @@ def add_bench(verbs: "Verbs[Parser]") -> None:
     _add_agreement(benchmarks)
     _add_passes(benchmarks)
     _add_scrape(benchmarks)
+    _add_balance(benchmarks)
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -241,3 +242,62 @@ def _bench_scrape(arguments: argparse.Namespace) -> int:
         replicas=arguments.replicas, experts=arguments.experts, workers=arguments.workers, scrapes=arguments.scrapes
     )
     return print_value(asdict(cost)) if arguments.json else print_lines([cost.line()])
+
+
+def _add_balance(benchmarks: "Verbs[Parser]") -> None:
+    details = " Exit status 1 if a request failed, or if the simulated engines fell behind their model."
+    parser = add_verb(benchmarks, _bench_balance, details=details, run=False, json=True)
+    parser.add_argument("--only", type=name_list, default=(), metavar="NAME,...", help="measure only these policies")
+    parser.add_argument(
+        "--loads", type=name_list, metavar="NAME,...",
+        help="what is mixed: mooncake, shared, chat (default: these three), different (no prompt shares a beginning)",
+    )  # fmt: skip
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="Mooncake's conversation trace (docs/bench.md)")
+    parser.add_argument("--seconds", type=number, metavar="S", help="measured seconds of the engines (default 20)")
+    parser.add_argument("--warmup", type=number, metavar="S", help="seconds before that (default 8)")
+    parser.add_argument(
+        "--slowdown", type=number, metavar="F", help="wall seconds per second of the engines (default 2)"
+    )
+    parser.add_argument("--replicas", type=count, metavar="N", help="number of engines (default 8)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the load (default 0)")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment that has the routers from PyPI")
+    parser.add_argument(
+        "--tree",
+        action="append",
+        type=named_folder,
+        default=[],
+        metavar="NAME=DIR",
+        help="another checkout of this router, measured beside it",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: analysis/results)")
+
+
+def _bench_balance(arguments: argparse.Namespace) -> int:
+    """compare policies that choose a replica: this router's, smg's and vllm-router's, over the same simulated engines
+
+    hpc-router bench balance --trace conversation_trace.jsonl
+    hpc-router bench balance --only prefix,before --tree before=../older-checkout
+    """
+    from hpc_router.bench.balance.options import BalanceOptions
+    from hpc_router.bench.balance.report import markdown, to_json
+    from hpc_router.bench.balance.run import measure_balance
+    from hpc_router.bench.output import default_out
+    from hpc_router.bench.relay_cost.run import default_environment
+
+    given = _given(arguments, "loads", "seconds", "slowdown", "replicas", "seed")
+    if arguments.warmup is not None:
+        given["warmup_s"] = arguments.warmup
+    options = BalanceOptions(
+        out=arguments.out or default_out(),
+        only=arguments.only,
+        trace=None if arguments.trace is None else arguments.trace.absolute(),
+        trees=dict(arguments.tree),
+        environment=arguments.peers or default_environment(),
+        **given,
+    ).checked()
+    results = measure_balance(options, stderr_console())
+    if arguments.json:
+        print_value(to_json(results))
+    else:
+        print_lines([markdown(results)])
+    return 1 if results.failed else 0

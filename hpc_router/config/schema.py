@@ -303,9 +303,9 @@ class RouterConfig:
     max_in_flight: int = bounded(4096, 1, 10**6)  # maximum requests in the router, with waiting ones; then 429
     max_waiting: int = bounded(1024, 1, 10**6)  # maximum requests that wait for one expert; then 429
     classes: ClassesConfig = field(default_factory=ClassesConfig)  # priorities of interactive and batch requests
-    # A session keeps its replica while the replica's load is at most this factor of the expert's average; null: no
-    # affinity. With 1.1, the loads of two replicas have a Jain fairness index of at least 0.99.
-    pin_bound: float | None = bounded(1.1, 1, 1000)
+    # A replica is chosen for its prefix cache while it has at most this factor of the expert's average number of
+    # requests in flight, plus 8; null: the cache does not matter, only the number of requests in flight.
+    pin_bound: float | None = bounded(1.5, 1, 1000)
     eject_connect_errors: int = bounded(1, 1, 10**6)  # consecutive failed connections after which a replica is ejected
     # Consecutive responses with status 5xx after which a replica is ejected, within `eject_share`.
     eject_errors: int = bounded(5, 1, 10**6)

@@ -53,6 +53,11 @@ STARTING_HEADER: Final = "x-hpc-router-starting"
 request. With status 502: the engine got the request and ended before the first byte of its response."""
 REQUEST_ID_HEADER: Final = "x-request-id"
 SESSION_HEADER: Final = "x-session-id"
+AGENT_SESSION_HEADERS: Final = (
+    *("x-claude-code-session-id", "session-id", "session_id"),
+    *("x-session-affinity", "x-opencode-session"),
+)
+"""Headers in which coding agents name their session (docs/balance.md lists the agents and sources)."""
 PRIORITY_HEADER: Final = "x-priority"
 """Header of a request with its class: interactive or batch."""
 WAIT_HEADER: Final = "x-wait"

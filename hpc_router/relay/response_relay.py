@@ -8,6 +8,7 @@ otherwise as an aborted connection.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,11 +53,12 @@ class ResponseRelay:
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed
     like any other body. `summary`: gets what is needed to count the response's tokens; None: they are not counted.
     `early`: may have sent the head of the stream; a response that is not an event stream is then returned as
-    `response`.
+    `response`. `on_start` is called before the first event of a stream is sent.
     """
 
     __slots__ = (
-        "_abort_detector", "_early", "_limits", "_request", "_stream", "_summary", "events", "response", "status",
+        "_abort_detector", "_early", "_limits", "_on_start", "_request", "_stream", "_summary", "events", "response",
+        "status",
     )  # fmt: skip
 
     def __init__(
@@ -68,9 +70,11 @@ class ResponseRelay:
         stream: bool,
         summary: StreamSummary | None = None,
         early: EarlyStream | None = None,
+        on_start: Callable[[], None] | None = None,
     ) -> None:
         self._summary = summary
         self._early = early
+        self._on_start = on_start
         self._request = request
         self._limits = limits
         self._abort_detector = abort_detector
@@ -127,7 +131,14 @@ class ResponseRelay:
         if self._summary is not None:
             self._summary.streamed = True
         self.events = EventStream(
-            self._request, status, head, self._limits, self._abort_detector(), self._summary, self._early
+            self._request,
+            status,
+            head,
+            self._limits,
+            self._abort_detector(),
+            self._summary,
+            self._early,
+            self._on_start,
         )
         return self.events
 
@@ -200,8 +211,8 @@ class EventStream:
     """A sink that forwards only complete events. The first event commits the response."""
 
     __slots__ = (
-        "_abort_detector", "_chunk_writer", "_early", "_head", "_last", "_limits", "_mark", "_ping_timer", "_request",
-        "_splitter", "_summary", "started",
+        "_abort_detector", "_chunk_writer", "_early", "_head", "_last", "_limits", "_mark", "_on_start", "_ping_timer",
+        "_request", "_splitter", "_summary", "started",
     )  # fmt: skip
 
     def __init__(
@@ -213,10 +224,12 @@ class EventStream:
         abort_detector: AbortDetector,
         summary: StreamSummary | None,
         early: EarlyStream | None = None,
+        on_start: Callable[[], None] | None = None,
     ) -> None:
         self._request = request
         self._summary = summary
         self._early = early
+        self._on_start = on_start
         self._head = status, head
         self._limits = limits
         self._abort_detector = abort_detector
@@ -285,6 +298,8 @@ class EventStream:
         if self._early is None or not self._early.started:
             self._request.start_response(*self._head, length=None)
         self.started = True
+        if self._on_start is not None:
+            self._on_start()
         write = self._request.write_chunk
         summary = self._summary
         if summary is not None and summary.exact and write is not None:

@@ -13,8 +13,6 @@ from typing import Final
 from hpc_router.routing.features import WINDOW_BYTES, ends_of
 
 _TEXT_PARTS: Final = ("text", "input_text")  # not a set, because the type of a part may be unhashable
-_MAX_FIRST_ITEMS: Final = 1000
-"""Maximum number of turns, and of parts of a turn, that are searched for the first text of a conversation."""
 
 
 def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> str:
@@ -44,26 +42,6 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
             if size > window:
                 break
     return "\n".join(texts)[:window]
-
-
-def first_user_message(fields: Mapping[str, object]) -> str | None:
-    """Returns the user's first text in a conversation. It identifies the conversation, because every later turn
-    contains it.
-
-    Returns None if the body has no such text.
-    """
-    turns = fields.get("messages", fields.get("input"))
-    if isinstance(turns, str):
-        return turns
-    for turn in turns[:_MAX_FIRST_ITEMS] if isinstance(turns, list) else ():
-        if isinstance(turn, dict) and turn.get("role") == "user":
-            content = turn.get("content")
-            if isinstance(content, list):
-                content = content[:_MAX_FIRST_ITEMS]
-            text = content if isinstance(content, str) else next(_parts(content), None)
-            if text is not None:
-                return text
-    return None
 
 
 def _conversation(value: object) -> Iterator[str]:

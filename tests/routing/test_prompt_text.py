@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing.prompt_text import first_user_message, prompt_text
+from hpc_router.routing.prompt_text import prompt_text
 
 
 class CountedList(list[object]):
@@ -26,17 +26,6 @@ def test_the_work_for_token_ids_does_not_grow_with_their_number(field: str, nest
     ids = CountedList(range(100_000))
     assert prompt_text({field: [ids, ids] if nested else ids}) == ""
     assert ids.read == 0
-
-
-@pytest.mark.parametrize("part", [False, True])
-def test_the_search_for_the_first_text_is_bounded(part: bool) -> None:
-    def body(before: int) -> dict[str, object]:
-        if part:
-            return {"messages": [user([*[{"type": "image"}] * before, {"type": "text", "text": "a"}])]}
-        return {"messages": [*[{"role": "system"}] * before, user("a")]}
-
-    assert first_user_message(body(999)) == "a"
-    assert first_user_message(body(1000)) is None
 
 
 def user(content: object) -> dict[str, object]:
@@ -163,28 +152,6 @@ JSON = st.recursive(
 @given(st.dictionaries(st.sampled_from(["messages", "prompt", "input", "model"]), JSON) | JSON, st.integers(1, 40))
 def test_any_json_gives_a_short_text(body: object, window: int) -> None:
     assert len(prompt_text(body, window=window)) <= window
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]}, "a"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "a"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "a"}]}]}, "a"),
-        ({"input": "a"}, "a"),
-        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]}, "a"),
-        ({"prompt": "no conversation"}, None),
-        ({"messages": []}, None),
-        ({"messages": "?"}, "?"),
-        ({"messages": [1, {"role": "user"}]}, None),
-        ({"messages": [{"role": "user", "content": None}, {"role": "user", "content": "a"}]}, "a"),
-        ({"messages": [{"role": "user", "content": [None, "a", {"type": "text", "text": "b"}]}]}, "a"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
-        ({"input": [[1, 2]]}, None),
-    ],
-)
-def test_the_first_user_message_identifies_the_conversation(fields: dict[str, object], text: str | None) -> None:
-    assert first_user_message(fields) == text
 
 
 @pytest.mark.parametrize("field", ["prompt", "input", "messages"])

@@ -7,7 +7,7 @@ classified. No control loop runs, because there are no jobs to manage.
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class ThisRouter(Relay):
         with process_group() as processes:
             with pinned_to(placement.cores):
                 processes.start(
-                    router_argv(run, workers=self.workers), log=placement.log, environment=_environment(self.tree)
+                    router_argv(run, workers=self.workers), log=placement.log, environment=environment_of(self.tree)
                 )
             yield _wait_until_serving(run, processes, placement, models=(*NAMES, "auto"))
 
@@ -77,9 +77,9 @@ class RouterAndAgent(Relay):
         with process_group() as processes:
             with pinned_to(placement.cores):
                 processes.start(
-                    agent_argv(run, placement.engine.socket), log=placement.log, environment=_environment(ROOT)
+                    agent_argv(run, placement.engine.socket), log=placement.log, environment=environment_of(ROOT)
                 )
-                processes.start(router_argv(run), log=placement.log, environment=_environment(ROOT))
+                processes.start(router_argv(run), log=placement.log, environment=environment_of(ROOT))
             yield _wait_until_serving(run, processes, placement, models=(requests.MODEL,))
 
 
@@ -89,8 +89,8 @@ def this_router(trees: Mapping[str, Path] | None = None) -> list[Relay]:
     return [ThisRouter(), ThisRouter(name="router-2-workers", classifies=False, workers=2), RouterAndAgent(), *others]
 
 
-def router_argv(run: RunDir, *, workers: int = 1) -> list[str]:
-    return [sys.executable, "-m", "launch.router", f"run={run.path}", f"router.workers={workers}", *OPTIONS]
+def router_argv(run: RunDir, *, workers: int = 1, options: Sequence[str] = OPTIONS) -> list[str]:
+    return [sys.executable, "-m", "launch.router", f"run={run.path}", f"router.workers={workers}", *options]
 
 
 def agent_argv(run: RunDir, socket: Path) -> list[str]:
@@ -99,7 +99,7 @@ def agent_argv(run: RunDir, socket: Path) -> list[str]:
     return [sys.executable, "-m", "hpc_router.bench.relay_cost.agent_relay_only", *arguments]
 
 
-def _environment(tree: Path) -> dict[str, str]:
+def environment_of(tree: Path) -> dict[str, str]:
     """Returns an environment in which Python imports the packages of the checkout `tree`."""
     before = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{tree}{os.pathsep}{before}" if before else str(tree)}

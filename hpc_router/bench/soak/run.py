@@ -92,8 +92,8 @@ def _measure(options: SoakOptions, deployment: SoakDeployment, steps: StepDispla
 
 
 def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> dict[str, LoadSpec]:
-    """Returns an open loop of short requests and a closed loop of streams. All prompts differ, so that the router
-    treats each as a separate conversation."""
+    """Returns an open loop of short requests and a closed loop of streams. Prompts are long enough and differ from the
+    beginning on, so that the router treats each as a separate conversation."""
     host, port = LoadTarget(deployment.url, deployment.token).address
     random = np.random.default_rng(options.seed)
     arrivals = np.cumsum(random.exponential(1 / options.rate, int(options.rate * options.seconds * 2)))
@@ -104,7 +104,7 @@ def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> di
             request(
                 port,
                 token=deployment.token,
-                prompt=f"{texts[n % len(texts)]} ({name} {n})",
+                prompt=f"({name} {n})" + f" {texts[n % len(texts)]}" * 3,
                 model=EXPERTS[n % len(EXPERTS)],
                 **fields,
             )

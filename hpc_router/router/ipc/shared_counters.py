@@ -17,10 +17,13 @@ from typing import Final
 
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.replicas.fair_order import SharedOrder, cells_for
-from hpc_router.router.replicas.replica import NO_COLUMN
+from hpc_router.router.replicas.replica import NO_COLUMN, PREFILL_COLUMNS
 from hpc_router.state.user_tokens import SLOTS
 
-COLUMNS: Final = 2**13
+COLUMNS: Final = PREFILL_COLUMNS
+"""Number of columns that can be assigned. A second half of each row has the prefill that is pending, by the same
+columns."""
+_ROW: Final = 2 * COLUMNS
 IN_FLIGHT: Final = 1
 """Column with the number of requests that a worker serves."""
 CUT_OFF: Final = 2
@@ -38,7 +41,7 @@ class Counters:
 
     def __init__(self, *, workers: int) -> None:
         self.workers = workers
-        self._cells = memoryview(mmap.mmap(-1, (workers + 1) * COLUMNS * _CELL)).cast("q")
+        self._cells = memoryview(mmap.mmap(-1, (workers + 1) * _ROW * _CELL)).cast("q")
         self._token_cells = memoryview(mmap.mmap(-1, workers * TOKEN_COUNTS * SLOTS * _CELL)).cast("q")
         self._order_cells = memoryview(mmap.mmap(-1, workers * _ORDER_CELLS * _CELL)).cast("q")
         self._own = self._row(workers)  # row of the control process; its first cell is the next column to assign
@@ -79,7 +82,7 @@ class Counters:
     def clear(self, worker: int) -> None:
         """Clears the row of a worker that has ended, its queues, and its numbers of requests in flight by user's
         token."""
-        self._row(worker)[:] = memoryview(bytes(COLUMNS * _CELL)).cast("q")
+        self._row(worker)[:] = memoryview(bytes(_ROW * _CELL)).cast("q")
         self._order_row(worker)[:] = memoryview(bytes(_ORDER_CELLS * _CELL)).cast("q")
         self._token_row(worker)[:SLOTS] = memoryview(bytes(SLOTS * _CELL)).cast("q")
 
@@ -109,4 +112,4 @@ class Counters:
         return self._order_cells[worker * _ORDER_CELLS : (worker + 1) * _ORDER_CELLS]
 
     def _row(self, worker: int) -> memoryview:
-        return self._cells[worker * COLUMNS : (worker + 1) * COLUMNS]
+        return self._cells[worker * _ROW : (worker + 1) * _ROW]

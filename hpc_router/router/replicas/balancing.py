@@ -1,25 +1,18 @@
-"""Chooses the replica of an expert for a request: by power of two choices, or by the affinity of its conversation. No
-I/O.
+"""Power of two choices, and rendezvous hashing. No I/O.
 
 The less loaded of two random replicas spreads load nearly as well as the least loaded of all, and workers that decide
-on slightly old counts do not all choose the same replica.
-
-Affinity sends a conversation to the replica that rendezvous hashing chooses, so that the engine's prefix cache stays
-warm without a table of conversations. When a replica is added or removed, only the conversations of that replica move.
-A replica with more than its share of the load loses affinity. Nothing here knows requests or experts.
+on slightly old counts do not all choose the same replica. Rendezvous hashing orders the replicas by a key; all workers
+get the same order, and when a replica is added or removed, only the keys of that replica move. Nothing here knows
+requests or experts.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from random import Random
 from typing import Final, Protocol, TypeVar
-from zlib import crc32
 
 SLOTS: Final = 4096
-"""Number of affinity slots that conversations are hashed to. The order of replicas is computed once per slot."""
-KEY_CHARS: Final = 2048
-"""Length in characters of the prefix of a conversation's first message that is hashed."""
+"""Number of slots that keys are hashed to. The order of replicas is computed once per slot."""
 
 
 class Loaded(Protocol):
@@ -49,23 +42,6 @@ def power_of_two_choices(replicas: Sequence[R], *, fits: Callable[[R], bool], ra
             return None
         a, b = fitting[0], fitting[-1]
     return a if (a.load, a.last_used) <= (b.load, b.last_used) else b
-
-
-def affinity(order: Sequence[R], *, fits: Callable[[R], bool], bound: float) -> R | None:
-    """Returns the first replica, in the rendezvous order `order`, that fits and whose load is below `bound`; None if
-    there is none."""
-    return next((replica for replica in order if fits(replica) and replica.load < bound), None)
-
-
-def load_bound(*, total: int, replicas: int, factor: float) -> int:
-    """Returns `factor` times the average load that `replicas` replicas with `total` requests in flight have after one
-    more request, rounded up."""
-    return math.ceil(factor * (total + 1) / max(1, replicas))
-
-
-def affinity_slot(key: bytes) -> int:
-    """Returns the affinity slot for the key of a conversation. It is the same in every process."""
-    return crc32(key) % SLOTS
 
 
 def rendezvous(names: Sequence[str], slot: int) -> list[int]:

@@ -26,6 +26,10 @@ DEFAULT_CAPACITY: Final = 1024
 """Capacity of an endpoint whose record does not state one."""
 NO_COLUMN: Final = 0
 """Column of `Cells` used before the control process has assigned one. It is written and never read."""
+REQUEST_BYTES: Final = 256
+"""Prefill in bytes that slows an engine as much as one request in flight. ASSUMED: 64 tokens."""
+PREFILL_COLUMNS: Final = 2**13
+"""Distance in `Cells` from a replica's column to the column with its `prefill_bytes`."""
 
 
 class RoutingState(StrEnum):
@@ -96,6 +100,11 @@ class Replica:
     trouble: str | None = None  # text of the last failure
     reservations: "set[Reservation]" = field(default_factory=set)
     peer_in_flight: int = 0
+    prefill_bytes: int = 0  # prompt bytes that this worker has sent and the engine has still to compute
+    peer_prefill_bytes: int = 0  # the same of the router's other workers, and `foreign_bytes`
+    foreign_bytes: int = 0  # prefill in bytes that slows the engine as much as its requests of other clients
+    recent_bytes: float = 0.0  # prompt bytes to compute that this worker has sent lately, in units of `PrefixBalance`
+    prefix_bit: int = 0  # stands for this replica in `PrefixMemory`
     column: int = NO_COLUMN  # column of the shared counters with this replica's requests in flight
     engine_load: EngineLoad | None = None
     request_starts: dict[str, bytes] = field(default_factory=dict)  # API path -> request line, host, authorization
@@ -162,6 +171,15 @@ class Replica:
         name = self.record.serves.get(expert)
         return name if name is not None or len(self.models) != 1 else self.models[0]
 
+    def set_engine_load(self, load: EngineLoad | None) -> None:
+        """Stores the load that the engine's metrics have just told. Requests beyond those of this router come from
+        other clients."""
+        self.engine_load = load
+        before = self.foreign_bytes
+        requests = 0.0 if load is None else (load.running or 0.0) + (load.waiting or 0.0) - self.load
+        self.foreign_bytes = REQUEST_BYTES * max(0, int(requests))
+        self.peer_prefill_bytes += self.foreign_bytes - before
+
     def apply(self, event: Event) -> None:
         self.state = TRANSITIONS[self.state, event]
 
@@ -181,17 +199,26 @@ class ReservationOwner(Protocol):
 
     def offer(self, replica: Replica) -> None: ...
 
+    def measure_prefill(self, reservation: "Reservation") -> None: ...
+
 
 @dataclass(slots=True, eq=False)
 class Reservation:
     """The place of one request on a replica, acquired for `expert`. On a lost replica, the request's idle timeout is
-    `LOST_S`."""
+    `LOST_S`.
+
+    `prefill_bytes`: how much of the prompt the engine has still to compute before the response begins, in bytes;
+    `queued_bytes`: what it had to compute then for this request and earlier ones; `placed_at`: monotonic time.
+    """
 
     replica: Replica
     expert: str
     _owner: ReservationOwner
     idle_timer: IdleTimer | None = None
     lost: bool = False
+    prefill_bytes: int = 0
+    queued_bytes: int = 0
+    placed_at: float = 0.0
 
     def watch(self, idle_timer: IdleTimer) -> None:
         """Stores the request's idle timer, so that its timeout can be shortened when the replica is lost. If the
@@ -205,11 +232,25 @@ class Reservation:
         if self.idle_timer is not None:
             self.idle_timer.tighten(LOST_S)
 
+    def prefill_ended(self) -> None:
+        """Records that the response has begun, so that the engine has computed the prompt."""
+        if self.prefill_bytes:
+            self._owner.measure_prefill(self)
+            self._subtract_prefill()
+
+    def _subtract_prefill(self) -> None:
+        replica = self.replica
+        replica.prefill_bytes -= self.prefill_bytes
+        self.prefill_bytes = 0
+        self._owner.cells[replica.column + PREFILL_COLUMNS] = replica.prefill_bytes
+
     def release(self) -> None:
         """Returns the place to the table, which offers it to a waiting request. A second call has no effect."""
         replica, owner = self.replica, self._owner
         reservations = replica.reservations
         if self in reservations:
+            if self.prefill_bytes:
+                self._subtract_prefill()
             reservations.remove(self)
             owner.cells[replica.column] = len(reservations)
             owner.offer(replica)

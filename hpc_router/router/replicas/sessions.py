@@ -127,10 +127,11 @@ class Sessions:
 
 
 def session_id(headers: Headers) -> str | None:
-    """Returns the session id in a request's headers; None if there is none. Raises BadRequestError for an invalid
-    id."""
+    """Returns the session id in a request's headers, or else the one that a coding agent sends in a header of its own;
+    None if there is none. Raises BadRequestError for an invalid id in `x-session-id`."""
     if protocol.SESSION_HEADER.encode() not in headers:
-        return None
+        others = (headers.text(name) for name in protocol.AGENT_SESSION_HEADERS if name.encode() in headers)
+        return next(filter(_SESSION.fullmatch, others), None)
     header = headers.text(protocol.SESSION_HEADER)
     if not _SESSION.fullmatch(header):
         raise BadRequestError(

@@ -85,6 +85,7 @@ def _update(table: ReplicaTable, replica: Replica, item: ReplicaSnapshot) -> Non
         replica.request_starts.clear()  # the cached bytes contain the key
     replica.key, replica.models, replica.trouble = item.key, item.models, item.trouble
     replica.listed_max_model_len = item.listed_max_model_len
-    replica.engine_load = item.engine_load
+    if item.engine_load != replica.engine_load:
+        replica.set_engine_load(item.engine_load)
     replica.recent_error, replica.health = item.recent_error, replace(item.health)
     table.reassign_column(replica, item.column)

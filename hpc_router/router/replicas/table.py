@@ -1,11 +1,12 @@
 """The replica table: which replicas can serve requests, how many requests each has in flight, and which request gets a
 free place.
 
-A request gets a `Reservation` on a replica that `balancing` chooses, or waits in the `WaitingLine`. A released place
-goes in the same step to the waiting request whose turn it is, so later requests cannot overtake and no wake-up is lost.
-If it is the turn of a request of another worker, the place is left to that worker. A request for several experts waits
-for the first expert that has a ready replica. When this expert has no ready replica any more, the request also waits
-for the next experts. When a queue is full, a waiting request of the lowest class is shed for one of a higher class.
+A request gets a `Reservation` on a replica that `prefix_balance` or `balancing` chooses, or waits in the `WaitingLine`.
+A released place goes in the same step to the waiting request whose turn it is, so later requests cannot overtake and no
+wake-up is lost. If it is the turn of a request of another worker, the place is left to that worker. A request for
+several experts waits for the first expert that has a ready replica. When this expert has no ready replica any more, the
+request also waits for the next experts. When a queue is full, a waiting request of the lowest class is shed for one of
+a higher class.
 
 No I/O. The table knows neither HTTP nor the source of its replicas.
 """
@@ -23,7 +24,7 @@ from typing import Final
 from hpc_router.errors import HpcRouterError, ScaledToZeroError, ShedError
 from hpc_router.relay.in_flight import Cells
 from hpc_router.router.replicas.admission import QueueLimits
-from hpc_router.router.replicas.balancing import affinity, load_bound, power_of_two_choices, rendezvous
+from hpc_router.router.replicas.balancing import power_of_two_choices
 from hpc_router.router.replicas.fair_order import (
     INTERACTIVE,
     LOWEST,
@@ -34,8 +35,11 @@ from hpc_router.router.replicas.fair_order import (
     SharedOrder,
 )
 from hpc_router.router.replicas.lifetime import Lifetimes, outliving
+from hpc_router.router.replicas.prefix_balance import PrefixBalance, ReplicaEstimate
+from hpc_router.router.replicas.prefixes import PromptPrefix
 from hpc_router.router.replicas.replica import (
     NO_COLUMN,
+    PREFILL_COLUMNS,
     READY,
     ClassReservation,
     Event,
@@ -66,8 +70,8 @@ class QueueFullError(HpcRouterError):
 
 
 _ON_DEMAND: Final = StartForecast(ON_DEMAND)
-AffinitySlot = Callable[[], int | None]
-"""Computes the affinity slot of a request; None if the request has no conversation."""
+ReadPrefix = Callable[[], PromptPrefix]
+"""Returns the beginnings of a request's prompt."""
 ExpectedDuration = Callable[[str], float]
 """Returns the expected duration in seconds of a request on the given expert."""
 _has_room: Final[Callable[[Replica], bool]] = attrgetter("has_room")
@@ -77,10 +81,10 @@ _has_room: Final[Callable[[Replica], bool]] = attrgetter("has_room")
 class ReplicaTable:
     """The table of all replicas by name, and the requests of this worker that wait for a replica.
 
-    `pin_bound`: maximum load of a replica that keeps affinity, as a multiple of the average load; None turns affinity
-    off. `bounds`: limits of the requests per expert. `on_change` is called when a replica has changed.
-    `forecasts`: for experts without a ready replica, the forecast of the next one. `on_demand`: the experts that get a
-    replica when a request comes, even before there is a forecast.
+    `pin_bound`: maximum load of a replica that is chosen for its prefix cache, as a multiple of the average load; None
+    turns the prefix-aware choice off. `bounds`: limits of the requests per expert. `on_change` is called when a replica
+    has changed. `forecasts`: for experts without a ready replica, the forecast of the next one. `on_demand`: the
+    experts that get a replica when a request comes, even before there is a forecast.
 
     This worker writes its request counts to `cells` and reads those of the other workers from `peers`. `queue_columns`:
     by expert, the column that counts its waiting requests. `order`: the order of waiting requests over all workers.
@@ -103,7 +107,7 @@ class ReplicaTable:
     _scaled_to_zero: Mapping[str, str] = field(default_factory=dict)
     _replicas: dict[str, Replica] = field(default_factory=dict)
     _by_expert: dict[str, list[Replica]] = field(default_factory=dict)
-    _orders: dict[str, dict[int, list[Replica]]] = field(default_factory=dict)  # rendezvous order by affinity slot
+    _balance: PrefixBalance = field(init=False)
     _line: WaitingLine = field(init=False)
     _class_in_flight: dict[tuple[str, RequestClass], int] = field(default_factory=dict)  # of this worker
     _acquired_total: int = 0
@@ -111,6 +115,7 @@ class ReplicaTable:
 
     def __post_init__(self) -> None:
         self._line = WaitingLine(lambda: self.clock(), self._count_waiting, self._queue_column, self.order)
+        self._balance = PrefixBalance(self._replicas, other_workers=len(self.peers))
 
     def __repr__(self) -> str:
         """Shows the replicas of each expert with their load and capacity, and the length of its queue, over all
@@ -132,6 +137,7 @@ class ReplicaTable:
         """Adds a replica, in place of one with the same name, and offers its places to waiting requests."""
         self.remove(replica.name)
         self._replicas[replica.name] = replica
+        self._balance.added(replica)
         self._index()
         self._changed()
         self.offer(replica)
@@ -147,24 +153,28 @@ class ReplicaTable:
             self._changed()
 
     def refresh_peer_counts(self, replicas: Iterable[Replica]) -> None:
-        """Reads how many requests the other workers have in flight on these replicas."""
+        """Reads how many requests the other workers have in flight on these replicas, and how much of their prompts is
+        still to be computed."""
         for replica in replicas:
-            column, in_flight = replica.column, 0
+            column, in_flight, prefill_bytes = replica.column, 0, replica.foreign_bytes
             for row in self.peers:
                 in_flight += row[column]
-            replica.peer_in_flight = in_flight
+                prefill_bytes += row[column + PREFILL_COLUMNS]
+            replica.peer_in_flight, replica.peer_prefill_bytes = in_flight, prefill_bytes
 
     def reassign_column(self, replica: Replica, column: int) -> None:
-        """Moves the count of the replica's requests to another column of the shared counters."""
+        """Moves the counts of the replica's requests and of their prefill to another column of the shared counters."""
         if column != replica.column:
-            self.cells[replica.column] = 0
+            self.cells[replica.column] = self.cells[replica.column + PREFILL_COLUMNS] = 0
             self.cells[column] = len(replica.reservations)
+            self.cells[column + PREFILL_COLUMNS] = replica.prefill_bytes
             replica.column = column
 
     def remove(self, name: str) -> None:
         """Removes the replica. Requests that it still serves are marked as lost; their later releases change nothing
         here."""
         if replica := self._replicas.pop(name, None):
+            self._balance.removed(replica)
             self._index()
             replica.mark_lost()
             self._fail_waiters(replica)
@@ -225,15 +235,39 @@ class ReplicaTable:
         *,
         avoid: Collection[Replica] = (),
         only: Replica | None = None,
-        affinity_slot: AffinitySlot | None = None,
+        prefix: ReadPrefix | None = None,
         needed_s: ExpectedDuration | None = None,
         request_class: RequestClass = INTERACTIVE,
     ) -> Reservation | None:
         """Reserves a place on the replica that `pick` chooses; returns None if `pick` finds no replica."""
         picked = self.pick(
-            experts, avoid=avoid, only=only, affinity_slot=affinity_slot, needed_s=needed_s, request_class=request_class
+            experts, avoid=avoid, only=only, prefix=prefix, needed_s=needed_s, request_class=request_class
         )
-        return None if picked is None else self.reserve(*picked, request_class if self.bounds.limits_classes else None)
+        if picked is None:
+            return None
+        reservation = self.reserve(*picked, request_class if self.bounds.limits_classes else None)
+        if prefix is not None:
+            self.place(reservation, prefix)
+        return reservation
+
+    def place(self, reservation: Reservation, prefix: ReadPrefix) -> None:
+        """Records which prompt the reserved replica gets, if its expert has other replicas to choose from."""
+        if self.pin_bound and len(self._by_expert.get(reservation.expert, ())) > 1:
+            replica = reservation.replica
+            self._balance.place(reservation, prefix(), now=self.clock())
+            self.cells[replica.column + PREFILL_COLUMNS] = replica.prefill_bytes
+
+    def measure_prefill(self, reservation: Reservation) -> None:
+        self._balance.measure(reservation, now=self.clock())
+
+    def explain(self, expert: str, prefix: PromptPrefix) -> list[ReplicaEstimate]:
+        """Returns what the choice of a replica of the expert would weigh for a prompt; empty without a choice."""
+        replicas = self._by_expert.get(expert, ())
+        if not self.pin_bound or len(replicas) < 2:
+            return []
+        if self.peers:
+            self.refresh_peer_counts(replicas)
+        return self._balance.explain(expert, replicas, prefix, pin_bound=self.pin_bound, now=self.clock())
 
     def pick(
         self,
@@ -241,15 +275,15 @@ class ReplicaTable:
         *,
         avoid: Collection[Replica] = (),
         only: Replica | None = None,
-        affinity_slot: AffinitySlot | None = None,
+        prefix: ReadPrefix | None = None,
         needed_s: ExpectedDuration | None = None,
         request_class: RequestClass = INTERACTIVE,
     ) -> tuple[Replica, str] | None:
         """Returns a replica with room and its expert, which is the first of these experts that has a ready replica;
         None if that expert has no replica with room, or if another worker has a request that waits for the room.
 
-        `avoid`: replicas that are not chosen; `only`: the only replica that may be chosen. `affinity_slot` is called
-        only if affinity may decide. `needed_s` is called only if a replica nears the end of its walltime; the request
+        `avoid`: replicas that are not chosen; `only`: the only replica that may be chosen. `prefix` is called
+        only if there is a choice. `needed_s` is called only if a replica nears the end of its walltime; the request
         then goes to a replica with enough walltime left, or else to the replica whose walltime ends last.
         """
         for expert in experts:
@@ -275,12 +309,16 @@ class ReplicaTable:
                     return None
                 return replica, expert
             if replicas:
-                fits = _has_room if only is None and not avoid else partial(_is_candidate, avoid=avoid, only=only)
+                plain = only is None and not avoid
+                fits = _has_room if plain else partial(_is_candidate, avoid=avoid, only=only)
                 if needed_s is not None and expert in self.lifetimes.expiring:
-                    fits = outliving(list(filter(fits, replicas)), needed_s(expert)).__contains__
+                    plain, fits = False, outliving(list(filter(fits, replicas)), needed_s(expert)).__contains__
                 best = None
-                if affinity_slot is not None and self.pin_bound:
-                    best = self._by_affinity(expert, replicas, affinity_slot(), fits)
+                if prefix is not None and self.pin_bound:
+                    best = self._balance.choose(
+                        expert, replicas, prefix(), fits=None if plain else fits, pin_bound=self.pin_bound,
+                        now=self.clock(),
+                    )  # fmt: skip
                 best = best or power_of_two_choices(replicas, fits=fits, random=self.random)
                 if best is not None:
                     nearly_full = len(best.reservations) + best.peer_in_flight >= best.nearly_full
@@ -288,21 +326,6 @@ class ReplicaTable:
                 if self.has_ready(expert, avoid):
                     return None
         return None
-
-    def _by_affinity(
-        self, expert: str, replicas: Sequence[Replica], slot: int | None, fits: Callable[[Replica], bool]
-    ) -> Replica | None:
-        """Returns the conversation's preferred replica, or the next replica in rendezvous order if the preferred one
-        has more than its share of the load."""
-        if slot is None:
-            return None
-        orders = self._orders.setdefault(expert, {})
-        order = orders.get(slot)
-        if order is None:
-            order = orders[slot] = [replicas[at] for at in rendezvous([r.slot_name for r in replicas], slot)]
-        ready = [replica.load for replica in replicas if replica.state is READY]
-        bound = load_bound(total=sum(ready), replicas=len(ready), factor=self.pin_bound or 0)
-        return affinity(order, fits=fits, bound=bound)
 
     def _at_bound(self, expert: str) -> bool:
         """Returns whether the expert has as many requests in flight as its limit allows."""
@@ -582,7 +605,7 @@ class ReplicaTable:
 
     def _index(self) -> None:
         """Rebuilds the lists of replicas by expert."""
-        self._orders.clear()
+        self._balance.indexed()
         self._by_expert = {}
         for replica in self._replicas.values():
             if replica.record.kind is not RecordKind.ROUTER:

@@ -155,7 +155,7 @@ class Dispatcher:
                     routed.experts,
                     avoid=routed.avoid,
                     only=routed.only,
-                    affinity_slot=routed.slot,
+                    prefix=routed.prefix,
                     needed_s=routed.needed_s,
                     request_class=routed.endpoint.request_class,
                 )
@@ -221,6 +221,7 @@ class Dispatcher:
                 f"no replica of {' or '.join(routed.experts)} could take the request {waited}{wait.state()}",
                 retry_after_s=max(map(self.table.wait_s, routed.experts)),
             ) from error
+        self.table.place(reservation, routed.prefix)
         waited_s = time.perf_counter() - started
         routed.queued_s += waited_s
         self.metrics.queued.add(waited_s, reservation.expert)
@@ -242,7 +243,7 @@ class Dispatcher:
         replica, expert = reservation.replica, reservation.expert
         reason = routed.reason_at(expert)
         begun, routed.relay = routed.relay, None
-        relay = begun or routed.new_relay()
+        relay = begun or routed.new_relay(reservation)
         routed.phase = "before_first_byte" if begun is None else "streaming"
         waited_s = 0.0 if begun is not None or routed.sent is not None else time.perf_counter() - routed.started
 

@@ -43,6 +43,7 @@ from hpc_router.router.ipc.messages import GetExposition, GetHandover, GetOvervi
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.admission import queue_limits
 from hpc_router.router.replicas.fair_order import LOWEST
+from hpc_router.router.replicas.prefixes import prompt_prefix
 from hpc_router.router.replicas.sessions import PARAM, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker import dashboard
@@ -51,8 +52,8 @@ from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError, error_code
 from hpc_router.router.worker.request_body import ApiCall, decode
 from hpc_router.router.worker.route_request import UNKNOWN_ENDPOINT, RequestRouting, endpoint_of
-from hpc_router.router.worker.routed_request import ApiEndpoint
-from hpc_router.routing.policy import Policy
+from hpc_router.router.worker.routed_request import ApiEndpoint, session_key
+from hpc_router.routing.policy import Explanation, Policy
 from hpc_router.routing.prompt_text import PROMPT_FIELDS
 from hpc_router.state.request_records import REQUEST_ID
 
@@ -345,7 +346,17 @@ class Gateway:
             raise BadRequestError(f"the body has no prompt (valid fields: {', '.join(PROMPT_FIELDS)})", param="prompt")
         policy = self.routing.policy_for(self._access(request))
         explanation = policy.explain(self.routing.prompt(call), ready=self.table.ready())
-        return json_response(explanation.to_dict(id=request_id))
+        return json_response(
+            {**explanation.to_dict(id=request_id), "replicas": self._estimates(request, call, explanation)}
+        )
+
+    def _estimates(self, request: Request, call: ApiCall, explanation: Explanation) -> list[dict[str, Any]]:
+        """Returns what the choice of a replica of the decided expert would weigh for this prompt."""
+        expert = explanation.decision.expert
+        if expert is None:
+            return []
+        prefix = prompt_prefix(call.raw, call.fields, session_key(request.headers))
+        return [one._asdict() for one in self.table.explain(expert, prefix)]
 
     async def _feedback(self, request: Request, request_id: str) -> Response:
         """Records the score that the client gives to an earlier request of the same user."""

@@ -30,13 +30,12 @@ from hpc_router.relay.upstream.interface import (
     request_line,
 )
 from hpc_router.router.access.user_access import Charge, TokenSource
-from hpc_router.router.replicas.balancing import KEY_CHARS, affinity_slot
 from hpc_router.router.replicas.fair_order import INTERACTIVE, OWNER_SLOT, Flow, RequestClass
+from hpc_router.router.replicas.prefixes import PromptPrefix, prompt_prefix
 from hpc_router.router.replicas.replica import Replica, Reservation
 from hpc_router.router.worker.request_body import ApiCall
 from hpc_router.router.worker.request_records import ANSWERED, CANCELLED
 from hpc_router.routing.policy import Decision, RouteReason
-from hpc_router.routing.prompt_text import first_user_message
 from hpc_router.state.registry import RecordKind
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ REVIEWED_STATUSES: Final = RETRY_STATUSES | MISSING_STATUSES | {400, 401}
 """Statuses that `AttemptReview` checks before the client gets the response."""
 _STREAMED: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.EMBEDDINGS}
 """Paths at which an engine streams."""
-_SESSION: Final = protocol.SESSION_HEADER.encode()
+_SESSIONS: Final = tuple(name.encode() for name in (protocol.SESSION_HEADER, *protocol.AGENT_SESSION_HEADERS))
 _CONTENT_ENCODING: Final = b"content-encoding"
 _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica", b"x-route-reason"}
 
@@ -135,6 +134,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     """Time (of `time.perf_counter`) until which the request may wait for a replica."""
     cold = False
     """Whether the request was counted in the metric of cold starts."""
+    known_prefix: PromptPrefix | None = None
+    """The result of `prefix`."""
 
     def __init__(
         self,
@@ -162,11 +163,13 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         dispatcher.in_flight.enter()
         table, request_class = dispatcher.table, self.endpoint.request_class
         if request_class is INTERACTIVE and not table.bounds.limits_classes:
-            picked = table.pick(self.experts, affinity_slot=self.slot, needed_s=self.needed_s)
+            picked = table.pick(self.experts, prefix=self.prefix, needed_s=self.needed_s)
             reservation = None if picked is None else table.reserve(*picked)
+            if reservation is not None:
+                table.place(reservation, self.prefix)
         else:
             reservation = table.acquire(
-                self.experts, affinity_slot=self.slot, needed_s=self.needed_s, request_class=request_class
+                self.experts, prefix=self.prefix, needed_s=self.needed_s, request_class=request_class
             )
         self.reservation = reservation
         if reservation is None:
@@ -302,7 +305,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if encoded:
             return None
         assert self.reservation is not None
-        self.relay = relay = self.new_relay()
+        self.relay = relay = self.new_relay(self.reservation)
         head = self.accept(self.reservation, status, headers)
         return relay.begin_events(status, head)
 
@@ -320,13 +323,16 @@ class RoutedRequest(PendingResponse, ResponseCallback):
     def on_incomplete(self) -> None:
         self.request.resume()
 
-    def new_relay(self) -> ResponseRelay:
+    def new_relay(self, reservation: Reservation) -> ResponseRelay:
         stream = self.call.fields.get("stream") is True
         detector = self.endpoint.api_format.abort_detector
         limits = self.dispatcher.relay_limits
         exact = self.charge is not None and self.charge.counted
         self.summary = StreamSummary(self.endpoint.api_format.delta_mark, exact=exact)
-        return ResponseRelay(self.request, limits, detector, stream=stream, summary=self.summary, early=self.early)
+        return ResponseRelay(
+            self.request, limits, detector, stream=stream, summary=self.summary, early=self.early,
+            on_start=reservation.prefill_ended,
+        )  # fmt: skip
 
     def begin_early(self, delay_s: float | None = None) -> EarlyStream | None:
         """Returns the early start of this request's stream; None if the request does not ask for a stream. `delay_s`:
@@ -466,14 +472,22 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         """Returns the class and the user of the request, for the order of waiting requests."""
         return Flow(self.endpoint.request_class, self.user or "", self.user_slot)
 
-    def slot(self) -> int | None:
-        """Returns the affinity slot of the request's conversation (see `balancing`), from the session id or else from
-        the first user message; None if the request has neither."""
-        session = self.request.headers.get(_SESSION)
-        if session is not None:
-            return affinity_slot(session)
-        text = first_user_message(self.call.fields)
-        return None if text is None else affinity_slot(text[:KEY_CHARS].encode("utf-8", "backslashreplace"))
+    def prefix(self) -> PromptPrefix:
+        """Returns the beginnings of the request's prompt, by which a replica is chosen."""
+        if self.known_prefix is None:
+            self.known_prefix = prompt_prefix(self.call.raw, self.call.fields, session_key(self.request.headers))
+        return self.known_prefix
+
+
+def session_key(headers: Headers) -> bytes | None:
+    """Returns the session that the headers of a request name, in `x-session-id` or in a coding agent's header; None if
+    they name none. The result is kept with the head."""
+    try:
+        found: bytes | None = headers.cached[_SESSIONS]
+    except KeyError:
+        named = (headers.get(name) for name in _SESSIONS)
+        found = headers.cached[_SESSIONS] = next((value for value in named if value), None)
+    return found
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hpc_router.router.replicas.admission import QueueLimits
-from hpc_router.router.replicas.replica import Event, Replica, Reservation, RoutingState
+from hpc_router.router.replicas.prefixes import PromptPrefix
+from hpc_router.router.replicas.replica import PREFILL_COLUMNS, Event, Replica, Reservation, RoutingState
 from hpc_router.router.replicas.table import QueueFullError, ReplicaTable
 from tests.router.support import replica
 
@@ -67,7 +68,8 @@ class Juggling(RuleBasedStateMachine):
     @rule(at=st.integers(0, 1), experts=st.permutations(EXPERTS), many=st.integers(1, 2), slot=at_most)
     def arrive(self, at: int, experts: list[str], many: int, slot: int) -> None:
         worker, wanted = self.workers[at], experts[:many]
-        hold = worker.table.acquire(wanted, affinity_slot=lambda: slot)
+        prefix = PromptPrefix((slot, slot + 100), (128, 256), 300, slot if many > 1 else None)
+        hold = worker.table.acquire(wanted, prefix=lambda: prefix)
         if hold is not None:
             assert hold.replica.state is RoutingState.READY
             worker.holds.append(hold)
@@ -84,6 +86,12 @@ class Juggling(RuleBasedStateMachine):
             if twice:
                 hold.release()
             self.step()
+
+    @rule(at=st.integers(0, 1), which=at_most)
+    def begin_answer(self, at: int, which: int) -> None:
+        """The engine has computed the prompt."""
+        if holds := self.workers[at].holds:
+            holds[which % len(holds)].prefill_ended()
 
     @rule(at=st.integers(0, 1), which=at_most, beside=st.booleans())
     def leave(self, at: int, which: int, beside: bool) -> None:
@@ -133,7 +141,9 @@ class Juggling(RuleBasedStateMachine):
         for worker, row in zip(self.workers, self.rows, strict=True):
             for one in worker.replicas:
                 mine = sum(hold.replica is one for hold in worker.holds)
+                prefill = sum(hold.prefill_bytes for hold in worker.holds if hold.replica is one)
                 assert (one.in_flight, row[one.column]) == (mine, mine)
+                assert (one.prefill_bytes, row[one.column + PREFILL_COLUMNS]) == (prefill, prefill)
                 assert one.in_flight <= one.capacity
             waiting = sum(worker.table.waiting_here(expert) for expert in EXPERTS)
             assert waiting >= len(worker.waits)

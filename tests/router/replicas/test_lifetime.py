@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from hpc_router.router.replicas.lifetime import HORIZON_S, SAMPLES, Lifetimes
+from hpc_router.router.replicas.prefixes import PromptPrefix
 from hpc_router.router.replicas.replica import Replica
 from hpc_router.router.replicas.table import ReplicaTable
 from tests.router.support import replica, table_of
@@ -67,8 +68,9 @@ def test_a_conversation_leaves_its_replica_only_if_it_does_not_fit() -> None:
     table = table_of(ending("math-0.g1", 60), ending("math-1.g1", 600))
     table.pin_bound = 1.1
     table.lifetimes.refresh(table.all(), now=time.time())
-    for slot in range(8):
-        chosen = table.pick(["math"], affinity_slot=lambda s=slot: s, needed_s=lambda expert: 100.0)  # type: ignore[misc]
+    for session in range(8):
+        prefix = PromptPrefix((), (), 0, session)
+        chosen = table.pick(["math"], prefix=lambda p=prefix: p, needed_s=lambda expert: 100.0)  # type: ignore[misc]
         assert chosen is not None
         assert chosen[0].name == "math-1.g1"
 

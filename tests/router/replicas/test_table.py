@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -361,57 +361,3 @@ def test_equal_replicas_share_equally(replicas: int) -> None:
     load = [r.in_flight for r in table.all()]
     assert max(load) - min(load) <= (0 if replicas <= 2 else 4)
     assert jain(load) >= 0.999
-
-
-def slots(of: int) -> Callable[[], int | None]:
-    return lambda: of
-
-
-def test_a_conversation_stays_on_its_replica_under_its_bound() -> None:
-    """And is moved by no other replica's coming and going; the next generation takes the place of the last."""
-    table = table_of(*(replica(f"math-{i}.g1", capacity=100) for i in range(4)))
-    table.pin_bound = 1.25
-
-    def homes() -> list[str]:
-        found = [table.pick(["math"], affinity_slot=slots(at)) for at in range(200)]
-        return [one[0].slot_name for one in found if one]
-
-    before = homes()
-    assert jain([before.count(f"math-{i}") for i in range(4)]) > 0.95
-    table.remove("math-2.g1")
-    without = homes()
-    assert all(now == then for now, then in zip(without, before, strict=True) if then != "math-2")
-    assert {now for now, then in zip(without, before, strict=True) if then == "math-2"} == {
-        "math-0",
-        "math-1",
-        "math-3",
-    }
-    table.put(replica("math-2.g2", capacity=100))
-    assert homes() == before
-
-
-def test_affinity_yields_where_its_replica_has_more_than_its_share() -> None:
-    """Never more than the bound, here 1.25 times the average of what is then in flight, and back once it is lower."""
-    replicas = [replica(f"math-{i}.g1", capacity=100) for i in range(4)]
-    table = table_of(*replicas)
-    table.pin_bound = 1.25
-    reservations = [table.acquire(["math"], affinity_slot=slots(7)) for _ in range(40)]
-    first = table.pick(["math"], affinity_slot=slots(7))
-    load = {r.name: r.load for r in replicas}
-    assert sum(load.values()) == 40
-    assert max(load.values()) == 13, "the ceiling of 1.25 x 40 / 4"
-    for reservation in reservations:
-        assert reservation is not None
-        reservation.release()
-    home = table.pick(["math"], affinity_slot=slots(7))
-    assert home is not None
-    assert load[home[0].name] == 13
-    assert first is not None
-    another_worker_has(table, home[0], 1)
-    assert table.pick(["math"], affinity_slot=slots(7)) != home, "its others count as well"
-
-
-def test_without_a_bound_there_is_no_affinity() -> None:
-    table = table_of(*(replica(f"math-{i}.g1", capacity=100) for i in range(2)))
-    picked = [table.acquire(["math"], affinity_slot=slots(7)) for _ in range(4)]
-    assert [h.replica.slot_name for h in picked if h] in (["math-0", "math-1"] * 2, ["math-1", "math-0"] * 2)
