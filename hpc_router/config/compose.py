@@ -192,12 +192,27 @@ def _hides_its_package(path: Path) -> bool:
 
 
 def single_values(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides with quotes around comma lists for text keys; Hydra reads `partition=a,b` as a sweep over
-    two values.
+    """Returns the overrides with quotes around values of text keys that Hydra would not read as one text: it reads
+    `partition=a,b` as a sweep over two values, and does not know `exclude=n[1-2]` at all.
 
     Raises ConfigError for other sweeps; only `python -m launch.deploy -m` runs them.
     """
-    return [_single_value(text, parse_override(text)) for text in overrides]
+    return [_single_value(text, parse_override(text)) for text in map(_quoted_text, overrides)]
+
+
+def _quoted_text(text: str) -> str:
+    """Returns the override with quotes around its value if the key takes text and the value is not in Hydra's grammar
+    or is a list of one there, as in `constraint=[a|b]`. Otherwise returns the override unchanged."""
+    key, equals, value = text.partition("=")
+    kind = type_at(Deployment, key.lstrip("+").split("."))
+    plain = kind is Any and not value.startswith(("{", "["))
+    if not equals or not (plain or is_text(kind)) or "${" in value or set(value) & set("'\"\\"):
+        return text
+    try:
+        parsed = parse_override(text).value()
+    except ConfigError as error:
+        return f"{key}='{value}'" if isinstance(error.__cause__, HydraException) else text
+    return f"{key}='{value}'" if isinstance(parsed, list) and len(parsed) == 1 else text
 
 
 def _single_value(text: str, override: Override) -> str:

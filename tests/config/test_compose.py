@@ -329,12 +329,25 @@ def test_a_host_is_a_name_or_an_address(host: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("partition", "batch,urgent"), ("exclude", "n1,n2"), ("sbatch.mail-type", "BEGIN,END"), ("login", "a, b")],
+    [
+        ("partition", "batch,urgent"),
+        ("exclude", "n1,n2"),
+        ("exclude", "n1,n[2-3]"),
+        ("exclude", "n[1-2],m[01,05-07]"),
+        ("constraint", "a&b"),
+        ("constraint", "[a|b]"),
+        ("constraint", "[a*2&b*4]"),
+        ("sbatch.mail-type", "BEGIN,END"),
+        ("sbatch.nodelist", "n[1-2]"),
+        ("login", "a, b"),
+        ("scratch", "/tmp/é"),
+    ],
 )
-def test_a_comma_is_part_of_a_text(key: str, value: str) -> None:
-    """An override may contain a comma without quotes, as Slurm writes lists."""
+def test_a_text_is_written_as_slurm_writes_it(key: str, value: str) -> None:
+    """An override may contain commas, brackets and other marks without quotes."""
     cluster = load_deployment(["cluster=slurm", f"cluster.{key}={value}"]).cluster
-    found = cluster.sbatch["mail-type"] if key.startswith("sbatch") else getattr(cluster, key)
+    _, _, option = key.partition("sbatch.")
+    found = cluster.sbatch[option] if option else getattr(cluster, key)
     assert found == value
     assert with_overrides(load_deployment(["cluster=slurm"]), [f"cluster.{key}={value}"]).cluster == cluster
 

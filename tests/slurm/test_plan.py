@@ -117,6 +117,7 @@ def test_a_submit_plugin_decides_beside_a_default_partition(
         ("cluster.qos=best", "cluster.qos=best: Slurm refuses it: Invalid qos"),
         (f"{MATH}.reservation=ours", f"{MATH}.reservation=ours: Slurm refuses it: Requested reservation is invalid"),
         ("cluster.exclude=m1", "cluster.exclude=m1: Slurm refuses it: Invalid node name"),
+        ("cluster.sbatch.nodelist=n[1-2]", "cluster.sbatch.nodelist=n[1-2], router.resources.nodes=1: Slurm refuses"),
         ("cluster.sbatch={licenses: x}", "cluster.sbatch.licenses=x: Slurm refuses it: Invalid license"),
         ("cluster.sbatch={bogus: 1}", "cluster.sbatch.bogus=1: Slurm refuses it: unrecognized option '--bogus=1'"),
         (

@@ -196,6 +196,11 @@ TABLE: Final = (
     _permanent(
         "exclude partition", "`sinfo --Node` lists them", r"Invalid node name", r"Requested nodes not in this partition"
     ),
+    _permanent(
+        "sbatch.nodelist nodes",
+        "a job of one node can name one node; cluster.exclude names the nodes on which no job may start",
+        r"invalid number of nodes",
+    ),
     _permanent("sbatch", "`scontrol show licenses` lists them", r"Invalid license"),
     _permanent(
         "sbatch.dependency",
