@@ -138,3 +138,4 @@ def test_the_routers_walltime_warning_cuts_no_answer(deployed: OnSlurm, number: 
     assert (end.ok, end.reason, end.cut) == (True, "drained", 0), end
     said = deployed.job(router).agent_log.read_text()
     assert "the control loop ended" not in said
+    deployed.until_ready("router-0", after=router)
