@@ -127,15 +127,13 @@ def plan(deployed: OnSlurm) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("number", ["USR2", "USR1"])
-def test_the_routers_walltime_warning_cuts_no_answer(deployed: OnSlurm, number: str) -> None:
+def test_the_routers_walltime_warning_cuts_no_answer(deployed: OnSlurm) -> None:
     """It does not end the control loop either, which is a process of the router's job."""
     router = deployed.serving("router-0")
     with open_stream(deployed, "code") as stream:
-        deployed.cluster.run(["scancel", f"--signal={number}", deployed.job_id(router)])
+        deployed.cluster.run(["scancel", "--signal=USR2", deployed.job_id(router)])
         assert stream.end() == "length"
     end = ended(deployed, router)
     assert (end.ok, end.reason, end.cut) == (True, "drained", 0), end
     said = deployed.job(router).agent_log.read_text()
     assert "the control loop ended" not in said
-    deployed.until_ready("router-0", after=router)
