@@ -165,8 +165,8 @@ async def test_batch_requests_wait_for_interactive_ones(tmp_path: Path) -> None:
             tasks.append(asyncio.create_task(send(name, **{"x-priority": name})))
             await waiting(router, number)
         lines = await exposition(router)
-        assert 'hpc_router_class_requests_waiting{expert="math",class="batch"} 2.0' in lines
-        assert 'hpc_router_class_requests_waiting{expert="math",class="interactive"} 2.0' in lines
+        assert 'hpc_router_class_requests_waiting{class="batch",expert="math"} 2.0' in lines
+        assert 'hpc_router_class_requests_waiting{class="interactive",expert="math"} 2.0' in lines
         fake.go_on.set()
         await asyncio.gather(*tasks)
         assert order == ["first", "interactive", "interactive", "batch", "batch"]
