@@ -27,9 +27,9 @@ CONNECT_S: Final = 2.0
 
 
 class SilentReplicas(NamedTuple):
-    """The replicas whose beats have stopped and that do not answer. `lost`: since at least LOST_BEATS intervals.
-    `hung`, a subset of `lost`: since at least HUNG_BEATS intervals, or with a node that is off. `off`, a subset of
-    `hung`: with a node that is off."""
+    """The replicas whose beats have stopped and that do not answer. `lost`: all of them, silent for at least LOST_BEATS
+    intervals. `hung`, a subset of `lost`: silent for at least HUNG_BEATS intervals, or with a node that is off. `off`,
+    a subset of `hung`: with a node that is off."""
 
     lost: set[str]
     hung: set[str]
@@ -44,7 +44,7 @@ class _Beat(NamedTuple):
 
 
 class HangDetector:
-    """A detector of silent replicas, which remembers when each replica's beat last changed."""
+    """Finds silent replicas. Remembers when each replica's beat last changed."""
 
     def __init__(self) -> None:
         self._beats: dict[str, _Beat] = {}
@@ -70,7 +70,7 @@ class HangDetector:
 
 
 async def _unanswering(records: Sequence[Record]) -> dict[str, bool]:
-    """Returns the replicas that do not answer at `/health`, each with whether its node can be reached."""
+    """Returns the replicas in `records` that do not answer at `/health`, each with whether its node can be reached."""
     async with session() as client:
 
         async def answers(record: Record) -> bool:
