@@ -1,7 +1,8 @@
 """Maps the error texts of sbatch to the config keys to edit, with advice. Pure.
 
 The texts are those of sbatch and slurmctld, 20.11 to 25.05. A site's submit plugin may print any text, so an unknown
-text is quoted with all requested options. A temporary error means that Slurm cannot answer now: no value is wrong.
+text is quoted with all requested options. A temporary error means that no value is wrong and Slurm cannot accept the
+job now.
 """
 
 import re
@@ -19,8 +20,8 @@ _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")
 
 @dataclass(frozen=True, slots=True)
 class SubmitError:
-    """A known error. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`: whether no
-    value is wrong and Slurm only cannot answer now."""
+    """A known error of sbatch. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`:
+    whether no value is wrong and Slurm cannot accept the job now."""
 
     pattern: re.Pattern[str]
     keys: tuple[str, ...]
@@ -245,7 +246,7 @@ def find(text: str) -> SubmitError | None:
 
 
 def is_temporary(text: str) -> bool:
-    """Returns whether the text says that Slurm cannot accept the job now, but may accept it later."""
+    """Returns whether sbatch's error text says that Slurm cannot accept the job now, but may accept it later."""
     error = find(text)
     return error is not None and error.temporary
 
@@ -258,8 +259,8 @@ def one_line(text: str) -> str:
 
 
 def explain(text: str, deployment: Deployment, expert: str) -> str:
-    """Returns one line: the config keys to edit with their values, the error, the advice. `expert`: whose job was
-    refused; it may be the router."""
+    """Returns one line for the user: the config keys to edit with their values, sbatch's error, and advice. `expert`:
+    the expert (or `router`) whose job was refused."""
     message, error = one_line(text), find(text)
     if error is not None and error.temporary:
         return f"Slurm cannot take it now: {message} ({error.advice})"
@@ -272,7 +273,8 @@ def explain(text: str, deployment: Deployment, expert: str) -> str:
 
 
 def _values(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str, bool]]:
-    """Returns (config key, value, whether it is set) for each config key that gives the option `name` of the expert."""
+    """Returns (config key, value, whether it is set) for each config key from which jobs of `expert` take the option
+    `name`."""
     at, resources = resources_of(deployment, expert)
     if name == "runs":
         return [(name, deployment.runs, True)]
