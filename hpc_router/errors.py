@@ -91,7 +91,8 @@ class RateLimitedError(RoutingError):
 
 
 class OriginNotAllowedError(RoutingError):
-    """A web page whose origin is not in `router.allowed_origins` may not read responses."""
+    """The request comes from a web page whose origin is not in `router.allowed_origins`; such a page may not read
+    responses."""
 
 
 class UnknownModelError(RoutingError):

@@ -70,8 +70,7 @@ class AgreementRounds:
 
     def table(self) -> list[tuple[str, RoundSpread, RoundSpread, RoundSpread | None]]:
         """Returns one row per figure: its name, then over all rounds the spread of the values in `ours`, of those in
-        `theirs`, and of their ratio in each round. The third spread is None if no round has a ratio, because `theirs`
-        is 0."""
+        `theirs`, and of their ratio in each round (None if `theirs` is 0 in every round)."""
         rows = []
         for name in FIGURES:
             ours, theirs = self.ours[name], self.theirs[name]
@@ -84,8 +83,7 @@ class AgreementRounds:
 
 
 def comparable(found: Figures) -> dict[str, float]:
-    """Returns the figures in `found` that `vllm bench serve` reports as well, by name. Raises LaunchError if one is
-    missing."""
+    """Returns the figures in `found` that `vllm bench serve` reports as well. Raises LaunchError if one is missing."""
     if found.ttft_s is None or found.tpot_s is None or found.itl_s is None or found.e2e_s is None:
         raise LaunchError(f"no response has two tokens or more: {found.errors or 'raise --tokens'}")
     tokens = found.output_tokens

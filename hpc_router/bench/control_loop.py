@@ -44,8 +44,7 @@ class PassCost:
 
 def measure_passes(*, replicas: int, generations: int, passes: int, folder: Path | None = None) -> PassCost:
     """Creates a run directory, measures `passes` passes of the control loop on it, and removes it. `generations`:
-    number of ended jobs per slot. `folder`: the parent folder of the run directory (default: the system's folder for
-    temporary files)."""
+    number of ended jobs per slot. `folder`: the run directory's parent (default: the system's temporary folder)."""
     if not (replicas and passes):
         raise ConfigError("bench passes: at least one replica and one pass are needed")
     with TemporaryDirectory(dir=folder) as path:

@@ -82,8 +82,7 @@ def conversations(
     prepared: bool,
 ) -> Iterator[Conversation]:
     """Yields `count` conversations. `shared`: seed of the system prompts. `own`: seed of everything else. `prepared`:
-    whether a request contains prepared texts as earlier answers, instead of marks that are replaced by the engine's
-    answers."""
+    whether earlier answers in a request are prepared texts, instead of marks for the engine's answers."""
     vocabulary, names = DomainWords(prompts), list(classes)
     weights = [one.weight for one in classes.values()]
     source = random.Random(f"{own}:conversations")

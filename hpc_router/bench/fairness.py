@@ -83,10 +83,10 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class FairnessResults:
-    """The results. `waits_*`: how much longer the requests of user B took than the engine needs, while B is alone and
-    while user A floods the router. `first_token_*`: time to the first token of interactive streams, without batch
-    requests and with a queue of them. `starts_of_a`, `batch_ended`: number of served requests of user A and of the
-    class `batch`."""
+    """The results. `waits_*`: by how much the requests of user B took longer than the engine needs, while B is alone
+    and while user A floods the router. `first_token_*`: time to the first token of interactive streams, without and
+    with a queue of batch requests. `starts_of_a`, `batch_ended`: number of served requests of user A and of the batch
+    class."""
 
     options: FairnessOptions
     waits_alone: Latencies
@@ -99,8 +99,8 @@ class FairnessResults:
 
     @property
     def ratio(self) -> float:
-        """Interactive streams' 99th percentile of the time to the first token: with a queue of batch requests, divided
-        by without."""
+        """The 99th percentile of interactive streams' time to the first token with batch requests, divided by
+        without."""
         return self.first_token_before_batch.p99_ms / self.first_token_alone.p99_ms
 
     def to_json(self) -> dict[str, Any]:
@@ -126,8 +126,7 @@ class FairnessResults:
 
 
 def fairness(options: FairnessOptions, console: Console) -> FairnessResults:
-    """Makes both measurements, writes the results as JSON and Markdown, and returns them. Raises ConfigError and
-    LaunchError."""
+    """Makes both measurements, writes JSON and Markdown, and returns the results. Raises ConfigError, LaunchError."""
     build_program("load")
     at = utc_now()
     overrides = [f"topology={TOPOLOGY}", f"router.workers={options.workers}"]
@@ -184,9 +183,8 @@ class _Measurement:
         return write_requests(self._folder / f"{name}-{expert}.requests", requests)
 
     def _load(self, name: str, token: str, expert: str, *, arrivals_s: list[float], **fields: Any) -> Table:
-        """Sends a request to `expert` at each time in `arrivals_s` (seconds from the start) and returns the records of
-        all requests. `name`: the load's name; `fields`: further fields of the requests' bodies. Raises LaunchError if a
-        request failed."""
+        """Sends a request to `expert` at each time in `arrivals_s` (seconds from the start) and returns their records.
+        `name`: name of the load; `fields`: fields of the bodies. Raises LaunchError if a request failed."""
         spec = LoadSpec(
             requests=self._requests(name, token, expert, **fields),
             host=self._host,

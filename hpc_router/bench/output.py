@@ -20,8 +20,7 @@ def utc_now() -> str:
 
 
 def stem_of(benchmark: str, at: str) -> str:
-    """Returns the name of a benchmark's result files without suffix, such as `soak-20260102T030405Z`. `at`: time from
-    `utc_now`."""
+    """Returns the name of result files without suffix, such as `soak-20260102T030405Z`. `at`: time from `utc_now`."""
     return f"{benchmark}-{at.replace('-', '').replace(':', '')}"
 
 

@@ -134,8 +134,7 @@ class PointMeasurement:
 
     def _direct(self, point: Point, routed: RoutedShares, notes: list[str]) -> Figures | None:
         """Measures `point` without the router and returns its figures; if this is not possible, adds the reason to
-        `notes` and returns None. All replicas are loaded at the same time, each with its share (in `routed`) of the
-        users."""
+        `notes` and returns None. Loads all replicas at once, each with its share (in `routed`) of the users."""
         assert point.users is not None
         replicas = {name: self._replica(name) for name, _ in routed.shares}
         targets = {
@@ -196,8 +195,7 @@ def point_measurement(
     """Starts the load jobs, yields the object that measures points on the running deployment of `run`, and ends the
     load jobs after the block.
 
-    `deployment`: the deployment's resolved config; None if unknown. `shared`: folder through which the load jobs
-    communicate.
+    `deployment`: its resolved config; None if unknown. `shared`: folder through which the load jobs communicate.
     """
     access, slowdown = router_access(run), _slowdown(deployment)
     with (

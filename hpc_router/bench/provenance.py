@@ -88,8 +88,7 @@ def provenance(
     overrides: Sequence[str] = (),
 ) -> Provenance:
     """Returns the provenance of a benchmark on `run`. `config`: the run's resolved config. `code`: a folder in the git
-    clone whose state is recorded. `choices`, `overrides`: config groups and values that were chosen on the command
-    line."""
+    clone whose state is recorded. `choices`, `overrides`: config groups and values chosen on the command line."""
     return Provenance(
         run=str(run.path),
         choices=dict(choices or {}),
@@ -122,8 +121,7 @@ def in_clone() -> bool:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """Returns the command line `arguments` as text, with every path cut to its last part, because results are
-    published."""
+    """Returns the command line as text, with every path cut to its last part, because results are published."""
     return shlex.join(["hpc-router", *(re.sub(r"(?<![^=])/(?:[^/]*/)*(?=[^/])", "", one) for one in arguments)])
 
 

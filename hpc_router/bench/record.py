@@ -1,8 +1,8 @@
 """The record of a measurement point: one flat JSON line with its figures, its load and its provenance.
 
 Each call of the benchmark writes files of its own and replaces them atomically after every point. So an interrupted
-call keeps its finished points, and several calls can use the same folder. Prompts, responses, headers and tokens are
-not recorded.
+call keeps its finished points, and several calls can use one folder. Prompts, responses, headers and tokens are not
+recorded.
 """
 
 import json

@@ -1,9 +1,8 @@
 """Stores the results of a sweep: a folder with one file per finished point, named by a hash of the point's config.
 
 An interrupted sweep keeps its finished points and continues with the missing ones. The hash covers the deployment, the
-load and the repeat. It does not cover time and versions, which are provenance. Processes that share the folder do not
-use file locks, because shared file systems do not support them reliably. Instead, a process that measures a deployment
-renews a claim file.
+load and the repeat. It does not cover time and versions, which are provenance. There are no file locks, because shared
+file systems do not support them reliably; instead, a process that measures a deployment renews a claim file.
 """
 
 import contextlib
@@ -59,8 +58,7 @@ class Store:
     folder: Path
 
     def key(self, deployment: Deployment, config: BenchConfig, point: Point) -> str:
-        """Returns the hash that names the file of a measurement point. It is the same in every sweep that measures the
-        same point."""
+        """Returns the hash that names the file of a measurement point. It is the same in every sweep."""
         bench = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_KEY}
         return _digest({"deployment": deployment_key(deployment), "bench": bench, "point": asdict(point)})
 
@@ -68,8 +66,7 @@ class Store:
         return self.folder / f"{key}.jsonl"
 
     def has(self, key: str, *, valid: bool = False) -> bool:
-        """Returns whether the point is finished. With `valid`, returns whether the point is finished and its figures
-        are valid."""
+        """Returns whether the point is finished. With `valid`, its figures must be valid as well."""
         if not valid:
             return self.path(key).exists()
         return bool((self.read(key) or {}).get("valid"))
@@ -79,8 +76,7 @@ class Store:
         return read_json(self.path(key))
 
     def add(self, key: str, record: Mapping[str, Any], raw: list[dict[str, Any]] | None) -> None:
-        """Stores a finished point. Writes `raw`, one value per request, before the record, because the record marks the
-        point as finished."""
+        """Stores a finished point. Writes `raw`, its requests, first, because the record shows that it is finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if raw is not None:
             replace_text(self.folder / f"{key}.requests.jsonl", lines(raw))
@@ -136,8 +132,7 @@ def _touch(path: Path) -> None:
 
 
 def _holder(path: Path) -> str | None:
-    """Returns which other process keeps the claim file at `path`, as text for an error message; None if no live process
-    does."""
+    """Returns which other process keeps the claim file, as text for an error message; None if no live process does."""
     try:
         age_s = time.time() - path.stat().st_mtime
     except OSError:

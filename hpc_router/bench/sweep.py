@@ -39,8 +39,7 @@ class DeploymentSweep:
     prompts: Sequence[BenchPrompt]
 
     def points(self) -> list[tuple[str, Point]]:
-        """Returns all points, each with its key in the store. With `bench.search`, these are the finished points and
-        the next one."""
+        """Returns all points, each with its key in the store; in a search, the finished points and the next one."""
         if self.config.search is None:
             return [self._with_key(point) for point in points_of(self.config)]
         measured = self.measured_rates()

@@ -237,8 +237,7 @@ def _traced(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -
 
 
 def request_order(count: int, stream: str) -> list[int]:
-    """Returns the indices below `count` in random order, several such permutations in a row. The text `stream` is the
-    seed."""
+    """Returns the indices below `count` in random order, several such permutations in a row. `stream` is the seed."""
     source = random.Random(stream)
     return [number for _ in range(PERMUTATIONS) for number in source.sample(range(count), count)]
 

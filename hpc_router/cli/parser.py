@@ -135,7 +135,7 @@ def number(text: str) -> float:
 
 
 def duration(text: str) -> float:
-    """Returns the seconds in an argument with a unit, such as 90s, 45m, 2h or 1d. argparse refuses other arguments."""
+    """Returns the seconds in an argument with a unit, such as 90s, 45m, 2h or 1d; argparse refuses other arguments."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time (valid: a number and s, m, h or d, such as 2h)")
@@ -143,8 +143,7 @@ def duration(text: str) -> float:
 
 
 def interval(text: str) -> float:
-    """Returns the seconds in an argument without a unit, such as 0.5. argparse refuses values below 0.1 or above
-    3600."""
+    """Returns the seconds in an argument without a unit, such as 0.5; argparse refuses others than 0.1 to 3600."""
     value = number(text)
     if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds (valid: 0.1 to 3600)")

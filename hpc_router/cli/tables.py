@@ -50,8 +50,7 @@ def token_table(tokens: Sequence[UserToken], *, now: float) -> RenderableType:
 
 
 def usage_table(usage: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns a table of each expert's GPU hours by state, tokens per GPU hour, and last request, since the first
-    launch of the run."""
+    """Returns a table of each expert's GPU hours, tokens per GPU hour and last request since the run's first launch."""
     table = new_table("expert", "GPU hours used", "idle", "starting", "draining", "tokens per GPU hour", "last request")
     for name, used in usage.items():
         hours, idle_s, tokens = used["gpu_hours"], used["idle_s"], used["tokens_per_gpu_hour"]

@@ -1,5 +1,4 @@
-"""The terminal view of `hpc-router top`: what the dashboard shows, in tables that fit the window. It changes nothing in
-the deployment."""
+"""The terminal view of `hpc-router top`: the dashboard's content, in tables that fit the window. It changes nothing."""
 
 import contextlib
 import os
@@ -210,8 +209,7 @@ def watch(read: Callable[[], Overview | str], view: TopView, *, interval_s: floa
 
 @contextlib.contextmanager
 def _single_keys() -> Iterator[Callable[[float], str | None]]:
-    """Yields a function that waits for a pressed key and returns it; None if there was none within the given
-    seconds."""
+    """Yields a function that waits the given seconds for a pressed key and returns it; None if there was none."""
     descriptor = sys.stdin.fileno()
     if not os.isatty(descriptor):
         yield lambda limit_s: time.sleep(limit_s)

@@ -2,10 +2,9 @@
 
 Rules: a request that no router took (no connection, or the router drains) is sent again until a router takes it or
 `follow_s` seconds have passed. A request whose connection ended before a response began is sent again once, if its body
-can be sent again. A response goes to the caller, except that of a router that drains, and a 401 after which the run has
-a new token: then the request is sent again. A router gets a request only after `router_identity` has checked the
-process at its address; one check serves all requests until one fails. This module knows no HTTP library: subclasses do
-the I/O.
+can be sent again. So is a request with status 401 if the run has a new token. Every other response goes to the caller.
+A router gets a request only after `router_identity` has checked the process at its address; one check serves all
+requests until one fails. This module knows no HTTP library: subclasses do the I/O.
 """
 
 import random
@@ -94,8 +93,7 @@ class RouterFollower(ABC, Generic[Q, A]):
         return await self.call(partial(self._leader.find, recheck=recheck))
 
     def adds_token(self, request: Q) -> bool:
-        """Returns whether `send` adds the owner's token to this request. Only such a request is sent again with a new
-        token after a 401."""
+        """Returns whether `send` adds the owner's token to this request. Only then may a new token be tried."""
         return True
 
     def invalidate(self) -> None:

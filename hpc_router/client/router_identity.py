@@ -29,8 +29,8 @@ MAX_RESPONSE_BYTES: Final = 2**16
 
 
 class IdentityCheck(StrEnum):
-    """The result of an identity check. Its text is the end of an error message that begins with "router-0.g1 at
-    http://...: "."""
+    """The result of an identity check. Its text ends an error message such as "router-0.g1 at http://node7:8000:
+    ..."."""
 
     PROVEN = "it is the router"
     UNREACHABLE = "no process answers there"
@@ -39,8 +39,7 @@ class IdentityCheck(StrEnum):
 
 
 def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bool:
-    """Returns whether `answer`, the JSON from `/health`, answers `challenge` as only the router of `record` can.
-    Pure."""
+    """Returns whether `answer`, the JSON from `/health`, solves `challenge` as only the owner of `record` can. Pure."""
     health = ProbeResponse.from_json(answer) if isinstance(answer, dict) else None
     if health is None or health.replica != record.replica or not record.nonce:
         return False

@@ -203,8 +203,7 @@ def _completed(blocking: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _addressed(request: "http.Request", router: Record, token: str) -> "http.Request":
-    """Returns a copy of the request with the address of `router` and with the token. The copy shares the body's stream
-    with the request."""
+    """Returns a copy of the request with the router's address and the token. Both have the same body stream."""
     at = http.URL(router.url)
     url = request.url.copy_with(scheme=at.scheme, host=at.host, port=at.port)
     headers = request.headers.copy()

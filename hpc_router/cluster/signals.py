@@ -15,8 +15,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user pressed Ctrl-C in a verb that changes a deployment. Its text says what has ended, what is left, and what
-    to do."""
+    """Ctrl-C during a verb that changes a deployment. Its text says what has ended, what is left, and what to do."""
 
 
 @contextmanager
@@ -54,8 +53,8 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def explaining_interrupt(text: Callable[[], str]) -> Iterator[None]:
-    """Turns KeyboardInterrupt inside the block into Interrupted, with the text that `text` returns. Ignores Ctrl-C
-    while `text` runs."""
+    """Turns KeyboardInterrupt in the block into Interrupted with the text from `text`, which Ctrl-C cannot
+    interrupt."""
     try:
         yield
     except KeyboardInterrupt:

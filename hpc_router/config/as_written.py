@@ -38,7 +38,7 @@ Find = Callable[[Path, object], Written | None]
 def as_written(schema: Any, value: Any, find: Find, *, at: str = "") -> Any:
     """Returns `value`, the part of a config with the type `schema`. Where a text field has a number or truth value, the
     text that the user wrote replaces it; `find` looks up that text. `at`: the key of `value`, for error messages.
-    Raises ConfigError if that text differs from how the value prints, and for a number that is not in plain decimal
+    Raises ConfigError if that text differs from how the value prints, or if a number is not in plain decimal
     notation."""
     return _Reader(find, at).read(schema, value, ())
 
@@ -98,8 +98,8 @@ class _Reader:
 
 
 def _same(text: str, value: float) -> bool:
-    """Returns whether `text` is a plain decimal notation of `value`. Returns True for infinity and NaN, which are
-    refused later."""
+    """Returns whether `text` is a plain decimal notation of `value`; True for infinity and NaN, which are refused
+    later."""
     if isinstance(value, float) and not math.isfinite(value):
         return True  # infinity and NaN: the parser reports them as out of range
     try:

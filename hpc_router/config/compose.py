@@ -85,8 +85,7 @@ def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Pa
 
 
 def _delete(config: DictConfig | ListConfig, override: Override) -> None:
-    """Removes the key of an override `~key` from the config. Raises ConfigError if the config does not have this
-    key."""
+    """Removes the key of an override `~key` from the config. Raises ConfigError if there is no such key."""
     parent, _, name = override.key_or_group.rpartition(".")
     holder = OmegaConf.select(config, parent) if parent else config
     if not isinstance(holder, DictConfig) or name not in holder:
@@ -170,8 +169,7 @@ class _UserFolder(SearchPathPlugin):
 
 @contextmanager
 def user_folder(config_dir: Path | None) -> Iterator[None]:
-    """Makes Hydra search `config_dir`, the user's folder, before `conf/` during the block. Raises ConfigError if the
-    folder does not exist."""
+    """Makes Hydra search the user's folder before `conf/` during the block. Raises ConfigError if it does not exist."""
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
     for path in sorted(config_dir.rglob("*.yaml")) if config_dir is not None else ():
@@ -189,8 +187,8 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
 
 
 def _hides_its_package(path: Path) -> bool:
-    """Returns whether the first line of the file is `# @package ...` after a byte order mark. Hydra ignores such a
-    line."""
+    """Returns whether a byte order mark precedes `# @package ...` in the file's first line, which Hydra then
+    ignores."""
     with suppress(OSError), path.open("rb") as stream:
         first = stream.readline()
         return first.startswith(BOM_UTF8) and b"@package" in first
@@ -264,9 +262,9 @@ def _translated_errors(config_dir: Path | None) -> Iterator[None]:
 
 
 def _interpolation_error(error: GrammarParseError, problem: str, *, override: str, config_dir: Path | None) -> str:
-    """Returns the error message for a text with an invalid `${`: if they can be found, first the override or the user's
-    file that contains the text, and the key; then `problem`. `override`: the message of Hydra's error, which may
-    contain the override."""
+    """Returns the error message for a text with an invalid `${`: where it is (the override or the user's file, and the
+    key) if that can be found, then `problem`. `override`: the message of Hydra's error, which may contain the
+    override."""
     merged = re.match(r"Error merging override \+*(.+)", override, re.DOTALL)
     invalid = re.search(r"'(\$\{.*)'", problem)
     files = sorted(config_dir.rglob("*.yaml")) if config_dir is not None and invalid is not None else ()

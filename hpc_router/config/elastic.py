@@ -7,8 +7,7 @@ from hpc_router.config.schema import ExpertConfig
 
 
 def is_elastic(expert: ExpertConfig) -> bool:
-    """Returns whether the expert's number of replicas follows the demand: whether its minimum is less than its
-    maximum."""
+    """Returns whether the expert's number of replicas follows the demand: its minimum is less than its maximum."""
     low, high = replica_limits(expert)
     return low < high
 
@@ -20,8 +19,7 @@ def on_demand(experts: Mapping[str, ExpertConfig]) -> frozenset[str]:
 
 
 def replica_limits(expert: ExpertConfig) -> tuple[int, int]:
-    """Returns the minimum and maximum number of replicas of the expert. A limit that is not configured is
-    `replicas`."""
+    """Returns the expert's minimum and maximum number of replicas. A limit that is not set is `replicas`."""
     low = expert.replicas if expert.min_replicas is None else expert.min_replicas
     high = expert.replicas if expert.max_replicas is None else expert.max_replicas
     return low, high

@@ -41,8 +41,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
-    """Returns the checked deployment with the values in `plain`. Ignores the keys in `without`, and Hydra's own. Raises
-    ConfigError."""
+    """Returns the checked deployment with the values in `plain`. Ignores the keys in `without`. Raises ConfigError."""
     if not isinstance(plain, Mapping):
         raise ConfigError("not a mapping of keys to values")
     left_out = {*IGNORED_KEYS, *without}
@@ -104,8 +103,7 @@ def flat(value: Any, at: str = "") -> dict[str, Any]:
 
 
 def yaml_error_text(error: YAMLError | UnicodeDecodeError, name: str) -> str:
-    """Returns the error as text, `name:line: problem`; without the line if the parser gives none. `name`: the file's
-    path."""
+    """Returns the error as `FILE:LINE: problem`, without the line if the parser gives none. `name`: the file's path."""
     if isinstance(error, UnicodeDecodeError):
         return f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
     mark: Any = getattr(error, "problem_mark", None)

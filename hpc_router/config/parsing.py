@@ -179,8 +179,7 @@ def _check_encodable(text: str, key: str) -> None:
 
 
 def _text_key(name: Any, at: str) -> str:
-    """Returns the full key of an entry `name` in the mapping at the key `at`. Raises ConfigError if the name is not
-    text."""
+    """Returns the full key of the entry `name` in the mapping at `at`. Raises ConfigError if the name is not text."""
     key = _join(at, str(name))
     if not isinstance(name, str):
         raise ConfigError(f"'{key}': keys of this mapping are text; write the key in quotes", key=key)

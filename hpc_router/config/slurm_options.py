@@ -125,8 +125,7 @@ def check_run_path(path: Path, kind: str) -> None:
 
 
 def check_not_empty(key: str, value: str) -> None:
-    """Raises ConfigError if `value` is blank or contains a line break or another control character. `key`: its key, for
-    the message."""
+    """Raises ConfigError, which names `key`, if `value` is blank or has a line break or other control character."""
     if not value.strip():
         raise ConfigError(f"{key} is empty", key=key)
     check_one_line(key, value)
@@ -180,8 +179,7 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
 
 def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
     """Raises ConfigError if the option `dependency` is not in Slurm's format or contains '?', which means any one of
-    several jobs. A router's standby job must wait for all of them: the jobs that the user names and the serving
-    router's job."""
+    several jobs. A router's standby must wait for all: the jobs that the user names and the serving router's job."""
     for name, value in options.items():
         key = f"{at}.{name}"
         if name != "dependency" and "dependency".startswith(name):

@@ -59,9 +59,8 @@ class Sources:
     files: Iterable[tuple[Path, str]]
 
     def find(self, path: as_written.Path, value: object) -> Written | None:
-        """Returns the text that sets the key `path` to the scalar `value`, and its place: that of the last such
-        override, else of the last such line of a file. Returns None if there is neither, as for a default or an
-        interpolation."""
+        """Returns the text that sets the key `path` to the scalar `value`, and its place: from the last such override,
+        else the last such line of a file. Returns None if there is neither, as for a default or an interpolation."""
         for text, key, parts, typed in self._parsed_overrides:
             if path[: len(key)] == key and _equal(_value_at(typed, path[len(key) :]), value):
                 written = _value_at(parts, path[len(key) :])
@@ -124,8 +123,7 @@ def _equal(found: object, value: object) -> bool:
 
 
 def _value_at(value: Any, path: as_written.Path, *, absent: object = None) -> Any:
-    """Returns the value at `path` inside `value`, a parsed override or file; `absent` if there is no value at that
-    path."""
+    """Returns the value at `path` inside `value`, a parsed override or file; `absent` if there is none."""
     for part in path:
         if isinstance(value, Mapping):
             value = {str(name): item for name, item in value.items()}.get(str(part), absent)

@@ -128,8 +128,7 @@ def _check_tls(router: RouterConfig) -> None:
 
 
 def _check_origin(origin: str) -> None:
-    """Raises ConfigError unless `origin` is `*` or has the form of a browser's Origin header, such as
-    `https://example.org`."""
+    """Raises ConfigError unless `origin` is `*` or has the form of an Origin header, such as `https://example.org`."""
     if origin == "*" or _is_origin(origin):
         return
     key, near = "router.allowed_origins", _nearest_origin(origin)

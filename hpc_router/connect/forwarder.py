@@ -233,8 +233,7 @@ def needs_token(headers: Headers) -> bool:
 
 
 def _unavailable(error: NoRouterError, *, path: str) -> Response:
-    """Returns a response with status 503 that asks the client to try again after RETRY_AFTER_S seconds. `path`: the
-    request's."""
+    """Returns a response with status 503 that asks the client to try again after RETRY_AFTER_S seconds."""
     response = error_response(503, kind="service_unavailable", code="no_router", message=str(error), path=path)
     response.add("retry-after", str(RETRY_AFTER_S))
     return response
@@ -242,7 +241,7 @@ def _unavailable(error: NoRouterError, *, path: str) -> Response:
 
 def _lost(error: Exception, *, path: str) -> Response:
     """Returns a response with status 502 that tells the official clients not to repeat the request, because the router
-    may have processed it. `path`: the request's."""
+    may have processed it."""
     response = error_response(502, kind="upstream_error", code="response_lost", message=str(error), path=path)
     response.add("x-should-retry", "false")
     return response

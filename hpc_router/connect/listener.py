@@ -2,8 +2,7 @@
 
 Rules: per run, user and host at most one process serves a unix socket and one a TCP port. Each such process has a
 description file. This file and the socket lie in the user's private folder on the local disk, because other hosts share
-the run directory but not its sockets. A file is valid while its process lives; files and sockets of killed processes
-are replaced.
+the run directory but not its sockets. Files and sockets of processes that have ended are not valid and are replaced.
 """
 
 import contextlib

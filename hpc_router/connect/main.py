@@ -51,8 +51,7 @@ def connect(options: ConnectOptions, *, on_serving: OnServing) -> None:
 
 def connect_detached(options: ConnectOptions) -> RunningForwarder:
     """Returns the `connect` process that serves the run at the address that `options` ask for, the socket or a port. If
-    there is none, starts one in the background and returns once it accepts connections. Raises LaunchError and
-    ConfigError."""
+    there is none, starts one and returns once it accepts connections. Raises LaunchError and ConfigError."""
     running = running_forwarder(options.run, tcp=options.port is not None)
     if running is not None and running.port == options.port:
         return running

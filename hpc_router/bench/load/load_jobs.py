@@ -43,8 +43,7 @@ class InProcessLoad:
         self._folder = folder
 
     def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
-        """Sends the load of `point` from this process, blocks until it has ended, and returns the result. Raises
-        LaunchError."""
+        """Sends the load of `point` from this process, and returns the result when it has ended. Raises LaunchError."""
         most = None if point.rate_per_s is None else most_in_flight(config, point.rate_per_s)
         return run_load(target, config, workload(config, prompts, point), self._folder, most_in_flight=most)
 
@@ -56,8 +55,7 @@ class SubmittedLoadJobs:
         self._folder, self._jobs, self._number = folder, jobs, 0
 
     def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
-        """Lets the load jobs send the load of `point`, blocks until all have ended, and returns their merged result.
-        Raises LaunchError."""
+        """Makes the load jobs send the load of `point`, and returns their merged result. Raises LaunchError."""
         number, self._number = self._number, self._number + 1
         shared = replace(config, load_jobs=jobs_for(point, config))
         path = self._folder / f"task-{number}.json"

@@ -52,8 +52,7 @@ class CpuCost:
 
     @property
     def load_others_share(self) -> float:
-        """Returns the CPU time that other processes used on the cores of load generator and engine, as a number of busy
-        cores."""
+        """Returns the use of the cores of load generator and engine by other processes, as a number of busy cores."""
         own_ns = self.end.engine_ns + self.end.load_ns - self.begin.engine_ns - self.begin.load_ns
         return max(0.0, (self.end.load_core_ns - self.begin.load_core_ns - own_ns) / self.elapsed_ns)
 
@@ -75,8 +74,8 @@ class CpuCost:
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """Reads the CPU time of relay, engine and load generator. `relay`: the relay's processes; None for a measurement
-    without a relay."""
+    """Reads the CPU time of relay, engine and load generator. `relay`: the relay's processes; None: there is no
+    relay."""
 
     relay: ProcessGroup | None
     engine_pid: int

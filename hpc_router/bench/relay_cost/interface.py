@@ -35,8 +35,7 @@ class RelayPlacement:
 
 @dataclass(frozen=True, slots=True)
 class StartedRelay:
-    """A running relay. `group`: the relay's processes; None if there is no relay and requests go directly to the
-    engine."""
+    """A running relay. `group`: the relay's processes; None if requests go directly to the engine."""
 
     port: int
     group: ProcessGroup | None
@@ -79,8 +78,7 @@ def find(command: str, folder: Path | None) -> Path | None:
 
 
 def wait_until_serving(started: StartedRelay, log: Path) -> None:
-    """Blocks until the relay serves a request. If it does not in time, raises LaunchError with the end of `log`, the
-    relay's log."""
+    """Blocks until the relay serves a request. Raises LaunchError, with the end of the relay's log, after a timeout."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while not serves(started, requests.MODEL):
         check_starting(started.group, log, deadline)

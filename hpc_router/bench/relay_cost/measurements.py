@@ -1,4 +1,5 @@
-"""The measurements of one running relay, as figures by name. All times are CLOCK_MONOTONIC, as in the other processes.
+"""The measurements of one running relay, as figures by name. All times are CLOCK_MONOTONIC, as in load generator and
+engine.
 
 CPU time is read twice during the load, and the difference is divided by the number of requests or events in between.
 Failed requests are counted by kind of error; a round with failed requests counts as failed.

@@ -207,8 +207,7 @@ def _write_private(path: Path, text: str) -> Path:
 
 
 def _version(argv: list[str], pattern: str) -> str:
-    """Runs the command `argv` and returns what the first group of `pattern` matches in its output; empty if nothing
-    matches."""
+    """Runs the command `argv` and returns the first group of `pattern` in its output; empty if nothing matches."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.SubprocessError):

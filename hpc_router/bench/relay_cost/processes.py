@@ -33,8 +33,7 @@ class Cores:
 
 
 def cores_of(usable: Sequence[int]) -> Cores:
-    """Returns which of the `usable` cores are used: the last one for the relay, and up to two others for load generator
-    and engine."""
+    """Assigns the `usable` cores: the last one to the relay, and up to two others to load generator and engine."""
     ordered = sorted(usable)
     return Cores(frozenset(ordered[:-1][:2] or ordered), frozenset(ordered[-1:]))
 
@@ -57,8 +56,8 @@ class ProcessGroup:
     roots: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, argv: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """Starts a process whose stdout and stderr go to the file `log`. Its working folder is that of `log`, because
-        Python can import modules from the working folder."""
+        """Starts a process whose output goes to the file `log`. Its working folder is that of `log`, so that Python
+        imports no modules from the caller's working folder."""
         with log.open("ab") as stream:
             self.roots.append(
                 subprocess.Popen(

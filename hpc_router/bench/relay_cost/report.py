@@ -26,8 +26,7 @@ DISTURBED_SHARE: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RelayCostResults:
-    """The results of all relays. `absent`: reason by name of each relay that was not measured. `origin`: provenance as
-    JSON values."""
+    """The results of all relays. `absent`: relay that was not measured -> reason. `origin`: provenance as JSON."""
 
     options: RelayCostOptions
     cores: Cores
@@ -83,8 +82,7 @@ def notes(results: RelayCostResults) -> list[str]:
 
 
 def _disturbed(measured: RelayRounds) -> list[str]:
-    """Returns notes on cores that processes other than the benchmark's used during the measurement, with the share of a
-    core that these took."""
+    """Returns notes on cores that other processes used during the measurement, with the share that these took."""
     shares = {"load generator and engine": "load_others_share"}
     if measured.relay.hops:
         shares["the relay"] = "others_share"

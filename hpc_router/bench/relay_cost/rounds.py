@@ -57,8 +57,7 @@ def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores
 def _measure(
     measured: RelayRounds, options: RelayCostOptions, cores: Cores, folder: Path, show: ShowStep, *, number: int | None
 ) -> None:
-    """Measures a relay in round `number` and adds the figures to `measured`. If `number` is None, measures how its
-    memory grows instead."""
+    """Adds the figures of round `number` of a relay to `measured`; without a number, measures how its memory grows."""
     relay = measured.relay
     label = f"{'soak' if number is None else f'round {number + 1} of {options.rounds}'}, {relay.name}"
     place = folder / relay.name

@@ -61,8 +61,7 @@ class ThisRouter(Relay):
 
 @dataclass(frozen=True, slots=True)
 class RouterAndAgent(Relay):
-    """This router in front of an agent's request path, which relays to the engine's unix socket. Router and agent share
-    one core."""
+    """This router and an agent's request path on one core. The agent relays to the engine's unix socket."""
 
     name: str = "router+agent"
     hops: int = 2
@@ -85,8 +84,7 @@ class RouterAndAgent(Relay):
 
 
 def this_router(trees: Mapping[str, Path] | None = None) -> list[Relay]:
-    """Returns this router as relays: each of its variants, and each of `trees`, other checkouts of this router by
-    name."""
+    """Returns the variants of this router as relays, and one for each of `trees`, other checkouts of it by name."""
     others = [ThisRouter(name=name, tree=tree) for name, tree in (trees or {}).items()]
     return [ThisRouter(), ThisRouter(name="router-2-workers", classifies=False, workers=2), RouterAndAgent(), *others]
 

@@ -81,14 +81,12 @@ class SoakDeployment:
         return None
 
     def replicas(self, status: dict[str, Any]) -> dict[str, int]:
-        """Returns the replicas that may be killed now: name -> process id of the agent. `status`: the router's
-        `/status`."""
+        """Returns the replicas in `status` that may be killed now: name -> process id of the agent."""
         found = {name: self._pid(name) for name in killable(status["experts"], killed=self._killed)}
         return {name: pid for name, pid in found.items() if pid is not None}
 
     def processes(self, status: dict[str, Any], target: FaultTarget | None = None) -> dict[str, int]:
-        """Returns the router's processes: name -> process id. With `target`, returns only those of that kind. `status`:
-        the router's `/status`."""
+        """Returns the router's processes in `status`: name -> process id. With `target`, only those of that kind."""
         workers = [worker for worker in status["router"].get("workers") or () if worker.get("serving")]
         found = {f"worker {worker['worker']}": worker["pid"] for worker in workers}
         control = {"control": pid} if (pid := (status["router"].get("control") or {}).get("pid")) else {}
@@ -109,8 +107,7 @@ class SoakDeployment:
             return None
 
     def _get(self, path: str) -> Any:
-        """Asks the router for `path`. Returns the body of a response with status 200, as JSON or text; None for any
-        other outcome."""
+        """Returns the body of the router's response at `path`, as JSON or text; None unless its status is 200."""
         try:
             response = call_blocking("GET", f"{self.url}{path}", token=self.token, timeout_s=HTTP_TIMEOUT_S)
         except Unreachable:

@@ -60,8 +60,7 @@ class SoakOptions:
         return self
 
     def schedule(self) -> list[tuple[float, FaultTarget]]:
-        """Returns all faults in order of time, each as (seconds from the start of the load, kind of process to
-        kill)."""
+        """Returns all faults by time, as pairs (seconds from the start of the load, kind of process to kill)."""
         faults = default_faults(self.seconds) if self.faults is None else self.faults
         return sorted((at, one.target) for one in faults for at in one.times(self.seconds))
 

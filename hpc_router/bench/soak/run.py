@@ -172,8 +172,7 @@ class _FaultInjector:
                 time.sleep(TICK_S)
 
     def _inject(self, target: FaultTarget) -> None:
-        """Kills a process of the kind `target`. If none can be killed now, leaves the fault scheduled, so that it is
-        tried again."""
+        """Kills a process of the kind `target`. If none can be killed now, the fault is tried again later."""
         fault = self._deployment.inject(target)
         if fault is not None:
             self.faults.append(fault)
@@ -216,8 +215,7 @@ def _descriptors(deployment: SoakDeployment, *, at_most: int | None = None) -> i
 
 
 def _read_until(read: Callable[[], T], accepted: Callable[[T], bool]) -> T:
-    """Calls `read` until `accepted` returns true for its result, for at most IDLE_TIMEOUT_S. Returns the last
-    result."""
+    """Calls `read` until `accepted` is true for its result, for at most IDLE_TIMEOUT_S. Returns the last result."""
     deadline = time.monotonic() + IDLE_TIMEOUT_S
     while not accepted(value := read()) and time.monotonic() <= deadline:
         time.sleep(TICK_S)

@@ -115,8 +115,7 @@ class GrowthCheck:
 
 
 def growth_checks(samples: Sequence[Sample], *, seconds: float) -> list[GrowthCheck]:
-    """Compares memory and file descriptors of all router processes after the warm-up with those at the end of a load
-    that lasts `seconds`."""
+    """Compares memory and file descriptors of all router processes after the warm-up and at the end of the load."""
     processes = max((len(sample.rss_mb) for sample in samples), default=0)
     samples = [sample for sample in samples if len(sample.rss_mb) == processes]  # skips samples that lack a process
     early = [sample for sample in samples if 0.2 * seconds <= sample.at_s < 0.45 * seconds]

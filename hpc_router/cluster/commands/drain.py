@@ -106,8 +106,8 @@ def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
 
 
 def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
-    """Starts the drain of the jobs that `names` select, and excludes the nodes among the names. Raises ConfigError for
-    an unknown name."""
+    """Drains the jobs that `names` select, and excludes the nodes among them. Raises ConfigError for an unknown
+    name."""
     seen = control.preview(fresh=True)
     observed = seen.observed
     records = control.observer.records

@@ -47,8 +47,7 @@ def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
 
 
 def files_of(job: JobDir) -> list[Path]:
-    """Returns all log files of a job that exist. Leaves out the output of the batch script and of submitit if it is
-    empty."""
+    """Returns all log files of a job that exist. Leaves out empty output of the batch script and of submitit."""
     ranks = sorted(job.run.logs.glob(f"{job.replica}.rank*.log"))  # of an engine on several nodes
     workers = sorted(job.run.logs.glob(f"{job.replica}.worker*.log"))  # of a router
     return [path for path in (*early_files(job), job.agent_log, job.engine_log, *ranks, *workers) if path.exists()]

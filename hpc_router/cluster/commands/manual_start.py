@@ -70,8 +70,7 @@ def rank_of(step: Step | None, expert: str, *, nodes: int) -> int:
 
 
 def claim_router(run: RunDir) -> str:
-    """Claims the next generation of the router and returns its replica. If several routers run, the newest one
-    leads."""
+    """Claims the next generation of the router and returns its replica. If several routers run, the newest leads."""
     generations = [attempt.generation for attempt in _observed(run).get(ROUTER_SLOT, ())]
     for generation in itertools.count(max(generations, default=0) + 1):
         if _claim(run, ROUTER_SLOT.replica(generation)):

@@ -50,9 +50,8 @@ class ExternalEndpoint:
 def examine(
     *, expert: str, url: str, model: str | None = None, token: str | None = None, probe: str | None = MODELS
 ) -> ExternalEndpoint:
-    """Checks the values of an endpoint and returns it, without registering it. `model`: None: the endpoint is asked for
-    it. `probe`: see `ExternalEndpoint`. Raises ConfigError for an invalid value, or if the endpoint has several models
-    and `model` is None."""
+    """Checks the values of an endpoint and returns it, without registering it. `model`: None: the endpoint is asked.
+    `probe`: see `ExternalEndpoint`. Raises ConfigError for an invalid value, or if several models are found."""
     if probe is not None and not _PROBE.fullmatch(probe):
         raise ConfigError(f"--probe-path {probe!r}: not a path (valid: /health, /v1/models, ...)")
     if model is not None and not (model.isprintable() and model.strip() == model != ""):
@@ -69,8 +68,7 @@ def examine(
 
 
 def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
-    """Writes the record of an endpoint to the registry and returns it. Replaces an earlier record of the same expert
-    and address."""
+    """Writes the record of an endpoint to the registry and returns it. The same expert and address replace a record."""
     known = _existing(run, expert=endpoint.expert, url=endpoint.url)
     record = Record(
         kind=RecordKind.EXTERNAL,
@@ -89,8 +87,7 @@ def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
 def unregister(
     run: RunDir, *, replica: str | None = None, expert: str | None = None, url: str | None = None
 ) -> list[str]:
-    """Removes the external endpoints that match all given values, and returns their names. Raises ConfigError if none
-    matches."""
+    """Removes the external endpoints that match all given values; returns their names. ConfigError: none matches."""
     records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.EXTERNAL}
     base = base_url(url) if url is not None else None
     matching = [

@@ -88,8 +88,7 @@ def status(run: RunDir) -> dict[str, Any]:
 
 
 def _elastic(seen: LoopPass, host: str, experts: Mapping[str, ExpertConfig]) -> dict[str, Any] | None:
-    """Returns the number of replicas of the expert `host`, its limits, and the reason for the number; None if it does
-    not follow the demand."""
+    """Returns the number of replicas of the expert `host`, its limits and the reason; None if it is not elastic."""
     state = seen.desired.elastic.get(host)
     if state is None:
         return None

@@ -127,8 +127,7 @@ def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
 
 def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
     """Returns the tunnel to the run's router. Raises LaunchError if no router serves, or if it does not prove its
-    identity. `unproven`: whether to accept a router on the loopback of another node, which cannot be checked from
-    here."""
+    identity. `unproven`: whether to accept a router on another node's loopback, which cannot be checked from here."""
     record, here = recorded_router(run), _local_host()
     unreachable_node = record.node if unproven and _is_on_other_loopback(record, here) else None
     if unreachable_node is None:

@@ -92,9 +92,8 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
 
 
 def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
-    """Returns the text for the user after a second Ctrl-C: which jobs and files are left. `made`: whether this call of
-    `up` created the run directory; if so and it has no jobs, the directory is removed. `before`: the run to which
-    `latest` pointed."""
+    """Returns the text for the user after a second Ctrl-C: which jobs and files are left. `made`: whether this call
+    created the run directory, which is removed if it has no jobs. `before`: the run to which `latest` pointed."""
     if made and not unended_jobs(run):
         discard(run, before=before)
         return ENDED_TEXT

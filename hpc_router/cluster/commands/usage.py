@@ -23,8 +23,7 @@ _SUMS: Final = ("requests", "failed", "prompt_tokens", "cached_tokens", "generat
 
 
 def parse_since(text: str, *, now: float) -> float:
-    """Returns the Unix time at the beginning of a period that ends at `now`. `text`: its length, such as `7d`. Raises
-    ConfigError."""
+    """Returns the Unix time at which a period of the length `text`, such as `7d`, began. Raises ConfigError."""
     if not (match := _SINCE.fullmatch(text)):
         raise ConfigError(
             f"--since {text[:80]!r}: not a duration (valid: a number and m, h, d or w, such as 12h or 7d)"
@@ -50,8 +49,7 @@ def usage(run: RunDir, by: Sequence[str], *, since: float, now: float) -> dict[s
 
 def summed(records: Iterable[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the sums of each group of records, groups with most requests first. `by`: keys whose values define a
-    group. A request failed if its status is 500 or above, or if its response broke off. Unknown numbers of tokens and
-    times count as 0."""
+    group. A request failed if its status is 500 or above or its response broke off. Unknown numbers count as 0."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in records:
         key = tuple(_value(record, name) for name in by)
@@ -78,7 +76,7 @@ def _value(record: Mapping[str, Any], name: str) -> str:
 
 
 def gpu_hours(run: RunDir, since: float, now: float) -> dict[str, float]:
-    """Returns the GPU hours of each expert's jobs between `since` and `now`, each counted from its start to its end,
+    """Returns the GPU hours of each expert's jobs between `since` and `now`. A job counts from its start to its end,
     with the GPUs that the config gives a replica now. Jobs whose records were removed do not count. Only experts with
     GPUs are listed; the GPUs of adapters count for their host."""
     experts = readable_deployment(run).experts

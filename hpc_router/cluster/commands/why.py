@@ -259,8 +259,7 @@ def _node_causes(run: RunDir, shown: Sequence[ReplicaView], observed: Observed, 
 
 
 def _degraded(shown: list[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:
-    """Returns a cause for each ready replica in `shown` that the router has ejected or finds degraded. `answer`: the
-    router's `/status`."""
+    """Returns a cause for each ready replica in `shown` that the router's `/status` shows as ejected or degraded."""
     known = {r["replica"]: r for e in (answer.get("experts") or {}).values() for r in e.get("replicas")}
     causes = []
     for view in shown:

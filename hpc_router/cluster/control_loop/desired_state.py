@@ -160,8 +160,7 @@ def _standby(deployment: Deployment) -> bool:
 
 
 def want_up(run: RunDir, observed: Observed) -> None:
-    """Records in `desired.json` that the run must have a router and is not down, and that earlier failures no longer
-    count."""
+    """Records in `desired.json` that the run must have a router, and that earlier failures no longer count."""
     forgiven, now = _newest_ended(observed), round(time.time(), 3)
 
     def changes(desired: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,8 +238,7 @@ def excluded_nodes(run: RunDir) -> tuple[str, ...]:
 
 
 def node_exclusions(run: RunDir) -> dict[str, Any]:
-    """Returns for each excluded node the `reason`, `by` (the user or program that excluded it) and `at` (Unix
-    seconds)."""
+    """Returns for each excluded node the `reason`, `by` (who excluded it) and `at` (Unix seconds)."""
     return _exclusions(run.read_desired())
 
 

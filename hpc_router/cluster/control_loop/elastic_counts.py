@@ -109,8 +109,7 @@ def _supply(
 
 
 def _free_gpus(desired: Desired, elastic: set[str]) -> int | None:
-    """Returns the number of GPUs that the elastic experts may have together; None without a limit. `elastic`: their
-    names."""
+    """Returns the number of GPUs that all experts in `elastic` may have together; None without a limit."""
     if desired.max_gpus is None:
         return None
     fixed = {name: count for name, count in desired.replicas.items() if name not in elastic}

@@ -170,8 +170,8 @@ def _target(expert: Expert, now: float) -> tuple[int, str]:
 
 
 def _lower(expert: Expert, needed: int, now: float) -> tuple[int, str]:
-    """Returns the number of replicas to which the expert may be reduced after the demand of the last `idle_s`, and why;
-    the present number if it may not. `needed`: number of replicas that the expected demand needs."""
+    """Returns the number of replicas to which the expert may be reduced, given its demand in the last `idle_s`, and
+    why; the present number if it may not. `needed`: number of replicas that the expected demand needs."""
     policy, state, supply = expert.policy, expert.state, expert.supply
     window_s = policy.idle_s / 2 if supply.ends_soon else policy.idle_s
     whole, half = _peak(state, now - window_s), _peak(state, now - window_s / 2)
@@ -249,8 +249,7 @@ def _bin_s(policy: ElasticPolicy) -> float:
 
 
 def _peak(state: ElasticState, since: float) -> float:
-    """Returns the maximum demand since the time `since`, from the history. The entry that had begun before that time
-    counts as well."""
+    """Returns the maximum demand since `since`, from the history. The entry that had begun before counts as well."""
     later = [most for at, most in state.history if at > since]
     earlier = [most for at, most in state.history if at <= since]
     return max([*earlier[-1:], *later], default=0.0)

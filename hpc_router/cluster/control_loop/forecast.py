@@ -160,8 +160,7 @@ class ForecastFiles:
         adapters: Mapping[str, str],
     ) -> None:
         """Writes those of the two files whose content has changed. `partitions`: the configured partition of each
-        expert. `absent`: the experts that may have no live job, each with the reason. `adapters`: for each adapter, its
-        host."""
+        expert. `absent`: the reason by expert that may have no live job. `adapters`: for each adapter, its host."""
         estimates = {
             "experts": {
                 expert: {partitions.get(expert, ""): {k: [round(s, 2) for s in v] for k, v in asdict(known).items()}}

@@ -58,8 +58,7 @@ def _state(attempt: Attempt, in_flight: int) -> GpuState:
 
 
 class GpuHours:
-    """Counts the usage of one run and writes it to the file `gpu_hours.json`. The first update continues from the
-    file."""
+    """Counts the usage of one run and writes it to `gpu_hours.json`. The first update continues from that file."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -116,8 +115,7 @@ def with_tokens(usage: Usage, counted: Mapping[str, int]) -> Usage:
 
 
 def tokens_in(metrics: str) -> int | None:
-    """Returns the number of generated tokens in `metrics`, the text of an engine's metrics; None if the engine does not
-    count them."""
+    """Returns the number of generated tokens in the text of an engine's metrics; None if they do not contain it."""
     found = _TOKENS.findall(metrics)
     try:
         return int(sum(map(float, found))) if found else None

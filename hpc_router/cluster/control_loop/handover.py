@@ -87,8 +87,7 @@ class _Job:
 
 
 def served_until_ready(older: Attempt, successor: Attempt) -> bool:
-    """Returns whether the slot had no gap between two of its jobs: whether `older` served until `successor` was
-    ready."""
+    """Returns whether `older`, a job of the same slot, served until `successor` was ready, so that there was no gap."""
     ended_at = older.exit.at if older.exit is not None else None
     ends = [at for at in (older.stop.drain_at, older.stop.cancel_at, older.draining_at, ended_at) if at is not None]
     began_at, ready_at = older.ready_at, successor.ready_at

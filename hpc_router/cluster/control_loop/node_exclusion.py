@@ -3,8 +3,7 @@
 A node has failed if the loop found it off, if Slurm ended a job on it with NODE_FAIL or BOOT_FAIL, if an engine on it
 ended with a CUDA error, or if a job on it ended within QUICK_S of its start although its expert became ready on another
 node. Two failures of a node count only if the second job began after the first had failed, because a job that Slurm
-sent to the node while it was off shows no second failure. A failure counts for WINDOW_S, or until the user runs `nodes
-forget`.
+sent to the node while it was off shows no second failure. A failure counts for WINDOW_S, but not after `nodes forget`.
 """
 
 import logging
@@ -60,8 +59,7 @@ def _node(attempt: Attempt) -> str | None:
 
 
 def _is_of_the_node(attempt: Attempt, node: str, attempts: Iterable[Attempt]) -> bool:
-    """Returns whether the end of `attempt`, a job on `node`, counts as a failure of that node. `attempts`: all attempts
-    of the run."""
+    """Returns whether the end of `attempt`, a job on `node`, is a failure of the node. `attempts`: all of the run."""
     assert attempt.exit is not None
     began_at = attempt.started_at
     if attempt.exit.reason in _OF_THE_NODE:

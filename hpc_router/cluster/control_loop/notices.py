@@ -1,8 +1,8 @@
-"""Tells people about problems that need them, by a command or by mail (`cluster.notify`).
+"""Tells people about problems that they have to solve, by a command or by mail (`cluster.notify`).
 
-The leading loop looks for problems in each pass. A problem is told once, and again only if it was gone for `GONE_S`
-seconds. A new leading loop, such as that of the router's successor, tells the problems again that remain. The command
-runs in a thread of its own with a time limit, so that it never delays a pass.
+The leading loop looks for problems in each pass. A problem is told once, and again only after it was gone for `GONE_S`
+seconds. A new leading loop, such as that of the router's successor, tells all problems that remain once more. The
+command runs in a thread of its own with a time limit, so that it never delays a pass.
 """
 
 import json
@@ -83,7 +83,7 @@ class Notifier:
         self._thread: threading.Thread | None = None
 
     def look(self, present: Sequence[Notice]) -> None:
-        """Tells the user which of the problems in `present` are new."""
+        """Tells the user each problem in `present` that is new."""
         now = self._clock()
         self._seen = {key: at for key, at in self._seen.items() if now - at <= GONE_S}
         for notice in present:

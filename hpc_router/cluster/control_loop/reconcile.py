@@ -130,8 +130,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
-    """Action: let the replica's job, which waits in Slurm's queue for the end of its predecessor `replaces`, start
-    now."""
+    """Action: let the replica's job start now. It waits in Slurm's queue for the end of its predecessor `replaces`."""
 
     replica: str
     replaces: str
@@ -467,8 +466,7 @@ def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iter
 
 
 def _walltime_end(attempt: Attempt) -> float | None:
-    """Returns the time at which a drain must have ended because of the walltime (Unix seconds); None without a known
-    walltime."""
+    """Returns when a drain must have ended because of the walltime (Unix seconds); None without a known walltime."""
     return None if attempt.expires_at is None else attempt.expires_at - END_MARGIN_S
 
 

@@ -94,8 +94,7 @@ def own_address(fabric: str | None) -> tuple[str, str | None]:
 
 @contextmanager
 def clock_server(host: str) -> Iterator[int]:
-    """Listens on a free port of the address `host` during the block, and answers each connection with the time of this
-    host. Yields the port."""
+    """Listens on a free port of the address `host`, answers connections with this host's time, and yields the port."""
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
         thread = threading.Thread(target=_serve, args=(server,), daemon=True)
         thread.start()

@@ -177,8 +177,7 @@ class DoctorJob:
         return _until(lambda: read_now(self.exchange.node), FACTS_S)
 
     def signals(self) -> dict[str, Any] | None:
-        """Waits until the job has recorded the signal before its walltime ends, and returns the record; None if that
-        takes too long."""
+        """Waits until the job has recorded Slurm's signal, and returns the record; None if that takes too long."""
         return _until(lambda: read_now(self.exchange.signals), SIGNAL_S)
 
     def shown(self) -> dict[str, str]:
@@ -224,8 +223,7 @@ def doctor_resources(deployment: Deployment) -> tuple[str, ResourceConfig]:
 
 
 def _until(ask: Callable[[], T], within_s: float, every_s: float = POLL_S) -> T | None:
-    """Calls `ask` every `every_s` seconds until it returns a true value, and returns that value; None after `within_s`
-    seconds."""
+    """Calls `ask` repeatedly until it returns a true value, and returns that value; None after `within_s` seconds."""
     until = time.monotonic() + within_s
     while True:
         if value := ask():

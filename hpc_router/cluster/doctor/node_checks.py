@@ -99,9 +99,8 @@ def clock(reading: ClockReading | None, host: str) -> Finding:
 
 
 def ports(error: str | None, started: Mapping[str, Any], reaches_login: str | None) -> Iterator[Finding]:
-    """Yields findings about connections in both directions. `error`: why this machine cannot connect to the node; None
-    if it can. `reaches_login`: why the node cannot connect to this machine; None if it can. `started`: the content of
-    the job's first file."""
+    """Yields findings about connections in both directions. `error`, `reaches_login`: why this machine cannot connect
+    to the node, and the node to this machine; None if it can. `started`: the content of the job's first file."""
     at = f"{started['host']} ({started['address']}:{started['port']})"
     if started.get("fabric_error"):
         yield fault(str(started["fabric_error"]), "cluster.fabric=INTERFACE or NETWORK of the nodes", "cluster.fabric")
@@ -148,8 +147,7 @@ class SignalRecord:
 
 def signals(record: SignalRecord | None, *, ends_at: float | None, waited_s: float, cluster: ClusterConfig) -> Finding:
     """Checks whether Slurm sent SIGUSR2 before the end of the job's walltime, and to which processes. `record`: None if
-    it did not arrive. `ends_at`: end of the walltime in Unix seconds. `waited_s`: how long `doctor` has waited for the
-    signal."""
+    it did not arrive within `waited_s` seconds. `ends_at`: end of the walltime in Unix seconds."""
     if record is None:
         return fault(
             f"no SIGUSR2 arrived within {waited_s:.0f} s, though --signal=USR2@{SIGNAL_BEFORE_S} asks for it: jobs "

@@ -75,8 +75,7 @@ class SignalWatch:
 
 
 def facts(exchange: ExchangeFolder, host: CheckedHost, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Returns the facts that only this node can find out, and the findings of the checks that `doctor` runs on every
-    host."""
+    """Returns the facts that only this node can find out, and the findings of the checks that run on every host."""
     login = read_now(exchange.login)
     return {
         "sees_login": login is not None,
@@ -132,8 +131,7 @@ def _gpu_list() -> list[str] | None:
 
 
 def serve(exchange: ExchangeFolder, watch: SignalWatch) -> None:
-    """Answers the files that `doctor` writes, and records SIGUSR2, until the file `stop` exists or LIMIT_S has
-    passed."""
+    """Answers the files that `doctor` writes and records SIGUSR2, until the file `stop` exists, for at most LIMIT_S."""
     number, until = 0, time.monotonic() + LIMIT_S
     while time.monotonic() < until and not exchange.stop.exists():
         if number < ROUNDS and read_now(exchange.ping(number)) is not None:

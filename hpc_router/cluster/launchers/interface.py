@@ -71,8 +71,7 @@ class Launcher(Protocol):
         """Claims the replicas of these requests and submits their jobs. Returns the replicas that this call claimed;
         another process had claimed the others.
 
-        If Slurm refuses a job, an exit record is written into its folder. LaunchError is raised after all jobs were
-        tried.
+        If Slurm refuses a job, writes an exit record into its folder, and raises LaunchError when all were tried.
         """
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
@@ -80,15 +79,13 @@ class Launcher(Protocol):
         answer of the last `cluster.ask_s` seconds is used."""
 
     def release(self, requests: Sequence[JobRequest]) -> None:
-        """Lets these jobs, which wait in the queue for the end of another job, start before that end. A failure is only
-        logged."""
+        """Lets these jobs, which wait in the queue for the end of another job, start now. A failure is only logged."""
 
     def cancel(self, replicas: Iterable[str]) -> None:
         """Sends SIGTERM to these jobs, which then drain and end."""
 
     def kill(self, replicas: Iterable[str]) -> None:
-        """Sends SIGKILL to the processes of these replicas' jobs. If replicas share a job, only those named are
-        killed."""
+        """Sends SIGKILL to the processes of these replicas. Other replicas in the same job are not affected."""
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
         """Queries Slurm now, and returns the ids of those jobs of these replicas that hold resources."""

@@ -94,8 +94,7 @@ def _exempts(no_proxy: str, own: str) -> bool:
 
 
 def hub_cache(deployment: Deployment, environment: Mapping[str, str] = os.environ) -> CheckResult:
-    """Checks whether the models that are hub ids are in the hub's cache on this host, where engines without network
-    need them."""
+    """Checks whether models that are hub ids are in the hub's cache on this host, where offline engines need them."""
     experts = deployment.experts
     models = {name: expert.model for name, expert in experts.items() if expert.engine.kind != "sim"}
     local = set(local_models(models.values()))

@@ -53,8 +53,7 @@ _SECRET: Final = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """The engine's process inside an expert's job. `environment`: variables that are set in addition to the node's
-    own."""
+    """The engine's process inside an expert's job. `environment`: variables in addition to the node's own."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
@@ -255,8 +254,7 @@ def _absolute_cluster(cluster: ClusterConfig) -> ClusterConfig:
 
 
 def _absolute_bind(bind: str) -> str:
-    """Returns the container's bind `SOURCE[:TARGET[:ro]]` with an absolute path for SOURCE, which is outside of the
-    container."""
+    """Returns the bind `SOURCE[:TARGET[:ro]]` with an absolute SOURCE, which is a path outside of the container."""
     source, colon, inside = bind.partition(":")
     return _absolute(source) + colon + inside
 
@@ -268,8 +266,7 @@ def _interpreter(python: str | None) -> str | None:
 
 
 def _absolute(path: str) -> str:
-    """Returns the absolute path. Does not follow symbolic links, because the interpreter of a virtual environment is
-    one."""
+    """Returns the absolute path. Keeps symbolic links, because the interpreter of a virtual environment is one."""
     return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
 

@@ -155,8 +155,7 @@ def software(host: CheckedHost) -> CheckResult:
 
 
 def slurm_settings(host: CheckedHost) -> CheckResult:
-    """Checks Slurm's settings. Returns no findings on a host that runs jobs, because a node has the same settings as
-    the login node."""
+    """Checks Slurm's settings, except on a host that runs jobs: nodes have the settings of the login node."""
     return CheckResult() if host.runs_jobs else slurm(host.deployment)
 
 

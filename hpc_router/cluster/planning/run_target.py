@@ -28,8 +28,7 @@ MAX_KEYS_SHOWN: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class RunTarget:
-    """The deployment that `up` starts, and its run directory. `path`: None for a new run in the folder
-    `deployment.runs`."""
+    """The deployment that `up` starts, and its run directory. `path`: None for a new run in `deployment.runs`."""
 
     deployment: Deployment
     path: Path | None

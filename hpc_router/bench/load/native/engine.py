@@ -58,8 +58,7 @@ class MockEngine:
         return Lateness(value["requests"], value["events"], tuple(value["late"]))
 
     def disconnects(self) -> dict[str, int]:
-        """Returns the times at which clients closed connections during a response: name of the request ->
-        CLOCK_MONOTONIC in ns."""
+        """Returns when clients closed connections during a response: name of the request -> CLOCK_MONOTONIC in ns."""
         log = self.disconnect_log
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
         pairs = (line.rpartition(" ") for line in lines)

@@ -55,8 +55,7 @@ class LoadSpec:
     drain_s: float = 30.0
 
     def argv(self, folder: Path) -> list[str]:
-        """Returns the command-line arguments. Writes an argument that is a sequence to a file in `folder`, and passes
-        the path."""
+        """Returns the command-line arguments. A sequence is written to a file in `folder`, whose path is passed."""
         options: dict[str, object] = {
             "requests": self.requests,
             "records": folder / "records",

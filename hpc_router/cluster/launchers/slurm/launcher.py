@@ -131,8 +131,7 @@ class SlurmLauncher:
         self._query_soon()
 
     def _completing(self, job_ids: Sequence[str]) -> list[str]:
-        """Returns those of the jobs that Slurm is cleaning up. If a job's node does not answer, Slurm would start the
-        job again after that."""
+        """Returns those of the jobs that Slurm is cleaning up. Slurm may start such a job again on another node."""
         snapshot = self.queue.snapshot()
         jobs = snapshot.jobs if snapshot is not None else {}
         return [job_id for job_id in job_ids if job_id in jobs and jobs[job_id].state == "COMPLETING"]

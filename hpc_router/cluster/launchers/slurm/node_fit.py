@@ -47,8 +47,7 @@ def site_faults(deployment: Deployment, site: SlurmSite) -> list[str]:
 
 
 def site_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """Returns warnings about jobs that Slurm would accept, but that must wait for nodes or can never all run at the
-    same time."""
+    """Returns warnings about jobs that Slurm would accept, but that must wait for nodes or cannot all run at once."""
     warnings = []
     for request in _requests(deployment):
         for partition in _partitions(request, site):
@@ -93,9 +92,8 @@ def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tupl
 
 
 def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: str) -> list[str]:
-    """Returns a fault for each resource size that is too large for a step of the Slurm job `name`. `kinds`: the job's
-    nodes. Without this check, the step would wait for ever. The router is left out, because its step overlaps with
-    others."""
+    """Returns a fault for each resource size that is too large for a step of the Slurm job `name`, because such a step
+    would wait for ever. `kinds`: the job's nodes. The router is left out, because its step overlaps with others."""
     cluster = replace(deployment.cluster, gpu_type=None, constraint=None)  # srun gets neither
     whole = Partition(name, math.inf, default=False, state="up", kinds=tuple(kinds))
     wanted = {expert: e.replicas for expert, e in hosts(deployment.experts).items() if e.replicas}

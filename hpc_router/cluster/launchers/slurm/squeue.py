@@ -2,8 +2,7 @@
 
 The snapshot is a file in the run directory, so that the Slurm controller is queried once per `cluster.ask_s`, however
 many loops and verbs there are. A process that finds the snapshot too old creates a lock file and makes the next query;
-a verb that needs the present state queries at once. If the controller does not answer, the last snapshot remains in
-use.
+a verb that needs the present state queries at once. If the controller does not answer, the last snapshot is used.
 """
 
 import contextlib

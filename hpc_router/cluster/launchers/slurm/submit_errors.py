@@ -1,8 +1,7 @@
 """Maps the error texts of sbatch to the config keys to edit, with advice. Pure.
 
 The texts are those of sbatch and slurmctld, 20.11 to 25.05. A site's submit plugin may print any text, so an unknown
-text is quoted with all requested options. A temporary error means that no value is wrong and Slurm cannot accept the
-job now.
+text is quoted with all requested options. A temporary error means that no value is wrong: Slurm cannot accept it now.
 """
 
 import re
@@ -273,8 +272,7 @@ def explain(text: str, deployment: Deployment, expert: str) -> str:
 
 
 def _values(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str, bool]]:
-    """Returns (config key, value, whether it is set) for each config key from which jobs of `expert` take the option
-    `name`."""
+    """Returns (config key, value, whether it is set) for each config key that sets the option `name` for `expert`."""
     at, resources = resources_of(deployment, expert)
     if name == "runs":
         return [(name, deployment.runs, True)]

@@ -58,8 +58,7 @@ def task_command(python: str, folder: Path) -> tuple[str, ...]:
 
 
 def submit_all(submissions: Sequence[Submission]) -> dict[str, str | None]:
-    """Submits the jobs of all submissions. Returns the error of each replica; None if the replica's job was
-    submitted."""
+    """Submits all jobs. Returns the error of each replica; None if the replica's job was submitted."""
     replicas = [replica for submission in submissions for replica in submission.argv_of]
     held = current_job_id()
     environment = {**without_job_variables(os.environ), **({JOB_ID: held} if held is not None else {})}
