@@ -185,7 +185,7 @@ def _version(vllm: str) -> str:
 
 def agreement(run: RunDir, options: AgreementOptions) -> str:
     """Compares the two load generators on the deployment of `run`, and writes a JSON and a Markdown file to the folder
-    `options.out`. Returns the Markdown and the paths of the files. Raises ConfigError and LaunchError."""
+    `options.out`. Returns the Markdown text and the files' paths, as one text. Raises ConfigError and LaunchError."""
     at = utc_now()
     config = read_config(
         {

@@ -1,7 +1,7 @@
 """Measures the CPU time that a scrape of `/metrics` costs the control process of a router. Starts nothing.
 
-The table of replicas, the counts of the workers and the engines' loads are like those of a busy router. Measured is
-what the control process does for a scrape: it decodes the counts of each worker, adds them up, and writes the text.
+The table of replicas, the counts of the workers and the engines' loads are like those of a busy router. For each
+scrape, the counts of each worker are decoded and added up, and the text is written, as in the control process.
 """
 
 import gc

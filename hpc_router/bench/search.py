@@ -15,7 +15,7 @@ _DIGITS = 4
 
 
 def next_rate(measured: Mapping[float, bool], config: BenchConfig) -> float | None:
-    """Returns the rate to measure next; None after the end of the search. `measured`: rate -> whether its target
+    """Returns the rate to measure next; None after the end of the search. `measured`: rate -> whether the target
     held."""
     assert config.rates is not None
     if len(measured) >= config.search_points:
@@ -34,7 +34,7 @@ def next_rate(measured: Mapping[float, bool], config: BenchConfig) -> float | No
 
 
 def limit_text(measured: Mapping[float, bool], config: BenchConfig) -> str:
-    """Returns the result of a search in one sentence. `measured`: rate -> whether its target held."""
+    """Returns the result of a search in one sentence. `measured`: rate -> whether the target held."""
     target = f"{config.search_share:.0%} of the requests within bench.good"
     bad = min((rate for rate, held in measured.items() if not held), default=None)
     good = max((rate for rate, held in measured.items() if held and (bad is None or rate < bad)), default=None)

@@ -58,7 +58,8 @@ class Store:
     folder: Path
 
     def key(self, deployment: Deployment, config: BenchConfig, point: Point) -> str:
-        """Returns the hash that names the file of a measurement point. It is the same in every sweep."""
+        """Returns the hash that names the file of a measurement point. The same point has the same hash in every
+        sweep."""
         bench = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_KEY}
         return _digest({"deployment": deployment_key(deployment), "bench": bench, "point": asdict(point)})
 
@@ -76,7 +77,8 @@ class Store:
         return read_json(self.path(key))
 
     def add(self, key: str, record: Mapping[str, Any], raw: list[dict[str, Any]] | None) -> None:
-        """Stores a finished point. Writes `raw`, its requests, first, because the record shows that it is finished."""
+        """Stores a finished point. Writes `raw`, its requests, first, because the record marks the point as
+        finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if raw is not None:
             replace_text(self.folder / f"{key}.requests.jsonl", lines(raw))
@@ -84,7 +86,7 @@ class Store:
 
     def run_of(self, deployment: Deployment) -> RunDir:
         """Returns the run directory of a deployment of the sweep. It is always the same, so that a process can find and
-        stop what a killed one has left running."""
+        stop what a killed process has left running."""
         return RunDir(self.runs / deployment_key(deployment))
 
     @property

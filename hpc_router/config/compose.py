@@ -107,8 +107,7 @@ def _deployment(
 
 @contextmanager
 def _located(overrides: Sequence[str]) -> Iterator[None]:
-    """Puts before the message of a ConfigError from the block where the error's key was set: the override or the
-    file."""
+    """Puts where its key was set, an override or a file, before the message of each ConfigError from the block."""
     try:
         yield
     except ConfigError as error:

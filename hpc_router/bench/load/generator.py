@@ -59,7 +59,7 @@ class LoadTarget:
 @dataclass(frozen=True, slots=True)
 class LoadResult:
     """The observations of one load. `cpu_share`: share of one core that the busiest load generator used. `wait_share`:
-    share of time for which it waited for a core. `exceeded`: whether the load ended early: too many were in flight."""
+    share of time for which it waited for a core. `exceeded`: whether too many requests in flight ended the load."""
 
     started_at: float
     observations: Sequence[Observation]
@@ -73,7 +73,7 @@ def run_load(
     target: LoadTarget, config: BenchConfig, work: Workload, folder: Path, *, most_in_flight: int | None = None
 ) -> LoadResult:
     """Sends the load, and returns the result when all measured requests have ended. `folder`: a private folder for the
-    program's files. `most_in_flight`: a load with arrival times ends early above this number of requests, if given."""
+    program's files. `most_in_flight`: requests in flight above which a load with arrival times ends early."""
     host, port = target.address
     folder.mkdir(parents=True, exist_ok=True)
     requests = [http_request(one.body, host=f"{host}:{port}", path=CHAT, token=target.token) for one in work.bodies]

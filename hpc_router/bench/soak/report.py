@@ -22,7 +22,7 @@ def jain(counts: Sequence[int]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """The requests of one load. `labels`: names of the replicas; a request's `label` counts them from 1."""
+    """The requests of one load. `labels`: names of the replicas; a request's `label` is an index into them, from 1."""
 
     name: str
     requests: Table

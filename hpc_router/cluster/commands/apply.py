@@ -91,7 +91,7 @@ class Change:
 
 
 def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None, previous: bool = False) -> Change:
-    """Returns the change that `overrides` make, after the checks that `plan` makes. `previous`: whether the overrides
+    """Returns the change that `overrides` make, if it passes the checks of `plan`. `previous`: whether the overrides
     apply to the config before the last `apply` instead of the present one. Without overrides, `config_dir` and
     `previous`, the change only moves the run to this version of the package. Raises ConfigError if the new config is
     invalid or a value of `hpc-router set` does not fit it, if a key cannot change, or if nothing changes."""

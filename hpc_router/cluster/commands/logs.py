@@ -79,7 +79,7 @@ class Position:
 
 
 def ends(files: Mapping[str, Sequence[Path]]) -> dict[Path, Position]:
-    """Returns the current end of each of these logs."""
+    """Returns the position of the present end of each of these logs."""
     found = ((path, path.stat()) for paths in files.values() for path in paths)
     return {path: Position(status.st_ino, status.st_size) for path, status in found}
 

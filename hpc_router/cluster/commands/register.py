@@ -68,7 +68,8 @@ def examine(
 
 
 def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
-    """Writes the record of an endpoint to the registry and returns it. The same expert and address replace a record."""
+    """Writes the record of an endpoint to the registry and returns it. It replaces one of the same expert and
+    address."""
     known = _existing(run, expert=endpoint.expert, url=endpoint.url)
     record = Record(
         kind=RecordKind.EXTERNAL,
@@ -87,7 +88,8 @@ def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
 def unregister(
     run: RunDir, *, replica: str | None = None, expert: str | None = None, url: str | None = None
 ) -> list[str]:
-    """Removes the external endpoints that match all given values; returns their names. ConfigError: none matches."""
+    """Removes the external endpoints that match all given values; returns their names. Raises ConfigError if none
+    does."""
     records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.EXTERNAL}
     base = base_url(url) if url is not None else None
     matching = [

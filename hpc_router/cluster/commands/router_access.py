@@ -62,8 +62,8 @@ def recorded_router(run: RunDir) -> Record:
 
 
 def prove_identity(run: RunDir, record: Record) -> RouterAccess:
-    """Returns access to the router in `record` after it has proven its identity. Raises LaunchError if no process
-    answers at its address, or another one does."""
+    """Returns access to the router in `record` after it has proven its identity. Raises LaunchError if its address does
+    not answer or another process answers there."""
     check = check_identity(record, run.secret())
     if check is not IdentityCheck.PROVEN:
         raise LaunchError(f"{record.replica} at {record.url}: {check}; `hpc-router status --run {run.path}` shows more")

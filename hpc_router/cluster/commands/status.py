@@ -155,9 +155,9 @@ def ask_router(run: RunDir, path: str = "/status") -> tuple[RouterAccess | None,
 
 
 def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the view as JSON, with values that only the router knows. `known`: the router's data on the replica, None
-    without any. If the view shows the replica as ready or registered, the router's state replaces the view's, because
-    only the router probes replicas."""
+    """Returns the view as JSON, with values that only the router knows. `known`: the router's data on the replica; None
+    if it has none. If the view shows the replica as ready or registered, the router's state replaces the view's,
+    because only the router probes replicas."""
     merged = view.to_json() | {"phase": view.state.value} | dict.fromkeys(_ROUTER_KEYS)
     if known is None:
         return merged

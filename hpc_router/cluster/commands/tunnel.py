@@ -55,7 +55,7 @@ class Tunnel:
         return shlex.join(self.argv)
 
     def notes(self) -> list[str]:
-        """Returns further commands for the laptop, as shell comments."""
+        """Returns notes for the user and further commands for the laptop, as shell comments."""
         scheme = "https" if self.url.startswith("https:") else "http"
         token = shlex.join(["ssh", self.login, shlex.join(["cat", str(self.run / "token")])])
         lines = [

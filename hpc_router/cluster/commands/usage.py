@@ -23,7 +23,7 @@ _SUMS: Final = ("requests", "failed", "prompt_tokens", "cached_tokens", "generat
 
 
 def parse_since(text: str, *, now: float) -> float:
-    """Returns the Unix time at which a period of the length `text`, such as `7d`, began. Raises ConfigError."""
+    """Returns the Unix time that is the duration `text`, such as `7d`, before `now`. Raises ConfigError."""
     if not (match := _SINCE.fullmatch(text)):
         raise ConfigError(
             f"--since {text[:80]!r}: not a duration (valid: a number and m, h, d or w, such as 12h or 7d)"

@@ -67,7 +67,7 @@ def check_experts(run: RunDir, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def described(token: UserToken, *, now: float) -> dict[str, Any]:
-    """Returns the token's entry as JSON values, with the key `expired`."""
+    """Returns the token's entry as JSON values, and in the key `expired` whether the token has expired."""
     expired = token.expires_at is not None and token.expires_at <= now
     return token.to_json() | {"expired": expired}
 

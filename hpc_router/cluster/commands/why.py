@@ -241,8 +241,8 @@ def _write_failures(run: RunDir, shown: list[ReplicaView], answer: Mapping[str, 
 
 
 def _node_causes(run: RunDir, shown: Sequence[ReplicaView], observed: Observed, *, now: float) -> list[Cause]:
-    """Returns a cause for each node that the control loop has excluded, and for each node with as many failures that is
-    not excluded, because too many nodes would be."""
+    """Returns a cause for each node that the control loop has excluded, and for each node that fails as often but is
+    not excluded, because too many nodes would then be excluded."""
     if not shown:
         return []
     view = next((view for view in shown if view.expert == ROUTER), shown[0])

@@ -248,8 +248,8 @@ def _exclusions(desired: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forgotten_nodes(run: RunDir) -> dict[str, float]:
-    """Returns for each node that was excluded before when it was last allowed again (Unix seconds). Its failures before
-    that time no longer count."""
+    """Returns node -> Unix time at which its exclusion was last ended. Failures of the node before that time no longer
+    count."""
     return _forgotten(run.read_desired())
 
 

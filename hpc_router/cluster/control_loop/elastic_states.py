@@ -14,7 +14,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 def elastic_policies(deployment: Deployment, replicas: Mapping[str, int]) -> dict[str, ElasticPolicy]:
-    """Returns the policies of the elastic experts. `replicas`: by expert, the number before the first decision."""
+    """Returns the policies of the elastic experts. `replicas`: by expert, its number of replicas before a decision."""
     policies = {}
     for name, expert in hosts(deployment.experts).items():
         if is_elastic(expert):

@@ -1,6 +1,7 @@
 """Decides how many replicas each elastic expert has, from its measured demand. Pure: no I/O, time is an argument.
 
-The demand of an expert is the number of its requests in flight and waiting. The rules, in this order:
+The demand of an expert is the number of its requests in flight and waiting; its places are the requests that its
+replicas take at the same time. The rules, in this order:
 1. An expert without replicas gets some as soon as a request has come for it.
 2. An expert gets more replicas when its expected demand fills more than `UP_SHARE` of its places, or when requests wait
    long although all its replicas are ready. The expected demand is that at the time when the new replicas are ready.
@@ -128,8 +129,8 @@ def decide(experts: Mapping[str, Expert], now: float, *, free_gpus: int | None =
 
 
 def fits(policy: ElasticPolicy, demand: float, share: float) -> int:
-    """Returns the smallest number of replicas of whose places `demand` requests fill at most the share `share`. The
-    number is within the limits of the expert, and at least one if there is any demand."""
+    """Returns the smallest number of replicas with which `demand` requests fill at most the share `share` of the
+    places. The number is within the limits of the expert, and at least one if there is any demand."""
     bounded = demand if policy.max_in_flight is None else min(demand, policy.max_in_flight)
     needed = max(1, math.ceil(bounded / (policy.places * share) - 1e-9)) if demand > 0 else 0
     return min(max(needed, policy.min_replicas), policy.max_replicas)

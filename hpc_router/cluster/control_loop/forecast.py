@@ -160,7 +160,8 @@ class ForecastFiles:
         adapters: Mapping[str, str],
     ) -> None:
         """Writes those of the two files whose content has changed. `partitions`: the configured partition of each
-        expert. `absent`: the reason by expert that may have no live job. `adapters`: for each adapter, its host."""
+        expert. `absent`: reason by expert, for experts that may have no live job. `adapters`: the host of each
+        adapter."""
         estimates = {
             "experts": {
                 expert: {partitions.get(expert, ""): {k: [round(s, 2) for s in v] for k, v in asdict(known).items()}}

@@ -1,10 +1,10 @@
 """Hang detector: finds agents whose lease beats have stopped and that do not answer at `/health`.
 
 Such an agent is lost, and its job may have ended. The agent hangs if its job still runs after HUNG_BEATS intervals, or
-at once if its node is off: it neither accepts nor refuses a connection, also at a port that nobody uses (a hung agent
-may have a full queue of connections). Slurm marks such a node down much later. Neither sign is enough alone, because a
-stalled file system stops beats and a busy node answers late. This process measures the time since the last beat with
-its own clock, so it finds no lost agent in its first intervals.
+at once if its node is off. A node is off if it neither accepts nor refuses a connection, even at a port that nobody
+uses (the agent's own port may have a full queue of connections). Slurm marks such a node down much later. Neither sign
+is enough alone, because a stalled file system stops beats and a busy node answers late. This process measures the time
+since the last beat with its own clock, so it finds no lost agent in its first intervals.
 """
 
 import asyncio

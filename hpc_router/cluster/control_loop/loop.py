@@ -273,10 +273,10 @@ class ControlLoop:
         return submitted, refused
 
     def apply_exclusions(self, seen: LoopPass, submitted: Sequence[str] = ()) -> None:
-        """Tells Slurm the run's excluded nodes for the jobs in the queue, if they have changed since the last call.
-        `submitted`: jobs that this pass submitted with the nodes that were excluded at its beginning. If another node
-        was excluded since then, jobs that have started in the meantime are ended, because they may run there. If Slurm
-        does not answer, the next call tries again."""
+        """Tells Slurm the run's excluded nodes for the jobs in the queue, if these nodes have changed since the last
+        call. `submitted`: jobs that this pass submitted with the nodes that were excluded at its beginning. If another
+        node was excluded since then, jobs that have started in the meantime are ended, because they may run there. If
+        Slurm does not answer, the next call tries again."""
         wanted = excluded_nodes(self.run)
         if self._excluded is None and not wanted and not forgotten_nodes(self.run):
             self._excluded = wanted  # no job can have been submitted with other nodes

@@ -1,7 +1,7 @@
-"""Tells people about problems that they have to solve, by a command or by mail (`cluster.notify`).
+"""Reports problems that people have to solve, by a command or by mail (`cluster.notify`).
 
-The leading loop looks for problems in each pass. A problem is told once, and again only after it was gone for `GONE_S`
-seconds. A new leading loop, such as that of the router's successor, tells all problems that remain once more. The
+The leading loop looks for problems in each pass. Each problem is reported once, and again only after it was gone for
+`GONE_S` seconds. A new leading loop, such as that of the router's successor, reports all problems that remain. The
 command runs in a thread of its own with a time limit, so that it never delays a pass.
 """
 
@@ -74,7 +74,7 @@ def problems(
 
 
 class Notifier:
-    """Tells problems to the user with `notify`, the value of `cluster.notify`. If that is None, tells nothing."""
+    """Reports problems to the user by `notify`, the value of `cluster.notify`. If that is None, reports nothing."""
 
     def __init__(self, run: RunDir, notify: str | None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._notify, self._clock = run, notify, clock
@@ -83,7 +83,7 @@ class Notifier:
         self._thread: threading.Thread | None = None
 
     def look(self, present: Sequence[Notice]) -> None:
-        """Tells the user each problem in `present` that is new."""
+        """Reports each problem in `present` that is new."""
         now = self._clock()
         self._seen = {key: at for key, at in self._seen.items() if now - at <= GONE_S}
         for notice in present:
@@ -95,7 +95,7 @@ class Notifier:
             self._seen[notice.key] = now
 
     def close(self) -> None:
-        """Waits until the user has been told all problems that were found."""
+        """Waits until all problems that were found are reported."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()

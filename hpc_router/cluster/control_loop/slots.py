@@ -15,7 +15,7 @@ from hpc_router.state.registry import State, replica_name
 
 
 class Slot(NamedTuple):
-    """The place of one replica. `name` is a number; it begins with a letter if the control loop does not manage the
+    """The place of one replica. `name`: a number, with a letter before it if the control loop does not manage the
     slot."""
 
     expert: str

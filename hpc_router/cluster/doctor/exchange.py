@@ -119,8 +119,8 @@ def _serve(server: socket.socket) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ClockReading:
-    """A measured clock difference: another host's time minus this host's. `error_s`: the largest possible error of it,
-    in seconds."""
+    """A measured clock difference: another host's time minus this host's. `error_s`: its largest possible error in
+    seconds."""
 
     offset_s: float
     error_s: float

@@ -21,7 +21,7 @@ from hpc_router.state.run_directory import RunDir
 
 def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
     """Replaces this process by the service; does not return. `argv_of`: the command of each replica in the job; the
-    variable $HPC_ROUTER_REPLICA says which of them this task runs. `version`: the package's version that submitted the
+    variable $HPC_ROUTER_REPLICA says which of them this task runs. `version`: version of the package that submitted the
     job. All arguments are plain text, so that every version can load a job's pickle."""
     replica = os.environ.get("HPC_ROUTER_REPLICA") or next(iter(argv_of))
     argv = argv_of[replica]

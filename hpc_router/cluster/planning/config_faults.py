@@ -59,8 +59,8 @@ def _machine_faults(deployment: Deployment) -> Iterator[str]:
 
 
 def _variable_faults(deployment: Deployment) -> Iterator[str]:
-    """Yields a fault for each environment in the config that sets the variable RUST_FRONTEND. It would choose another
-    HTTP server of vLLM than the engine option `frontend`, by which `plan` checks the server's options."""
+    """Yields a fault for each environment in the config that sets RUST_FRONTEND. This variable chooses vLLM's HTTP
+    server, but `plan` checks that server's options only if the engine option `frontend` chooses it."""
     experts = {name: e for name, e in hosts(deployment.experts).items() if e.engine.kind == "vllm"}
     given = {"cluster.env": deployment.cluster.env} if experts else {}
     for key, env in (given | {f"experts.{name}.engine.env": e.engine.env for name, e in experts.items()}).items():

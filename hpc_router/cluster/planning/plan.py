@@ -1,5 +1,4 @@
-"""The plan of a deployment: the commands and batch scripts that `up` would run, and the faults of the deployment that
-can be found before.
+"""The plan of a deployment: the commands and batch scripts that `up` would run, and the faults that are found before.
 
 `up` makes the plan first and starts nothing if it has faults. All faults are reported at once, each with the key to
 edit. Engines and Slurm are asked only if the config itself has no faults.

@@ -85,8 +85,8 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
 
 def with_requested(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
     """Returns the deployment that the arguments request for a run whose config is `base`. If an override chooses a file
-    of a config group, or if `config_dir` is given, the result is a new config without values of `base`, with which the
-    caller compares it. Otherwise the result is `base` with single values changed."""
+    of a config group, or if `config_dir` is given, the result is a new config without values of `base`, and the caller
+    compares the two. Otherwise the result is `base` with single values changed."""
     if config_dir is not None or any(parse_override(text).key_or_group in frozen.GROUPS for text in overrides):
         return with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
     return with_absolute_paths(compose.with_overrides(base, overrides))

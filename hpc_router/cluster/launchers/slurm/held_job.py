@@ -89,9 +89,9 @@ def current_step_id(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def step_fault(jobs: Sequence[BatchJob]) -> str | None:
-    """Returns a fault if a step for one of these jobs cannot start while the step lasts in which this process runs.
-    Returns None if this process runs in no step, or if all those steps can start. Returns None without a test if
-    further steps run in the job, because they may be the replicas. Raises SlurmCommandError."""
+    """Returns a fault if a step for one of these jobs cannot start while this process's own step runs. Returns None if
+    this process runs in no step, or if all those steps can start. Returns None without a test if further steps run in
+    the job, because they may be the replicas. Raises SlurmCommandError."""
     step_id = current_step_id()
     if step_id is None or not jobs:
         return None

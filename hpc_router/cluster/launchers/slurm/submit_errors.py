@@ -1,7 +1,7 @@
 """Maps the error texts of sbatch to the config keys to edit, with advice. Pure.
 
 The texts are those of sbatch and slurmctld, 20.11 to 25.05. A site's submit plugin may print any text, so an unknown
-text is quoted with all requested options. A temporary error means that no value is wrong: Slurm cannot accept it now.
+text is quoted with all requested options. With a temporary error, no value is wrong: Slurm is busy or does not answer.
 """
 
 import re
