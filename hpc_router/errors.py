@@ -124,7 +124,7 @@ class RequestTimeoutError(RoutingError):
 
 
 class OverloadedError(RoutingError):
-    """`router.max_in_flight` requests are in flight."""
+    """The router has `router.max_in_flight` requests in flight and takes no more."""
 
 
 class UnavailableError(RoutingError):

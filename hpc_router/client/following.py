@@ -1,10 +1,10 @@
 """Sends one request to the router that leads, and to its successor if that router did not take it.
 
 Rules: a request that no router took (no connection, or the router drains) is sent again until a router takes it or
-`follow_s` seconds have passed. A request whose connection ended before a response began is sent again once, if its body
-can be sent again. So is a request with status 401 if the run has a new token. Every other response goes to the caller.
-A router gets a request only after `router_identity` has checked the process at its address; one check serves all
-requests until one fails. This module knows no HTTP library: subclasses do the I/O.
+`follow_s` seconds have passed. A request whose connection ended before a response began, or that got status 401 while
+the run has a new token, is sent again once, if its body can be sent again. Every other response goes to the caller. A
+router gets a request only after `router_identity` has checked the process at its address; one check serves all requests
+until one fails. This module knows no HTTP library: subclasses do the I/O.
 """
 
 import random
@@ -93,7 +93,7 @@ class RouterFollower(ABC, Generic[Q, A]):
         return await self.call(partial(self._leader.find, recheck=recheck))
 
     def adds_token(self, request: Q) -> bool:
-        """Returns whether `send` adds the owner's token to this request. Only then may a new token be tried."""
+        """Returns whether `send` adds the owner's token to this request. Only then can a new token help after a 401."""
         return True
 
     def invalidate(self) -> None:

@@ -51,8 +51,8 @@ class RetryState:
         return may
 
     def refused_by_drain(self, status: int, headers: Mapping[str, str]) -> bool:
-        """Returns whether this response says that the router drains and has refused the request, and whether the
-        request's body can be sent again, to another router."""
+        """Returns whether the router drains and has refused the request, so that it can be sent to another router.
+        Returns False for a request whose body cannot be sent again."""
         return self._replayable and status == 503 and DRAINING_HEADER in headers
 
     def pause_s(self, now: float, jitter: float) -> float | None:

@@ -29,8 +29,7 @@ MAX_RESPONSE_BYTES: Final = 2**16
 
 
 class IdentityCheck(StrEnum):
-    """The result of an identity check. Its text ends an error message such as "router-0.g1 at http://node7:8000:
-    ..."."""
+    """The result of an identity check. Its text ends an error message that begins with a router's name and address."""
 
     PROVEN = "it is the router"
     UNREACHABLE = "no process answers there"
@@ -47,8 +46,8 @@ def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bo
 
 
 def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIMEOUT_S) -> IdentityCheck:
-    """Sends a challenge to the address in `record` and returns whether the router of that record has answered. Blocks
-    for at most `timeout_s` seconds, even if the response arrives slowly."""
+    """Sends a challenge to the address in `record` and checks that the router of that record has answered. Blocks for
+    at most `timeout_s` seconds, even if the response arrives slowly."""
     if not record.nonce:
         return IdentityCheck.NO_NONCE
     challenge = new_token()

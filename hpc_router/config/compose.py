@@ -107,7 +107,7 @@ def _deployment(
 
 @contextmanager
 def _located(overrides: Sequence[str]) -> Iterator[None]:
-    """Puts where its key was set, an override or a file, before the message of each ConfigError from the block."""
+    """Makes each ConfigError from the block begin with the place where its key was set: the override or the file."""
     try:
         yield
     except ConfigError as error:
@@ -186,8 +186,7 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
 
 
 def _hides_its_package(path: Path) -> bool:
-    """Returns whether a byte order mark precedes `# @package ...` in the file's first line, which Hydra then
-    ignores."""
+    """Returns whether the line `# @package ...` is the file's first and follows a byte order mark: Hydra ignores it."""
     with suppress(OSError), path.open("rb") as stream:
         first = stream.readline()
         return first.startswith(BOM_UTF8) and b"@package" in first

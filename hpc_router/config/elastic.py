@@ -19,7 +19,7 @@ def on_demand(experts: Mapping[str, ExpertConfig]) -> frozenset[str]:
 
 
 def replica_limits(expert: ExpertConfig) -> tuple[int, int]:
-    """Returns the expert's minimum and maximum number of replicas. A limit that is not set is `replicas`."""
+    """Returns the expert's minimum and maximum number of replicas. A limit that is not set equals `replicas`."""
     low = expert.replicas if expert.min_replicas is None else expert.min_replicas
     high = expert.replicas if expert.max_replicas is None else expert.max_replicas
     return low, high
