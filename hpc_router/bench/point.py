@@ -218,8 +218,8 @@ def _value(text: str, name: str) -> float:
 
 
 def _late_share(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> float | None:
-    """Returns the share of its computing time by which a simulated engine was late between `before` and `after`, two
-    results of `_sim_seconds`: the maximum over all replicas; None if no replica is simulated."""
+    """Returns by how much the simulated engines were late between `before` and `after`, two results of `_sim_seconds`:
+    as a share of an engine's computing time, the maximum over all replicas. Returns None if no replica is simulated."""
     shares = []
     for name, (steps_s, lost_s) in after.items():
         earlier = before.get(name, (0.0, 0.0))

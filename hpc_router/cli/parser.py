@@ -143,7 +143,8 @@ def duration(text: str) -> float:
 
 
 def interval(text: str) -> float:
-    """Returns the seconds in an argument without a unit, such as 0.5; argparse refuses others than 0.1 to 3600."""
+    """Returns the seconds in an argument without a unit, such as 0.5; argparse refuses less than 0.1 or more than
+    3600."""
     value = number(text)
     if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds (valid: 0.1 to 3600)")

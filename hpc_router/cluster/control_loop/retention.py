@@ -2,7 +2,7 @@
 
 These generations are kept: live jobs and all replicas in the same Slurm job; the newest generation of a slot, which
 determines the next number; the newest generation of a slot that has ended; and every generation that ended less than
-MIN_AGE_S ago. Of all other generations, a slot keeps `cluster.keep_generations` for at most `cluster.keep_days`.
+MIN_AGE_S ago. Of the others, a slot keeps the newest `cluster.keep_generations`, for at most `cluster.keep_days` days.
 """
 
 import logging
