@@ -1,7 +1,8 @@
 """Background tasks that start again after an unexpected exception.
 
-A failure is logged with its traceback and reported to the owner, which counts it. The task starts again after a pause
-that doubles up to `MAX_PAUSE_S`, so that a lasting fault does not fill the log. It ends when cancelled or at a return.
+A failure is logged with its traceback and passed to `on_failure`, a function of the caller. The task starts again after
+a pause that doubles with each failure up to `MAX_PAUSE_S`, so that a lasting fault does not fill the log. The task ends
+when it is cancelled or when its function returns.
 """
 
 import asyncio
@@ -23,8 +24,9 @@ OnFailure = Callable[[str, str], None]
 
 
 async def restarting(task: str, body: Callable[[], Awaitable[None]], on_failure: OnFailure) -> None:
-    """Runs `body`, and runs it again after a pause each time it fails, until it returns. A run that lasted longer than
-    `MAX_PAUSE_S` resets the pause to `FIRST_PAUSE_S`."""
+    """Runs `body` until it returns. If it raises an exception, calls `on_failure`, pauses, and runs it again. The pause
+    grows with each failure; a run that lasted longer than `MAX_PAUSE_S` resets it to `FIRST_PAUSE_S`. `task`: the name
+    of the task in logs and metrics."""
     clock, failures = asyncio.get_running_loop().time, 0
     while True:
         started_at = clock()
@@ -42,7 +44,8 @@ async def restarting(task: str, body: Callable[[], Awaitable[None]], on_failure:
 
 @asynccontextmanager
 async def background(task: str, body: Callable[[], Awaitable[None]], on_failure: OnFailure) -> AsyncIterator[None]:
-    """Runs `restarting` as a task during the block. At the end of the block the task is cancelled and awaited."""
+    """Runs `restarting` with these arguments as a task during the `async with` block. At the end of the block the task
+    is cancelled and awaited."""
     running = asyncio.create_task(restarting(task, body, on_failure), name=task)
     try:
         yield
@@ -53,8 +56,8 @@ async def background(task: str, body: Callable[[], Awaitable[None]], on_failure:
 
 @dataclass(slots=True)
 class TaskFailures:
-    """Counts the failures of one process's background tasks. `seen`: by task name, the number of failures and the last
-    error."""
+    """Counts the failures of one process's background tasks. `seen`: name of the task -> (number of its failures, text
+    of the last error)."""
 
     seen: dict[str, tuple[int, str]] = field(default_factory=dict)
 

@@ -3,6 +3,6 @@ add their own jitter."""
 
 
 def pause_s(step: int, *, first_s: float, max_s: float, factor: float = 2.0) -> float:
-    """Returns the seconds to wait before the next attempt: 0 if `step` is negative, else `first_s * factor**step`, at
-    most `max_s`. `step`: number of pauses that were made before this one."""
+    """Returns the seconds to wait before the next attempt: `first_s * factor**step`, at most `max_s`; 0 if `step` is
+    negative. `step`: number of earlier pauses."""
     return 0.0 if step < 0 else min(max_s, first_s * factor ** min(step, 64))  # 64: no overflow

@@ -39,7 +39,7 @@ class StagingError(HpcRouterError):
 
 
 class ArtefactError(HpcRouterError):
-    """A classifier artefact is missing, damaged or of another version."""
+    """A trained classifier (its folder, the artefact) is missing, damaged or of another version."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -52,8 +52,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
 
 
 class RoutingError(HpcRouterError):
-    """A request cannot be served. `param`: the field of the request that is wrong; `retry_after_s`: value of
-    Retry-After."""
+    """A request cannot be served. `param`: the field of the request that is wrong, if any; `retry_after_s`: seconds for
+    the header Retry-After, if any."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -86,12 +86,13 @@ class ExpertForbiddenError(RoutingError):
 
 
 class RateLimitedError(RoutingError):
-    """The request would exceed a limit of its token, which `param` names: requests, tokens or concurrency. Without
-    `retry_after_s`, the request alone exceeds the limit, so that sending it again does not help."""
+    """The request would exceed a limit of its token; `param` names the limit: requests, tokens or concurrency.
+    `retry_after_s` is None if the request alone exceeds the limit, so that sending it again does not help."""
 
 
 class OriginNotAllowedError(RoutingError):
-    """A web page whose origin is not in `router.allowed_origins` may not read responses."""
+    """The request comes from a web page whose origin is not in `router.allowed_origins`; such a page may not read
+    responses."""
 
 
 class UnknownModelError(RoutingError):
@@ -123,7 +124,7 @@ class RequestTimeoutError(RoutingError):
 
 
 class OverloadedError(RoutingError):
-    """`router.max_in_flight` requests are in flight."""
+    """The router has `router.max_in_flight` requests in flight and takes no more."""
 
 
 class UnavailableError(RoutingError):
@@ -131,8 +132,8 @@ class UnavailableError(RoutingError):
 
 
 class ShedError(UnavailableError):
-    """The router is overloaded, and this request is of the lowest class. `limit`: the key of the router whose limit is
-    reached: max_waiting or max_in_flight."""
+    """The router is overloaded and refuses this request, because it is of the lowest class. `limit`: the key of the
+    router's config whose limit is reached: max_waiting or max_in_flight."""
 
     def __init__(self, message: str, *, limit: str, retry_after_s: float) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
@@ -140,7 +141,7 @@ class ShedError(UnavailableError):
 
 
 class ColdStartError(UnavailableError):
-    """The expert has no ready replica, and the request does not want to wait for one."""
+    """The expert has no ready replica, and the request asks not to wait for one."""
 
 
 class ScaledToZeroError(UnavailableError):
@@ -157,15 +158,15 @@ class UpstreamError(RoutingError):
 
 
 class UpstreamConnectError(UpstreamError):
-    """The router could not connect to the replica: no process listens at its address, or one that is not this replica.
-    `sent`: whether the request was sent before, over a connection that broke, so the engine may have started to process
-    it."""
+    """The router could not connect to the replica: at its address there is no process, or one that is not this replica.
+    `sent`: whether the request was sent before on an open connection that then broke, so that the engine may have begun
+    to process it."""
 
     sent = False
 
 
 class UpstreamTimeoutError(UpstreamError):
-    """The replica sent no first byte, or no further byte, within the time limit."""
+    """The replica did not begin its response, or did not continue it, within the time limit."""
 
 
 class UpstreamAbortedError(UpstreamError):

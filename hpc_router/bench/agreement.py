@@ -1,8 +1,8 @@
-"""`hpc-router bench agreement`: compares this load generator with `vllm bench serve` on one deployment.
+"""`hpc-router bench agreement`: compares this package's load generator with `vllm bench serve` on one deployment.
 
 Both tools send the same prompts with the same number of users, one tool after the other. Their order alternates from
-round to round. docs/bench.md lists the differences between their definitions. "Ours" is this load generator, and
-"theirs" is the other tool.
+round to round. docs/bench.md lists the differences between their definitions. In this module "ours" is this package's
+load generator, and "theirs" is `vllm bench serve`.
 """
 
 import itertools
@@ -46,8 +46,9 @@ serve` includes the start and the end of the load and this load generator does n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgreementOptions:
-    """The options of the comparison. `vllm`: Python interpreter with vLLM. `tokenizer`: any model folder, which the
-    other tool requires. `requests`: number of measured requests per tool and round."""
+    """The options of the comparison of this package's load generator with `vllm bench serve`. `vllm`: Python
+    interpreter with vLLM. `tokenizer`: any model folder, because `vllm bench serve` requires one. `requests`: number of
+    measured requests per tool and round."""
 
     vllm: str
     tokenizer: Path
@@ -61,14 +62,15 @@ class AgreementOptions:
 
 @dataclass(frozen=True, slots=True)
 class AgreementRounds:
-    """The figures from both tools: name of the figure -> its values, one per round."""
+    """The figures of all rounds, each as name -> values, one per round. `ours`: from this package's load generator;
+    `theirs`: from `vllm bench serve`."""
 
     ours: Mapping[str, Sequence[float]]
     theirs: Mapping[str, Sequence[float]]
 
     def table(self) -> list[tuple[str, RoundSpread, RoundSpread, RoundSpread | None]]:
-        """Returns one row per figure: its name, and the spreads of our values, their values, and the ratio ours /
-        theirs per round. The ratio is None if theirs is 0 in every round."""
+        """Returns one row per figure: its name, then over all rounds the spread of the values in `ours`, of those in
+        `theirs`, and of their ratio in each round (None if `theirs` is 0 in every round)."""
         rows = []
         for name in FIGURES:
             ours, theirs = self.ours[name], self.theirs[name]
@@ -81,7 +83,7 @@ class AgreementRounds:
 
 
 def comparable(found: Figures) -> dict[str, float]:
-    """Returns those of the figures that both tools report, by name. Raises LaunchError if one is missing."""
+    """Returns the figures in `found` that `vllm bench serve` reports as well. Raises LaunchError if one is missing."""
     if found.ttft_s is None or found.tpot_s is None or found.itl_s is None or found.e2e_s is None:
         raise LaunchError(f"no response has two tokens or more: {found.errors or 'raise --tokens'}")
     tokens = found.output_tokens
@@ -100,7 +102,7 @@ def comparable(found: Figures) -> dict[str, float]:
 def measure_ours(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path
 ) -> dict[str, float]:
-    """Runs this load generator and returns its comparable figures."""
+    """Runs this package's load generator and returns those of its figures that `vllm bench serve` reports as well."""
     load = run_load(target, config, workload(config, prompts, Point(users=config.users[0])), folder)
     return comparable(figures(load.observations, load.window))
 
@@ -108,7 +110,8 @@ def measure_ours(
 def measure_theirs(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], folder: Path, options: AgreementOptions
 ) -> dict[str, float]:
-    """Runs `vllm bench serve` and returns its comparable figures. Raises LaunchError with the end of its stderr."""
+    """Runs `vllm bench serve` and returns its figures by the names of `comparable`. If it fails, raises LaunchError
+    with the end of its stderr."""
     requests = config.requests or 0
     sent = itertools.islice(itertools.cycle(prompts), requests)
     folder.mkdir(parents=True)
@@ -136,7 +139,7 @@ def measure_theirs(
 def compare(
     target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], options: AgreementOptions
 ) -> AgreementRounds:
-    """Runs both tools in every round and returns their figures."""
+    """Runs this package's load generator and `vllm bench serve` in every round, and returns their figures."""
     rounds: list[dict[str, dict[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="hpc-router-agreement-") as scratch:
         for number in range(options.rounds):
@@ -181,8 +184,8 @@ def _version(vllm: str) -> str:
 
 
 def agreement(run: RunDir, options: AgreementOptions) -> str:
-    """Compares the tools on the deployment of `run`, and writes JSON and Markdown to the folder `options.out`. Returns
-    the Markdown and the paths of the files. Raises ConfigError and LaunchError."""
+    """Compares the two load generators on the deployment of `run`, and writes a JSON and a Markdown file to the folder
+    `options.out`. Returns the Markdown text and the files' paths, as one text. Raises ConfigError and LaunchError."""
     at = utc_now()
     config = read_config(
         {

@@ -43,7 +43,7 @@ class GoodputLimits:
 
 @dataclass
 class ValidityLimits:
-    """Limits on the conditions of a measurement. A measured point outside of them is marked invalid."""
+    """Limits on the conditions of a measurement. If a point exceeds one of them, its figures are marked invalid."""
 
     error_share: float = bounded(0.01, 0, 1)  # maximum share of the measured requests that fail
     load_share: float = bounded(0.9, 0, 1)  # maximum share of one core that a load generator uses or waits for

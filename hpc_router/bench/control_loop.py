@@ -1,8 +1,8 @@
 """Measures the CPU time of one pass of the control loop, on a temporary run directory. Submits no job.
 
 The run directory looks like that of a busy deployment: every replica is ready and renews its record between the passes,
-all old generations have ended, and a recent copy of Slurm's queue lists the jobs. Before each pass, one job's progress
-file is written again.
+all old generations have ended, and a recent copy of Slurm's queue lists the jobs. Before each pass, the progress file
+of one job is written again, so that the pass has to read it.
 """
 
 import statistics
@@ -43,8 +43,8 @@ class PassCost:
 
 
 def measure_passes(*, replicas: int, generations: int, passes: int, folder: Path | None = None) -> PassCost:
-    """Creates a run directory, measures its passes, and removes it. `folder`: the parent folder of the run directory
-    (default: the system's folder for temporary files)."""
+    """Creates a run directory, measures `passes` passes of the control loop on it, and removes it. `generations`:
+    number of ended jobs per slot. `folder`: the run directory's parent (default: the system's temporary folder)."""
     if not (replicas and passes):
         raise ConfigError("bench passes: at least one replica and one pass are needed")
     with TemporaryDirectory(dir=folder) as path:

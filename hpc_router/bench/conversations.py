@@ -1,9 +1,9 @@
 """The conversations of a load: system prompts, turns, tool turns, pauses and cancellations. Pure functions of the seed.
 
-A request of a conversation contains all earlier messages. In this history, each answer is either a mark, which the load
-generator replaces by the engine's answer, or a prepared text, so that every run sends the same bytes. All texts are
-random words from the prompts of one domain, so different conversations share a prefix only if they share a system
-prompt.
+A request of a conversation contains all earlier messages. An earlier answer in it is either a mark, which the load
+generator replaces by what the engine has answered, or a prepared text, so that every run sends the same bytes. All
+texts are random words from the prompts of one domain, so different conversations share a prefix only if they share a
+system prompt.
 """
 
 import random
@@ -22,8 +22,9 @@ MAX_STEPS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class ConversationStep:
-    """One request of a conversation. `pause_s`: time between the previous response and this request. `turn`: number of
-    the user's message, from 1. `leave_after`: number of events after which the client cancels; 0: never."""
+    """One request of a conversation. `pause_s`: seconds between the previous response and this request. `turn`: number,
+    from 1, of the user's message that it answers. `leave_after`: number of events of the response after which the
+    client cancels; 0: never."""
 
     messages: Sequence[Message]
     max_tokens: int
@@ -67,7 +68,7 @@ class DomainWords:
         return list(self._words)
 
     def text(self, source: random.Random, count: int, domain: str | None) -> str:
-        """Returns `count` random words of a domain."""
+        """Returns `count` random words from the prompts of `domain`; None stands for the prompts without a domain."""
         return " ".join(source.choices(self._words[domain], k=count))
 
 
@@ -81,7 +82,7 @@ def conversations(
     prepared: bool,
 ) -> Iterator[Conversation]:
     """Yields `count` conversations. `shared`: seed of the system prompts. `own`: seed of everything else. `prepared`:
-    whether histories have prepared answers instead of marks."""
+    whether earlier answers in a request are prepared texts, instead of marks for the engine's answers."""
     vocabulary, names = DomainWords(prompts), list(classes)
     weights = [one.weight for one in classes.values()]
     source = random.Random(f"{own}:conversations")

@@ -1,4 +1,5 @@
-"""Measures what a user and the interactive class wait while others flood the router: `hpc-router bench fairness`.
+"""Measures how long a user's requests and interactive requests wait while others flood the router: `hpc-router bench
+fairness`.
 
 Two measurements on one deployment of simulated engines (`topology=fairness`). In the first, user A keeps 2,000 requests
 in the router, and user B sends one per second; every request takes 0.5 s of its engine. In the second, interactive
@@ -45,8 +46,9 @@ NS: Final = 1e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FairnessOptions:
-    """The options. `seconds`: duration of each measured load; `flood`: requests that A, or the batch class, keeps in
-    the router; `rate`: interactive streams per second in the second measurement; `workers`: workers of the router."""
+    """The options. `seconds`: duration of each measured load. `flood`: number of requests that are kept in the router,
+    of user A in the first measurement and of the class `batch` in the second. `rate`: interactive streams per second in
+    the second measurement. `workers`: workers of the router."""
 
     seconds: float = 30.0
     flood: int = 2000
@@ -81,9 +83,10 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True)
 class FairnessResults:
-    """The results. `waits`: what B's requests took beyond the engine's time, alone and beside A's flood. `first_token`:
-    time to the first token of interactive streams, alone and before the batch queue. `starts_of_a`: requests of A that
-    ended in the first measurement."""
+    """The results. `waits_*`: by how much the requests of user B took longer than the engine needs, while B is alone
+    and while user A floods the router. `first_token_*`: time to the first token of interactive streams, without and
+    with a queue of batch requests. `starts_of_a`, `batch_ended`: number of served requests of user A and of the batch
+    class."""
 
     options: FairnessOptions
     waits_alone: Latencies
@@ -96,7 +99,8 @@ class FairnessResults:
 
     @property
     def ratio(self) -> float:
-        """The 99th percentile of the time to the first token before a batch queue, relative to that without."""
+        """The 99th percentile of interactive streams' time to the first token with batch requests, divided by
+        without."""
         return self.first_token_before_batch.p99_ms / self.first_token_alone.p99_ms
 
     def to_json(self) -> dict[str, Any]:
@@ -122,7 +126,7 @@ class FairnessResults:
 
 
 def fairness(options: FairnessOptions, console: Console) -> FairnessResults:
-    """Measures, writes the two result files and returns the results. Raises ConfigError and LaunchError."""
+    """Makes both measurements, writes JSON and Markdown, and returns the results. Raises ConfigError, LaunchError."""
     build_program("load")
     at = utc_now()
     overrides = [f"topology={TOPOLOGY}", f"router.workers={options.workers}"]
@@ -179,7 +183,8 @@ class _Measurement:
         return write_requests(self._folder / f"{name}-{expert}.requests", requests)
 
     def _load(self, name: str, token: str, expert: str, *, arrivals_s: list[float], **fields: Any) -> Table:
-        """Sends requests at these times and returns their records. Raises LaunchError if one of them failed."""
+        """Sends a request to `expert` at each time in `arrivals_s` (seconds from the start) and returns their records.
+        `name`: name of the load; `fields`: fields of the bodies. Raises LaunchError if a request failed."""
         spec = LoadSpec(
             requests=self._requests(name, token, expert, **fields),
             host=self._host,
@@ -196,8 +201,8 @@ class _Measurement:
 
     @contextmanager
     def _flood(self, name: str, token: str, expert: str, **fields: Any) -> Iterator[Callable[[], int]]:
-        """Keeps `flood` requests in the router within the block. Yields a function that returns how many were served,
-        which is valid after the block."""
+        """Keeps `options.flood` requests for `expert` in the router during the block. Yields a function that returns
+        how many of them were served; it can be called after the block. `name`, `fields`: as for `_load`."""
         served: list[int] = []
         spec = LoadSpec(
             requests=self._requests(name, token, expert, **fields),

@@ -2,8 +2,8 @@
 figures in words.
 
 Latencies are those of measured requests that succeeded. Failed requests are counted by kind of error. Throughput counts
-all tokens and responses in the window, also of unmeasured requests, but not of failed ones. Times are seconds since the
-start of the point's load.
+all tokens and responses in the window, of measured and unmeasured requests, except those that failed. Times are seconds
+since the start of the point's load.
 """
 
 from collections import Counter
@@ -40,8 +40,8 @@ class Observation:
     """One observed request.
 
     `content_s`: arrival times of the events with content. `tokens`, `prompt_tokens`, `cached_tokens`: numbers reported
-    by the engine. `load_class`, `turn`: class of its conversation, and turn in it. `question`: index of the request
-    body in the workload. `error`: kind of error; None if the request succeeded.
+    by the engine. `load_class`: class of the request's conversation; `turn`: number of its turn in the conversation.
+    `question`: index of the request body in the workload. `error`: kind of error; None if the request succeeded.
     """
 
     part: MeasurementPart
@@ -84,15 +84,15 @@ class Observation:
 
     @property
     def itl_s(self) -> list[float]:
-        """Returns the gaps between events with content in seconds, each divided by the mean number of tokens per
-        event."""
+        """Returns the gaps in seconds between successive events with content. Each gap is divided by the response's
+        mean number of tokens per event."""
         per_event = max(1.0, self.token_count / len(self.content_s))
         return [(b - a) / per_event for a, b in zip(self.content_s, self.content_s[1:], strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The time of a point in which the load is measured: after `start_s`, up to and including `end_s`."""
+    """The part of a load that is measured: the times after `start_s`, up to and including `end_s`."""
 
     start_s: float
     end_s: float
@@ -128,8 +128,8 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class GroupFigures:
-    """The figures of a group of successful requests. `hit_share`: share of their prompt tokens that came from prefix
-    caches; None if no engine reports this."""
+    """The figures of a group of successful requests. `hit_share`: share of the requests' prompt tokens that came from
+    the engines' prefix caches; None if no engine reports this."""
 
     count: int
     ttft_s: Percentiles | None
@@ -139,8 +139,8 @@ class GroupFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of one measurement point. `tokens` and the rates refer to the window, and all other figures to the
-    measured requests."""
+    """The figures of one measurement point. The rates and the number of tokens refer to the window, and all other
+    figures to the measured requests."""
 
     window_s: float
     requests: int
@@ -178,8 +178,8 @@ NO_LIMITS: Final = GoodputLimits(ttft_s=None, tpot_s=None, e2e_s=None)
 
 
 def meets(one: Observation, limits: GoodputLimits) -> bool:
-    """Returns whether the response is within every limit. A response of one token has no TPOT, so it meets that
-    limit."""
+    """Returns whether the response's latencies are within every limit. The limit on TPOT (time per output token) does
+    not apply to a response of one token, which has no TPOT."""
     tpot_s = one.tpot_s
     return (
         (limits.ttft_s is None or one.ttft_s <= limits.ttft_s)
@@ -265,8 +265,8 @@ def _hit_share(good: Sequence[Observation]) -> float | None:
 
 
 def _jain(good: Sequence[Observation]) -> dict[str, float]:
-    """Returns for each expert Jain's fairness index of the tokens that its replicas computed: 1 if all replicas
-    computed equally many. Ignores replicas without a successful request."""
+    """Returns for each expert Jain's fairness index of the numbers of tokens that its replicas computed for the
+    successful requests in `good`: 1 if all numbers are equal. Ignores replicas without such a request."""
     work: dict[str, Counter[str]] = {}
     for o in good:
         tokens = max(0, (o.prompt_tokens or 0) - (o.cached_tokens or 0)) + o.token_count
@@ -285,7 +285,7 @@ def _shares(counted: Counter[str]) -> dict[str, float]:
 
 def _balance(good: Sequence[Observation]) -> dict[str, float]:
     """Returns for each expert the number of requests of its busiest replica, divided by the mean over its replicas.
-    Ignores replicas without a successful request."""
+    Counts the successful requests in `good`, and ignores replicas without such a request."""
     found: dict[str, Counter[str]] = {}
     for o in good:
         found.setdefault(o.expert or UNKNOWN, Counter())[o.replica or UNKNOWN] += 1
@@ -302,7 +302,8 @@ def _medians(good: Sequence[Observation]) -> dict[str, float]:
 
 
 def faster(observations: Sequence[Observation], factor: float) -> list[Observation]:
-    """Returns the observations with all times divided by `factor`, which removes the slowdown of simulated engines."""
+    """Returns the observations with all times divided by `factor`. If `factor` is the slowdown of simulated engines,
+    the results are in simulated time."""
     return [
         replace(
             o,
@@ -315,8 +316,8 @@ def faster(observations: Sequence[Observation], factor: float) -> list[Observati
 
 
 def _tokens_in(window: Window, observations: Sequence[Observation]) -> float:
-    """Returns the number of tokens that arrived in the window. Each event counts as the mean number of tokens per event
-    of its response, or of all responses if its own is not known."""
+    """Returns the number of tokens that arrived in the window. An event counts as its response's mean number of tokens
+    per event; if the engine did not report that response's tokens, as the mean over all responses."""
     counted = [o for o in observations if o.error is None and o.tokens is not None]
     events = sum(len(o.content_s) for o in counted)
     # Responses without a token count use the mean over all responses.

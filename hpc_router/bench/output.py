@@ -1,4 +1,4 @@
-"""Folder and names of the result files of `hpc-router bench`."""
+"""The names of the result files of `hpc-router bench`, and how they are written."""
 
 import json
 import time
@@ -20,13 +20,13 @@ def utc_now() -> str:
 
 
 def stem_of(benchmark: str, at: str) -> str:
-    """Returns the name of a result file without its suffix, as `soak-20260102T030405Z`. `at`: time from `utc_now`."""
+    """Returns the name of result files without suffix, such as `soak-20260102T030405Z`. `at`: time from `utc_now`."""
     return f"{benchmark}-{at.replace('-', '').replace(':', '')}"
 
 
 def write_results(folder: Path, stem: str, value: Mapping[str, Any], texts: Mapping[str, str]) -> Path:
-    """Writes `value` to `stem.json`, and the text of each KEY in `texts` to `stem.KEY`. The files are readable by
-    everyone. Returns their path without suffix."""
+    """Writes `value` as JSON to the file `stem.json` in `folder`, and each text in `texts` to `stem.KEY`. All users can
+    read the files. Returns their common path without suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {"json": json.dumps(value, indent=1, allow_nan=False) + "\n", **texts}
     for suffix, text in contents.items():

@@ -1,8 +1,8 @@
 """Computes the latency that the router adds at a measurement point: the median with the router minus the median without
 it. Pure.
 
-The difference is computed per expert, because experts can differ by more than the router adds. It is then averaged,
-weighted by the experts' shares of the requests through the router.
+The difference is computed for each expert alone, because experts can differ by more than the router adds. Then the mean
+over the experts is computed, weighted by their shares of the requests through the router.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,9 @@ LATENCIES: Final = ("ttft_s", "tpot_s", "e2e_s")
 
 
 def overhead(routed: Figures, direct: Figures) -> dict[str, dict[str, float]]:
-    """Returns for each kind of latency (such as TTFT) both medians, their difference `added_s`, and `share`: the
-    difference divided by the median with the router."""
+    """Returns for each kind of latency, such as `ttft_s`: `added_s`, the seconds that the router adds, and `share`,
+    which is `added_s` divided by the median with the router. `routed`, `direct`: the figures with and without the
+    router. Leaves out a latency that no expert has in both."""
     return {name: added for name in LATENCIES if (added := _added(name, routed, direct)) is not None}
 
 
@@ -36,8 +37,8 @@ def _added(name: str, routed: Figures, direct: Figures) -> dict[str, float] | No
 
 
 def split_users(users: int, shares: Mapping[K, float]) -> dict[K, int]:
-    """Returns `users` split in proportion to `shares`, as whole numbers with the sum `users` (largest remainder
-    method)."""
+    """Returns `users` split into whole numbers in proportion to `shares` (largest remainder method). The sum of the
+    numbers is `users`."""
     total = sum(shares.values())
     exact = {name: users * share / total for name, share in shares.items()}
     counts = {name: int(value) for name, value in exact.items()}

@@ -39,8 +39,8 @@ ServedExpert = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class RoutedShares:
-    """How the router distributed the measured requests. `shares`: share of the requests that went to each replica and
-    expert. `bodies`: indices of the bodies of these requests."""
+    """How the router distributed the measured requests. `shares`: by replica and expert, their share of the requests.
+    `bodies`: by replica and expert, indices of the bodies of their requests in the workload."""
 
     shares: Mapping[ServedExpert, float]
     bodies: Mapping[ServedExpert, Sequence[int]]
@@ -79,8 +79,8 @@ class MeasuredPoint:
 
 @dataclass(slots=True)
 class PointMeasurement:
-    """Measures points on one deployment. `slowdown`: wall-clock seconds per second of its simulated engines. `routed`:
-    how the router distributed the load of each measured point."""
+    """Measures points on one deployment. `slowdown`: wall-clock seconds per simulated second of the deployment's
+    engines. `routed`: how the router distributed the load of each point measured so far."""
 
     run: RunDir
     target: LoadTarget
@@ -133,8 +133,8 @@ class PointMeasurement:
         return True
 
     def _direct(self, point: Point, routed: RoutedShares, notes: list[str]) -> Figures | None:
-        """Returns the figures without the router; None if this is not possible, with the reason in `notes`. All
-        replicas are loaded at the same time, each with its share of the users."""
+        """Measures `point` without the router and returns its figures; if this is not possible, adds the reason to
+        `notes` and returns None. Loads all replicas at once, each with its share (in `routed`) of the users."""
         assert point.users is not None
         replicas = {name: self._replica(name) for name, _ in routed.shares}
         targets = {
@@ -172,7 +172,7 @@ class PointMeasurement:
 
     def _sim_seconds(self) -> dict[str, tuple[float, float]]:
         """Returns for each simulated replica two totals in seconds: the simulated duration of its engine's steps, and
-        the delay of these steps that later steps did not make up."""
+        by how much these steps were late without later steps making up for it."""
         seconds = {}
         for name, record in RegistryReader(self.run.registry).snapshot().items():
             if record.kind is RecordKind.EXPERT and record.engine.kind == "sim" and record.state is State.READY:
@@ -192,7 +192,8 @@ def point_measurement(
     deployment: Mapping[str, Any] | None,
     shared: Path,
 ) -> Iterator[PointMeasurement]:
-    """Starts the load jobs, and yields the object that measures points on a running deployment.
+    """Starts the load jobs, yields the object that measures points on the running deployment of `run`, and ends the
+    load jobs after the block.
 
     `deployment`: its resolved config; None if unknown. `shared`: folder through which the load jobs communicate.
     """
@@ -217,8 +218,8 @@ def _value(text: str, name: str) -> float:
 
 
 def _late_share(before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]) -> float | None:
-    """Returns by which share of its computing time a simulated engine was late between two readings of `_sim_seconds`:
-    the maximum over all replicas; None if no replica is simulated."""
+    """Returns by how much the simulated engines were late between `before` and `after`, two results of `_sim_seconds`:
+    as a share of an engine's computing time, the maximum over all replicas. Returns None if no replica is simulated."""
     shares = []
     for name, (steps_s, lost_s) in after.items():
         earlier = before.get(name, (0.0, 0.0))
@@ -228,7 +229,7 @@ def _late_share(before: Mapping[str, tuple[float, float]], after: Mapping[str, t
 
 
 def _responses_per_half(load: LoadResult) -> tuple[int, int]:
-    """Returns the number of responses that ended in the first and in the second half of the window."""
+    """Returns how many responses ended in the first and in the second half of the load's measured window."""
     middle = (load.window.start_s + load.window.end_s) / 2
     ended = [o.ended_s for o in load.observations if o.error is None and load.window.contains(o.ended_s)]
     return sum(at <= middle for at in ended), sum(at > middle for at in ended)

@@ -20,8 +20,8 @@ TICK_S: Final = 0.25
 def progress(
     console: Console, config: BenchConfig, point: Point, *, done: int, total: int, label: str = ""
 ) -> Iterator[None]:
-    """Shows two bars: the elapsed seconds of this point's load, and the number of finished points (`done` of `total`).
-    Shows nothing if the output is not a terminal."""
+    """Shows two bars during the block: the elapsed seconds of the load of `point`, and the number of finished points
+    (`done` of `total`). Shows nothing if the output is not a terminal."""
     load_s = None if config.duration_s is None else config.warmup_s + config.duration_s
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn())
     disabled = not console.file.isatty()

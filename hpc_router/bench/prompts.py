@@ -71,7 +71,8 @@ def built_in() -> list[BenchPrompt]:
 
 
 def read_prompts(path: Path) -> list[BenchPrompt]:
-    """Reads JSON lines with `prompt` and optionally `domain`. Raises ConfigError with file and line."""
+    """Returns the prompts of a file: JSON lines with `prompt` and optionally `domain`. Raises ConfigError with the
+    line."""
     found = [_prompt(line, f"{path}:{number}") for number, line in lines_of(path)]
     if not found:
         raise ConfigError(f"bench.prompts={path}: the file has no prompt")

@@ -31,7 +31,7 @@ GIT_TIMEOUT_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The circumstances of one call of `launch.bench`.
+    """The provenance of a benchmark's results: versions, hardware, git state, command and endpoints.
 
     `config`: the run's resolved config; None if the run has none. `endpoints`: the replicas in the registry.
     """
@@ -87,8 +87,8 @@ def provenance(
     choices: Mapping[str, str] | None = None,
     overrides: Sequence[str] = (),
 ) -> Provenance:
-    """Returns the provenance of a call. `code`: a folder in the git clone whose state is recorded. `choices`,
-    `overrides`: config groups and values that were chosen on the command line."""
+    """Returns the provenance of a benchmark on `run`. `config`: the run's resolved config. `code`: a folder in the git
+    clone whose state is recorded. `choices`, `overrides`: config groups and values chosen on the command line."""
     return Provenance(
         run=str(run.path),
         choices=dict(choices or {}),
@@ -104,7 +104,8 @@ def provenance(
 
 
 def origin_of(at: str) -> dict[str, Any]:
-    """Returns the provenance of a benchmark that starts its own processes, as JSON without host name. `at`: time."""
+    """Returns the provenance of a benchmark that starts its own processes, as JSON values without the host name. `at`:
+    time of the benchmark in ISO 8601."""
     return {
         "at": at,
         "command": shown_command(sys.argv[1:]),
@@ -120,7 +121,7 @@ def in_clone() -> bool:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """Returns the command line with every path cut to its last part, because results are published."""
+    """Returns the command line as text, with every path cut to its last part, because results are published."""
     return shlex.join(["hpc-router", *(re.sub(r"(?<![^=])/(?:[^/]*/)*(?=[^/])", "", one) for one in arguments)])
 
 
@@ -139,8 +140,8 @@ def _endpoints(run: RunDir) -> Iterator[dict[str, Any]]:
 
 
 def _versions() -> dict[str, str]:
-    """Returns the versions of packages in this interpreter. Engines in other interpreters publish theirs in the
-    registry."""
+    """Returns the versions of packages in this interpreter. Not those of engines, which run in other interpreters and
+    publish their versions in the registry."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -167,7 +168,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Returns host name, CPU, memory and kernel of the machine that generates the load."""
+    """Returns host name, CPU, memory and kernel of this machine, which generates the load."""
     return {
         "host": socket.gethostname(),
         "cpu": _cpu_name(),

@@ -1,7 +1,8 @@
 """The record of a measurement point: one flat JSON line with its figures, its load and its provenance.
 
-Each call writes its own files and replaces them atomically after every point. An interrupted call therefore keeps its
-finished points, and several calls can use the same folder. Prompts, responses, headers and tokens are not recorded.
+Each call of the benchmark writes files of its own and replaces them atomically after every point. So an interrupted
+call keeps its finished points, and several calls can use one folder. Prompts, responses, headers and tokens are not
+recorded.
 """
 
 import json
@@ -22,8 +23,8 @@ SCHEMA: Final = 2
 
 @dataclass(slots=True)
 class ResultFiles:
-    """The result files of one call: `bench-<time>-<random>.jsonl`, and with `raw` also a file with the single requests,
-    `bench-<time>-<random>.requests.jsonl`."""
+    """The result files of one call of the benchmark: `bench-<time>-<random>.jsonl`, and if `raw` is set
+    `bench-<time>-<random>.requests.jsonl` with one line per request."""
 
     folder: Path
     raw: bool

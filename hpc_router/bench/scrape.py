@@ -1,7 +1,7 @@
 """Measures the CPU time that a scrape of `/metrics` costs the control process of a router. Starts nothing.
 
-The table of replicas, the counts of the workers and the engines' loads are those of a busy router. What is measured is
-what the control process does for a scrape: it decodes the counts of each worker, adds them up, and writes the text.
+The table of replicas, the counts of the workers and the engines' loads are like those of a busy router. For each
+scrape, the counts of each worker are decoded and added up, and the text is written, as in the control process.
 """
 
 import gc
@@ -44,8 +44,8 @@ class ScrapeCost:
 
 
 def measure_scrapes(*, replicas: int, experts: int, workers: int, scrapes: int) -> ScrapeCost:
-    """Returns the cost of `scrapes` scrapes. Each expert has a share of the replicas. Raises ConfigError for a number
-    below 1."""
+    """Returns the cost of a scrape, measured over `scrapes` scrapes. The `replicas` are divided among the `experts`.
+    Raises ConfigError for a number below 1."""
     if min(replicas, experts, workers, scrapes) < 1:
         raise ConfigError("bench scrape: at least one replica, expert, worker and scrape are needed")
     names = [f"expert{number}" for number in range(experts)]
@@ -89,7 +89,7 @@ def _replica(expert: str, number: int) -> Replica:
 
 
 def _counts(table: ReplicaTable) -> Metrics:
-    """Returns the counts of one worker that has served every expert in every way."""
+    """Returns counts such as those of a worker that has served every expert and has counted every outcome."""
     counts = Metrics()
     for expert in sorted(table.experts()):
         for reason in REASONS:

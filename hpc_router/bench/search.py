@@ -1,7 +1,8 @@
-"""Finds the highest request rate whose goodput target holds. Pure functions of the rates measured so far.
+"""Finds the highest request rate at which the goodput target holds: at which enough requests are within `bench.good`.
+Pure functions of the rates measured so far.
 
-The rate is doubled until it misses the target, or halved until it meets it. The interval between these two rates is
-then bisected at its geometric mean. A search continues from stored results, because it has no other state.
+The rate is doubled until the target no longer holds, or halved until it holds. The interval between the last two rates
+is then bisected at its geometric mean. A search continues from stored results, because it has no other state.
 """
 
 import math
@@ -14,7 +15,8 @@ _DIGITS = 4
 
 
 def next_rate(measured: Mapping[float, bool], config: BenchConfig) -> float | None:
-    """Returns the rate to measure next; None when the search has ended. `measured`: rate -> whether its target held."""
+    """Returns the rate to measure next; None after the end of the search. `measured`: rate -> whether the target
+    held."""
     assert config.rates is not None
     if len(measured) >= config.search_points:
         return None
@@ -32,7 +34,7 @@ def next_rate(measured: Mapping[float, bool], config: BenchConfig) -> float | No
 
 
 def limit_text(measured: Mapping[float, bool], config: BenchConfig) -> str:
-    """Returns the result of a search in one sentence. `measured`: rate -> whether its target held."""
+    """Returns the result of a search in one sentence. `measured`: rate -> whether the target held."""
     target = f"{config.search_share:.0%} of the requests within bench.good"
     bad = min((rate for rate, held in measured.items() if not held), default=None)
     good = max((rate for rate, held in measured.items() if held and (bad is None or rate < bad)), default=None)
@@ -47,9 +49,9 @@ def target_holds(figures: Figures, config: BenchConfig) -> bool:
 
 
 def most_in_flight(config: BenchConfig, rate_per_s: float) -> int | None:
-    """Returns the number of requests in flight beyond which an engine does not keep up: `bench.most_in_flight`, or in a
-    search without it twice the requests that arrive in the longest good response time (Little's law), plus ten. None if
-    neither is known."""
+    """Returns the number of requests in flight above which the load of `rate_per_s` ends early, because the engines do
+    not keep up. It is `bench.most_in_flight` if set. Otherwise, in a search, it follows from Little's law: the rate
+    times the longest good response time, doubled, plus ten. None: no limit."""
     if config.most_in_flight is not None or config.search is None:
         return config.most_in_flight
     good = config.good

@@ -2,7 +2,7 @@
 
 An interrupted sweep keeps its finished points and continues with the missing ones. The hash covers the deployment, the
 load and the repeat. It does not cover time and versions, which are provenance. There are no file locks, because shared
-file systems do not support them reliably; a claim file with a heartbeat shows whether another call is measuring.
+file systems do not support them reliably; instead, a process that measures a deployment renews a claim file.
 """
 
 import contextlib
@@ -53,12 +53,13 @@ _NOT_IN_KEY: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The results of one sweep."""
+    """The folder with the results of one sweep."""
 
     folder: Path
 
     def key(self, deployment: Deployment, config: BenchConfig, point: Point) -> str:
-        """Returns the hash of a measurement point. It is the same in every call that measures the same point."""
+        """Returns the hash that names the file of a measurement point. The same point has the same hash in every
+        sweep."""
         bench = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_KEY}
         return _digest({"deployment": deployment_key(deployment), "bench": bench, "point": asdict(point)})
 
@@ -66,7 +67,7 @@ class Store:
         return self.folder / f"{key}.jsonl"
 
     def has(self, key: str, *, valid: bool = False) -> bool:
-        """Returns whether the point is finished. With `valid`, returns whether it is finished with valid figures."""
+        """Returns whether the point is finished. With `valid`, its figures must be valid as well."""
         if not valid:
             return self.path(key).exists()
         return bool((self.read(key) or {}).get("valid"))
@@ -76,15 +77,16 @@ class Store:
         return read_json(self.path(key))
 
     def add(self, key: str, record: Mapping[str, Any], raw: list[dict[str, Any]] | None) -> None:
-        """Stores a finished point. Writes the raw requests first, because the record marks the point as finished."""
+        """Stores a finished point. Writes `raw`, its requests, first, because the record marks the point as
+        finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if raw is not None:
             replace_text(self.folder / f"{key}.requests.jsonl", lines(raw))
         replace_text(self.path(key), lines([record]))
 
     def run_of(self, deployment: Deployment) -> RunDir:
-        """Returns the deployment's run directory. Every call of the same sweep uses the same directory, so it can find
-        and stop the processes that a killed call has left behind."""
+        """Returns the run directory of a deployment of the sweep. It is always the same, so that a process can find and
+        stop what a killed process has left running."""
         return RunDir(self.runs / deployment_key(deployment))
 
     @property
@@ -93,8 +95,8 @@ class Store:
 
     @contextmanager
     def claim(self, deployment: Deployment) -> Iterator[None]:
-        """Holds the claim on a deployment during the block, so that only one call at a time measures that deployment.
-        Raises LaunchError if another call holds the claim."""
+        """Keeps the deployment's claim file during the block, so that no other process measures the same deployment
+        meanwhile. Raises LaunchError if another process has the claim file."""
         with private_umask():
             self.runs.mkdir(parents=True, exist_ok=True)
         path = self.runs / f"{deployment_key(deployment)}.claim"
@@ -132,7 +134,7 @@ def _touch(path: Path) -> None:
 
 
 def _holder(path: Path) -> str | None:
-    """Returns which other live process holds the claim, as text for an error message; None if none does."""
+    """Returns which other process keeps the claim file, as text for an error message; None if no live process does."""
     try:
         age_s = time.time() - path.stat().st_mtime
     except OSError:

@@ -1,7 +1,7 @@
 """One deployment of a sweep: starts the deployment, measures the missing points, and stops it.
 
-Every point is stored when it is finished. If a killed call has left the deployment running, it is stopped first, so
-that each measurement starts fresh. A deployment without missing points is not started.
+Every point is stored when it is finished. If an earlier process was killed and left the deployment running, the
+deployment is stopped first, so that each measurement starts fresh. A deployment without missing points is not started.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ class DeploymentSweep:
     prompts: Sequence[BenchPrompt]
 
     def points(self) -> list[tuple[str, Point]]:
-        """Returns all points, each with its key in the store. With `search`: the measured points and the next one."""
+        """Returns all points, each with its key in the store; in a search, the finished points and the next one."""
         if self.config.search is None:
             return [self._with_key(point) for point in points_of(self.config)]
         measured = self.measured_rates()
@@ -68,8 +68,8 @@ class DeploymentSweep:
 def measure_missing(
     sweep: DeploymentSweep, *, reporter: Reporter, context: PointContext, origin: Callable[[RunDir], Provenance]
 ) -> list[MeasuredPoint]:
-    """Measures the points that the store lacks; returns their figures. Raises ConfigError, LaunchError,
-    KeyboardInterrupt."""
+    """Starts the deployment, measures the points that the store lacks, stores each, and returns their figures. Raises
+    ConfigError, LaunchError and KeyboardInterrupt."""
     if not sweep.missing():
         return []
     with sweep.store.claim(sweep.deployment), sigterm_as_interrupt():

@@ -21,7 +21,7 @@ MOONCAKE_BLOCK: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class TracedRequest:
-    """One arrival. `hash_ids`: one hash per block of its prompt; None if the trace has only arrival times."""
+    """One arrival. `hash_ids`: one hash per block of the request's prompt; None if the trace has only arrival times."""
 
     at_s: float
     input_length: int = 0
@@ -59,8 +59,8 @@ def _mooncake(value: Mapping[str, Any]) -> TracedRequest:
 
 
 class TracedText:
-    """Makes the prompts of a trace: blocks with equal hashes get equal words. `block_words`: number of words per block;
-    a value below 512 shortens prompts and answers in proportion."""
+    """Makes the prompts of a trace's requests: blocks with equal hashes get equal words. `block_words`: number of words
+    per block of 512 tokens; a value below 512 shortens prompts and answers in proportion."""
 
     def __init__(self, words: Sequence[str], *, seed: str, block_words: int) -> None:
         self._words, self._seed, self._block_words = words, seed, block_words

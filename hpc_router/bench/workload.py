@@ -50,8 +50,8 @@ class Point:
 
 
 def points_of(config: BenchConfig) -> list[Point]:
-    """Returns all measurement points of a call. They are ordered by repeat, so that slow changes of the machine affect
-    all points alike."""
+    """Returns all measurement points of a benchmark, ordered by repeat, so that slow changes of the machine affect all
+    points alike."""
     points = []
     for repeat in range(config.repeats):
         if config.rates is not None:
@@ -65,8 +65,8 @@ def points_of(config: BenchConfig) -> list[Point]:
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """The body of a request. `domain`: the domain of its prompt; None if it is not known. `load_class`, `turn`: class
-    of its conversation and turn in it; None without conversations."""
+    """The body of a request. `domain`: the domain of its prompt; None if unknown. `load_class`, `turn`: class of the
+    request's conversation, and number of its turn there; None without conversations."""
 
     body: bytes
     domain: str | None
@@ -76,8 +76,8 @@ class RequestBody:
 
 @dataclass(frozen=True, slots=True)
 class ChainStep:
-    """A request of a conversation. `request`: index into the bodies. `leave_events`: number of events after which the
-    client disconnects; 0: never. `last`: whether this request ends the conversation."""
+    """A request of a conversation. `request`: index of its body in the workload. `leave_events`: number of events of
+    the response after which the client disconnects; 0: never. `last`: whether this request ends the conversation."""
 
     request: int
     leave_events: int = 0
@@ -89,9 +89,10 @@ class ChainStep:
 class Workload:
     """The requests of one load generator.
 
-    `measured_order`, `unmeasured_order`: indices into `bodies`. `count`: number of measured requests, None for all in
-    the window. `arrivals_s`: seconds since the load began; None for a closed loop of `connections` users. `chains`:
-    conversations, which replace both orders and `think_s`; one begins at each arrival.
+    `measured_order`, `unmeasured_order`: indices into `bodies`. `count`: number of measured requests; None: all in the
+    window. `arrivals_s`: seconds from the start of the load at which requests begin; None: each of `connections` users
+    waits for a response before the next request. `chains`: the steps of conversations; with them, both orders and
+    `think_s` are not used, and a conversation begins at each arrival.
     """
 
     bodies: Sequence[RequestBody]
@@ -126,18 +127,19 @@ def workload(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, 
 
 
 def jobs_for(point: Point, config: BenchConfig) -> int:
-    """Returns the number of load jobs that take part in a point. Each needs at least one user and one measured
-    request."""
+    """Returns the number of load jobs that take part in the load of `point`. Each needs at least one user and one
+    measured request."""
     return min(n for n in (config.load_jobs, point.users, config.requests) if n is not None)
 
 
 def share_of(total: int, job: int, jobs: int) -> int:
-    """Returns how many of `total` job number `job` gets. The shares differ by at most one, and their sum is `total`."""
+    """Returns the share of load job number `job` in `total`, if `jobs` jobs divide it. The shares differ by at most
+    one, and their sum is `total`."""
     return total // jobs + (job < total % jobs)
 
 
 def http_request(body: bytes, *, host: str, path: str, token: str, more: str = "") -> bytes:
-    """Returns a complete HTTP/1.1 request. `more`: further header lines, each with its line end."""
+    """Returns a complete HTTP/1.1 POST request. `more`: further header lines, each with its line end."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\n"
         f"accept: */*\r\nuser-agent: hpc-router-bench\r\ncontent-length: {len(body)}\r\n{more}\r\n"
@@ -180,8 +182,8 @@ def _encoded(config: BenchConfig, messages: Sequence[Message], max_tokens: int) 
 
 
 def _conversations(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point, job: int) -> Workload:
-    """Returns a load of conversations. No two points share a text other than a system prompt, so a cache that is warm
-    from one point does not favour the next."""
+    """Returns the conversations that load job number `job` sends at `point`. Two points share no text other than system
+    prompts, so that a cache that is warm from one point does not favour the next."""
     own = f"{config.seed}:{point.name}:{job}"
     bodies: list[RequestBody] = []
     chains: list[ChainStep] = []
@@ -210,7 +212,7 @@ def _conversations(config: BenchConfig, prompts: Sequence[BenchPrompt], point: P
 
 
 def _traced(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> Workload | None:
-    """Returns the load of the config's trace; None if the trace has arrival times but no requests."""
+    """Returns the load of the trace in `config`; None if the trace has arrival times but no requests."""
     assert config.trace is not None
     assert config.duration_s is not None
     until_s = config.warmup_s + config.duration_s + EXTRA_ARRIVALS_S
@@ -235,7 +237,7 @@ def _traced(config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -
 
 
 def request_order(count: int, stream: str) -> list[int]:
-    """Returns indices below `count`: several random permutations in a row. The text `stream` is the seed."""
+    """Returns the indices below `count` in random order, several such permutations in a row. `stream` is the seed."""
     source = random.Random(stream)
     return [number for _ in range(PERMUTATIONS) for number in source.sample(range(count), count)]
 

@@ -1,4 +1,4 @@
-"""The verb of users' access: `token`."""
+"""The verb `token`, with which the owner prints the owner's token and manages those of other users."""
 
 import argparse
 import getpass

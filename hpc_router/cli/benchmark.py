@@ -30,7 +30,7 @@ def add_bench(verbs: "Verbs[Parser]") -> None:
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Returns those of the options `names` that the user gave. The benchmark has defaults for the others."""
+    """Returns the values of those options in `names` that the user gave. The benchmark has defaults for the others."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 

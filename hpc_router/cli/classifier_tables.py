@@ -9,7 +9,7 @@ from rich.text import Text
 
 
 def evaluation_text(result: Mapping[str, Any]) -> RenderableType:
-    """Formats the result of `cli.classify.evaluate`."""
+    """Formats `result`, which `cli.classify.evaluate` returned, as tables."""
     artefact = result["artefact"]
     clusters, prompts = artefact["clusters"], result["prompts"]
     parts: list[RenderableType] = [

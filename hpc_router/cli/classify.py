@@ -1,4 +1,5 @@
-"""`hpc-router classify`: predicts with an artefact, evaluates it, and edits its table of the expert of each cluster.
+"""`hpc-router classify`: predicts with an artefact, evaluates it, and edits its table, which gives each cluster an
+expert.
 
 Each function returns JSON values; the command line prints them.
 """
@@ -21,14 +22,15 @@ from hpc_router.routing.training.dataset import Row, read_rows
 
 
 def with_cluster_names(artefact: Artefact) -> Artefact:
-    """Returns the artefact with an expert for every cluster: a cluster without an expert gets its own name as
-    expert."""
+    """Returns the artefact with an expert for every cluster: for a cluster without an expert, the cluster's own name
+    stands in its place."""
     experts = tuple(expert or cluster for expert, cluster in zip(artefact.experts, artefact.clusters, strict=True))
     return replace(artefact, experts=experts)
 
 
 def predict(folder: Path, prompts: Path, *, fallback: str | None = None) -> Iterator[dict[str, object]]:
-    """Reads and checks all prompts, then yields one decision per prompt. `fallback`: as `policy.fallback`."""
+    """Reads and checks all prompts, then yields one decision per prompt. `folder`: the artefact. `fallback`: expert for
+    prompts that belong to no expert's domain; None: no such expert."""
     artefact = read(folder)
     policy = ClassifierPolicy(Classifier(with_cluster_names(artefact)), fallback=fallback)
     for row in read_rows(prompts):
@@ -36,12 +38,13 @@ def predict(folder: Path, prompts: Path, *, fallback: str | None = None) -> Iter
 
 
 def evaluate(folder: Path, prompts: Path, *, fit: Path | None = None, costs: Mapping[str, float]) -> dict[str, Any]:
-    """Returns the artefact's balance, margins and latency on these prompts; if they have labels, also its accuracy, and
-    if they have `correct`, cost against quality.
+    """Returns the balance, margins and latency of the artefact in `folder` on these prompts. If the prompts have
+    labels, adds the accuracy, and if they have `correct` (which experts answer them correctly), adds cost against
+    quality.
 
-    `fit`: labelled prompts; each cluster is named after the commonest label of its prompts. None: clusters are named
-    after the artefact's experts, else by the evaluated prompts. `costs`: cost of an answer by expert, instead of the
-    measured one.
+    The accuracy needs a name for each cluster. `fit`: labelled prompts that give each cluster the commonest label of
+    its prompts; None: clusters have the names of their experts, or if these do not cover all labels, the commonest
+    label of the evaluated prompts. `costs`: cost of an answer by expert, in place of the measured cost.
     """
     artefact = read(folder)
     classifier = Classifier(with_cluster_names(artefact))
@@ -76,10 +79,11 @@ def evaluate(folder: Path, prompts: Path, *, fit: Path | None = None, costs: Map
 def _confidence(
     classifier: Classifier, results: Sequence[Classification], labels: Sequence[str | None]
 ) -> dict[str, Any]:
-    """Returns how well the calibrated probabilities fit, and how well they tell prompts of the artefact's labels from
-    others; empty if the artefact has no calibration or no expert.
+    """Returns two measures of the calibrated probabilities: how well they agree with the share of right decisions, and
+    how well they separate prompts of the experts' domains from other prompts. Empty if the artefact has no calibration
+    or no label is an expert.
 
-    Rows with another label, or without one, are prompts of no domain.
+    `labels`: one per result. A prompt belongs to no expert's domain if its label is None or no expert.
     """
     calibration = classifier.artefact.calibration
     experts = {expert for expert in classifier.artefact.experts if expert is not None}
@@ -143,8 +147,8 @@ def _accuracy(
 def _cost_quality(
     classifier: Classifier, rows: Sequence[Row], chosen: Sequence[str], costs: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Returns the curve of cost and quality, and the share of the prompts that the experts in `chosen` (one per prompt)
-    answer correctly."""
+    """Returns the curve of quality against cost, and the share of the prompts in `rows` that are answered correctly if
+    each goes to its expert in `chosen`. `costs`: cost of an answer by expert, in place of the measured cost."""
     quality = classifier.artefact.quality
     if quality is None:
         return {"note": "this artefact has no measured quality: train it with method=measured"}
@@ -170,7 +174,8 @@ def _cost_quality(
 
 
 def assign(folder: Path, table: Mapping[str, str | None], *, output: Path) -> dict[str, Any]:
-    """Assigns clusters to other experts and writes the artefact as a new version, without training.
+    """Gives clusters of the artefact in `folder` to other experts, and writes the result to `output` as a new version,
+    without training.
 
     `table`: the new expert of each cluster to be changed; None leaves the cluster without an expert. Raises ConfigError
     for a cluster that the artefact does not have.
@@ -203,9 +208,9 @@ def pack(
     """Moves clusters to other experts so that each expert gets its share of the load of `prompts`. Returns the shares
     and moves, and writes the changed artefact to `output` if given.
 
-    The cost of a move is a loss of accuracy, estimated from the artefact's measured quality, else from the labels of
-    the prompts. `capacity`: by expert, in any unit; empty for equal experts. `limit`: highest ratio of an expert's
-    share of the load to its share of the capacity. `max_loss`: highest total loss of accuracy.
+    A move costs accuracy. This loss is estimated from the artefact's measured quality, or else from the labels of the
+    prompts. `capacity`: by expert, in any unit; empty: equal experts. `limit`: highest ratio of an expert's share of
+    the load to its share of the capacity. `max_loss`: highest total loss of accuracy.
     """
     artefact = _with_table(folder)
     rows = [row for row in read_rows(prompts) if row.text.strip()]

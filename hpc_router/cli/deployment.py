@@ -71,8 +71,9 @@ def up(arguments: argparse.Namespace) -> int:
 def run_up(
     given: Path | None, overrides: list[str], *, config_dir: Path | None, wait_all: bool, events: bool = False
 ) -> int:
-    """Runs `up`, for the verb and for `launch.deploy`; returns the exit status. `given`: the run directory that the
-    user named, if any. `events`: whether to print the progress as JSON."""
+    """Starts or completes a deployment, for the verb `up` and for `launch.deploy`; returns the exit status. `given`:
+    the run directory that the user named, if any. `wait_all`: whether to wait until no expert is starting any more.
+    `events`: whether to print the progress as JSON."""
     from hpc_router.cli.json_events import JsonEvents
     from hpc_router.cli.tables import UpProgress
     from hpc_router.cluster.commands.up import Served

@@ -209,7 +209,8 @@ def connect(arguments: argparse.Namespace) -> int:
 
 
 def _print_forwarder(running: "RunningForwarder", *, json: bool) -> int:
-    """Prints the address to stdout, and how to use and end the process to stderr."""
+    """Prints the address of a running `connect` process to stdout (`json`: with port, process id and log, as JSON), and
+    how to use and end the process to stderr."""
     run = shlex.quote(running.run)
     if running.port is None:
         use = f"curl --unix-socket {shlex.quote(running.address)} http://localhost/v1/models"

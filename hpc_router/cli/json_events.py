@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class JsonEvents:
-    """The reporter of `up`, the watcher of `down` and the output of `apply`. If the block ends with an error, prints
-    it as the last event; the error is raised nevertheless."""
+    """Prints what `up`, `down` or `apply` reports as JSON events, during a `with` block. If the block ends with an
+    error, prints it as the last event; the error is raised nevertheless."""
 
     def __init__(self) -> None:
         self._shown: dict[tuple[str, str], dict[str, Any]] = {}
@@ -63,7 +63,7 @@ class JsonEvents:
                 self.event("replica", **facts)
 
     def living(self, attempts: list[Attempt]) -> None:
-        """Shows the jobs that `down` waits for."""
+        """Prints an event with the jobs that are left, if these have changed. `down` calls this after each pass."""
         left = [attempt.replica for attempt in attempts]
         if left != self._left:
             self._left = left

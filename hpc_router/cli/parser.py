@@ -41,8 +41,8 @@ Verbs = argparse._SubParsersAction
 def parse_arguments(
     words: list[str] | None, add_verbs: Iterable[Callable[["Verbs[Parser]"], None]]
 ) -> tuple[Body, argparse.Namespace]:
-    """Returns the verb's body and the parsed arguments. Overrides may also stand between options, where argparse alone
-    would not find them."""
+    """Returns the verb's body and the parsed arguments. Also finds overrides that stand between two options, which
+    argparse alone would refuse."""
     parser = Parser(
         prog="hpc-router",
         description="Several specialised LLMs behind one OpenAI-compatible endpoint; each prompt goes to its expert.",
@@ -66,10 +66,10 @@ def parse_arguments(
 def add_verb(
     verbs: "Verbs[Parser]", body: Body, *, details: str = "", run: bool = True, json: bool = False, task: bool = False
 ) -> Parser:
-    """Adds a verb, or a task of one, and returns its parser. The name is the last word of the name of `body`; the help
-    is the docstring of `body`: a summary, an empty line, examples. `details` follows the summary. `run` and `json` add
-    `--run` and `--json`. `task`: whether this is a task whose verb has `--run` as well; a `--run` before the task then
-    counts."""
+    """Adds a verb, or a task of a verb, and returns its parser. The name is the last word of the name of `body`; the
+    help is the docstring of `body`: a summary, an empty line, examples. `details` follows the summary. `run` and
+    `json`: whether to add the options `--run` and `--json`. `task`: whether this is a task whose verb has `--run`
+    itself, so that `--run` may stand before or after the task."""
     summary, _, examples = (inspect.getdoc(body) or "").partition("\n\n")
     parser = verbs.add_parser(
         body.__name__.strip("_").rpartition("_")[2],
@@ -135,7 +135,7 @@ def number(text: str) -> float:
 
 
 def duration(text: str) -> float:
-    """Returns the time in seconds of an argument such as 90s, 45m, 2h or 1d; argparse refuses other words."""
+    """Returns the seconds in an argument with a unit, such as 90s, 45m, 2h or 1d; argparse refuses other arguments."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time (valid: a number and s, m, h or d, such as 2h)")
@@ -143,7 +143,8 @@ def duration(text: str) -> float:
 
 
 def interval(text: str) -> float:
-    """Returns the time in seconds that an argument gives; argparse refuses times below 0.1 or above 3600."""
+    """Returns the seconds in an argument without a unit, such as 0.5; argparse refuses less than 0.1 or more than
+    3600."""
     value = number(text)
     if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds (valid: 0.1 to 3600)")

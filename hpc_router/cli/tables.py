@@ -50,7 +50,7 @@ def token_table(tokens: Sequence[UserToken], *, now: float) -> RenderableType:
 
 
 def usage_table(usage: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns a table of what each expert has used since the first launch of the run."""
+    """Returns a table of each expert's GPU hours, tokens per GPU hour and last request since the run's first launch."""
     table = new_table("expert", "GPU hours used", "idle", "starting", "draining", "tokens per GPU hour", "last request")
     for name, used in usage.items():
         hours, idle_s, tokens = used["gpu_hours"], used["idle_s"], used["tokens_per_gpu_hour"]
@@ -64,7 +64,7 @@ def usage_table(usage: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def state_text(name: str) -> Text:
-    """Returns the name of a state in its colour."""
+    """Returns the name of a state, such as `ready`, in the state's colour."""
     return Text(name, style=_STYLE.get(name, ""))
 
 
@@ -153,7 +153,8 @@ def status_text(value: Mapping[str, Any]) -> RenderableType:
 
 
 def _process_lines(router: Mapping[str, Any]) -> list[str]:
-    """Returns lines with the load of the router's workers and the problems of its processes."""
+    """Returns lines with the load of the router's workers, and with the problems of the router's processes and
+    settings. `router`: the section `router` of `status`."""
     workers = router.get("workers") or ()
     loads = ", ".join(_text(w["in_flight"]) if w["serving"] else "being started" for w in workers)
     lines = [f"workers {len(workers)}  in flight {loads}"] if workers else []
@@ -168,7 +169,7 @@ def _text(value: object) -> str:
 
 
 def _left(ends_at: float | None) -> str:
-    """Returns text with the time until `ends_at`, the end of the walltime."""
+    """Returns the time until `ends_at` (Unix seconds), the end of a walltime, as text."""
     if ends_at is None:
         return "-"
     return _minutes(max(0, int(ends_at - time.time())) // 60)
@@ -193,8 +194,8 @@ def _minutes(minutes: int) -> str:
 
 
 def _remark(replica: Mapping[str, Any]) -> str:
-    """Returns the problem of a replica; without one, why its job waits or which replica is to replace it. For an
-    external endpoint, its address comes first."""
+    """Returns the problem of a replica as text. If it has none: why its job waits, or which replica is to replace it.
+    The address of an external endpoint comes before this."""
     waits = f"waits: {replica['pending']}" if replica["pending"] else None
     successor = f"{replica['successor']} is to replace it" if replica["successor"] else None
     problem = replica["message"] or replica["trouble"] or waits or successor
@@ -270,7 +271,7 @@ class UpProgress:
                 self._console.print(f"{elapsed_s:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)
 
     def living(self, attempts: list[Attempt]) -> None:
-        """Shows the jobs that `down` waits for."""
+        """Shows the jobs that are left. `down` calls this after each pass."""
         line = ", ".join(attempt.replica for attempt in attempts)
         if self._live is not None:
             self._live.update(Text(f"ending {line}" if line else ""))
@@ -280,8 +281,8 @@ class UpProgress:
 
 
 class TextProgress:
-    """Shows the last of several texts on a terminal, with a sign that the verb still works; elsewhere prints each as a
-    line."""
+    """Prints each text as a line. On a terminal, the last text also stays at the bottom with a moving sign, which shows
+    that the verb still works."""
 
     def __init__(self) -> None:
         self._console = Console()
@@ -306,7 +307,7 @@ class TextProgress:
 
 
 def _failure(view: ReplicaView) -> str:
-    """Returns why a replica failed, else why its job waits, else an empty text."""
+    """Returns why a replica failed; if it did not, why its job waits; otherwise an empty text."""
     if view.reason is not None:
         return f"{view.reason.value}: {view.message or ''}"
     return f"waits: {view.pending_reason}" if view.pending_reason is not None else ""
@@ -329,7 +330,7 @@ def trace_text(records: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _trace_rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields the names and texts of what is known of one request."""
+    """Yields the rows of a request's table, each as (name, text), for what its record contains."""
     yield "request", f"{record.get('id')}  {_local_time(record.get('at'))}  {record.get('path')}"
     yield "user", f"{record.get('user') or 'the owner'}"
     status, error = record.get("status"), record.get("error")
@@ -374,7 +375,7 @@ def _local_time(at: Any) -> str:
 
 
 def usage_text(value: Mapping[str, Any]) -> RenderableType:
-    """Returns the result of `usage` as tables."""
+    """Returns `value`, the result of the verb `usage`, as tables."""
     by = value["by"]
     table = new_table(*by, "requests", "failed", "prompt tokens", "of them cached", "generated tokens", "waited")
     for group in value["groups"]:

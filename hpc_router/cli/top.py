@@ -1,4 +1,4 @@
-"""The terminal view of `hpc-router top`: what the dashboard shows, in tables that fit the window. It only reads."""
+"""The terminal view of `hpc-router top`: the dashboard's content, in tables that fit the window. It changes nothing."""
 
 import contextlib
 import os
@@ -47,14 +47,14 @@ def _seconds(row: Mapping[str, Any]) -> float:
 
 @dataclass(slots=True)
 class TopView:
-    """Formats one overview after another for the screen. `sort`: a key of `SORTS`. `first`: number of replicas that are
-    scrolled out at the top."""
+    """Formats one overview after another for the screen. `sort`: a key of `SORTS`. `first`: number of rows that are
+    scrolled out at the top of the replicas' table."""
 
     sort: str = "name"
     first: int = 0
 
     def key(self, pressed: str) -> bool:
-        """Handles the key `pressed`. Returns False if it ends the view."""
+        """Handles the pressed key `pressed`. Returns False if this key ends the view."""
         orders = list(SORTS)
         if pressed == "s":
             self.sort = orders[(orders.index(self.sort) + 1) % len(orders)]
@@ -94,8 +94,8 @@ class TopView:
 
 
 def _cut(rows: Rows, most: int) -> tuple[Rows, int]:
-    """Returns at most `most` rows, and the number of rows left out. If there are any, one row less is returned, because
-    the table's last line tells their number."""
+    """Returns the first rows, as many as fit into a table of `most` lines, and the number of rows left out. If any is
+    left out, one line of the table shows their number."""
     return (rows, 0) if len(rows) <= most else (rows[: most - 1], len(rows) - most + 1)
 
 
@@ -119,8 +119,8 @@ def _experts(value: Overview) -> Rows:
 
 
 def _replicas(value: Overview) -> Rows:
-    """Returns the replicas that the router knows, and those whose job waits or starts. An engine with adapters serves
-    several experts and is listed once."""
+    """Returns a row for each replica that the router knows, and for each whose job waits or starts. An engine with
+    adapters serves several experts, but has only one row."""
     rows = {r["replica"]: {**r, "why": _why(r)} for one in value["experts"] for r in one["replicas"]}
     for coming in value["starting"]:
         at = coming.get("ready_at")
@@ -186,8 +186,8 @@ def _until(at: float | None, now: float) -> str:
 
 
 def watch(read: Callable[[], Overview | str], view: TopView, *, interval_s: float) -> None:
-    """Shows overviews on the terminal until the user ends it with a key. `read` returns an overview, or a text that
-    says why there is none; the last overview then stays on the screen below that text."""
+    """Shows overviews on the terminal until the user presses a key that ends the view. `read` returns an overview, or a
+    text that says why there is none; then the last overview stays on the screen below that text."""
     console = Console()
     shown: Overview | None = None
     with _single_keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
@@ -209,7 +209,7 @@ def watch(read: Callable[[], Overview | str], view: TopView, *, interval_s: floa
 
 @contextlib.contextmanager
 def _single_keys() -> Iterator[Callable[[float], str | None]]:
-    """Yields a function that waits for a key for at most the given seconds and returns it; None if there was none."""
+    """Yields a function that waits the given seconds for a pressed key and returns it; None if there was none."""
     descriptor = sys.stdin.fileno()
     if not os.isatty(descriptor):
         yield lambda limit_s: time.sleep(limit_s)

@@ -1,9 +1,10 @@
 """Sends one request to the router that leads, and to its successor if that router did not take it.
 
 Rules: a request that no router took (no connection, or the router drains) is sent again until a router takes it or
-`follow_s` is over. A request whose connection ended before any response is sent again once. Every other response goes
-to the caller. A router gets a request only after `router_identity` has checked the process at its address; one check
-serves all requests of a follower until a request fails. This module knows no HTTP library: subclasses do the I/O.
+`follow_s` seconds have passed. A request whose connection ended before a response began, or that got status 401 while
+the run has a new token, is sent again once, if its body can be sent again. Every other response goes to the caller. A
+router gets a request only after `router_identity` has checked the process at its address; one check serves all requests
+until one fails. This module knows no HTTP library: subclasses do the I/O.
 """
 
 import random
@@ -35,11 +36,11 @@ timeout."""
 
 
 class RequestNotTakenError(Exception):
-    """The router does not have the request, because there was no connection to it."""
+    """A connection to the router could not be opened, so the router does not have the request."""
 
 
 class ResponseLostError(HpcRouterError):
-    """The connection ended after the request was sent and before any response."""
+    """The connection ended after the request was sent and before a response arrived."""
 
 
 class RouterResponse(Protocol):
@@ -57,8 +58,8 @@ T = TypeVar("T")
 
 
 class RouterFollower(ABC, Generic[Q, A]):
-    """Sends the requests (of type Q) of one client to the router that leads the run. A subclass may block in its
-    coroutines instead of awaiting; then `follow` blocks, too."""
+    """Base class: sends the requests of one client to the router that leads the run. Q is the type of a request, A that
+    of a response. The coroutines of a subclass may block instead of awaiting; then `follow` also blocks."""
 
     def __init__(self, run: RunDir, *, follow_s: float, check_lock: AbstractAsyncContextManager[Any]) -> None:
         self._run = run
@@ -71,26 +72,28 @@ class RouterFollower(ABC, Generic[Q, A]):
 
     @abstractmethod
     async def send(self, request: Q, router: Record, token: str) -> A:
-        """Sends the request, and returns the response once its head has arrived. Calls `invalidate` after every
-        failure. Raises RequestNotTakenError and ResponseLostError, each with its cause (`raise ... from`)."""
+        """Sends the request to `router`, and returns the response once its head has arrived. Raises
+        RequestNotTakenError or ResponseLostError, with the HTTP library's error as its cause (`raise ... from`). Calls
+        `invalidate` before it raises."""
 
     @abstractmethod
     async def discard(self, response: A) -> None:
-        """Closes a response that the caller does not get."""
+        """Closes a response that the caller of `follow` does not get, because the request is sent again."""
 
     @abstractmethod
     async def call(self, function: Callable[[], T]) -> T:
-        """Runs a blocking function and returns its result."""
+        """Runs a function that blocks, and returns its result. An asynchronous subclass runs it in a thread."""
 
     @abstractmethod
     async def pause(self, length_s: float) -> None: ...
 
     async def find(self, *, recheck: bool) -> Record | None:
-        """Returns the leader's record; None if no router serves. `recheck`: as in `Leader.find`."""
+        """Returns the record of the router that leads; None if no router serves. `recheck`: whether to read all records
+        in the registry folder, not only `registry.json`."""
         return await self.call(partial(self._leader.find, recheck=recheck))
 
     def adds_token(self, request: Q) -> bool:
-        """Returns whether `send` adds the owner's token. Only then can a new token help after a 401."""
+        """Returns whether `send` adds the owner's token to this request. Only then can a new token help after a 401."""
         return True
 
     def invalidate(self) -> None:
@@ -98,11 +101,11 @@ class RouterFollower(ABC, Generic[Q, A]):
         self._identity.invalidate(time.monotonic())
 
     async def follow(self, request: Q, *, replayable: bool) -> A:
-        """Sends the request until a router responds, and returns the response. `replayable`: the request can be sent
-        again.
+        """Sends the request, again if necessary, until a router takes it, and returns the response. `replayable`:
+        whether the request's body can be sent more than once.
 
-        Raises NoRouterError, and ResponseLostError if the request must not be sent again. Other exceptions of `send`
-        are passed on.
+        Raises NoRouterError if no router took the request in time, and ResponseLostError if the response was lost and
+        the request must not be sent again. Other exceptions of `send` are passed on.
         """
         state = RetryState(follow_s=self._follow_s, now=time.monotonic(), replayable=replayable)
         router: Record | None = None
@@ -169,7 +172,7 @@ class RouterFollower(ABC, Generic[Q, A]):
         return self._token
 
     def _token_changed(self, token: str) -> bool:
-        """Returns whether the run's token now differs from `token`, which the router refused."""
+        """Reads the run's token again, and returns whether it differs from `token`, which the router refused."""
         self.invalidate()
         return self._read_token() != token
 

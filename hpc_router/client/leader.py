@@ -26,8 +26,8 @@ class NoRouterError(HpcRouterError):
 
 
 class Leader:
-    """Finds the leader of one run, repeatedly and from any thread. Parses only the files that changed since the last
-    call."""
+    """Finds the router that leads one run. Can be called repeatedly and from any thread; parses only files that have
+    changed since the last call."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -44,9 +44,9 @@ class Leader:
         return self._last
 
     def find(self, *, recheck: bool = False) -> Record | None:
-        """Returns the leader's record; None if no router serves. `recheck`: whether to read the records in the registry
-        folder, not only `registry.json`. One thread at a time reads files; meanwhile, calls of other threads without
-        `recheck` return the last result."""
+        """Returns the record of the router that leads; None if no router serves. `recheck`: whether to read all records
+        in the registry folder, not only `registry.json`. One thread at a time reads files; meanwhile, calls of other
+        threads without `recheck` return the last result."""
         if not self._lock.acquire(blocking=recheck or not self._found_once):
             return self._last
         try:
@@ -67,7 +67,8 @@ class Leader:
         return NoRouterError(f"no router serves {path}; `hpc-router up --run {path}` starts one, `status` shows more")
 
     def _confirmed(self, named: Record | None) -> Record | None:
-        """Returns the leader's own record if it agrees with `named`, the entry in `registry.json`, and is ready."""
+        """Returns the leader's own record if it is ready and agrees with `named`, the leader's entry in
+        `registry.json`; else None."""
         if named is None:
             return None
         path = self._run.registry / f"{named.replica}.json"
@@ -79,7 +80,8 @@ class Leader:
 
 
 def _leader_in_summary(summary: dict[str, Any]) -> Record | None:
-    """Returns the leading router that `registry.json` lists. Skips entries that are not valid records."""
+    """Returns the router that leads according to `summary`, the content of `registry.json`; None if it lists none.
+    Skips entries that are not valid records."""
     listed = summary.get("records")
     records = [_record(entry) for entry in listed] if isinstance(listed, list) else []
     return leading_router({record.replica: record for record in records if record is not None})

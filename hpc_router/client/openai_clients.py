@@ -36,12 +36,13 @@ class Endpoint:
 
     @property
     def base_url(self) -> str:
-        """Returns the `base_url` of OpenAI clients."""
+        """Returns the value for the argument `base_url` of an OpenAI client."""
         return f"{self.url}/v1"
 
 
 def endpoint(run: str | PathLike[str] | None = None) -> Endpoint:
-    """Returns the endpoint of the run directory `run` (default: $HPC_ROUTER_RUN, then runs/latest).
+    """Returns the address and token of the router of `run`, a run directory (default: $HPC_ROUTER_RUN, then
+    runs/latest).
 
     Raises NoRouterError if no router serves, or if the process at its address does not prove that it is the router.
     """
@@ -59,7 +60,8 @@ def endpoint(run: str | PathLike[str] | None = None) -> Endpoint:
 def openai_client(
     run: str | PathLike[str] | None = None, *, follow_s: float = FOLLOW_S, **options: Any
 ) -> "openai.OpenAI":
-    """Returns an `openai.OpenAI` for the run; `options` are those of openai (`timeout`, `max_retries`, ...).
+    """Returns an `openai.OpenAI` that sends its requests to the router of `run`, a run directory (default: as for
+    `endpoint`). `options`: further arguments of `openai.OpenAI`, such as `timeout` and `max_retries`.
 
     A request waits for a router for at most `follow_s` seconds, then raises NoRouterError.
     """
@@ -78,7 +80,7 @@ def openai_client(
 def async_openai_client(
     run: str | PathLike[str] | None = None, *, follow_s: float = FOLLOW_S, **options: Any
 ) -> "openai.AsyncOpenAI":
-    """Returns an `openai.AsyncOpenAI` for the run, as `openai_client` does."""
+    """Returns an `openai.AsyncOpenAI`. The arguments have the same meaning as those of `openai_client`."""
     _check_options(options)
     found = _run(run)
     _need_openai()

@@ -13,9 +13,9 @@ MAX_PAUSE_S: Final = 2.0
 
 
 class RetryState:
-    """The attempts of one request. `recheck`: whether the registry folder must be read, because `registry.json` may be
-    outdated. `last_check`: the identity check that the last router did not pass; None if the router was not reached or
-    drains."""
+    """The attempts of one request. `recheck`: whether to read all records in the registry folder, because
+    `registry.json` may be outdated. `last_check`: result of the identity check of the last router that did not take the
+    request; None if that router drains, or before any such router."""
 
     def __init__(self, *, follow_s: float, now: float, replayable: bool) -> None:
         self._deadline = now + follow_s
@@ -33,29 +33,31 @@ class RetryState:
         return router.url not in self._tried
 
     def not_taken(self, router: Record, check: IdentityCheck | None) -> None:
-        """Records that the router did not take the request, which may therefore be sent to another router. `check`: see
-        `last_check`."""
+        """Records that `router` did not take the request, so that the request may be sent to another router. `check`:
+        result of the router's identity check; None if the router drains."""
         self.recheck, self.last_check = True, check
         self._tried.add(router.url)
 
     def may_resend(self) -> bool:
-        """Returns whether the request may be sent again after its connection ended without a response. This is allowed
-        once."""
+        """Returns whether the request may be sent again after its connection ended without a response. This is true at
+        most once, and never for a request whose body cannot be sent again."""
         may, self._resent, self.recheck = self._replayable and not self._resent, True, True
         return may
 
     def may_renew_token(self) -> bool:
-        """Returns whether the request may be sent again with a new token after status 401. This is allowed once."""
+        """Returns whether the request may be sent again with a new token after status 401. This is true at most once,
+        and never for a request whose body cannot be sent again."""
         may, self._token_renewed = self._replayable and not self._token_renewed, True
         return may
 
     def refused_by_drain(self, status: int, headers: Mapping[str, str]) -> bool:
-        """Returns whether the router refused the request because it drains. Such a request can be sent again."""
+        """Returns whether the router drains and has refused the request, so that it can be sent to another router.
+        Returns False for a request whose body cannot be sent again."""
         return self._replayable and status == 503 and DRAINING_HEADER in headers
 
     def pause_s(self, now: float, jitter: float) -> float | None:
-        """Returns the seconds to wait before the registry is read again; None after the deadline. `jitter` (0 to 1)
-        spreads the retries of clients that wait for the same router: 0 halves the pause."""
+        """Returns the seconds to wait before the client looks for a router again; None after the deadline. `jitter` (0
+        to 1) spreads the retries of clients that wait for the same router: 0 halves the pause, 1 leaves it whole."""
         left_s = self._deadline - now
         if left_s <= 0:
             return None

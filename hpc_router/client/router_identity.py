@@ -29,7 +29,7 @@ MAX_RESPONSE_BYTES: Final = 2**16
 
 
 class IdentityCheck(StrEnum):
-    """Result of a check. Its text completes an error message that begins "router-0.g1 at http://...: "."""
+    """The result of an identity check. Its text ends an error message that begins with a router's name and address."""
 
     PROVEN = "it is the router"
     UNREACHABLE = "no process answers there"
@@ -38,7 +38,7 @@ class IdentityCheck(StrEnum):
 
 
 def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bool:
-    """Returns whether `answer`, the JSON from `/health`, was sent by the owner of the record. Pure."""
+    """Returns whether `answer`, the JSON from `/health`, solves `challenge` as only the owner of `record` can. Pure."""
     health = ProbeResponse.from_json(answer) if isinstance(answer, dict) else None
     if health is None or health.replica != record.replica or not record.nonce:
         return False
@@ -46,8 +46,8 @@ def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bo
 
 
 def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIMEOUT_S) -> IdentityCheck:
-    """Sends a challenge to the record's address and checks the answer. Blocks for `timeout_s` at most, also if the
-    response arrives slowly."""
+    """Sends a challenge to the address in `record` and checks that the router of that record has answered. Blocks for
+    at most `timeout_s` seconds, even if the response arrives slowly."""
     if not record.nonce:
         return IdentityCheck.NO_NONCE
     challenge = new_token()
@@ -64,9 +64,9 @@ def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIME
 
 
 def _get(record: Record, target: str, *, deadline: float) -> bytes:
-    """Returns the body of an HTTP/1.0 response, which ends when the server closes the connection. Uses no HTTP library,
-    because no library limits the time of a whole response. Raises OSError, and ValueError for a bad address or for more
-    than `MAX_RESPONSE_BYTES`."""
+    """Sends `GET target` as HTTP/1.0 to the address in `record` and returns the response's body. Uses a plain socket,
+    because no HTTP library limits the time of a whole response. `deadline`: monotonic seconds. Raises OSError, and
+    ValueError for a bad address or for more than `MAX_RESPONSE_BYTES`."""
     at = urlsplit(record.url)
     if at.scheme != ("http" if record.certificate is None else "https") or not at.hostname or not at.port:
         raise ValueError(f"{record.url!r} is not the address of a router")
@@ -86,7 +86,8 @@ def _get(record: Record, target: str, *, deadline: float) -> bytes:
 
 @contextlib.contextmanager
 def _connected(host: str, port: int, certificate: str | None, *, deadline: float) -> Iterator[socket.socket]:
-    """Connects to a router, with TLS if it has a certificate. Raises OSError."""
+    """Yields a socket that is connected to a router, and closes it after the block. `certificate`: the router's, in
+    PEM; None: no TLS. `deadline`: monotonic seconds. Raises OSError."""
     with socket.create_connection((host, port), timeout=_left_s(deadline)) as sock:
         if certificate is None:
             yield sock
@@ -112,7 +113,7 @@ class _CheckedRouter:
 
 
 class IdentityCache:
-    """The last identity check of one client, shared by all its requests. Pure: times are arguments, in seconds of one
+    """Stores the last identity check of one client for all its requests. Pure: times are arguments, in seconds of one
     monotonic clock."""
 
     def __init__(self) -> None:
@@ -124,14 +125,14 @@ class IdentityCache:
         self._invalid_before = max(self._invalid_before, now)
 
     def store(self, router: Record, result: IdentityCheck, *, begun_at: float, ended_at: float) -> None:
-        """Stores the result of a check, unless a check that began later is stored already."""
+        """Stores `result`, unless the result of a check that began later is stored."""
         if self._last is None or self._last.begun_at <= begun_at:
             self._last = _CheckedRouter(_owner(router), result, begun_at, ended_at)
 
     def lookup(self, router: Record, *, since: float, now: float) -> IdentityCheck | None:
-        """Returns the cached result for a request that began at `since`; None if the identity must be checked now. A
-        positive result is valid for `PROOF_S` seconds, a negative one only for requests that began before the check
-        ended."""
+        """Returns the stored result for a request that began at `since`; None if the router must be checked now. A
+        positive result is valid for `PROOF_S` seconds. A negative one is valid only for requests that began before its
+        check ended."""
         last = self._last
         if last is None or last.owner != _owner(router) or last.begun_at <= self._invalid_before:
             return None

@@ -34,19 +34,20 @@ _T = TypeVar("_T")
 
 
 class NoRouterConnectionError(NoRouterError, openai.APIConnectionError):
-    """A `NoRouterError` that is also an error of openai, so that openai's client raises it at once instead of
-    retrying."""
+    """A `NoRouterError` that is also an `openai.APIConnectionError`, so that the openai client raises it at once
+    instead of retrying."""
 
     def __init__(self, message: str, *, request: "http.Request") -> None:
         openai.APIConnectionError.__init__(self, message=message, request=request)
 
 
 class _HttpFollower(RouterFollower["http.Request", "http.Response"]):
-    """Base class of the two transports below, with the code that they share."""
+    """Base class of the synchronous and the asynchronous transport, with the code that they share."""
 
     @abstractmethod
     async def exchange(self, request: "http.Request", certificate: str | None) -> "http.Response":
-        """Sends the request. `certificate`: the only one that the router may have, in PEM; None: plain HTTP."""
+        """Sends the request to the address in its URL, and returns the response. `certificate`: the only certificate
+        that the router may have, in PEM; None: the request is sent without TLS."""
 
     async def respond(self, request: "http.Request") -> "http.Response":
         if request.url.host != PLACEHOLDER_HOST:
@@ -154,7 +155,7 @@ class _BlockingLock(AbstractAsyncContextManager[None]):
 
 
 class _ReportingStream(http.SyncByteStream, http.AsyncByteStream):
-    """The body of a response. Calls `on_break` if the connection ends before the body does."""
+    """The body of a response. Calls `on_break` if the connection ends before the body is complete."""
 
     def __init__(self, inner: Any, on_break: Callable[[], None]) -> None:
         self._inner, self._on_break = inner, on_break
@@ -182,8 +183,8 @@ class _ReportingStream(http.SyncByteStream, http.AsyncByteStream):
 
 
 def _options(certificate: str | None = None) -> dict[str, Any]:
-    """Returns the arguments for the HTTP library's transport, synchronous or asynchronous. `certificate`: the router's,
-    in PEM."""
+    """Returns the arguments of httpx's transports, both synchronous and asynchronous. `certificate`: the router's
+    certificate, in PEM; None: no TLS."""
     limits = http.Limits(max_connections=1000, max_keepalive_connections=100)
     verify = True if certificate is None else client_context(certificate)
     return {"trust_env": False, "limits": limits, "socket_options": SOCKET_OPTIONS, "verify": verify}
@@ -202,7 +203,7 @@ def _completed(blocking: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _addressed(request: "http.Request", router: Record, token: str) -> "http.Request":
-    """Returns a copy of the request with the router's address and the token. Its body is the same stream."""
+    """Returns a copy of the request with the router's address and the token. Both have the same body stream."""
     at = http.URL(router.url)
     url = request.url.copy_with(scheme=at.scheme, host=at.host, port=at.port)
     headers = request.headers.copy()

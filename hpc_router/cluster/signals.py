@@ -15,15 +15,15 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a verb that changes a deployment. Its text says what has ended, what is left, and what to do."""
+    """Ctrl-C during a verb that changes a deployment. Its text says what has ended, what is left, and what to do."""
 
 
 @contextmanager
 def interrupt_event(*, once: bool = True) -> Iterator[threading.Event]:
     """Yields an event that SIGINT or SIGTERM sets, so that a command can stop between two steps, never within one.
 
-    With `once`, a second signal raises KeyboardInterrupt, so that a second Ctrl-C ends the command at once. Outside the
-    main thread the event is never set, because Python allows no signal handlers there.
+    With `once`, a second signal raises KeyboardInterrupt, so that it ends the command at once. Outside the main thread
+    the event is never set, because Python allows no signal handlers there.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -41,8 +41,8 @@ def interrupt_event(*, once: bool = True) -> Iterator[threading.Event]:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM raise KeyboardInterrupt in the main thread, so that `scancel` takes the same clean-up path as
-    Ctrl-C."""
+    """Makes SIGTERM raise KeyboardInterrupt in the main thread during the block, so that after `scancel` the same
+    clean-up runs as after Ctrl-C."""
 
     def on_signal() -> None:
         raise KeyboardInterrupt
@@ -53,7 +53,8 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def explaining_interrupt(text: Callable[[], str]) -> Iterator[None]:
-    """Turns Ctrl-C inside the block into Interrupted with this text. Further Ctrl-C are ignored while `text` runs."""
+    """Turns KeyboardInterrupt in the block into Interrupted with the text from `text`, which Ctrl-C cannot
+    interrupt."""
     try:
         yield
     except KeyboardInterrupt:

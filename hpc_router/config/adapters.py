@@ -1,7 +1,8 @@
-"""Experts that share an engine: a host, and the LoRA adapters that its engine serves under their own names.
+"""Experts that share an engine: a host, and the LoRA adapters that the host's engine serves.
 
-A host has jobs and a record in the registry; an adapter is only a name in that record. Code that manages jobs therefore
-uses `hosts`, and code that routes requests treats all experts alike. Only `adapter_rank` reads files of an adapter.
+Each adapter is an expert with a name of its own. A host has jobs and a record in the registry; an adapter is only a
+name in that record. Code that manages jobs therefore uses `hosts`, and code that routes requests treats all experts
+alike. Only `adapter_rank` reads files of an adapter.
 """
 
 import json
@@ -37,7 +38,7 @@ def adapters_of(experts: Mapping[str, ExpertConfig], host: str) -> dict[str, str
 
 
 def check_adapter(name: str, experts: Mapping[str, ExpertConfig]) -> None:
-    """Raises ConfigError if `name` has no valid host, or sets a key that an adapter may not set."""
+    """Raises ConfigError if the adapter `name` has no valid host, or sets a key that an adapter may not set."""
     expert, valid = experts[name], [host for host in hosts(experts) if experts[host].engine.kind in ENGINES]
     key = f"experts.{name}.adapter_of"
     host = expert.adapter_of
@@ -60,8 +61,8 @@ def check_adapter(name: str, experts: Mapping[str, ExpertConfig]) -> None:
 
 
 def adapter_rank(folder: Path) -> int:
-    """Returns the rank of the LoRA adapter in `folder`; if its modules have several ranks, the largest. Raises
-    ValueError if the settings file is missing or has no valid rank."""
+    """Returns the rank of the LoRA adapter in `folder`, the largest if its modules have several. Raises ValueError if
+    the adapter's settings file is missing or has no valid rank."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

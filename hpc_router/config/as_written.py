@@ -24,7 +24,8 @@ text that the user wrote."""
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The source text of a scalar, without quotes. `place`: `override 'a=b'` or `my/topology/a.yaml:3`."""
+    """The text of a value as the user wrote it, without quotes. `place`: where it is written, as `override 'a=b'` or
+    `my/topology/a.yaml:3`."""
 
     text: str
     place: str
@@ -35,9 +36,10 @@ Find = Callable[[Path, object], Written | None]
 
 
 def as_written(schema: Any, value: Any, find: Find, *, at: str = "") -> Any:
-    """Returns `value` with the text that the user wrote in every text field of `schema`. `find` looks up that text.
-    `at`: the key of `value`, for error messages. Raises ConfigError for a text field whose value does not print as it
-    was written."""
+    """Returns `value`, the part of a config with the type `schema`. Where a text field has a number or truth value, the
+    text that the user wrote replaces it; `find` looks up that text. `at`: the key of `value`, for error messages.
+    Raises ConfigError if that text differs from how the value prints, or if a number is not in plain decimal
+    notation."""
     return _Reader(find, at).read(schema, value, ())
 
 
@@ -96,7 +98,8 @@ class _Reader:
 
 
 def _same(text: str, value: float) -> bool:
-    """Returns whether `text` is a plain decimal notation of `value`."""
+    """Returns whether `text` is a plain decimal notation of `value`; True for infinity and NaN, which are refused
+    later."""
     if isinstance(value, float) and not math.isfinite(value):
         return True  # infinity and NaN: the parser reports them as out of range
     try:
@@ -111,7 +114,7 @@ def _leading_zero(text: str) -> bool:
 
 
 def _plain(value: object) -> str:
-    """Returns `value` as YAML 1.2 prints it."""
+    """Returns a number or truth value as text, in the form of YAML 1.2."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

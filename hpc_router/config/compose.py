@@ -40,11 +40,11 @@ def conf_folder() -> Path:
 def load_deployment(
     overrides: Sequence[str], *, config_dir: Path | None = None, without: Sequence[str] = ()
 ) -> Deployment:
-    """Returns the checked deployment that `deploy.yaml`, the user's folder and the overrides describe. Raises
+    """Returns the checked deployment that results from `deploy.yaml`, the files it includes, and the overrides. Raises
     ConfigError.
 
-    A file in `config_dir` replaces the file of the same name in `conf/`. The keys in `without` are ignored, because
-    they belong to another program.
+    `config_dir`: the user's folder; a file in it replaces the file of the same name in `conf/`. `without`: keys to
+    ignore, because another program reads them.
     """
     overrides = single_values(overrides)
     in_hydra_form = hydra_overrides(overrides)
@@ -59,8 +59,8 @@ def load_deployment(
 
 
 def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """Returns `base` with overrides applied: first those that choose a file of a group (`topology=sim`), then those
-    that set a value. Raises ConfigError."""
+    """Returns `base` with the overrides applied: first those that choose a file of a config group (`topology=sim`),
+    then those that set a value. `config_dir`: the user's folder, searched before `conf/`. Raises ConfigError."""
     overrides = single_values(overrides)
     in_hydra_form = hydra_overrides(overrides)
     chosen = [override for override in map(parse_override, in_hydra_form) if override.key_or_group in GROUPS]
@@ -85,7 +85,7 @@ def with_overrides(base: Deployment, overrides: Sequence[str], *, config_dir: Pa
 
 
 def _delete(config: DictConfig | ListConfig, override: Override) -> None:
-    """Applies the override `~key`, which removes a key. Raises ConfigError for a key that the config does not have."""
+    """Removes the key of an override `~key` from the config. Raises ConfigError if there is no such key."""
     parent, _, name = override.key_or_group.rpartition(".")
     holder = OmegaConf.select(config, parent) if parent else config
     if not isinstance(holder, DictConfig) or name not in holder:
@@ -96,8 +96,8 @@ def _delete(config: DictConfig | ListConfig, override: Override) -> None:
 def _deployment(
     composed: DictConfig, sources: Sources, overrides: Sequence[str], *, without: Sequence[str] = ()
 ) -> Deployment:
-    """Resolves the interpolations of a composed config and returns it as a checked `Deployment`. Needs an initialised
-    Hydra, because errors name the source file."""
+    """Returns the config that Hydra composed as a checked `Deployment`, with its interpolations (`${...}`) resolved.
+    Hydra must be initialised, because errors name the file that set the value. `without`: keys to ignore."""
     with _located(overrides):
         plain = _resolved(composed)
     plain = as_written(Deployment, plain, sources.find)
@@ -107,8 +107,7 @@ def _deployment(
 
 @contextmanager
 def _located(overrides: Sequence[str]) -> Iterator[None]:
-    """Puts the source of the key, an override or a file, before the message of a ConfigError that is raised inside the
-    block."""
+    """Makes each ConfigError from the block begin with the place where its key was set: the override or the file."""
     try:
         yield
     except ConfigError as error:
@@ -118,7 +117,8 @@ def _located(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def _resolved(composed: DictConfig) -> dict[str, Any]:
-    """Returns the config as plain values. An interpolation may name a key of the schema that no file mentions."""
+    """Returns the config as plain values, with its interpolations (`${...}`) resolved. An interpolation may name any
+    key of the schema, even one that no file mentions; the key then has its default."""
     experts = composed.get("experts") if OmegaConf.is_dict(composed.get("experts")) else {}
     defaults = asdict(Deployment()) | {"experts": {name: asdict(ExpertConfig()) for name in experts or {}}}
     merged = OmegaConf.merge(OmegaConf.create(defaults), composed)
@@ -131,7 +131,8 @@ def _resolved(composed: DictConfig) -> dict[str, Any]:
 
 
 def resolved(config: DictConfig, key: Any) -> Any:
-    """Returns the plain value at `key`. Raises ConfigError if an interpolation names an unknown key or variable."""
+    """Returns the plain value at `key`, with its interpolations (`${...}`) resolved. Raises ConfigError if one names an
+    unknown key or variable."""
     try:
         value = config[key]
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -146,7 +147,7 @@ _INTERPOLATION: Final = re.compile(r"(\\*)\$\{")
 
 
 def _escaped(value: Any) -> Any:
-    """Escapes `${` in texts, so that OmegaConf resolves the result to `value`."""
+    """Returns `value` with each `${` in a text escaped, so that OmegaConf does not read it as an interpolation."""
     if isinstance(value, Mapping):
         return {name: _escaped(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -155,7 +156,8 @@ def _escaped(value: Any) -> Any:
 
 
 class _UserFolder(SearchPathPlugin):
-    """Hydra plugin that searches the user's folder. Hydra creates the instance, so `folder` is a class attribute."""
+    """Hydra plugin that makes Hydra search the user's folder. Hydra creates the plugin object, so `folder` is an
+    attribute of the class."""
 
     folder: ClassVar[Path | None] = None
 
@@ -166,7 +168,7 @@ class _UserFolder(SearchPathPlugin):
 
 @contextmanager
 def user_folder(config_dir: Path | None) -> Iterator[None]:
-    """Inside the block, Hydra searches the user's folder before `conf/`."""
+    """Makes Hydra search the user's folder before `conf/` during the block. Raises ConfigError if it does not exist."""
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
     for path in sorted(config_dir.rglob("*.yaml")) if config_dir is not None else ():
@@ -184,7 +186,7 @@ def user_folder(config_dir: Path | None) -> Iterator[None]:
 
 
 def _hides_its_package(path: Path) -> bool:
-    """Returns whether the file has a byte order mark before its line `# @package ...`. Hydra then ignores that line."""
+    """Returns whether the line `# @package ...` is the file's first and follows a byte order mark: Hydra ignores it."""
     with suppress(OSError), path.open("rb") as stream:
         first = stream.readline()
         return first.startswith(BOM_UTF8) and b"@package" in first
@@ -195,7 +197,7 @@ def single_values(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides with quotes around values of text keys that Hydra would not read as one text: it reads
     `partition=a,b` as a sweep over two values, and does not know `exclude=n[1-2]` at all.
 
-    Raises ConfigError for other sweeps; only `python -m launch.deploy -m` runs them.
+    Raises ConfigError for any other sweep, because only `python -m launch.deploy -m` runs sweeps.
     """
     return [_single_value(text, parse_override(text)) for text in map(_quoted_text, overrides)]
 
@@ -229,8 +231,8 @@ def _single_value(text: str, override: Override) -> str:
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides in Hydra's form: with `++` before the key of a value, because `conf/` does not list all
-    keys.
+    """Returns the overrides in Hydra's form: `key=value` becomes `++key=value`, because Hydra would refuse a key that
+    no file in `conf/` mentions.
 
     Raises ConfigError for an invalid override.
     """
@@ -252,7 +254,8 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _translated_errors(config_dir: Path | None) -> Iterator[None]:
-    """Turns errors of Hydra, OmegaConf and YAML inside the block into ConfigError."""
+    """Turns errors of Hydra, OmegaConf and YAML inside the block into ConfigError. `config_dir`: the user's folder,
+    whose files the messages can name."""
     try:
         yield
     except MissingConfigException as error:
@@ -272,8 +275,9 @@ def _translated_errors(config_dir: Path | None) -> Iterator[None]:
 
 
 def _interpolation_error(error: GrammarParseError, problem: str, *, override: str, config_dir: Path | None) -> str:
-    """Returns the message for a text with an invalid `${`. Names the override or the user's file with the text, and the
-    key, if they can be found. `override`: the message of Hydra's error, which may contain the override."""
+    """Returns the error message for a text with an invalid `${`: where it is (the override or the user's file, and the
+    key) if that can be found, then `problem`. `override`: the message of Hydra's error, which may contain the
+    override."""
     merged = re.match(r"Error merging override \+*(.+)", override, re.DOTALL)
     invalid = re.search(r"'(\$\{.*)'", problem)
     files = sorted(config_dir.rglob("*.yaml")) if config_dir is not None and invalid is not None else ()
@@ -285,8 +289,8 @@ def _interpolation_error(error: GrammarParseError, problem: str, *, override: st
 
 
 def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None) -> str:
-    """Returns the path of the user's file that is not UTF-8, or "a config file". Hydra's error does not name the file,
-    so it is searched for by its content."""
+    """Returns the path of the file in `config_dir` that is not UTF-8; "a config file" if none is found. Hydra's error
+    does not name the file, so files are compared with the bytes in the error."""
     if isinstance(error, UnicodeDecodeError) and config_dir is not None:
         for path in sorted(config_dir.rglob("*.yaml")):
             if path.read_bytes().startswith(error.object):
@@ -295,8 +299,8 @@ def _undecodable(error: YAMLError | UnicodeDecodeError, config_dir: Path | None)
 
 
 def _missing(error: MissingConfigException, config_dir: Path | None) -> str:
-    """Returns the message for a missing config file: the group or defaults list that names the file, and the valid
-    names."""
+    """Returns the error message for a missing config file: the config group or the defaults list that names the file,
+    and the valid names."""
     wanted = str(error.missing_cfg_file or "")
     inside = re.match(r"In '([\w/.-]+)': Could not \w+ '([\w/.-]+)'", str(error))
     if inside:

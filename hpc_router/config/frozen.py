@@ -28,7 +28,7 @@ _WIDTH: Final = 120
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML loader that refuses a key given twice; PyYAML alone would take the last value."""
+    """YAML loader that refuses a mapping with the same key twice; PyYAML alone would take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
-    """Parses and checks a config of resolved values, without the keys in `without`. Raises ConfigError."""
+    """Returns the checked deployment with the values in `plain`. Ignores the keys in `without`. Raises ConfigError."""
     if not isinstance(plain, Mapping):
         raise ConfigError("not a mapping of keys to values")
     left_out = {*IGNORED_KEYS, *without}
@@ -92,7 +92,8 @@ def differing_values(left: Deployment, right: Deployment) -> dict[str, tuple[Any
 
 
 def flat(value: Any, at: str = "") -> dict[str, Any]:
-    """Returns the values of nested mappings by their dotted keys."""
+    """Returns the values in nested mappings by their dotted keys: {"router": {"port": 1}} gives {"router.port": 1}.
+    `at`: prefix of all keys."""
     if not isinstance(value, dict) or not value:
         return {at: value}
     found: dict[str, Any] = {}
@@ -102,7 +103,7 @@ def flat(value: Any, at: str = "") -> dict[str, Any]:
 
 
 def yaml_error_text(error: YAMLError | UnicodeDecodeError, name: str) -> str:
-    """Returns the error as `file:line: problem`, without the line if the parser does not give one."""
+    """Returns the error as `FILE:LINE: problem`, without the line if the parser gives none. `name`: the file's path."""
     if isinstance(error, UnicodeDecodeError):
         return f"{name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
     mark: Any = getattr(error, "problem_mark", None)

@@ -53,8 +53,8 @@ def within(low: float, high: float) -> dict[str, NumberRange]:
 
 
 def bounded(default: _T, low: float, high: float) -> _T:
-    """Declares a dataclass field with a default and a valid range. The declared return type is that of the default, as
-    for `dataclasses.field`."""
+    """Declares a dataclass field with a default and a valid range, `low` to `high`. As with `dataclasses.field`, type
+    checkers see the type of the default as the result."""
     return field(default=default, metadata=within(low, high))
 
 
@@ -84,8 +84,9 @@ def parse(schema: type[_T], value: Any, *, at: str) -> _T:
 
 
 def check_values(instance: Any, *, at: str) -> None:
-    """Raises ConfigError for the first number that is outside its field's range or not finite, and for the first text
-    that is not among its field's fixed values; at any depth."""
+    """Checks all fields of a dataclass instance, including nested ones. Raises ConfigError for the first number that is
+    not finite or outside its field's range, or text that is not one of its field's fixed values. `at`: the key of
+    `instance`, for error messages."""
     kinds = get_type_hints(type(instance))
     for item in _fields(type(instance)):
         choices = choices_of(kinds[item.name])
@@ -133,7 +134,7 @@ def _section(schema: type, value: Mapping[Any, Any], at: str) -> Any:
 
 
 def _value(kind: Any, value: Any, at: str) -> Any:
-    """Converts `value` to the declared type `kind`. Raises ConfigError."""
+    """Returns `value` converted to the type `kind` that its field declares. `at`: its key. Raises ConfigError."""
     bare = without_none(kind)
     if bare is Any or (value is None and bare is not kind):
         return value
@@ -152,7 +153,7 @@ def _value(kind: Any, value: Any, at: str) -> Any:
 
 
 def _scalar(kind: Any, value: Any) -> str | bool | int | float | None:
-    """Converts `value` to text, a truth value or a number, as `kind` requires; None if that is not possible."""
+    """Returns `value` as text, truth value or number, whichever `kind` requires; None if it cannot be converted."""
     text = value.strip() if isinstance(value, str) else None
     if is_text(kind):
         return value if isinstance(value, str) else None
@@ -178,7 +179,7 @@ def _check_encodable(text: str, key: str) -> None:
 
 
 def _text_key(name: Any, at: str) -> str:
-    """Returns the full key of a mapping's entry. Raises ConfigError if the name is not text."""
+    """Returns the full key of the entry `name` in the mapping at `at`. Raises ConfigError if the name is not text."""
     key = _join(at, str(name))
     if not isinstance(name, str):
         raise ConfigError(f"'{key}': keys of this mapping are text; write the key in quotes", key=key)
@@ -202,8 +203,8 @@ def _noun(kind: Any) -> str:
 
 
 def type_at(schema: Any, path: Sequence[str]) -> Any:
-    """Returns the declared type at the key `path` of `schema`; `int | None` gives `int`. Returns None if there is no
-    such key."""
+    """Returns the type that the dataclass `schema` declares for the key `path`; for an optional type, such as `int |
+    None`, the type without None. Returns None if there is no such key."""
     kind = schema
     for part in path:
         if isinstance(kind, type) and is_dataclass(kind):

@@ -1,8 +1,8 @@
-"""Computes revisions: hashes of the part of the config that a job reads. A job whose revision is unchanged need not be
-replaced.
+"""Computes revisions: hashes of the part of the config that a job reads. While its revision is unchanged, a job need
+not be replaced.
 
 A job reads the config once, at its start. Values that only the control loop and the commands use (replica counts,
-handover, intervals) are left out, because they apply without a new job.
+handover, intervals) are left out of the hash, because they apply without a new job.
 """
 
 import hashlib

@@ -264,7 +264,7 @@ class PolicyConfig:
 
 @dataclass
 class ClassConfig:
-    """One class of requests."""
+    """The limits of one class of requests."""
 
     # Share of the places that become free, relative to the other class, while requests of both classes wait.
     weight: float = bounded(1.0, 0.01, 1000)
@@ -274,7 +274,7 @@ class ClassConfig:
 
 @dataclass
 class ClassesConfig:
-    """The classes of requests, which a request states in its header `x-priority`."""
+    """The classes of requests. A request names its class in the header `x-priority`."""
 
     interactive: ClassConfig = field(default_factory=lambda: ClassConfig(weight=10.0))  # requests without the header
     batch: ClassConfig = field(default_factory=ClassConfig)  # requests that may wait; shed first
@@ -362,7 +362,8 @@ class Deployment:
 
 
 def options_of(expert: str, engine: EngineConfig) -> EngineOptions:
-    """Returns the options of an expert's engine, typed by its kind. Raises ConfigError for an invalid option."""
+    """Returns the options of the engine of `expert`, as an object of the class for its kind of engine. Raises
+    ConfigError for an invalid option."""
     at = f"experts.{expert}.engine"
     check_values(engine, at=at)
     return parse(OPTIONS[engine.kind], engine.options, at=f"{at}.options")

@@ -1,5 +1,5 @@
-"""Predicts a deployment without GPUs (`simulate.gpu=h100-sxm`): each vLLM engine becomes a simulated engine with the
-latencies predicted for that GPU, so that the same topology can be predicted and measured."""
+"""Predicts a deployment without GPUs (`simulate.gpu=h100-sxm`): each vLLM engine is replaced by a simulated engine,
+whose latencies are those predicted for the chosen GPU. So the same topology can be predicted and measured."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace

@@ -1,7 +1,7 @@
 """Checks the values that become lines of a batch script: Slurm options, modules, setup lines, environment.
 
-Each value becomes one line, so it may not contain a line break. Options that the script itself sets are refused. Every
-error names the key and what to use instead.
+Each value becomes one line, so it may not contain a line break. Slurm options that the script sets itself are refused.
+Every error names the key and what to use instead.
 """
 
 import re
@@ -71,8 +71,8 @@ SRUN_OWNED: Final = _SIZES | {
 
 
 def check_options(at: str, options: JobOptions, *, warn_s: float) -> None:
-    """Raises ConfigError for an invalid Slurm option. `at`: key of the options, such as `experts.math.resources`.
-    `warn_s`: `cluster.warn_s`, which the walltime must exceed."""
+    """Raises ConfigError if one of `options` is not valid. `at`: key of the options, such as `experts.math.resources`.
+    `warn_s`: value of `cluster.warn_s`; a shorter walltime is refused."""
     for name in _WORDS:
         _check_word(f"{at}.{name}", getattr(options, name))
     _check_walltime(f"{at}.walltime", options.walltime, warn_s=warn_s)
@@ -82,7 +82,8 @@ def check_options(at: str, options: JobOptions, *, warn_s: float) -> None:
 
 
 def check_script(cluster: ClusterConfig) -> None:
-    """Checks modules, setup lines, environment and container. Raises ConfigError."""
+    """Checks the values of `cluster` that become lines of batch scripts: modules, setup lines, environment, paths and
+    container. Raises ConfigError."""
     for number, module in enumerate(cluster.modules):
         if not _MODULE.fullmatch(module):
             key = f"cluster.modules[{number}]"
@@ -112,8 +113,8 @@ def check_environment(at: str, environment: Mapping[str, str]) -> None:
 
 
 def check_run_path(path: Path, kind: str) -> None:
-    """Raises ConfigError if the run directory's path contains a character that Slurm would replace in the names of log
-    files. `kind`: `cluster.kind`; `local` allows every path."""
+    """Raises ConfigError if `path`, the run directory, contains a character that Slurm would replace in the names of
+    log files. `kind`: value of `cluster.kind`; with `local` every path is valid."""
     if kind == "local":
         return
     if found := re.search(r"[%\\]", str(path)) or _CONTROL.search(str(path)):
@@ -124,7 +125,7 @@ def check_run_path(path: Path, kind: str) -> None:
 
 
 def check_not_empty(key: str, value: str) -> None:
-    """Raises ConfigError if `value` is blank or has more than one line."""
+    """Raises ConfigError, which names `key`, if `value` is blank or has a line break or other control character."""
     if not value.strip():
         raise ConfigError(f"{key} is empty", key=key)
     check_one_line(key, value)
@@ -177,8 +178,8 @@ def _check_further(at: str, options: Mapping[str, Any], owned: Mapping[str, str]
 
 
 def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the option `dependency` is not in Slurm's format, or contains '?' (any of several). A
-    router's standby job has to wait for all: the user's dependencies and its predecessor."""
+    """Raises ConfigError if the option `dependency` is not in Slurm's format or contains '?', which means any one of
+    several jobs. A router's standby must wait for all: the jobs that the user names and the serving router's job."""
     for name, value in options.items():
         key = f"{at}.{name}"
         if name != "dependency" and "dependency".startswith(name):

@@ -29,12 +29,12 @@ from hpc_router.errors import ConfigError
 
 
 def shown(text: str) -> str:
-    """Returns the name of an override in messages: its text in quotes, in one line."""
+    """Returns an override's name for messages: `override 'key=value'`, in one line."""
     return f"override '{text}'" if text.isprintable() else f"override {text!r}"
 
 
 def parse_override(text: str) -> Override:
-    """Parses an override of the command line. Raises ConfigError with the override's text."""
+    """Parses one override of the command line. Raises ConfigError, whose message contains the override."""
     try:
         return OverridesParser.create().parse_override(text)
     except RecursionError as error:
@@ -52,15 +52,15 @@ _ABSENT: Final = object()
 
 @dataclass
 class Sources:
-    """Finds the text that the user wrote for a value. `files`: path of each file, and the key under which Hydra puts
-    its values (its package), in the order of composition."""
+    """Finds the text that the user wrote for a value, in `overrides` and `files`. `files`: pairs of the path of a file
+    and its package (the key of the config under which Hydra puts the file's values), in the order of composition."""
 
     overrides: Sequence[str]
     files: Iterable[tuple[Path, str]]
 
     def find(self, path: as_written.Path, value: object) -> Written | None:
-        """Returns the text and place of the last override or line of a file that sets the key `path` to the scalar
-        `value`; None for a default or an interpolation."""
+        """Returns the text that sets the key `path` to the scalar `value`, and its place: from the last such override,
+        else the last such line of a file. Returns None if there is neither, as for a default or an interpolation."""
         for text, key, parts, typed in self._parsed_overrides:
             if path[: len(key)] == key and _equal(_value_at(typed, path[len(key) :]), value):
                 written = _value_at(parts, path[len(key) :])
@@ -75,7 +75,8 @@ class Sources:
 
     @cached_property
     def _parsed_overrides(self) -> list[tuple[str, as_written.Path, Any, Any]]:
-        """Returns each override that sets a value, last first: text, key, value with scalars as text, typed value."""
+        """Returns each override that sets a value, last first, as (the override, its key, the value with numbers as
+        text, the value as Hydra reads it)."""
         found: list[tuple[str, as_written.Path, Any, Any]] = []
         for text in reversed(self.overrides):
             override = parse_override(text)
@@ -95,7 +96,7 @@ class Sources:
 
 
 class _WithText(HydraOverrideVisitor):
-    """Override parser that keeps numbers and truth values as they are written."""
+    """Override parser that returns numbers and truth values as the text in the override."""
 
     def _createPrimitive(self, ctx: Any) -> Any:
         value = super()._createPrimitive(ctx)
@@ -103,7 +104,8 @@ class _WithText(HydraOverrideVisitor):
 
 
 def _with_text(text: str) -> Override:
-    """Parses an override with all scalars as text. The result has no value if the override is a function call."""
+    """Parses an override and returns it with all numbers and truth values as text. If its value is a function call,
+    returns an override without value."""
     lexer = OverrideLexer(InputStream(text))
     parser = OverrideParser(CommonTokenStream(lexer))
     try:
@@ -121,7 +123,7 @@ def _equal(found: object, value: object) -> bool:
 
 
 def _value_at(value: Any, path: as_written.Path, *, absent: object = None) -> Any:
-    """Returns the value at `path` inside a parsed override or file; `absent` if there is none."""
+    """Returns the value at `path` inside `value`, a parsed override or file; `absent` if there is none."""
     for part in path:
         if isinstance(value, Mapping):
             value = {str(name): item for name, item in value.items()}.get(str(part), absent)
@@ -144,8 +146,8 @@ def _node_at(node: yaml.Node | None, path: as_written.Path) -> yaml.Node | None:
 
 
 def _entry(node: yaml.MappingNode, name: str) -> yaml.Node | None:
-    """Returns the value's node of the key `name`: in `node` itself, else in a mapping that is merged into it (`<<`).
-    Returns None if neither has the key."""
+    """Returns the YAML node of the value that the mapping `node` has for the key `name`, either in the mapping itself
+    or in one merged into it (`<<`). Returns None if neither has the key."""
     for key, value in node.value:
         if key.value == name:
             assert isinstance(value, yaml.Node)
@@ -160,14 +162,14 @@ def _entry(node: yaml.MappingNode, name: str) -> yaml.Node | None:
 
 
 def _typed(node: yaml.ScalarNode) -> object:
-    """Returns the scalar as OmegaConf reads it; None for text in quotes."""
+    """Returns the value that OmegaConf reads from this node; None for text in quotes."""
     return OmegaConf.create(f"- {node.value}")[0] if node.style is None and node.value else None
 
 
 def place_of(key: str, overrides: Sequence[str]) -> str:
-    """Returns the source of the value at `key` as prefix of an error message; empty if the source is unknown.
+    """Returns where the value at `key` was set, as the beginning of an error message; an empty text if this is unknown.
 
-    The prefix is `override 'router.port=x': ` or `my/topology/a.yaml: `. Needs an initialised Hydra.
+    The result is such as `override 'router.port=x': ` or `my/topology/a.yaml: `. Hydra must be initialised.
     """
     for text in reversed(overrides):
         override = parse_override(text)
@@ -186,8 +188,8 @@ def _touches(overridden: str, key: str) -> bool:
 
 
 def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Yields the path of every composed file, and the key of the config under which its values are. Needs an
-    initialised Hydra."""
+    """Yields each file that Hydra composes for these overrides: its path, and the key of the config under which its
+    values are. Hydra must be initialised."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     loader = hydra.config_loader
@@ -204,7 +206,7 @@ def composed_files(overrides: Sequence[str]) -> Iterator[tuple[Path, str]]:
 
 
 def _below(key: str, package: str) -> as_written.Path | None:
-    """Returns the path of `key` in a file whose values are under the key `package` of the config; None if `key` is not
-    under it."""
+    """Returns `key` as a path relative to the key `package` of the config, under which a file's values are. Returns
+    None if `key` is not below `package`."""
     parts, prefix = tuple(key.split(".")), tuple(package.split(".")) if package else ()
     return parts[len(prefix) :] if parts[: len(prefix)] == prefix else None

@@ -68,7 +68,7 @@ def check(deployment: Deployment) -> None:
 
 
 def _check_gpus(deployment: Deployment) -> None:
-    """Raises ConfigError if the replicas that the deployment starts with have more GPUs than cluster.max_gpus."""
+    """Raises ConfigError if the deployment's configured replicas have more GPUs together than `cluster.max_gpus`."""
     most = deployment.cluster.max_gpus
     if most is None:
         return
@@ -83,7 +83,8 @@ def _check_gpus(deployment: Deployment) -> None:
 
 
 def _check_elastic(at: str, expert: ExpertConfig, cluster: ClusterConfig) -> None:
-    """Raises ConfigError for limits of the number of replicas that contradict each other."""
+    """Raises ConfigError if `min_replicas` or `max_replicas` of the expert contradicts `replicas` or
+    `cluster.replicas_per_job`. `at`: the expert's key."""
     if expert.min_replicas is None and expert.max_replicas is None:
         return
     limits = ((expert.min_replicas, "min_replicas", 1), (expert.max_replicas, "max_replicas", -1))
@@ -127,7 +128,7 @@ def _check_tls(router: RouterConfig) -> None:
 
 
 def _check_origin(origin: str) -> None:
-    """Raises ConfigError unless it is `*` or has the form in which browsers send an origin."""
+    """Raises ConfigError unless `origin` is `*` or has the form of an Origin header, such as `https://example.org`."""
     if origin == "*" or _is_origin(origin):
         return
     key, near = "router.allowed_origins", _nearest_origin(origin)
@@ -147,7 +148,7 @@ def _is_origin(text: str) -> bool:
 
 
 def _nearest_origin(text: str) -> str | None:
-    """Returns the origin of a URL; None if `text` has none."""
+    """Returns the origin in a URL that the user wrote in place of an origin; None if there is none."""
     try:
         parts = urlsplit(text.strip().lower())
         host, port = parts.hostname or "", parts.port
@@ -221,8 +222,8 @@ def notify_command(notify: str) -> list[str] | None:
 
 
 def _check_no_slurm(cluster: ClusterConfig) -> None:
-    """Raises ConfigError for Slurm keys with `kind: local`. Otherwise, a site's file without `kind: slurm` would start
-    the engines on the login node."""
+    """Raises ConfigError if a key for Slurm is set although `cluster.kind` is `local`. Without this check, a site's
+    file that lacks `kind: slurm` would start the engines on the login node."""
     for name in ("partition", "account", "qos", "reservation"):
         if getattr(cluster, name) is not None:
             key = f"cluster.{name}"
@@ -240,7 +241,7 @@ def _check_router_job(resources: ResourceConfig, cluster: ClusterConfig) -> None
 
 
 def _check_resources(at: str, resources: ResourceConfig, cluster: ClusterConfig) -> None:
-    """Checks the resources of the router or of one expert. Raises ConfigError."""
+    """Checks the resources at the key `at`, those of the router or of one expert. Raises ConfigError."""
     check_options(at, resources, warn_s=cluster.warn_s)
     have = 0 if cluster.gpus is None and cluster.kind == "local" else cluster.gpus
     if have is not None and resources.gpus > have:

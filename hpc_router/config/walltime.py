@@ -10,7 +10,7 @@ _WITH_DAYS: Final = re.compile(r"(\d{1,9})-(\d{1,9})(?::(\d{1,9})(?::(\d{1,9}))?
 
 
 def walltime_s(text: str) -> float | None:
-    """Returns the duration `text` in seconds; None if it is not in one of Slurm's formats."""
+    """Returns the duration `text` in seconds (UNLIMITED: infinite); None if it is not in one of Slurm's formats."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
     if match := _WITH_DAYS.fullmatch(text):

@@ -1,10 +1,10 @@
 """Forwards the requests of plain clients to the router that leads, bytes unchanged.
 
 `client.following` has the rules: which router gets a request, and when it is sent again. While no router takes it, a
-request is held for `hold_s` seconds; then it gets 503. At most MAX_HELD requests are held. A request whose response has
-begun is never repeated; if the response breaks off, the client's connection is aborted. One thread reads the registry
-for all requests, at most every `VIEW_S` seconds, so a stalled file system delays few requests, each by at most
-`REGISTRY_TIMEOUT_S`.
+request is held for `hold_s` seconds; then the client gets status 503. At most MAX_HELD requests are held. A request
+whose response has begun is never repeated; if the response breaks off, the client's connection is aborted. One thread
+reads the registry for all requests, at most every `VIEW_S` seconds, so that a stalled file system delays few requests,
+each by at most `REGISTRY_TIMEOUT_S`.
 """
 
 import asyncio
@@ -68,8 +68,8 @@ class HoldFullError(NoRouterError):
 
 @dataclass(frozen=True, slots=True)
 class ForwardedRequest:
-    """A request on its way to the router. `head`: its header lines. `without_token`: whether it came without a token
-    and gets the owner's. `exchange`: closing it ends the exchange with the router."""
+    """A request on its way to the router. `head`: its header lines. `without_token`: whether the client sent no token,
+    so that the owner's token is added. `exchange`: context manager whose end also ends the exchange with the router."""
 
     request: Request
     body: bytes
@@ -89,9 +89,9 @@ class ForwardedResponse:
 
 
 class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
-    """Handler of a server that forwards requests. `adds_tokens`: a request without credentials gets the owner's token
-    (see `needs_token`). `held`: number of requests that wait for a router. `files`: the thread that reads the
-    registry."""
+    """Forwards the requests that a server receives. `adds_tokens`: whether a request without credentials gets the
+    owner's token (see `needs_token`). `held`: number of requests that wait for a router. `files`: the thread that reads
+    the registry."""
 
     def __init__(self, run: RunDir, *, hold_s: float, adds_tokens: bool) -> None:
         super().__init__(run, follow_s=hold_s, check_lock=asyncio.Lock())
@@ -105,15 +105,15 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         self.held = 0
 
     def close(self) -> None:
-        """Closes the connections and ends the threads. A thread that hangs with the file system does not delay the end
-        of the process."""
+        """Closes the connections to the router and ends the threads. Does not wait for a thread that hangs with the
+        file system."""
         self._client.close()
         for thread in (self.files, self._calls):
             thread.close(timeout_s=0)
 
     async def handle(self, request: Request) -> Response | None:
-        """Forwards a request. Returns the response that the server must send; None if it was streamed already or the
-        connection was aborted. Raises nothing but CancelledError."""
+        """Forwards a request. Returns the response that the server must send; None if the response was streamed already
+        or the client's connection has ended or was aborted. Raises nothing but CancelledError."""
         try:
             body = request.complete_body()
             if body is None:
@@ -196,9 +196,9 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
             self.held -= 1
 
     async def find(self, *, recheck: bool) -> Record | None:
-        """Returns the leader. All requests share one read of the registry, whose result may be up to `VIEW_S` seconds
-        old if `recheck` is false. A read that takes longer than REGISTRY_TIMEOUT_S continues in the background; until
-        it ends, the last result is used."""
+        """Returns the record of the router that leads; None if no router serves. All requests share one read of the
+        registry; without `recheck`, its result may be up to `VIEW_S` seconds old. A read that takes longer than
+        REGISTRY_TIMEOUT_S continues in the background; until it ends, the last result is used."""
         now = time.monotonic()
         if not recheck and now - self._looked_at < VIEW_S:
             return self._leader.last
@@ -223,25 +223,25 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
 
 
 def needs_token(headers: Headers) -> bool:
-    """Returns whether a request over the unix socket gets the owner's token: it has no credentials and no browser sent
-    it. Through `ssh -L`, every web page in a laptop's browser can send requests to the socket. A browser's request is
-    recognised by its `Origin` header, which every POST has, or by another `Host` than the loopback (DNS rebinding: a
-    page makes its own name point to the loopback)."""
+    """Returns whether a request over the unix socket gets the owner's token: whether it has no credentials and comes
+    from no browser. With `ssh -L` on a laptop, every web page in the laptop's browser can send requests to the socket.
+    A browser's request is recognised by its `Origin` header, which every POST has, or by a `Host` header that does not
+    name the loopback (DNS rebinding: a page makes its own name point to the loopback)."""
     if b"authorization" in headers or b"x-api-key" in headers or any(name in headers for name in _FROM_A_BROWSER):
         return False
     return _LOOPBACK.fullmatch(headers.get(b"host", b"localhost")) is not None
 
 
 def _unavailable(error: NoRouterError, *, path: str) -> Response:
-    """Returns a 503 that asks the client to retry after RETRY_AFTER_S."""
+    """Returns a response with status 503 that asks the client to try again after RETRY_AFTER_S seconds."""
     response = error_response(503, kind="service_unavailable", code="no_router", message=str(error), path=path)
     response.add("retry-after", str(RETRY_AFTER_S))
     return response
 
 
 def _lost(error: Exception, *, path: str) -> Response:
-    """Returns a 502 that tells the official clients not to repeat the request, because the router may have processed
-    it."""
+    """Returns a response with status 502 that tells the official clients not to repeat the request, because the router
+    may have processed it."""
     response = error_response(502, kind="upstream_error", code="response_lost", message=str(error), path=path)
     response.add("x-should-retry", "false")
     return response

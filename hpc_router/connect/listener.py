@@ -1,8 +1,8 @@
 """The address that `connect` serves on this host, and the file by which other verbs find it.
 
-Rules: per run, user and host at most one process serves a unix socket and one a TCP port. The socket and the files that
-describe these processes lie in the user's private folder on the local disk, because other hosts share the run directory
-but not its sockets. A file is valid while its process lives; files and sockets of killed processes are replaced.
+Rules: per run, user and host at most one process serves a unix socket and one a TCP port. Each such process has a
+description file. This file and the socket lie in the user's private folder on the local disk, because other hosts share
+the run directory but not its sockets. Files and sockets of processes that have ended are not valid and are replaced.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ _BACKLOG: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class RunningForwarder:
-    """A `connect` process that serves `run`. `address`: the path of a socket, or `http://127.0.0.1:PORT` if `port` is
-    set. `log`: its log file if it is detached."""
+    """A `connect` process that serves `run`. `address`: `http://127.0.0.1:PORT` if `port` is set, else the path of a
+    unix socket. `log`: its log file; None if it runs in the foreground."""
 
     run: str
     address: str
@@ -44,8 +44,8 @@ class RunningForwarder:
 
 
 def running_forwarder(run: RunDir, *, tcp: bool) -> RunningForwarder | None:
-    """Returns the process that serves this run on this host, on a TCP port if `tcp` is true, else on a unix socket;
-    None if there is none."""
+    """Returns the `connect` process that serves this run on this host: on a TCP port if `tcp` is true, else on a unix
+    socket. Returns None if there is none."""
     for folder in _folders():
         if is_private(folder):
             found = _described(_description(folder, run, tcp=tcp))
@@ -58,11 +58,11 @@ def running_forwarder(run: RunDir, *, tcp: bool) -> RunningForwarder | None:
 def serving_address(
     run: RunDir, *, port: int | None, log: str | None = None
 ) -> Iterator[tuple[RunningForwarder, socket.socket]]:
-    """Listens on the run's unix socket (`port` is None) or on `port` of the loopback, and lets other verbs find the
-    address during the block. Yields the description of this process, and the listening socket.
+    """Listens on the run's unix socket if `port` is None, else on `port` of the loopback. During the block, other verbs
+    find the address through a file. Yields the description of this process, and the listening socket.
 
-    Raises LaunchError if another process already serves the run on a socket (or port), and ConfigError for a port in
-    use.
+    Raises LaunchError if another process already serves the run in the same way, on a socket or on a port, and
+    ConfigError if the port is in use.
     """
     tcp, folder = port is not None, _private_folder()
     description = _description(folder, run, tcp=tcp)
@@ -87,8 +87,8 @@ def serving_address(
 
 
 def _folders() -> list[Path]:
-    """Returns the possible folders of the sockets and description files. The second one is used if another user has
-    created a folder with the name of the first."""
+    """Returns the folders in which the socket and the description file may lie, in order of preference. The second one
+    is used if another user has created a folder with the name of the first."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return [user_folder(SCRATCH), *([Path(runtime) / "hpc-router"] if runtime else [])]
 

@@ -32,8 +32,8 @@ OnServing = Callable[[RunningForwarder], object]
 
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
-    """Options of `connect`. `port`: TCP port on the loopback; None for a unix socket. `hold_s`: seconds that a request
-    waits for a router. `max_body_mb`: the router's limit for the body of a request."""
+    """Options of `connect`. `port`: TCP port on the loopback; None: a unix socket is served. `hold_s`: seconds that a
+    request waits for a router. `max_body_mb`: the router's limit for the body of a request."""
 
     run: RunDir
     port: int | None
@@ -42,16 +42,16 @@ class ConnectOptions:
 
 
 def connect(options: ConnectOptions, *, on_serving: OnServing) -> None:
-    """Serves until SIGINT, SIGTERM or SIGHUP. Calls `on_serving` once the address accepts connections.
+    """Serves in this process until SIGINT, SIGTERM or SIGHUP. Calls `on_serving` once the address accepts connections.
 
-    Raises LaunchError and ConfigError, as `serving_address` does.
+    Raises LaunchError if another process serves the run, and ConfigError if the port is in use.
     """
     _serve(options, on_serving, log=None)
 
 
 def connect_detached(options: ConnectOptions) -> RunningForwarder:
-    """Returns the `connect` process that already serves the run at the address of `options`. If there is none, starts
-    one and returns once it accepts connections. Raises the errors of `connect`."""
+    """Returns the `connect` process that serves the run at the address that `options` ask for, the socket or a port. If
+    there is none, starts one and returns once it accepts connections. Raises LaunchError and ConfigError."""
     running = running_forwarder(options.run, tcp=options.port is not None)
     if running is not None and running.port == options.port:
         return running
@@ -73,8 +73,8 @@ def _log_path(options: ConnectOptions) -> Path:
 
 
 def _detached(options: ConnectOptions, report_to: int) -> NoReturn:
-    """Serves in the forked process, without a terminal and with its own log. Writes its address, or the error, to the
-    file descriptor `report_to`."""
+    """Serves in this process, which was forked, without a terminal and with a log of its own. Writes its address, or
+    why it cannot serve, to the file descriptor `report_to`."""
 
     def report(value: object) -> None:
         with os.fdopen(report_to, "w", encoding="utf-8") as stream:

@@ -1,1 +1,1 @@
-"""Load generation by native programs: one process each, and several jobs if one core is not enough."""
+"""Load generation by native programs. One process sends the load; if one core is not enough, several jobs share it."""

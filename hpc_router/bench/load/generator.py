@@ -59,7 +59,7 @@ class LoadTarget:
 @dataclass(frozen=True, slots=True)
 class LoadResult:
     """The observations of one load. `cpu_share`: share of one core that the busiest load generator used. `wait_share`:
-    share of time for which it waited for a core. `exceeded`: the load ended early: too many requests were in flight."""
+    share of time for which it waited for a core. `exceeded`: whether too many requests in flight ended the load."""
 
     started_at: float
     observations: Sequence[Observation]
@@ -73,7 +73,7 @@ def run_load(
     target: LoadTarget, config: BenchConfig, work: Workload, folder: Path, *, most_in_flight: int | None = None
 ) -> LoadResult:
     """Sends the load, and returns the result when all measured requests have ended. `folder`: a private folder for the
-    program's files. `most_in_flight`: with more requests in flight, an open loop ends early."""
+    program's files. `most_in_flight`: requests in flight above which a load with arrival times ends early."""
     host, port = target.address
     folder.mkdir(parents=True, exist_ok=True)
     requests = [http_request(one.body, host=f"{host}:{port}", path=CHAT, token=target.token) for one in work.bodies]
@@ -122,7 +122,8 @@ def _chain_table(chains: Sequence[ChainStep]) -> Table:
 
 
 def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
-    """Returns the configured window. Without `duration_s`, it ends with the last measured request in `seen`."""
+    """Returns the measured window of a load: from `warmup_s` on, for `duration_s`. If `config` has no `duration_s`, the
+    window ends with the last measured request in `seen`."""
     if config.duration_s is not None:
         return Window(config.warmup_s, config.warmup_s + config.duration_s)
     last = max((o.ended_s for o in seen if o.part is MeasurementPart.MEASURED), default=config.warmup_s)
@@ -130,8 +131,8 @@ def window_of(config: BenchConfig, seen: Sequence[Observation]) -> Window:
 
 
 def observations(recorded: native.Recorded, work: Workload) -> Iterable[Observation]:
-    """Returns the observed requests in the order in which they ended. In an open loop, the start of a request is its
-    arrival time, even if it then waits for a free connection."""
+    """Returns the requests in `recorded`, in the order in which they ended. With given arrival times, a request starts
+    at its arrival time, even if it then waits for a free connection."""
     zero, labels = int(recorded.summary["begun"]), [None, *recorded.summary["labels"]]
     events = recorded.events[np.argsort(recorded.events["sequence"], kind="stable")]
     starts = np.searchsorted(events["sequence"], recorded.requests["sequence"])

@@ -2,9 +2,9 @@
 
     python -m hpc_router.bench.load.load_job_main FOLDER NUMBER
 
-All jobs of a call read the same `task-<n>.json`; each writes `result-<n>.<job>.json`. Files are replaced atomically, so
-a shared file system is enough. A job ends when the file `stop` exists, or when the caller's `beat` file is a minute
-old.
+All load jobs of a benchmark read the same `task-<n>.json`; each writes `result-<n>.<job>.json`. Files are replaced
+atomically, so a shared file system is enough. A job ends when the benchmark has written the file `stop`, or has not
+renewed the file `beat` for a minute.
 """
 
 import json
@@ -40,7 +40,8 @@ def task(target: LoadTarget, config: dict[str, Any], prompts: list[BenchPrompt],
 
 
 def serve(folder: Path, job: int) -> int:
-    """Runs one load job until the caller ends it or is gone, and returns the exit status. `job`: number of the job."""
+    """Runs load job number `job`: runs the load of each task file in `folder`, until the benchmark tells it to end or
+    no longer renews its `beat` file. Returns the exit status."""
     replace_json(folder / f"ready.{job}", {"at": time.time()})
     number = 0
     while not _ended(folder):

@@ -43,7 +43,7 @@ class InProcessLoad:
         self._folder = folder
 
     def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
-        """Sends the load and blocks until it has ended. Raises LaunchError."""
+        """Sends the load of `point` from this process, and returns the result when it has ended. Raises LaunchError."""
         most = None if point.rate_per_s is None else most_in_flight(config, point.rate_per_s)
         return run_load(target, config, workload(config, prompts, point), self._folder, most_in_flight=most)
 
@@ -55,7 +55,7 @@ class SubmittedLoadJobs:
         self._folder, self._jobs, self._number = folder, jobs, 0
 
     def run(self, target: LoadTarget, config: BenchConfig, prompts: Sequence[BenchPrompt], point: Point) -> LoadResult:
-        """Sends the load and blocks until it has ended. Raises LaunchError."""
+        """Makes the load jobs send the load of `point`, and returns their merged result. Raises LaunchError."""
         number, self._number = self._number, self._number + 1
         shared = replace(config, load_jobs=jobs_for(point, config))
         path = self._folder / f"task-{number}.json"
@@ -74,7 +74,7 @@ class SubmittedLoadJobs:
         return merged(parts)
 
     def _result(self, path: Path, config: BenchConfig) -> LoadResult | None:
-        """Waits for the result file of one load job and returns the result. Returns None if the job has no part in this
+        """Waits for a load job's result file at `path`, and returns the result; None if this job has no part in the
         point's load. Raises LaunchError if the job failed or writes no result in time."""
         timeout_s = config.warmup_s + (config.duration_s or config.timeout_s) + config.drain_s + 60.0
         _wait_for(path, timeout_s, "no result from a load job")
@@ -136,8 +136,8 @@ def _processes(config: BenchConfig, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _sbatch(config: BenchConfig, folder: Path) -> Iterator[None]:
-    """Submits one Slurm job per load job, and cancels them when the block ends. `sbatch` runs without the variables of
-    the Slurm job in which this process may run."""
+    """Submits the load jobs of `config`, each as a Slurm job, and cancels them when the block ends. If this process
+    runs in a Slurm job itself, `sbatch` runs without the variables of that job."""
     environment = without_job_variables(os.environ)
     numbers: list[str] = []
     try:

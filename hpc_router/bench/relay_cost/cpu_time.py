@@ -1,4 +1,4 @@
-"""Measures the CPU time that relay, engine and load generator use in an interval of a load."""
+"""Measures the CPU time that relay, engine and load generator use during a part of a load."""
 
 import time
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ POLL_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class CpuReading:
-    """The CPU time that was used until `at_ns`. `core_ns`: by all processes of the machine on the relay's core.
-    `load_core_ns`: by all processes on the other cores of the benchmark."""
+    """The CPU time in nanoseconds that was used until `at_ns`. `core_ns`: by all processes of the machine on the
+    relay's core. `load_core_ns`: by all processes on the cores of load generator and engine."""
 
     at_ns: int
     relay_ns: int
@@ -27,7 +27,7 @@ class CpuReading:
 
 @dataclass(frozen=True, slots=True)
 class CpuCost:
-    """The CPU time between two readings."""
+    """The CPU time that was used between two readings."""
 
     begin: CpuReading
     end: CpuReading
@@ -52,14 +52,14 @@ class CpuCost:
 
     @property
     def load_others_share(self) -> float:
-        """Returns the load of other processes on the cores of load generator and engine, as a number of busy cores."""
+        """Returns the use of the cores of load generator and engine by other processes, as a number of busy cores."""
         own_ns = self.end.engine_ns + self.end.load_ns - self.begin.engine_ns - self.begin.load_ns
         return max(0.0, (self.end.load_core_ns - self.begin.load_core_ns - own_ns) / self.elapsed_ns)
 
     def shares(self, count: int) -> dict[str, float]:
-        """Returns the figures of the interval by name: CPU time in microseconds per request or event (of the relay, the
-        engine and the load generator), requests or events per second, and which shares of the cores were used.
-        `count`: number of requests or events in the interval."""
+        """Returns the figures of the interval by name: CPU time of relay, engine and load generator in microseconds per
+        request or event, requests or events per second, and the used shares of the cores. `count`: number of requests
+        or events in the interval."""
         each = max(1, count) * 1e3
         return {
             "us": self.relay_ns / each,
@@ -74,7 +74,8 @@ class CpuCost:
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """Reads the CPU time of all processes of a measurement. `relay`: None for a measurement without a relay."""
+    """Reads the CPU time of relay, engine and load generator. `relay`: the relay's processes; None: there is no
+    relay."""
 
     relay: ProcessGroup | None
     engine_pid: int

@@ -35,7 +35,7 @@ class RelayPlacement:
 
 @dataclass(frozen=True, slots=True)
 class StartedRelay:
-    """A running relay. `group`: its processes; None if requests go to the engine without a relay."""
+    """A running relay. `group`: the relay's processes; None if requests go directly to the engine."""
 
     port: int
     group: ProcessGroup | None
@@ -47,7 +47,7 @@ class Relay(ABC):
     """A way to relay requests to an engine.
 
     `classifies`: whether the relay accepts the model `auto`. `hops`: number of processes through which an event passes.
-    `behind_socket`: whether the engine listens at a unix socket instead of a port.
+    `behind_socket`: whether its engine listens at a unix socket instead of a port.
     """
 
     name: str
@@ -68,8 +68,8 @@ class Relay(ABC):
 
 
 def find(command: str, folder: Path | None) -> Path | None:
-    """Returns the path of the program `command`: from the virtual environment `folder`, else from PATH or SERVER_PATH;
-    None if it is in none of them."""
+    """Returns the path of the program `command`: from `folder`, a virtual environment, else from PATH, else from
+    SERVER_PATH; None if none of them has it."""
     inside = folder / "bin" / command if folder is not None else None
     if inside is not None and inside.exists():
         return inside.absolute()
@@ -78,7 +78,7 @@ def find(command: str, folder: Path | None) -> Path | None:
 
 
 def wait_until_serving(started: StartedRelay, log: Path) -> None:
-    """Blocks until the relay serves a request. Raises LaunchError with the end of its log."""
+    """Blocks until the relay serves a request. Raises LaunchError, with the end of the relay's log, after a timeout."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while not serves(started, requests.MODEL):
         check_starting(started.group, log, deadline)

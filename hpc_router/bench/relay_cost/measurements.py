@@ -1,7 +1,8 @@
-"""The measurements of one running relay, as figures by name. All times are CLOCK_MONOTONIC, as in the other processes.
+"""The measurements of one running relay, as figures by name. All times are CLOCK_MONOTONIC, as in load generator and
+engine.
 
 CPU time is read twice during the load, and the difference is divided by the number of requests or events in between.
-Failed requests are counted by kind; a round with failed requests counts as failed.
+Failed requests are counted by kind of error; a round with failed requests counts as failed.
 """
 
 import time
@@ -36,7 +37,7 @@ NO_RESPONSE_MS: Final = 60_000
 
 @dataclass(slots=True)
 class Round:
-    """The figures of one relay in one round. `failed`: number of failures by workload and kind."""
+    """The figures of one relay in one round. `failed`: number of failed requests by workload and kind of error."""
 
     figures: dict[str, float] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
@@ -50,8 +51,8 @@ class Round:
 
 @dataclass(slots=True)
 class Measurement:
-    """Measures one running relay. `place`: a private folder for requests and records. `show`: displays the current
-    step."""
+    """Measures one running relay. `place`: a private folder for the load generator's files. `show`: displays the
+    current step."""
 
     options: RelayCostOptions
     relay: Relay
@@ -83,8 +84,8 @@ class Measurement:
         return self.round
 
     def short(self, size: str) -> None:
-        """Measures short requests in closed loops over keep-alive connections. `size`: a key of `requests.SIZES`. A
-        figure is the median of several measurements.
+        """Measures short requests over keep-alive connections, each of which sends its next request after the response.
+        `size`: a key of `requests.SIZES`. A figure is the median of several measurements.
 
         Measurements for a named model and for `auto` alternate, so that changes of the machine's speed affect both
         alike.
@@ -116,7 +117,7 @@ class Measurement:
         }
 
     def first_token(self) -> None:
-        """Measures the time to first token with one request at a time. Each response has one event."""
+        """Measures the time to first token: sends one request after the other, each for a response of one event."""
         self._begin("time to first token")
         sent = requests.streaming(self.started.port, token=self.started.token, events=1)
         spec = self._spec(sent, connections=1, count=self.options.first_token_requests)
@@ -125,8 +126,8 @@ class Measurement:
         self._keep_first_token("ttft", found)
 
     def first_token_beside(self, span_s: float) -> None:
-        """Measures the time to first token for `span_s` seconds, while all streams are open. The requests for this are
-        too few to change the load."""
+        """Measures the time to first token for `span_s` seconds, while the streams of `streams` are open. Sends so few
+        requests that they do not change the load."""
         arrivals_s = np.arange(0, span_s, 1 / PROBES_PER_S).tolist()
         sent = requests.streaming(self.started.port, token=self.started.token, events=1)
         spec = self._spec(sent, "probes", connections=len(arrivals_s), arrivals_s=arrivals_s)
@@ -135,8 +136,8 @@ class Measurement:
         self._keep_first_token("ttft_beside", found)
 
     def streams(self, count: int, *, suffix: str) -> None:
-        """Measures `count` simultaneous streams, from the events that arrive while all of them are open. The names of
-        the figures end in `suffix`."""
+        """Measures `count` simultaneous streams. The figures come from the events that arrive while all streams are
+        open, and their names end in `suffix`."""
         options, ramp_s = self.options, max(0.2, count / STREAM_STARTS_PER_S)
         self._begin(f"{count} streams")
         beside_s = 0.0 if suffix else options.beside_streams_s
@@ -240,5 +241,5 @@ def _within(rows: Table, column: str, cost: CpuCost) -> Table:
 
 
 def _percentile(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], share: float) -> float:
-    """Returns the percentile of the values at `share` percent; NaN without values."""
+    """Returns the value at `share` percent of the sorted values, interpolated; NaN without values."""
     return float(np.percentile(values, share)) if len(values) else float("nan")

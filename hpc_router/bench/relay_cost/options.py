@@ -18,8 +18,8 @@ QUICK: Final[Mapping[str, Any]] = {"streams": 50, "seconds": 0.3, "rounds": 1, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayCostOptions:
-    """The options of the benchmark. `rate`: events per second and stream. `soak`: number of short requests of the
-    memory soak. `trees`: other checkouts of this router, by name."""
+    """The options of the benchmark. `rate`: events per second of each stream. `soak`: number of short requests that are
+    sent to see whether the relay's memory grows. `trees`: other checkouts of this router to measure, by name."""
 
     only: tuple[str, ...] = ()
     streams: int = 1000
@@ -55,17 +55,18 @@ class RelayCostOptions:
 
     @property
     def first_token_requests(self) -> int:
-        """Returns how many requests measure the time to first token. They are sent one after the other."""
+        """Returns the number of requests with which the time to first token is measured, one after the other."""
         return 20 if self.quick else 300
 
     @property
     def beside_streams_s(self) -> float:
-        """Returns how long, in seconds, the time to first token is measured while streams are open."""
+        """Returns for how many seconds the time to first token is measured while streams are open."""
         return 0.2 if self.quick else 2.0
 
     @property
     def disconnects(self) -> int:
-        """Returns how many streams the client disconnects in mid-stream, and as many again before the first byte."""
+        """Returns the number of streams that the client disconnects in mid-stream. The same number of further streams
+        is disconnected before the first byte."""
         return 5 if self.quick else 50
 
     @property

@@ -1,7 +1,7 @@
 """Other relays, configured like this router: one core, keep-alive connections, no access log.
 
-They do less than this router. None of them checks a token, reads the prompt, or buffers a short response so that the
-request can be sent again to another replica.
+They do less than this router: none of them checks a token or reads the prompt, and none keeps a short response back so
+that the request can be sent again to another replica.
 """
 
 import os
@@ -133,8 +133,8 @@ backend engines
 
 @dataclass(frozen=True, slots=True)
 class Package(Relay):
-    """A router from PyPI that is installed in the virtual environment `environment`. `arguments`: the words between the
-    name of its program and the options."""
+    """A router from PyPI that is installed in the virtual environment `environment`. `arguments`: words of its command
+    line between the program's name and the options."""
 
     environment: Path | None = None
     arguments: tuple[str, ...] = ()
@@ -207,7 +207,7 @@ def _write_private(path: Path, text: str) -> Path:
 
 
 def _version(argv: list[str], pattern: str) -> str:
-    """Runs a command and returns the first group of `pattern` in its output; empty if nothing matches."""
+    """Runs the command `argv` and returns the first group of `pattern` in its output; empty if nothing matches."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -21,8 +21,8 @@ _PRIVATE: Final = ("Private_Clean", "Pss_Anon", "Pss_Shmem")
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The cores on which load generator and engine run, and the cores on which the relay runs. Both are the same if the
-    machine has only one core."""
+    """The cores of a benchmark: `load`, on which load generator and engine run, and `relay`, on which the relay runs.
+    Both are the same if the machine has only one core."""
 
     load: frozenset[int]
     relay: frozenset[int]
@@ -33,7 +33,7 @@ class Cores:
 
 
 def cores_of(usable: Sequence[int]) -> Cores:
-    """Assigns cores: the last one to the relay, and up to two others to the load generator and the engine."""
+    """Assigns the `usable` cores: the last one to the relay, and up to two others to load generator and engine."""
     ordered = sorted(usable)
     return Cores(frozenset(ordered[:-1][:2] or ordered), frozenset(ordered[-1:]))
 
@@ -56,7 +56,8 @@ class ProcessGroup:
     roots: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, argv: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """Starts a process in the folder of `log`, because Python can import modules from the current folder."""
+        """Starts a process whose output goes to the file `log`. Its working folder is that of `log`, so that Python
+        imports no modules from the caller's working folder."""
         with log.open("ab") as stream:
             self.roots.append(
                 subprocess.Popen(

@@ -1,4 +1,5 @@
-"""Formats the results as tables for a terminal and for Markdown, and as JSON with the figures of every round."""
+"""Formats the results of `hpc-router bench router` as tables for a terminal and for Markdown, and as JSON with the
+figures of every round."""
 
 import math
 import operator
@@ -25,7 +26,7 @@ DISTURBED_SHARE: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RelayCostResults:
-    """The results of all relays. `absent`: relays that were not measured -> reason. `origin`: provenance as JSON."""
+    """The results of all relays. `absent`: relay that was not measured -> reason. `origin`: provenance as JSON."""
 
     options: RelayCostOptions
     cores: Cores
@@ -39,7 +40,8 @@ class RelayCostResults:
 
     @property
     def failed(self) -> bool:
-        """Returns whether any round or request failed with this router or without a relay. Other relays may fail."""
+        """Returns whether a round or a request failed with this router, or in the measurement without a relay. Failures
+        of other relays do not count."""
         return any(
             self.measured[name].failed
             for name in ("direct", "router", "router-2-workers", "router+agent")
@@ -62,7 +64,7 @@ def sheets(results: RelayCostResults) -> list[Sheet]:
 
 
 def notes(results: RelayCostResults) -> list[str]:
-    """Returns remarks on the limits of the figures."""
+    """Returns remarks for the reader on what limits the figures."""
     found = [f"{name}: not measured, {why}" for name, why in results.absent.items()]
     for name, measured in results.measured.items():
         found += [f"{name}: a round failed: {why}" for why in measured.broken]
@@ -80,7 +82,7 @@ def notes(results: RelayCostResults) -> list[str]:
 
 
 def _disturbed(measured: RelayRounds) -> list[str]:
-    """Returns notes on cores of the benchmark that other processes used, with the share of a core that these took."""
+    """Returns notes on cores that other processes used during the measurement, with the share that these took."""
     shares = {"load generator and engine": "load_others_share"}
     if measured.relay.hops:
         shares["the relay"] = "others_share"
@@ -119,8 +121,8 @@ def _relays(results: RelayCostResults) -> Sheet:
 
 
 def _cell(results: RelayCostResults, measured: RelayRounds, key: str) -> str:
-    """Formats one figure of a relay. A time to first token (TTFT) is shown as its difference to the TTFT of `direct`,
-    the measurement without a relay; for `direct` itself, the TTFT is shown in brackets."""
+    """Returns the figure `key` of a relay as text. A time to first token is shown as its difference to that of
+    `direct`, the measurement without a relay; for `direct` itself, the time is shown in brackets."""
     if not key.startswith("ttft"):
         return _format(spread(measured, key))
     if measured.relay.name == "direct":

@@ -16,7 +16,7 @@ MODEL: Final = "math"
 
 
 def prompts(size: str) -> list[str]:
-    """Returns different prompts of one length, made from the built-in prompts. All have different beginnings."""
+    """Returns different prompts of the length `size`, made from the built-in prompts. All have different beginnings."""
     texts = [prompt.text for prompt in built_in()]
     made = []
     for start in range(VARIETY[size]):
@@ -45,8 +45,8 @@ def streaming(port: int, *, token: str, events: int) -> list[bytes]:
 
 
 def disconnecting(port: int, *, token: str, names: Sequence[str], delay_ms: int = 0) -> list[bytes]:
-    """Returns requests for endless streams, one per name, for a client that disconnects. The mock engine then records
-    the name. It sends the first event of a stream after `delay_ms`."""
+    """Returns requests for endless streams, one per name in `names`. When the client disconnects, the mock engine
+    records the time under the request's name. The engine sends the first event of a stream after `delay_ms`."""
     (text, *_) = prompts("200 B")
     return [
         request(port, token=token, prompt=f"[[mock {name} {delay_ms}]] {text}", stream=True, max_tokens=1_000_000)

@@ -23,8 +23,8 @@ ShowStep = Callable[[str], None]
 
 @dataclass(slots=True)
 class RelayRounds:
-    """All rounds of one relay. `broken`: errors of rounds that could not be measured. `soak`: pairs (requests, MiB) of
-    the memory soak."""
+    """All rounds of one relay. `broken`: the errors of rounds that could not be measured. `soak`: pairs (requests sent
+    so far, private memory in MiB) of the memory soak."""
 
     relay: Relay
     version: str
@@ -57,7 +57,7 @@ def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores
 def _measure(
     measured: RelayRounds, options: RelayCostOptions, cores: Cores, folder: Path, show: ShowStep, *, number: int | None
 ) -> None:
-    """Adds the figures of round `number` of a relay to `measured`; those of its memory soak if `number` is None."""
+    """Adds the figures of round `number` of a relay to `measured`; without a number, measures how its memory grows."""
     relay = measured.relay
     label = f"{'soak' if number is None else f'round {number + 1} of {options.rounds}'}, {relay.name}"
     place = folder / relay.name

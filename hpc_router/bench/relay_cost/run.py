@@ -27,12 +27,12 @@ FDS_PER_STREAM: Final = 8
 
 
 def default_environment() -> Path | None:
-    """Returns the virtual environment of `make bench-peers`; None if it does not exist."""
+    """Returns the environment with routers from PyPI that `make bench-peers` creates; None if it does not exist."""
     return ROOT / RELAY_VENV if (ROOT / RELAY_VENV).is_dir() else None
 
 
 def measure_relay_cost(options: RelayCostOptions, console: Console) -> RelayCostResults:
-    """Measures all relays, writes both result files, and returns their content. Raises ConfigError and LaunchError."""
+    """Measures all relays, writes JSON and Markdown, and returns the results. Raises ConfigError and LaunchError."""
     chosen = _chosen([*other_relays(options.environment), *this_router(options.trees)], options)
     absent = {relay.name: why for relay in chosen if (why := relay.absent()) is not None}
     present = [relay for relay in chosen if relay.name not in absent]

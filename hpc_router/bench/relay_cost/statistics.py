@@ -11,7 +11,7 @@ from hpc_router.bench.relay_cost.rounds import RelayRounds
 
 @dataclass(frozen=True, slots=True)
 class RoundSpread:
-    """The median, minimum and maximum over the rounds."""
+    """The median, minimum and maximum of a figure over the rounds."""
 
     median: float
     low: float
@@ -29,9 +29,9 @@ def spread(measured: RelayRounds, name: str) -> RoundSpread | None:
 
 
 def across(many: Sequence[tuple[RelayRounds | None, str]], combine: Callable[..., float]) -> RoundSpread | None:
-    """Returns the spread of `combine(*figures)` over the rounds; None if no round has all figures. `many`: where each
-    figure comes from: the rounds of a relay (None: not measured), and the name of the figure. `combine` is called once
-    for each round that has all of them."""
+    """Returns the spread over the rounds of a value computed from several figures. `many`: the figures, each as a
+    relay's rounds (None: the relay was not measured) and the figure's name. `combine` computes the value from the
+    figures of one round. Rounds that lack a figure are left out; None if none remains."""
     values = []
     for number in _rounds(many):
         found = [measured.rounds[number].figures.get(name) for measured, name in many if measured is not None]

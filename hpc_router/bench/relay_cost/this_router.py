@@ -61,7 +61,7 @@ class ThisRouter(Relay):
 
 @dataclass(frozen=True, slots=True)
 class RouterAndAgent(Relay):
-    """This router in front of an agent's request path on the same core, which relays to the engine's unix socket."""
+    """This router and an agent's request path on one core. The agent relays to the engine's unix socket."""
 
     name: str = "router+agent"
     hops: int = 2
@@ -84,7 +84,7 @@ class RouterAndAgent(Relay):
 
 
 def this_router(trees: Mapping[str, Path] | None = None) -> list[Relay]:
-    """Returns the variants of this router as relays. `trees`: other checkouts of the router, by name."""
+    """Returns the variants of this router as relays, and one for each of `trees`, other checkouts of it by name."""
     others = [ThisRouter(name=name, tree=tree) for name, tree in (trees or {}).items()]
     return [ThisRouter(), ThisRouter(name="router-2-workers", classifies=False, workers=2), RouterAndAgent(), *others]
 
@@ -100,7 +100,7 @@ def agent_argv(run: RunDir, socket: Path) -> list[str]:
 
 
 def environment_of(tree: Path) -> dict[str, str]:
-    """Returns an environment in which Python imports the packages of the checkout `tree`."""
+    """Returns environment variables with which Python imports the packages of the checkout `tree`."""
     before = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{tree}{os.pathsep}{before}" if before else str(tree)}
 

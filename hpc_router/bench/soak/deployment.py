@@ -32,7 +32,8 @@ HTTP_TIMEOUT_S: Final = 5.0
 
 @dataclass(slots=True)
 class SoakDeployment:
-    """A running deployment. `router`: name of the router's job. `keep`: whether to keep the folder when it ends."""
+    """A running deployment. `router`: name of the router's job. `keep`: whether to keep the deployment's folder, with
+    its logs, when it is stopped."""
 
     run: RunDir
     url: str
@@ -49,7 +50,8 @@ class SoakDeployment:
         return status if isinstance(status, dict) else None
 
     def gauges(self) -> dict[str, float] | None:
-        """Returns the router's gauges that are zero without requests; None if the router does not respond."""
+        """Returns the router's counts of requests in flight and waiting, by metric; all are zero when it is idle. None
+        if the router does not respond."""
         text = self._get("/metrics")
         if text is None:
             return None
@@ -61,8 +63,9 @@ class SoakDeployment:
         }
 
     def inject(self, target: FaultTarget) -> InjectedFault | None:
-        """Kills a process of the kind `target`. Their places take turns: first one that was never killed, else the one
-        whose last kill is longest ago. Returns None if none can be killed now."""
+        """Kills a process of the kind `target` and returns the fault; None if no such process can be killed now.
+        Prefers a process that was never killed, then the one that was killed longest ago; a replica counts as the same
+        process as its predecessors."""
         status = self._last_status or self.status()
         if status is None:
             return None
@@ -78,12 +81,12 @@ class SoakDeployment:
         return None
 
     def replicas(self, status: dict[str, Any]) -> dict[str, int]:
-        """Returns the replicas that may be killed now: name -> process id of the agent."""
+        """Returns the replicas in `status` that may be killed now: name -> process id of the agent."""
         found = {name: self._pid(name) for name in killable(status["experts"], killed=self._killed)}
         return {name: pid for name, pid in found.items() if pid is not None}
 
     def processes(self, status: dict[str, Any], target: FaultTarget | None = None) -> dict[str, int]:
-        """Returns the router's processes, with `target` only those of that kind: name -> process id."""
+        """Returns the router's processes in `status`: name -> process id. With `target`, only those of that kind."""
         workers = [worker for worker in status["router"].get("workers") or () if worker.get("serving")]
         found = {f"worker {worker['worker']}": worker["pid"] for worker in workers}
         control = {"control": pid} if (pid := (status["router"].get("control") or {}).get("pid")) else {}
@@ -104,7 +107,7 @@ class SoakDeployment:
             return None
 
     def _get(self, path: str) -> Any:
-        """Returns the body of a response with status 200, as JSON or text; None for any other outcome."""
+        """Returns the body of the router's response at `path`, as JSON or text; None unless its status is 200."""
         try:
             response = call_blocking("GET", f"{self.url}{path}", token=self.token, timeout_s=HTTP_TIMEOUT_S)
         except Unreachable:
@@ -113,8 +116,8 @@ class SoakDeployment:
 
 
 def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str]:
-    """Returns the ready replicas of experts with more than one ready replica. Replicas in `killed` do not count as
-    ready, because the router may not have noticed their end yet."""
+    """Returns the ready replicas that may be killed: those of experts that have another ready replica. A replica in
+    `killed` does not count as ready, because the router may not have noticed its end yet."""
     found = []
     for expert in experts.values():
         ready = [r["replica"] for r in expert["replicas"] if r["state"] == "ready" and r["replica"] not in killed]
@@ -123,8 +126,8 @@ def killable(experts: Mapping[str, Any], *, killed: Collection[str]) -> list[str
 
 
 def least_recently_killed(names: Collection[str], killed: Mapping[str, int]) -> str:
-    """Returns the name in `names` whose slot was never killed, or else was killed longest ago. All generations of a
-    replica share a slot. `killed`: name of a killed process -> its place in the order of kills."""
+    """Returns the name in `names` that was never killed, or else was killed longest ago. All generations of a replica's
+    slot count as one process. `killed`: name of a killed process -> its place in the order of kills."""
     last: dict[str, int] = {}
     for name, order in killed.items():
         last[_slot(name)] = max(order, last.get(_slot(name), -1))

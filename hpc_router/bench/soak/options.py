@@ -30,8 +30,8 @@ class KillSchedule:
     every_s: float | None
 
     def times(self, seconds: float) -> list[float]:
-        """Returns the times of the kills in seconds from the start of a load of this length. The end is free of
-        kills."""
+        """Returns the times of the kills, in seconds from the start of a load that lasts `seconds`. There are none in
+        its last FAULT_FREE_S seconds."""
         end = seconds - FAULT_FREE_S
         if self.every_s is None:
             return [self.first_s] if self.first_s <= end else []
@@ -40,8 +40,8 @@ class KillSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoakOptions:
-    """The options of the soak. `rate`: short requests per second. `streams`: number of open streams. `faults`: None:
-    those of `default_faults`."""
+    """The options of the soak. `rate`: short requests per second. `streams`: number of open streams. `faults`: the
+    schedules of the kills; None: the default ones."""
 
     seconds: float = 60.0
     rate: float = 100.0
@@ -60,13 +60,14 @@ class SoakOptions:
         return self
 
     def schedule(self) -> list[tuple[float, FaultTarget]]:
-        """Returns all faults in order of time, each with its time in seconds from the start of the load."""
+        """Returns all faults by time, as pairs (seconds from the start of the load, kind of process to kill)."""
         faults = default_faults(self.seconds) if self.faults is None else self.faults
         return sorted((at, one.target) for one in faults for at in one.times(self.seconds))
 
 
 def default_faults(seconds: float) -> list[KillSchedule]:
-    """Returns the default faults: a replica every 5 s, a worker every minute, the control process once."""
+    """Returns the default faults of a load that lasts `seconds`: a replica is killed every 5 s, a worker every minute,
+    the control process once."""
     return [
         KillSchedule(FaultTarget.REPLICA, 5.0, 5.0),
         KillSchedule(FaultTarget.WORKER, 20.0, 60.0),
@@ -75,7 +76,8 @@ def default_faults(seconds: float) -> list[KillSchedule]:
 
 
 def parse_fault(text: str) -> KillSchedule | None:
-    """Parses `replica=5` (a kill every 5 s), `worker=60` or `control=once`; `none` gives None. Raises ConfigError."""
+    """Returns the schedule in a word such as `replica=5` (kill a replica every 5 s), `worker=60` or `control=once`;
+    None for `none`. Raises ConfigError."""
     if text == "none":
         return None
     name, _, every = text.partition("=")

@@ -18,14 +18,15 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One diagram, with its lines by name. The y axis starts at zero."""
+    """One diagram of the plot, with its lines by name. The y axis starts at zero."""
 
     title: str
     lines: Mapping[str, Points]
 
 
 def svg(title: str, panels: Sequence[Panel], *, seconds: float, marks: Mapping[str, Sequence[float]]) -> str:
-    """Returns the SVG text. `marks`: times of the vertical lines in seconds, by their label."""
+    """Returns a plot as SVG text: the panels one above the other, over a time axis of `seconds` seconds. `marks`:
+    vertical lines, as label -> times in seconds."""
     height = _TOP + len(panels) * (_PANEL + _GAP) + 20
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" '

@@ -22,7 +22,7 @@ def jain(counts: Sequence[int]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """The requests of one load. `labels`: names of the replicas, which `requests` contains as numbers from 1."""
+    """The requests of one load. `labels`: names of the replicas; a request's `label` is an index into them, from 1."""
 
     name: str
     requests: Table
@@ -36,8 +36,7 @@ class LoadSummary:
 
     @property
     def served(self) -> dict[str, Counter[str]]:
-        """Returns the number of succeeded requests per expert and replica slot. All generations of a replica share a
-        slot."""
+        """Returns for each expert the number of successful requests per slot, over all generations of the slot."""
         found: dict[str, Counter[str]] = {}
         for label, count in zip(*np.unique(self._answered["label"], return_counts=True), strict=True):
             if 0 < label <= len(self.labels):
@@ -47,8 +46,8 @@ class LoadSummary:
 
     @property
     def moved_share(self) -> float:
-        """Returns which share of the follow-up requests went to another replica than most requests of their
-        conversation."""
+        """Returns the share of follow-up requests that left their conversation's usual replica, the one that answered
+        most of the conversation's requests."""
         pairs, counts = np.unique(self._answered[["prompt", "label"]], return_counts=True)
         most: dict[int, int] = {}
         total: dict[int, int] = {}

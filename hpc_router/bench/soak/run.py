@@ -92,8 +92,9 @@ def _measure(options: SoakOptions, deployment: SoakDeployment, steps: StepDispla
 
 
 def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> dict[str, LoadSpec]:
-    """Returns an open loop of short requests and a closed loop of streams. Prompts are long enough and differ from the
-    beginning on, so that the router treats each as a separate conversation."""
+    """Returns the two loads by name: short requests that arrive at a fixed rate, and a fixed number of open streams.
+    All prompts are long enough and differ from the beginning on, so that the router treats each as a separate
+    conversation."""
     host, port = LoadTarget(deployment.url, deployment.token).address
     random = np.random.default_rng(options.seed)
     arrivals = np.cumsum(random.exponential(1 / options.rate, int(options.rate * options.seconds * 2)))
@@ -136,7 +137,7 @@ def _loads(options: SoakOptions, deployment: SoakDeployment, folder: Path) -> di
 
 
 class _FaultInjector:
-    """Injects the scheduled faults, and samples the router's state once a second until the loads have ended."""
+    """Injects the scheduled faults, and samples the router's state once a second, until the loads have ended."""
 
     def __init__(
         self, options: SoakOptions, deployment: SoakDeployment, begun_ns: int, loads: Sequence[Running]
@@ -151,8 +152,8 @@ class _FaultInjector:
         return (time.monotonic_ns() - self._begun_ns) / NS
 
     def run(self, steps: StepDisplay) -> None:
-        """Injects faults until the loads have ended. A thread takes the samples, so that a slow response does not delay
-        a fault."""
+        """Injects the scheduled faults until the loads have ended. Another thread samples the router's state, so that a
+        slow response does not delay a fault."""
         sample_at, show_at = 0.0, 0.0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="sample") as pool:
             sampling: Future[Sample] | None = None
@@ -172,7 +173,7 @@ class _FaultInjector:
                 time.sleep(TICK_S)
 
     def _inject(self, target: FaultTarget) -> None:
-        """Injects a fault. If no process can be killed now, leaves the fault scheduled, so that it is tried again."""
+        """Kills a process of the kind `target`. If none can be killed now, the fault is tried again later."""
         fault = self._deployment.inject(target)
         if fault is not None:
             self.faults.append(fault)
@@ -199,13 +200,14 @@ def _sample(deployment: SoakDeployment, at_s: float) -> Sample:
 
 
 def _idle_gauges(deployment: SoakDeployment) -> dict[str, float] | None:
-    """Waits until the router's gauges are all zero, for at most IDLE_TIMEOUT_S, and returns their last values."""
+    """Waits until the router's counts of requests in flight and waiting are all zero, for at most IDLE_TIMEOUT_S.
+    Returns the last counts; None if the router does not respond."""
     return _read_until(deployment.gauges, lambda gauges: gauges is not None and not any(gauges.values()))
 
 
 def _descriptors(deployment: SoakDeployment, *, at_most: int | None = None) -> int | None:
-    """Returns the number of open file descriptors of all router processes. With `at_most`, waits until there are at
-    most that many, for at most IDLE_TIMEOUT_S."""
+    """Returns the number of open file descriptors of all router processes; None if the router does not respond. With
+    `at_most`, first waits until there are at most that many, for at most IDLE_TIMEOUT_S."""
 
     def count() -> int | None:
         return sum(_sample(deployment, 0.0).fds.values()) or None
@@ -214,7 +216,7 @@ def _descriptors(deployment: SoakDeployment, *, at_most: int | None = None) -> i
 
 
 def _read_until(read: Callable[[], T], accepted: Callable[[T], bool]) -> T:
-    """Calls `read` until `accepted` is true for its value, for at most IDLE_TIMEOUT_S. Returns the last value."""
+    """Calls `read` until `accepted` is true for its result, for at most IDLE_TIMEOUT_S. Returns the last result."""
     deadline = time.monotonic() + IDLE_TIMEOUT_S
     while not accepted(value := read()) and time.monotonic() <= deadline:
         time.sleep(TICK_S)

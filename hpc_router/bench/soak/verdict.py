@@ -39,8 +39,8 @@ class InjectedFault:
 
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """A failed request. `kind`: name of the error, or its HTTP status. `allowed`: the fault that explains the failure;
-    None if there is none."""
+    """A failed request. `kind`: name of the error, or the HTTP status. `allowed`: the fault that explains the failure;
+    None if no fault does."""
 
     load: str
     at_s: float
@@ -56,8 +56,9 @@ class FailedRequest:
 def failures(
     load: str, requests: Table, *, labels: Sequence[str], faults: Sequence[InjectedFault], begun_ns: int
 ) -> list[FailedRequest]:
-    """Returns the failed requests of one load. `labels`: names of the replicas, which `requests` contains as numbers
-    from 1. `begun_ns`: start of the load."""
+    """Returns the failed requests in `requests`, those of the load named `load`. Requests that the load generator ended
+    itself do not count. `labels`: names of the replicas; a request's field `label` is the number of its replica in
+    them, from 1. `begun_ns`: start of the load."""
     found = []
     for row in requests[requests["error"] != Error.NONE]:
         error, label = Error(int(row["error"])), int(row["label"])
@@ -74,7 +75,8 @@ def failures(
 def _explanation(
     error: Error, replica: str | None, begin: int, end: int, faults: Sequence[InjectedFault]
 ) -> str | None:
-    """Returns the fault that explains an error of a request in flight from `begin` to `end` (ns); None if none does."""
+    """Returns the fault that explains the error of a request, as text; None if no fault does. `begin`, `end`: when the
+    request began and ended (ns). `replica`: the replica that it went to."""
     for fault in faults:
         after_s = (end - fault.at_ns) / NS
         if after_s < 0 or begin > fault.at_ns + 0.1 * NS:
@@ -103,7 +105,7 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class GrowthCheck:
     """A comparison of one quantity, such as memory, early and late in the load. `most`: maximum permitted value of
-    `late`. `met`: whether `late` is within it; None if there are no samples."""
+    `late`. `met`: whether `late` is at most that; None if there are no samples."""
 
     what: str
     early: float
@@ -113,7 +115,7 @@ class GrowthCheck:
 
 
 def growth_checks(samples: Sequence[Sample], *, seconds: float) -> list[GrowthCheck]:
-    """Compares memory and descriptors of all router processes after the warm-up with those at the end of the load."""
+    """Compares memory and file descriptors of all router processes after the warm-up and at the end of the load."""
     processes = max((len(sample.rss_mb) for sample in samples), default=0)
     samples = [sample for sample in samples if len(sample.rss_mb) == processes]  # skips samples that lack a process
     early = [sample for sample in samples if 0.2 * seconds <= sample.at_s < 0.45 * seconds]
@@ -153,9 +155,9 @@ def complaints(
 ) -> list[str]:
     """Returns the reasons why the soak failed; empty if it passed.
 
-    `missed`: faults that were not injected. `gauges`: values at the end; None if the router did not respond.
-    `idle_fds`: number of open descriptors before the load and after its end. `answered`: successful requests of the
-    worst load.
+    `unexplained`: failed requests that no fault explains. `missed`: faults that were not injected. `gauges`: counts of
+    requests in the router after the load; None if the router did not respond. `idle_fds`: number of open descriptors
+    before the load and after its end. `answered`: number of successful requests of the load that has the fewest.
     """
     found = [
         f"unexplained failure: {one.cause} ({one.replica or 'no replica'}, at {one.at_s:.1f} s)" for one in unexplained

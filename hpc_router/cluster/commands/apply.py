@@ -46,9 +46,9 @@ _FIXED: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A checked change of a run's config. `keys`: the keys that differ, each with the old and the new value.
-    `replaced`: the names of the experts, and `router`, whose jobs are replaced. `settings`: the values set by
-    `hpc-router set`; where a key is in `keys`, the new config's value replaces the setting."""
+    """A checked change of a run's config from `before` to `after`. `keys`: the keys that differ, each with the old and
+    the new value. `replaced`: the names of the experts, and `router`, whose jobs are replaced. `settings`: the values
+    set by `hpc-router set`; the new config's value replaces a setting whose key is in `keys`."""
 
     run: RunDir
     before: Deployment
@@ -62,7 +62,7 @@ class Change:
         return {key: value for key, value in self.settings.items() if key not in self.keys}
 
     def _is_kept(self, key: str) -> bool:
-        """Returns False for a key of an expert that the change adds or removes, else True."""
+        """Returns whether `key` belongs to no expert that the change adds or removes."""
         changed = self.before.experts.keys() ^ self.after.experts.keys()
         return not any(key.startswith(f"experts.{name}.") for name in changed)
 
@@ -91,10 +91,10 @@ class Change:
 
 
 def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | None, previous: bool = False) -> Change:
-    """Returns the change that these overrides make, after the checks that `plan` makes. `previous`: whether the
-    overrides apply to the config before the last `apply`, instead of to the present one. If there are no overrides and
-    `previous` is false, the change only moves the run to this version of the package. Raises ConfigError if the new
-    config is invalid or a value of `hpc-router set` does not fit it, if a key cannot change, or if nothing changes."""
+    """Returns the change that `overrides` make, if it passes the checks of `plan`. `previous`: whether the overrides
+    apply to the config before the last `apply` instead of the present one. Without overrides, `config_dir` and
+    `previous`, the change only moves the run to this version of the package. Raises ConfigError if the new config is
+    invalid or a value of `hpc-router set` does not fit it, if a key cannot change, or if nothing changes."""
     before = frozen.read(run.config)
     base = frozen.read(run.previous_config) if previous else before
     after = with_requested(base, overrides, config_dir=config_dir)
@@ -119,15 +119,15 @@ def find_change(run: RunDir, overrides: Sequence[str], *, config_dir: Path | Non
 
 
 def _replaced(before: Deployment, after: Deployment) -> list[str]:
-    """Returns the names of the experts whose jobs the change replaces, and last `router` if its job is replaced."""
+    """Returns the names of the experts whose jobs the change replaces, sorted; then `router` if its job is replaced."""
     old, new = revisions(before), revisions(after)
     names = [name for name in old.keys() & new.keys() if old[name] != new[name]]
     return sorted(names, key=lambda name: (name == ROUTER, name))
 
 
 def _check_settings(change: Change) -> None:
-    """Raises ConfigError if a setting that remains is invalid in the new config: the router could then use none of the
-    settings."""
+    """Raises ConfigError if one of the settings that remain is invalid in the new config, because the router could then
+    use none of them."""
     kept = change.kept_settings()
     for key, value in kept.items():
         try:
@@ -141,8 +141,8 @@ def _check_settings(change: Change) -> None:
 
 
 def write_change(change: Change) -> ControlLoop:
-    """Replaces the run's config. From then on every control loop of the run replaces the outdated jobs; returns such a
-    loop. Raises ConfigError if another `apply` has changed the config in the meantime."""
+    """Replaces the run's config, and returns a control loop with the new one. From then on every control loop of the
+    run replaces the outdated jobs. Raises ConfigError if another `apply` has changed the config in the meantime."""
     run = change.run
     observed = ControlLoop(run, read_only=True).preview(fresh=True).observed  # may wait for Slurm
     with exclusive(run.config_claim):
@@ -165,11 +165,11 @@ def _check_config_is(run: RunDir, config: Deployment) -> None:
 
 
 def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:
-    """Runs passes until every job has the new config. `show` gets the progress as text. Raises LaunchError if the
+    """Runs passes until every job has the new config. Calls `show` with the progress as text. Raises LaunchError if the
     rollout stops, ConfigError if another `apply` replaces the config, and Interrupted after Ctrl-C.
 
-    The loop of the router's job may run passes at the same time. These passes are needed nevertheless: the loop runs
-    none if its job has an older version of the package.
+    The loop in the router's job may run passes at the same time. It runs none if that job has an older version of the
+    package, so passes are run here as well.
     """
     shown, checked = "", None
     with interrupt_event() as interrupted, explaining_interrupt(lambda: GOES_ON):
@@ -198,7 +198,7 @@ def roll_out(control: ControlLoop, show: Callable[[str], None]) -> None:
 
 
 def outdated(seen: LoopPass) -> list[Attempt]:
-    """Returns the live jobs that were submitted with an earlier config."""
+    """Returns the live jobs of wanted slots that were submitted with an earlier config."""
     wanted = set(seen.desired.slots())
     return [
         attempt
@@ -209,8 +209,8 @@ def outdated(seen: LoopPass) -> list[Attempt]:
 
 
 def _progress(seen: LoopPass, left: Sequence[Attempt]) -> str:
-    """Returns text on the jobs in `left` and the slots that the rollout still waits for; empty when every slot has a
-    ready job of the new config."""
+    """Returns a text for the user: the jobs in `left`, which have the old config, or else the slots without a ready
+    job. Empty when every slot has a ready job of the new config."""
     if left:
         queued = [
             a for a in all_attempts(seen.observed) if a.live and a.report.pending_reason not in (None, DEPENDENCY)

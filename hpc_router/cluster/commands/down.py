@@ -1,7 +1,7 @@
 """Takes a deployment down: all jobs drain and end, and those that do not end in time are killed.
 
-The deadlines are in `control_loop.reconcile`; this module repeats passes until no job is left. `desired.json` keeps the
-request, so that another `down` or any control loop completes a `down` that was interrupted.
+The deadlines are in `control_loop.reconcile`; this module repeats passes until no job is left. `desired.json` records
+that the run is to be down, so that another `down` or any control loop completes a `down` that was interrupted.
 """
 
 import logging
@@ -37,22 +37,22 @@ alive."""
 
 
 class Watcher(Protocol):
-    """Shows the progress of `down`."""
+    """Interface of an object that shows the progress of `down`."""
 
     def living(self, attempts: list[Attempt]) -> None:
-        """Shows the jobs that are left. Called after each pass."""
+        """Shows `attempts`, the jobs that are left. Called after each pass."""
 
 
 class NoWatcher:
-    """Shows nothing."""
+    """A watcher that shows nothing."""
 
     def living(self, attempts: list[Attempt]) -> None:
         pass
 
 
 def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
-    """Ends the deployment and returns the number of ended jobs. Raises LaunchError if the only jobs left run on another
-    host or if an `up` starts in the meantime, and Interrupted after Ctrl-C."""
+    """Ends the deployment and returns the number of ended jobs. Raises LaunchError if all jobs that are left run on
+    other hosts, or if an `up` starts in the meantime, and Interrupted after Ctrl-C."""
     with explaining_interrupt(lambda: leftover_text(run)):
         try:
             control = ControlLoop(run)
@@ -65,8 +65,8 @@ def down(run: RunDir, *, watcher: Watcher | None = None) -> int:
 
 
 def down_when_idle(run: RunDir, idle_s: float) -> None:
-    """Lets the control loop end the deployment after `idle_s` seconds without a request. Raises LaunchError if no
-    router serves that could run the loop."""
+    """Makes the control loop end the deployment after `idle_s` seconds without a request. Raises LaunchError if no
+    router serves whose job runs the control loop."""
     control = ControlLoop(run)
     if control.preview().desired.down:
         raise LaunchError(f"{run.path} is down already")
@@ -85,15 +85,15 @@ def leftover_text(run: RunDir) -> str:
 
 
 def unended_jobs(run: RunDir) -> list[str]:
-    """Returns the replicas without a file that shows the end of their job. Reads files only, because Slurm may take
-    long to answer."""
+    """Returns the replicas without a file that records the end of their job. Does not ask Slurm, which may take long to
+    answer."""
     jobs = [JobDir(run, folder.name) for folder in run.jobs.glob("*")]
     return sorted(job.replica for job in jobs if job.exit() is None and job.ended() is None)
 
 
 def end_all(control: ControlLoop, before: set[str], *, watcher: Watcher) -> int:
     """Repeats passes until no job is left, then removes the records and files of the jobs. Returns the number of ended
-    jobs. `before`: replicas with jobs before the first pass; they count as ended as well."""
+    jobs. `before`: replicas that had jobs before the first pass; they are counted even if they end before it."""
     ended = set(before)
     while True:
         seen = control.run_pass(clear=True)

@@ -1,9 +1,9 @@
 """Drains the replicas that the user names: they finish their requests and end, and the control loop replaces them.
 
-A replica gets a drain call over HTTP; if it cannot be reached, its job gets SIGTERM, which drains it as well. A router
-is drained only if the user names it, not with its node. A standby router is drained only if its full name is given,
-because it replaces the router that is named. No job starts on a drained node until `drain --undo`, not even one that is
-already in the queue. The desired replica counts do not change.
+A replica gets a drain call over HTTP; if it cannot be reached, its job gets SIGTERM, which drains it as well. If the
+user names a node, its replicas are drained, but not a router there. If the user names the router, its standby is not
+drained, because the standby replaces it; only its full name drains a standby. No job starts on a drained node until
+`drain --undo`, not even one that is already in the queue. The desired replica counts do not change.
 """
 
 import shlex
@@ -34,8 +34,8 @@ MARGIN_S: Final = 30.0
 @dataclass(frozen=True, slots=True)
 class DrainResult:
     """What `drain` did. `asked`: replicas that got the drain call. `signalled`: replicas whose job got SIGTERM instead.
-    `left`: replicas that had not ended in time; None if `drain` did not wait. `successor`: the router that remains.
-    `excluded`: nodes on which no further job starts."""
+    `left`: replicas that had not ended in time; None if the command did not wait. `successor`: the router that remains;
+    None if none does. `excluded`: nodes on which no further job starts."""
 
     asked: tuple[str, ...]
     signalled: tuple[str, ...]
@@ -56,8 +56,8 @@ class DrainResult:
         ]
 
     def needs_reconcile(self, run: RunDir) -> bool:
-        """Returns whether the drained jobs are replaced only by `hpc-router reconcile`, because no control loop
-        remains. A control loop ends with its router, so a loop remains only if a router does."""
+        """Returns whether the drained jobs are replaced only if the user runs `hpc-router reconcile`: no router
+        remains, and a control loop ends with its router."""
         if self.successor is not None:
             return False
         return any(split_replica(name)[0] == ROUTER for name in self.replicas) or live_router(run) is None
@@ -71,8 +71,8 @@ class DrainResult:
 def select_jobs(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> list[Attempt]:
-    """Returns the live jobs that `names` select. A name is a replica, a slot, an expert, a node or the word `router`; a
-    node whose jobs have all ended selects none. Raises ConfigError for other names."""
+    """Returns the live jobs that `names` select. A name is that of a replica, a slot, an expert or a node, or the word
+    `router`. Raises ConfigError for another name. For a node whose jobs have all ended, returns no jobs."""
     attempts = all_attempts(observed)
     live = [attempt for attempt in attempts if attempt.live]
     nodes = {a.replica: _nodes(a, records.get(a.replica)) for a in attempts}
@@ -92,7 +92,7 @@ def select_jobs(
 
 
 def _standbys(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """Returns the routers of a slot that wait for the end of the serving or draining one."""
+    """Returns the standby routers of a slot: those that wait for the end of a router that serves or drains."""
     routers = [a for a in attempts if a.live and a.slot.expert == ROUTER]
     serving = [a for a in routers if a.ready] or [a for a in routers if a.job is not JobState.PENDING]
     return [a for a in routers if serving and a not in serving]
@@ -106,7 +106,8 @@ def successor(observed: Observed, chosen: Sequence[Attempt]) -> str | None:
 
 
 def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
-    """Starts the drain of the named replicas. Raises ConfigError for an unknown name."""
+    """Drains the jobs that `names` select, and excludes the nodes among them. Raises ConfigError for an unknown
+    name."""
     seen = control.preview(fresh=True)
     observed = seen.observed
     records = control.observer.records
@@ -130,8 +131,8 @@ def drain(control: ControlLoop, names: Sequence[str]) -> DrainResult:
 
 
 def undo(control: ControlLoop, nodes: Sequence[str]) -> None:
-    """Lets jobs start on these nodes again, including jobs in the queue. Raises ConfigError for a node that is not
-    drained."""
+    """Ends the exclusion of these nodes, so that jobs may start there again, including jobs in the queue. Raises
+    ConfigError for a node that is not excluded."""
     include_nodes(control.run, nodes)
     control.apply_exclusions(control.preview(fresh=True))
 
@@ -168,8 +169,8 @@ def wait(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> DrainResult:
-    """Waits until all drained replicas have ended or the drain time is over; returns the result with `left`. Reads only
-    files if a control loop replaces the jobs; otherwise runs passes that replace them."""
+    """Waits until all replicas in `drained` have ended, or the time limit of a drain has passed. Returns `drained` with
+    the replicas that are `left`. If no control loop replaces the jobs, runs the passes that replace them."""
     cluster, router = control.deployment.cluster, control.deployment.router
     deadline = clock() + max(cluster.drain_s, router.drain_s) + MARGIN_S
     no_loop = drained.needs_reconcile(control.run)
@@ -185,8 +186,8 @@ def wait(
 
 
 def interrupted_text(run: RunDir, drained: DrainResult) -> str:
-    """Returns the text for the user after an interrupt: which replicas still drain, and the command that replaces them
-    if no control loop does."""
+    """Returns the text for the user after Ctrl-C: which replicas still drain, and, if no control loop remains, the
+    command that replaces them."""
     left = ", ".join(name for name in drained.replicas if not _has_ended(run, name))
     parts = [f"{left} will end after the requests in flight" if left else "all have ended"]
     if drained.needs_reconcile(run):
@@ -195,8 +196,8 @@ def interrupted_text(run: RunDir, drained: DrainResult) -> str:
 
 
 def _unfilled(seen: LoopPass, replicas: Sequence[str]) -> bool:
-    """Returns whether the replicas' slots need another pass: one of the `replicas` is still live, or a slot waits
-    before its next job is submitted."""
+    """Returns whether another pass is needed to replace these replicas: one of them is still live, or the next job of
+    its slot waits for a pause after a failure."""
     slots = {split_replica(name)[:2] for name in replicas}
     live = any(a.live and a.replica in replicas for a in all_attempts(seen.observed))
     return live or any(isinstance(a, Wait) and split_replica(a.replica)[:2] in slots for a in seen.actions)
@@ -215,7 +216,7 @@ def _nodes(attempt: Attempt, record: Record | None) -> set[str]:
 def _selected_nodes(
     names: Iterable[str], observed: Observed, records: Mapping[str, Record], *, experts: Iterable[str]
 ) -> tuple[str, ...]:
-    """Returns those of `names` that are nodes, in Slurm's spelling: without the domain."""
+    """Returns the names in `names` that are nodes, as Slurm writes them: without the domain."""
     attempts = all_attempts(observed)
     others = {*experts, ROUTER, *(a.replica for a in attempts), *(str(slot) for slot in observed)}
     nodes = _union({a.replica: _nodes(a, records.get(a.replica)) for a in attempts})

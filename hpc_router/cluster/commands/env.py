@@ -1,7 +1,7 @@
 """The shell commands that point plain OpenAI clients to a run: `eval "$(hpc-router env)"`.
 
-The address is that of a running `connect` with a port, because it stays the same when the router moves. If none runs,
-it is the router's own address, after the router has proven its identity.
+The address is that of a running `connect` process with a port, because that address stays the same when another router
+leads. If none runs, it is the router's own address, after the router has proven its identity.
 """
 
 import shlex
@@ -17,11 +17,11 @@ _PROXIES: Final = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
 def exports(run: RunDir, environment: Mapping[str, str]) -> tuple[list[str], str | None]:
-    """Returns lines for a POSIX shell, and a note for the user (None if there is nothing to note). Raises LaunchError
-    if no router serves or proves its identity.
+    """Returns lines for a POSIX shell, and a note for the user or None. Raises LaunchError if no router serves, or if
+    the process at its address does not prove its identity.
 
-    If `environment` names a proxy, the lines exclude the router from it, so that the requests and their token do not
-    pass through the proxy.
+    If `environment` names a proxy, the lines make clients reach the router without it, so that no token passes through
+    the proxy.
     """
     forwarder, note = running_forwarder(run, tcp=True), None
     if forwarder is not None:

@@ -25,8 +25,8 @@ POLL_S: Final = 0.3
 
 
 def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
-    """Returns the log files by replica. `name`: a replica, an expert (its newest jobs), or the router; None for all.
-    Raises ConfigError for another name."""
+    """Returns the log files of each chosen replica. `name`: a replica, a slot, an expert (its newest jobs), or the
+    router; None: the newest jobs of all. Raises ConfigError for another name."""
     jobs = sorted((d.name for d in run.jobs.iterdir() if _parts(d.name)), key=lambda n: _parts(n) or ("", "", 0))
     newest = {(_parts(job) or ("", "", 0))[:2]: job for job in jobs}
     if name is None:
@@ -47,7 +47,7 @@ def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
 
 
 def files_of(job: JobDir) -> list[Path]:
-    """Returns all log files of a job that exist. Includes the output of the job itself only if it is not empty."""
+    """Returns all log files of a job that exist. Leaves out empty output of the batch script and of submitit."""
     ranks = sorted(job.run.logs.glob(f"{job.replica}.rank*.log"))  # of an engine on several nodes
     workers = sorted(job.run.logs.glob(f"{job.replica}.worker*.log"))  # of a router
     return [path for path in (*early_files(job), job.agent_log, job.engine_log, *ranks, *workers) if path.exists()]
@@ -60,7 +60,7 @@ def early_files(job: JobDir) -> list[Path]:
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """Returns the last lines of a log. They may begin in the older file of a rotated log."""
+    """Returns the last `lines` lines of the log at `path`. If the log was rotated, they may begin in the older file."""
     last: deque[str] = deque(maxlen=lines)
     for part in (rotated_path(path), path):
         with suppress(FileNotFoundError), part.open(encoding="utf-8", errors="replace") as stream:
@@ -70,8 +70,8 @@ def tail(path: Path, lines: int) -> list[str]:
 
 @dataclass(slots=True)
 class Position:
-    """How far a log file was read, in bytes. `inode` identifies the file. `partial`: the start of an incomplete
-    line."""
+    """The position in bytes up to which a log file was read. `inode` identifies the file. `partial`: the text of a last
+    line that was incomplete."""
 
     inode: int
     offset: int = 0
@@ -79,14 +79,14 @@ class Position:
 
 
 def ends(files: Mapping[str, Sequence[Path]]) -> dict[Path, Position]:
-    """Returns the current end of each of these logs."""
+    """Returns the position of the present end of each of these logs."""
     found = ((path, path.stat()) for paths in files.values() for path in paths)
     return {path: Position(status.st_ino, status.st_size) for path, status in found}
 
 
 def follow(run: RunDir, name: str | None, *, since: Mapping[Path, Position]) -> Iterator[tuple[str, str]]:
-    """Yields (replica, line) for each line after `since`, also for files that are created later. Never ends. `name`: as
-    for `log_files`."""
+    """Yields (replica, line) for each line that is written after the positions `since`, including files that are
+    created later. Never ends. `name`: as for `log_files`."""
     positions = dict(since)
     while True:
         for replica, files in log_files(run, name).items():
@@ -97,8 +97,8 @@ def follow(run: RunDir, name: str | None, *, since: Mapping[Path, Position]) -> 
 
 
 def _grown(path: Path, positions: dict[Path, Position]) -> Iterator[str]:
-    """Yields the lines of the log that were written after its entry in `positions`, and updates the entry. After a
-    rotation, the end of the older file comes first."""
+    """Yields the lines of the log at `path` that were written after its entry in `positions`, and updates the entry. If
+    the log was rotated since then, the end of the older file comes first."""
     try:
         with path.open("rb") as stream:
             inode = os.fstat(stream.fileno()).st_ino
@@ -133,7 +133,8 @@ def _parts(name: str) -> tuple[str, str, int] | None:
 
 
 def last_lines(run: RunDir, replica: str, *, lines: int) -> list[str]:
-    """Returns the last lines of the engine's log, else of the agent's, else of the job's output."""
+    """Returns the last lines of the engine's log; if there is none, of the agent's log; otherwise of the output of the
+    batch script and submitit."""
     job = JobDir(run, replica)
     for path in (job.engine_log, job.agent_log, *reversed(early_files(job))):
         if path.exists() and os.path.getsize(path):  # noqa: PTH202

@@ -1,9 +1,9 @@
 """Claims a replica for a service that a user starts by hand: the next generation of the router, or a slot of an expert.
 
-The claiming process becomes the service: a process of this host, or a step of the Slurm job in which `srun` was called.
-The control loop does not manage an expert that was started by hand (slots `h0`, `h1`, ...), but a router that was
-started by hand counts as the run's router. For an expert on several nodes, the first task of the step claims, and the
-other tasks join it.
+The claiming process becomes the service: a process of this host, or a step of the Slurm job in which the user called
+`srun`. The control loop does not manage an expert that was started by hand (slots `h0`, `h1`, ...), but a router that
+was started by hand counts as the run's router. For an expert on several nodes, the first task of the step claims the
+replica, and the other tasks join it.
 """
 
 import itertools
@@ -34,7 +34,7 @@ interactive shell, adopted processes."""
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The task of a Slurm step in which this process runs."""
+    """A step of a Slurm job, and the task in it that is this process."""
 
     job_id: str
     step_id: str
@@ -52,10 +52,10 @@ def step_of(environment: Mapping[str, str]) -> Step | None:
 
 
 def rank_of(step: Step | None, expert: str, *, nodes: int) -> int:
-    """Returns the rank of this node in its replica. It is 0 for an expert on one node: each task of a step is then a
-    replica of its own.
+    """Returns the rank of this process among those of its replica. It is 0 for an expert on one node, because each task
+    of a step is then a replica of its own.
 
-    Raises ConfigError when `srun` did not start one task on each of several nodes.
+    Raises ConfigError if the expert needs several `nodes` and `srun` did not start one task on each.
     """
     if nodes == 1:
         return 0
@@ -70,7 +70,7 @@ def rank_of(step: Step | None, expert: str, *, nodes: int) -> int:
 
 
 def claim_router(run: RunDir) -> str:
-    """Claims the next generation of the router and returns its replica. The newest of several routers leads."""
+    """Claims the next generation of the router and returns its replica. If several routers run, the newest leads."""
     generations = [attempt.generation for attempt in _observed(run).get(ROUTER_SLOT, ())]
     for generation in itertools.count(max(generations, default=0) + 1):
         if _claim(run, ROUTER_SLOT.replica(generation)):
@@ -100,8 +100,8 @@ def join_expert(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Waits until the first task of this step has claimed a replica, and returns the replica. Raises LaunchError after
-    JOIN_S."""
+    """Waits until the first task of this step has claimed a replica, and returns the replica. Raises LaunchError if
+    that takes longer than JOIN_S."""
     deadline = clock() + JOIN_S
     while (replica := _claimed(run, expert, step)) is None:
         if clock() >= deadline:

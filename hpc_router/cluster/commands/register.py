@@ -1,7 +1,8 @@
-"""Registers external endpoints: a server outside the run gets a registry record without lease beats, nonce or expiry.
+"""Registers external endpoints. A server outside the run gets a record in the registry without lease beats, nonce or
+expiry.
 
-Nothing is started or stopped. The endpoint need not answer now, because the router probes it until it answers.
-Registering the same expert and address again updates the endpoint.
+Nothing is started or stopped. The server need not answer now, because the router probes it until it answers.
+Registering the same expert and address again updates the record.
 """
 
 import itertools
@@ -35,7 +36,8 @@ _VALID_URLS: Final = "valid: http://host:port, http://host:port/v1, https://host
 
 @dataclass(frozen=True, slots=True)
 class ExternalEndpoint:
-    """A checked external endpoint. `model`: None if it is not known; `warning` then says why. `probe`: see `Record`."""
+    """A checked external endpoint. `model`: None if it is not known; `warning` then says why. `probe`: path that the
+    router requests to see whether the endpoint answers; None: the router only opens a connection."""
 
     expert: str
     url: str
@@ -48,8 +50,8 @@ class ExternalEndpoint:
 def examine(
     *, expert: str, url: str, model: str | None = None, token: str | None = None, probe: str | None = MODELS
 ) -> ExternalEndpoint:
-    """Checks an endpoint and returns it, without registering it. `model`: None: the endpoint is asked. `probe`: see
-    `Record`. Raises ConfigError for an invalid value, or if the endpoint has several models."""
+    """Checks the values of an endpoint and returns it, without registering it. `model`: None: the endpoint is asked.
+    `probe`: see `ExternalEndpoint`. Raises ConfigError for an invalid value, or if several models are found."""
     if probe is not None and not _PROBE.fullmatch(probe):
         raise ConfigError(f"--probe-path {probe!r}: not a path (valid: /health, /v1/models, ...)")
     if model is not None and not (model.isprintable() and model.strip() == model != ""):
@@ -66,7 +68,8 @@ def examine(
 
 
 def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
-    """Writes the record of an endpoint to the registry, or updates it, and returns the record."""
+    """Writes the record of an endpoint to the registry and returns it. It replaces one of the same expert and
+    address."""
     known = _existing(run, expert=endpoint.expert, url=endpoint.url)
     record = Record(
         kind=RecordKind.EXTERNAL,
@@ -85,7 +88,8 @@ def register(run: RunDir, endpoint: ExternalEndpoint) -> Record:
 def unregister(
     run: RunDir, *, replica: str | None = None, expert: str | None = None, url: str | None = None
 ) -> list[str]:
-    """Removes the matching endpoints and returns their names. Raises ConfigError if none matches."""
+    """Removes the external endpoints that match all given values; returns their names. Raises ConfigError if none
+    does."""
     records = {name: r for name, r in RegistryReader(run.registry).snapshot().items() if r.kind is RecordKind.EXTERNAL}
     base = base_url(url) if url is not None else None
     matching = [
@@ -107,8 +111,8 @@ def unregister(
 
 
 def base_url(url: str) -> str:
-    """Returns the address as written, but without a final slash, and without the path if that is `/v1`. Raises
-    ConfigError."""
+    """Returns an endpoint's address as written, but without a final slash, and without the path if the path is `/v1`.
+    Raises ConfigError if it is not a valid address."""
     if odd := re.search(r"[\s\x00-\x1f\x7f\\]", url):  # `urlsplit` removes some of these silently
         raise ConfigError(f"--url {url!r}: contains {odd[0]!r} at position {odd.start()} ({_VALID_URLS})")
     try:
@@ -140,8 +144,8 @@ def read_token(path: Path) -> str:
 
 
 def _ask_model(base: str, *, token: str | None) -> tuple[str | None, str | None]:
-    """Returns the endpoint's only model and None, or None and a warning if it cannot be found out. Raises ConfigError
-    if the endpoint serves several models."""
+    """Asks the endpoint for its models. Returns (the only model, None), or (None, a warning) if this fails. Raises
+    ConfigError if the endpoint serves several models."""
     url, later = url_at(base, MODELS), "the router will ask again; --model names the model now"
     try:
         answer = call_blocking("GET", url, token=token, timeout_s=DEFAULT_TIMEOUT_S)
@@ -167,8 +171,8 @@ def _existing(run: RunDir, *, expert: str, url: str) -> str | None:
 
 
 def _publish(run: RunDir, record: Record, *, new: bool, token: str | None) -> Record:
-    """Writes the record and its token, and returns the record. `new`: whether to give the record a name with the first
-    free number."""
+    """Writes the record and its token, and returns the record. `new`: whether the record gets a new name, with the
+    first free number."""
     if not new:
         _write_token(run, record.replica, token)
         registry.publish(run.registry, record)

@@ -35,9 +35,9 @@ class DisplayedState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """The displayed state of one replica. `reason` and `message` are those of its last failure; if nothing failed,
-    `message` says how its models get to the node's disk. `load_s`, `stage_s`, `stage_bytes`: see `JobProgress`.
-    `successor`: the replica that is to replace it."""
+    """The displayed state of one replica. `reason`, `message`: those of its last failure; if nothing failed, `message`
+    says how the model gets to the node's disk. `stage_s`, `stage_bytes`: how long staging took, and how much was
+    copied. `successor`: the replica that is to replace it."""
 
     expert: str
     replica: str
@@ -83,8 +83,8 @@ class ReplicaView:
 
 
 def views(seen: LoopPass, records: Mapping[str, Record]) -> list[ReplicaView]:
-    """Returns the views of all slots that are wanted or have a live job, and of all external endpoints; the router
-    comes first."""
+    """Returns the view of each slot that is wanted or has a live job, and of each external endpoint in `records`. The
+    router comes first."""
     wanted = seen.desired.slots()
     waits = {a.replica: a for a in seen.actions if isinstance(a, Wait)}
     given_up = {a.slot: a for a in seen.actions if isinstance(a, GiveUp)}

@@ -1,7 +1,7 @@
 """Finds the router of a run and proves its identity before the owner's token is sent to it.
 
 The record of a killed router stays in the registry, and another process may have got its port. So the router's job must
-be live, and the process must prove that it is the router in the record. Every verb checks this again.
+be live, and the process must prove that it is the router in the record. Every verb checks both again.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from hpc_router.state.run_directory import RunDir
 
 @dataclass(frozen=True, slots=True)
 class RouterAccess:
-    """A router whose identity is proven, and the owner's token."""
+    """The record of a router whose identity is proven, and the owner's token."""
 
     record: Record
     token: str
@@ -48,7 +48,7 @@ _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)
 
 def router_access(run: RunDir) -> RouterAccess:
     """Returns access to the run's router after it has proven its identity. Raises LaunchError if no router serves, or
-    if another process answers at its address."""
+    if the process at its address does not prove that it is the router."""
     return prove_identity(run, recorded_router(run))
 
 
@@ -62,8 +62,8 @@ def recorded_router(run: RunDir) -> Record:
 
 
 def prove_identity(run: RunDir, record: Record) -> RouterAccess:
-    """Returns access to the router after it has proven its identity. Raises LaunchError if nothing answers at its
-    address, or another process does."""
+    """Returns access to the router in `record` after it has proven its identity. Raises LaunchError if its address does
+    not answer or another process answers there."""
     check = check_identity(record, run.secret())
     if check is not IdentityCheck.PROVEN:
         raise LaunchError(f"{record.replica} at {record.url}: {check}; `hpc-router status --run {run.path}` shows more")

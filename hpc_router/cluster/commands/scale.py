@@ -33,9 +33,9 @@ def parse_counts(words: Sequence[str]) -> dict[str, int]:
 
 
 def scale(run: RunDir, counts: Mapping[str, int]) -> tuple[Mapping[str, int], list[str]]:
-    """Sets the replica counts of the experts in `counts`; returns the counts of all experts, and warnings. Runs a pass
-    itself if no router serves, because no control loop would then do it. Raises ConfigError for a deployment that
-    cannot run."""
+    """Sets the replica counts of the experts in `counts`. Returns the counts of all experts, and warnings. If no router
+    serves, runs a pass, because no control loop would then submit or end the jobs. Raises ConfigError if the deployment
+    cannot run with these counts."""
     control = ControlLoop(run)
     seen = control.preview()
     desired_state.check_counts(control.deployment, counts)

@@ -16,8 +16,9 @@ _LISTS: Final = frozenset(f"router.{item.name}" for item in fields(RouterConfig)
 
 
 def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | list[str] | None], list[str]]:
-    """Parses words: `router.max_in_flight=100` sets a value, and `router.max_in_flight=` names a key to be reset to the
-    config's value. A list is written with commas, with or without brackets."""
+    """Returns the values to set and the keys to reset. The word `router.max_in_flight=100` sets a value;
+    `router.max_in_flight=` resets the key to the config's value. A list is written with commas, with or without
+    brackets. Raises ConfigError for other words."""
     values: dict[str, str | list[str] | None] = {}
     reset: list[str] = []
     pairs = []
@@ -38,7 +39,7 @@ def parse_settings(words: Sequence[str]) -> tuple[dict[str, str | list[str] | No
 
 
 def _scalar(text: str) -> str | None:
-    """Returns the value in `text` without its quotes; None for `null` or `~`."""
+    """Returns `text` without quotes around it; None for `null` or `~`."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     return None if text.lower() in ("null", "~") else text
@@ -46,7 +47,7 @@ def _scalar(text: str) -> str | None:
 
 def change(run: RunDir, values: Mapping[str, Any], reset: Sequence[str]) -> dict[str, Any]:
     """Sets the keys in `values`, and resets those in `reset` to the config's values. Returns all settings that now
-    override the config, with the types of their fields. Raises ConfigError."""
+    override the config, each with the type of its field. Raises ConfigError for a key or value that is not valid."""
     deployment, settings = deployment_of(run), dict[str, Any]()
 
     def changes(desired: Mapping[str, Any]) -> dict[str, Any]:

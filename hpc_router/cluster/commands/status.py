@@ -36,8 +36,9 @@ _ROUTER_KEYS = (
 
 
 def status(run: RunDir) -> dict[str, Any]:
-    """Returns `{run, down, full, slurm, router, policy, experts}`; unknown values are None. `down`: whether the run was
-    taken down. `full`: why the run directory cannot be written. `slurm`: why the Slurm controller did not answer."""
+    """Returns `{run, down, full, slurm, router, policy, experts}` of a run; unknown values are None. `down`: whether
+    the run was taken down. `full`: why the run directory cannot be written; None if it can. `slurm`: why the Slurm
+    controller did not answer; None if it did."""
     control = ControlLoop(run, read_only=True)
     seen = control.preview(fresh=True)
     down = seen.desired.down
@@ -87,7 +88,7 @@ def status(run: RunDir) -> dict[str, Any]:
 
 
 def _elastic(seen: LoopPass, host: str, experts: Mapping[str, ExpertConfig]) -> dict[str, Any] | None:
-    """Returns why the expert `host` has its number of replicas; None if that number does not follow the demand."""
+    """Returns the number of replicas of the expert `host`, its limits and the reason; None if it is not elastic."""
     state = seen.desired.elastic.get(host)
     if state is None:
         return None
@@ -106,8 +107,8 @@ def _read_usage(run: RunDir) -> Mapping[str, ExpertUsage]:
 
 
 def _usage(usage: ExpertUsage | None) -> dict[str, Any] | None:
-    """Returns the usage of an expert with jobs of its own as JSON: GPU hours by state, generated tokens, time of the
-    last request in Unix seconds, and the seconds since then."""
+    """Returns the usage of an expert as JSON values: GPU hours by state, generated tokens, the time of the last request
+    in Unix seconds, and the seconds since then. None if `usage` is None, as for an adapter."""
     if usage is None:
         return None
     last_at, per_hour = usage.last_request_at, usage.tokens_per_gpu_hour
@@ -127,7 +128,8 @@ def _standby(attempts: Sequence[Attempt], serving: str | None) -> str | None:
 
 
 def replica_views(control: ControlLoop, seen: LoopPass) -> list[ReplicaView]:
-    """Returns the views of all replicas with their last failures, also for a run that is down."""
+    """Returns the views of all replicas. If the run is down, returns those of the replicas that ran before, as stopped
+    or with their last failures."""
     if not seen.desired.down:
         return views(seen, control.observer.records)
     as_up = control.decide(replace(seen.desired, down=False), seen.observed)
@@ -137,8 +139,8 @@ def replica_views(control: ControlLoop, seen: LoopPass) -> list[ReplicaView]:
 
 
 def ask_router(run: RunDir, path: str = "/status") -> tuple[RouterAccess | None, Mapping[str, Any], str | None]:
-    """Asks the router for the JSON object at `path`. Returns its access, None if no router serves or proves its
-    identity; the object, empty without an answer; and the error as text, None after success."""
+    """Asks the router for the JSON object at `path`. Returns three values: access to the router, None if no router
+    serves or proves its identity; the object, empty without an answer; the error as text, None after success."""
     try:
         access = router_access(run)
     except LaunchError as error:
@@ -153,9 +155,9 @@ def ask_router(run: RunDir, path: str = "/status") -> tuple[RouterAccess | None,
 
 
 def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the view as JSON, with the values in `known`, the router's own data on this replica. The router's state
-    of the replica replaces the displayed one if that is ready or registered, because only the router probes
-    replicas."""
+    """Returns the view as JSON, with values that only the router knows. `known`: the router's data on the replica; None
+    if it has none. If the view shows the replica as ready or registered, the router's state replaces the view's,
+    because only the router probes replicas."""
     merged = view.to_json() | {"phase": view.state.value} | dict.fromkeys(_ROUTER_KEYS)
     if known is None:
         return merged

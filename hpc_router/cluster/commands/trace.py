@@ -11,7 +11,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 def trace(run: RunDir, request_id: str) -> list[dict[str, Any]]:
-    """Returns the records with this id, the oldest first. Raises LaunchError if there is none."""
+    """Returns the records of the request with this id, oldest first. Raises LaunchError if there is none."""
     found = find_records(run, check_id(request_id))
     if not found:
         raise LaunchError(
@@ -36,7 +36,7 @@ def send_feedback(run: RunDir, request_id: str, score: float) -> None:
 
 
 def check_id(request_id: str) -> str:
-    """Returns the id. Raises ConfigError if no request can have it."""
+    """Returns `request_id`. Raises ConfigError if it does not have the form of a request's id."""
     if not REQUEST_ID.fullmatch(request_id):
         raise ConfigError(f"{request_id[:80]!r} is not the id of a request (the header x-request-id of its response)")
     return request_id

@@ -1,9 +1,9 @@
 """Builds the `ssh` command with which a laptop reaches a router inside the cluster.
 
-The login host forwards a local port to the router's address. If the router listens on the loopback of a node, `ssh`
-goes to that node through the login host. The router must first prove its identity. This host cannot check a router on
-the loopback of another node, so the command's notes say that it is not proven. If `connect` runs on this host, the port
-is forwarded to it instead, and the command stays valid when the router moves.
+The login host forwards a local port of the laptop to the router's address. If the router listens on the loopback of a
+node, `ssh` goes to that node through the login host. The router must first prove its identity. This host cannot check a
+router on the loopback of another node, so notes beside the command say that its identity is not proven. If `connect`
+runs on this host, the port is forwarded to `connect` instead, and the command stays valid when another router leads.
 """
 
 import getpass
@@ -37,10 +37,10 @@ class LocalHost:
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """An `ssh` tunnel. `argv` runs on the laptop until it is interrupted. `url`: address that the tunnel leads to, of
-    the router or of `connect`. `login`: the host that has the run directory. `guessed`: whether `login` is this host
-    because the config names no login host. `unproven`: the node on whose loopback the router listens, if this host
-    could not check the router's identity; else None."""
+    """An `ssh` tunnel. `argv`: the command, which runs on the laptop until it is interrupted. `url`: address at the
+    other end, that of the router or of `connect`. `login`: the host that has the run directory. `guessed`: whether
+    `login` is this host because the config names no login host. `unproven`: the node on whose loopback the router
+    listens, if this host could not check the router's identity; else None."""
 
     url: str
     argv: tuple[str, ...]
@@ -55,7 +55,7 @@ class Tunnel:
         return shlex.join(self.argv)
 
     def notes(self) -> list[str]:
-        """Returns further commands for the laptop, as shell comments."""
+        """Returns notes for the user and further commands for the laptop, as shell comments."""
         scheme = "https" if self.url.startswith("https:") else "http"
         token = shlex.join(["ssh", self.login, shlex.join(["cat", str(self.run / "token")])])
         lines = [
@@ -80,14 +80,15 @@ class Tunnel:
 
 
 def tunnel(record: Record, *, login: str | None, here: LocalHost, port: int, run: Path) -> Tunnel:
-    """Returns the tunnel to a router. `login`: `host` or `user@host` from the config, or None."""
+    """Returns the tunnel to the router in `record`. `login`: the config's `cluster.login`, which is `host`, `user@host`
+    or None. `port`: the laptop's port."""
     host = urlsplit(record.url).hostname or ""
     node = record.node if _is_loopback(host) else None
     return _tunnel(record.url, _target(record.url), node=node, login=login, here=here, port=port, run=run)
 
 
 def tunnel_to_forwarder(running: RunningForwarder, *, login: str | None, here: LocalHost, port: int) -> Tunnel:
-    """Returns the tunnel to a `connect` that runs on this host."""
+    """Returns the tunnel to a `connect` process that runs on this host."""
     target = running.address if running.port is None else _target(running.address)
     run = Path(running.run)
     return _tunnel(running.address, target, node=here.host, login=login, here=here, port=port, run=run)
@@ -96,8 +97,8 @@ def tunnel_to_forwarder(running: RunningForwarder, *, login: str | None, here: L
 def _tunnel(
     url: str, target: str, *, node: str | None, login: str | None, here: LocalHost, port: int, run: Path
 ) -> Tunnel:
-    """Returns a tunnel to `target`. `node`: the only host that can connect to the target; None if every host of the
-    cluster can."""
+    """Returns a tunnel to `target`, the host and port (or socket) of `url`. `node`: the only host that can connect to
+    the target; None if every host of the cluster can."""
     if not 0 < port < 65536:
         raise ConfigError(f"--port {port}: not a port (valid: 1 to 65535)")
     gateway, forward = login or here.login, f"{port}:{target}"
@@ -115,8 +116,8 @@ def _target(url: str) -> str:
 
 
 def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
-    """Returns the tunnel to the `connect` that runs on this host; None if none runs. If several run, one that serves a
-    socket is preferred, because other users of the host cannot connect to the socket."""
+    """Returns the tunnel to the `connect` process of this run on this host; None if none runs. If several run, one that
+    serves a socket is preferred, because other users of the host cannot connect to the socket."""
     running = running_forwarder(run, tcp=False) or running_forwarder(run, tcp=True)
     if running is None:
         return None
@@ -125,8 +126,8 @@ def forwarder_tunnel(run: RunDir, *, port: int) -> Tunnel | None:
 
 
 def tunnel_to(run: RunDir, *, port: int, unproven: bool = False) -> Tunnel:
-    """Returns the tunnel to the run's router. Raises LaunchError if no router serves or proves its identity.
-    `unproven`: whether to accept a router on the loopback of another node, which cannot be checked from here."""
+    """Returns the tunnel to the run's router. Raises LaunchError if no router serves, or if it does not prove its
+    identity. `unproven`: whether to accept a router on another node's loopback, which cannot be checked from here."""
     record, here = recorded_router(run), _local_host()
     unreachable_node = record.node if unproven and _is_on_other_loopback(record, here) else None
     if unreachable_node is None:
@@ -142,7 +143,7 @@ def _is_on_other_loopback(record: Record, here: LocalHost) -> bool:
 
 
 def _local_host() -> LocalHost:
-    """Returns this host with its full name; with its short name if the full name is that of a loopback address."""
+    """Returns this host with its full name, or with its short name if the full name is `localhost`."""
     host, full = socket.gethostname(), socket.getfqdn()
     best = host if full.partition(".")[0] == "localhost" else full
     return LocalHost(getpass.getuser(), best, frozenset({host, best, host.partition(".")[0]}))
@@ -156,8 +157,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_at(login: str, node: str | None, here: LocalHost) -> bool:
-    """Returns whether the login host `login` is the host `node`; True if `node` is None. A name that may stand for
-    several hosts does not count."""
+    """Returns whether the login host `login` is the host `node`, or `node` is None. Compares names, so a name that
+    stands for several hosts is not recognised."""
     host = login.rpartition("@")[2]
     names = here.names if node in here.names else frozenset({node, (node or "").partition(".")[0]})
     return node is None or host in names

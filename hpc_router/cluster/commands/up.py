@@ -44,7 +44,7 @@ _FINAL: Final = frozenset({DisplayedState.READY, DisplayedState.FAILED, Displaye
 
 
 class Reporter(Protocol):
-    """Shows the progress of `up`."""
+    """Interface of an object that shows the progress of `up`."""
 
     def begin(self, run: RunDir, plan: Plan) -> None: ...
 
@@ -61,7 +61,7 @@ class Served:
 
     @property
     def failed(self) -> list[ReplicaView]:
-        """Returns the replicas that were given up."""
+        """Returns the views of the replicas whose slots were given up."""
         return [view for view in self.shown if view.state is DisplayedState.FAILED]
 
 
@@ -92,8 +92,8 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
 
 
 def _left_by_interrupt(run: RunDir, *, made: bool, before: str | None) -> str:
-    """Returns the text for the user after a second Ctrl-C: which jobs and files are left. If this call created the run
-    directory and it has no jobs, removes it."""
+    """Returns the text for the user after a second Ctrl-C: which jobs and files are left. `made`: whether this call
+    created the run directory, which is removed if it has no jobs. `before`: the run to which `latest` pointed."""
     if made and not unended_jobs(run):
         discard(run, before=before)
         return ENDED_TEXT
@@ -125,8 +125,8 @@ class _BringUp:
         want_up(run, observed)
 
     def wait(self, *, wait_all: bool, reporter: Reporter, interrupted: threading.Event) -> Served | None:
-        """Runs passes until the router serves. Returns None after the first Ctrl-C, once the jobs of this call have
-        ended."""
+        """Runs passes until the router serves, and returns the result. Returns None after the first Ctrl-C, once the
+        jobs that this call of `up` submitted have ended. Raises LaunchError if nothing can serve."""
         while not interrupted.is_set():
             seen = self._control.run_pass()  # safe beside the router's own loop: claims decide
             self._submitted |= set(seen.submitted)
@@ -150,8 +150,8 @@ class _BringUp:
         return None
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
-        """Returns the router's address once the router and an expert serve; with `wait_all`, once no expert is starting
-        any more. Returns None before that."""
+        """Returns the router's address once the router and at least one expert serve; None before that. With
+        `wait_all`, returns None while an expert is starting."""
         routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.state is DisplayedState.READY and v.url]
         if not routers or routers[-1].url is None:
             return None
@@ -167,8 +167,8 @@ class _BringUp:
         return url if ready else None
 
     def _end_submitted(self) -> None:
-        """Ends the jobs that this call submitted. If no job ran before and these jobs include the router, ends the
-        whole deployment."""
+        """Ends the jobs that this call of `up` submitted. Ends the whole deployment if the router's job is among them
+        and no job ran before this call."""
         if self._fresh and any(split_replica(name)[0] == ROUTER for name in self._submitted):
             down(self._run, watcher=NoWatcher())
             return
@@ -183,7 +183,7 @@ class _BringUp:
 
 
 def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
-    """Returns the reason if it is certain that no router, or no expert, will serve; else None."""
+    """Returns the reasons if it is certain that the router will not serve, or that no expert will; else None."""
     reasons = {view.replica: reason for view in shown if (reason := _cannot_become_ready(view)) is not None}
     experts = [view.replica for view in expert_views(shown)]
     router_lost = any(view.kind is RecordKind.ROUTER and view.replica in reasons for view in shown)
@@ -201,7 +201,7 @@ def _cannot_serve(shown: Sequence[ReplicaView]) -> str | None:
 
 
 def _cannot_become_ready(view: ReplicaView) -> str | None:
-    """Returns why the replica will never be ready; None if it may be."""
+    """Returns why the replica will never be ready; None if it may become ready."""
     return f"{view.reason}: {view.message}" if view.state is DisplayedState.FAILED else _never_starts(view)
 
 

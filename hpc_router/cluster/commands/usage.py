@@ -23,7 +23,7 @@ _SUMS: Final = ("requests", "failed", "prompt_tokens", "cached_tokens", "generat
 
 
 def parse_since(text: str, *, now: float) -> float:
-    """Returns the Unix time that lies the duration `text`, such as `7d`, before `now`. Raises ConfigError."""
+    """Returns the Unix time that is the duration `text`, such as `7d`, before `now`. Raises ConfigError."""
     if not (match := _SINCE.fullmatch(text)):
         raise ConfigError(
             f"--since {text[:80]!r}: not a duration (valid: a number and m, h, d or w, such as 12h or 7d)"
@@ -32,7 +32,7 @@ def parse_since(text: str, *, now: float) -> float:
 
 
 def check_groups(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names without duplicates. Raises ConfigError for an unknown one."""
+    """Returns the names of groups without duplicates. Raises ConfigError for an unknown one."""
     for name in names:
         if name not in GROUPS:
             raise ConfigError(f"--by {name[:80]!r}: not a group{suggest(name, GROUPS)}")
@@ -40,16 +40,16 @@ def check_groups(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def usage(run: RunDir, by: Sequence[str], *, since: float, now: float) -> dict[str, Any]:
-    """Returns `{since, until, by, groups, gpu_hours}`. Each entry of `groups` has the keys in `by` and the sums over
-    its requests; `gpu_hours` has the GPU hours of each expert's jobs in that time, whoever used them. Times are Unix
-    seconds."""
+    """Returns `{since, until, by, groups, gpu_hours}`. `groups`: for each combination of values of the keys in `by`,
+    these values and the sums over its requests. `gpu_hours`: the GPU hours of each expert's jobs since `since`, for the
+    requests of all users. Times are Unix seconds."""
     groups = summed((r for r in read_records(run, since=since) if r.get("kind") == "request"), by)
     return {"since": since, "until": now, "by": list(by), "groups": groups, "gpu_hours": gpu_hours(run, since, now)}
 
 
 def summed(records: Iterable[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns the sums of each group of records, those with most requests first. A request failed if its status is 500
-    or above, or if its response broke. Unknown numbers of tokens and times count as 0."""
+    """Returns the sums of each group of records, groups with most requests first. `by`: keys whose values define a
+    group. A request failed if its status is 500 or above or its response broke off. Unknown numbers count as 0."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in records:
         key = tuple(_value(record, name) for name in by)
@@ -76,9 +76,9 @@ def _value(record: Mapping[str, Any], name: str) -> str:
 
 
 def gpu_hours(run: RunDir, since: float, now: float) -> dict[str, float]:
-    """Returns the GPU hours of each expert's jobs between `since` and `now`, from the start of a job to its end. They
-    are computed with the GPUs that the config gives a replica now; jobs whose records were removed do not count. Only
-    experts with GPUs are listed; the GPUs of adapters count for their host."""
+    """Returns the GPU hours of each expert's jobs between `since` and `now`. A job counts from its start to its end,
+    with the GPUs that the config gives a replica now. Jobs whose records were removed do not count. Only experts with
+    GPUs are listed; the GPUs of adapters count for their host."""
     experts = readable_deployment(run).experts
     seconds = {name: 0.0 for name, expert in experts.items() if host_of(experts, name) == name and _gpus(expert)}
     for folder in run.jobs.iterdir() if run.jobs.is_dir() else ():

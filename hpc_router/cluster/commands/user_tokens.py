@@ -36,8 +36,8 @@ def parse_limits(words: Sequence[str]) -> TokenLimits:
 
 
 def parse_expiry(text: str, *, now: float) -> float:
-    """Returns the Unix time at which a token expires. `text`: a duration such as `30d`, a date, or a date with a time;
-    the latter two are in local time. Raises ConfigError."""
+    """Returns the Unix time at which a token expires. `text`: a duration such as `30d`, or a date with or without a
+    time, in local time. Raises ConfigError."""
     valid = (
         "valid: a time from now such as 90m, 12h, 30d or 4w, or a future date such as 2031-12-31 or 2031-12-31T18:00"
     )
@@ -54,8 +54,8 @@ def parse_expiry(text: str, *, now: float) -> float:
 
 
 def check_experts(run: RunDir, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names without duplicates. Raises ConfigError for a name that is neither in the config nor registered,
-    and if there are no names."""
+    """Returns the names of experts without duplicates. Raises ConfigError if there are none, and for a name that is
+    neither in the config nor registered."""
     registered = {e for record in RegistryReader(run.registry).snapshot().values() for e in record.serves}
     valid = set(readable_deployment(run).experts) | registered
     for name in names:
@@ -67,7 +67,7 @@ def check_experts(run: RunDir, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def described(token: UserToken, *, now: float) -> dict[str, Any]:
-    """Returns the token's entry as JSON values, with the key `expired`."""
+    """Returns the token's entry as JSON values, and in the key `expired` whether the token has expired."""
     expired = token.expires_at is not None and token.expires_at <= now
     return token.to_json() | {"expired": expired}
 

@@ -55,7 +55,8 @@ RANK_LINES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why the replica in `view` does not serve. `what`: the problem. `lines`: lines from the replica's log."""
+    """A reason why the replica in `view` does not serve, or a problem that concerns it. `what`: the problem. `lines`:
+    lines from the replica's log."""
 
     view: ReplicaView
     what: str
@@ -72,8 +73,8 @@ class Cause:
 
 
 def why(run: RunDir, name: str | None = None) -> list[Cause]:
-    """Returns a cause for each replica that is not ready, and for each problem that the serving router reports. `name`:
-    limits the result to one expert or replica. Raises ConfigError for an unknown name."""
+    """Returns a cause for each replica that is not ready, and for each problem that the serving router reports. With
+    `name`, returns only those of that expert, slot or replica. Raises ConfigError for an unknown name."""
     control = ControlLoop(run, read_only=True)
     seen = control.preview(fresh=True)
     shown = replica_views(control, seen)
@@ -111,8 +112,8 @@ def why(run: RunDir, name: str | None = None) -> list[Cause]:
 
 
 def _step_cause(cause: Cause) -> Cause:
-    """Returns the cause unchanged, unless the replica is a step that has not begun in the user's job. Slurm gives no
-    reason for such a step, so a general explanation is returned."""
+    """Returns the cause unchanged, unless its replica is a step of the user's job that has not begun. Slurm gives no
+    reason for such a step, so a general explanation takes the place of the cause."""
     view = cause.view
     if view.state is not DisplayedState.SUBMITTED or view.job_id is None:
         return cause
@@ -122,7 +123,7 @@ def _step_cause(cause: Cause) -> Cause:
 
 def _scaled(desired: Desired, shown: Sequence[ReplicaView], name: str | None, *, now: float) -> list[Cause]:
     """Returns a cause for each elastic expert that has no replica, has fewer than its demand needs, or got another
-    number of replicas in the last hour. `name`: limits the result to that expert."""
+    number of replicas in the last hour. `name`: None, or the only expert to consider."""
     causes = []
     for expert, state in desired.elastic.items():
         if name not in (None, expert) or desired.down:
@@ -142,7 +143,7 @@ def _scaled(desired: Desired, shown: Sequence[ReplicaView], name: str | None, *,
 
 
 def _handovers(shown: Sequence[ReplicaView], planned: Sequence[PlannedHandover], *, now: float) -> list[Cause]:
-    """Returns a cause for each displayed replica whose handover is due or in progress."""
+    """Returns a cause for each replica in `shown` whose handover is due or in progress. `planned`: these handovers."""
     found = {handover.replica: handover for handover in planned}
     return [_handover(view, found[view.replica], now=now) for view in shown if view.replica in found]
 
@@ -169,9 +170,9 @@ def _handover(view: ReplicaView, planned: PlannedHandover, *, now: float) -> Cau
 def _last_ends(
     run: RunDir, shown: Sequence[ReplicaView], observed: Observed, *, forgiven: Mapping[str, int], now: float
 ) -> list[Cause]:
-    """Returns a cause for each slot whose newest ended job failed or cut off responses in the last hour. Leaves out
-    failures that the last `up` or `scale` has forgiven. A failed job that is itself displayed is left out as well,
-    because its state shows the failure."""
+    """Returns a cause for each slot in `shown` whose newest ended job failed or cut off responses in the last hour.
+    Leaves out failures up to the generations in `forgiven`, which the last `up` or `scale` has forgiven, and a failed
+    job that is displayed itself, because its state shows the failure."""
     causes = []
     for view in shown:
         slot = Slot(*split_replica(view.replica)[:2])
@@ -190,8 +191,8 @@ def _last_ends(
 
 
 def _silent_slurm(shown: Sequence[ReplicaView], trouble: str | None) -> list[Cause]:
-    """Returns one cause if Slurm's controller does not answer (`trouble` says why), else none. Job states may then be
-    old, and no job can be submitted."""
+    """Returns one cause if Slurm's controller does not answer, else none: job states may then be old, and no job can be
+    submitted. `trouble`: why it does not answer; None if it does."""
     if trouble is None or not shown:
         return []
     view = next((view for view in shown if view.expert == ROUTER), shown[0])
@@ -199,8 +200,8 @@ def _silent_slurm(shown: Sequence[ReplicaView], trouble: str | None) -> list[Cau
 
 
 def _with_signals_note(causes: list[Cause]) -> list[Cause]:
-    """Returns these causes. The advice for jobs that were signalled from outside gets a note if a job's signals reach
-    the engine as well."""
+    """Returns the causes. If signals to a job reach its engine as well, adds a note on this to the advice for jobs that
+    Slurm or a user has signalled."""
     note = signals_note() if any(_signalled(cause) for cause in causes) else None
     if note is None:
         return causes
@@ -230,8 +231,8 @@ def router_causes(shown: Sequence[ReplicaView], answer: Mapping[str, Any]) -> li
 
 
 def _write_failures(run: RunDir, shown: list[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:
-    """Returns one cause if the run directory cannot be written, else none: its file system is full, or the router
-    reports an error such as an exceeded quota."""
+    """Returns one cause if the run directory cannot be written, because its file system is full or the router reports
+    an error such as an exceeded quota; else none."""
     what = run.space_error() or (answer.get("router") or {}).get("write_trouble")
     if what is None or not shown:
         return []
@@ -240,8 +241,8 @@ def _write_failures(run: RunDir, shown: list[ReplicaView], answer: Mapping[str, 
 
 
 def _node_causes(run: RunDir, shown: Sequence[ReplicaView], observed: Observed, *, now: float) -> list[Cause]:
-    """Returns a cause for each node that the control loop has excluded. Also returns one for each node that has failed
-    as often but is not excluded, because too many nodes would be."""
+    """Returns a cause for each node that the control loop has excluded, and for each node that fails as often but is
+    not excluded, because too many nodes would then be excluded."""
     if not shown:
         return []
     view = next((view for view in shown if view.expert == ROUTER), shown[0])
@@ -258,7 +259,7 @@ def _node_causes(run: RunDir, shown: Sequence[ReplicaView], observed: Observed, 
 
 
 def _degraded(shown: list[ReplicaView], answer: Mapping[str, Any]) -> list[Cause]:
-    """Returns a cause for each of these ready replicas that the router has ejected or finds degraded."""
+    """Returns a cause for each ready replica in `shown` that the router's `/status` shows as ejected or degraded."""
     known = {r["replica"]: r for e in (answer.get("experts") or {}).values() for r in e.get("replicas")}
     causes = []
     for view in shown:
@@ -294,8 +295,8 @@ def _advice(view: ReplicaView) -> str | None:
 
 
 def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:
-    """Returns the last lines of the service's log. If it has none, returns those of the batch script's log, which is in
-    the folder of the job's first replica."""
+    """Returns the last lines of the replica's log. If it has none, returns those of the batch script's log, which is in
+    the folder of the first replica of the same job."""
     lines = [] if view.reason is FailureReason.SETUP else last_lines(run, view.replica, lines=LOG_LINES)
     if view.reason is FailureReason.RANK_LOST:
         lines += _rank_log_lines(run, view.replica)
@@ -304,8 +305,8 @@ def _log_lines(run: RunDir, view: ReplicaView) -> list[str]:
 
 
 def _rank_log_lines(run: RunDir, replica: str) -> list[str]:
-    """Returns, for each rank but the first, the last lines of its engine's log, or of its agent's log if the engine
-    wrote none. Each line names the rank."""
+    """Returns the last log lines of each rank except the first: of its engine's log, or of its agent's log if the
+    engine wrote none. Each line names the rank."""
     logs: dict[int, Path] = {}
     for suffix in (".log", ".engine.log"):
         for path in run.logs.glob(f"{replica}.rank*{suffix}"):
@@ -316,15 +317,15 @@ def _rank_log_lines(run: RunDir, replica: str) -> list[str]:
 
 
 def expected(starts_at: float | None, *, now: float) -> str:
-    """Returns text with Slurm's estimate of a job's start, in local time. `starts_at`, `now`: Unix seconds; None: no
-    estimate."""
+    """Returns text with Slurm's estimate of a job's start, in local time. `starts_at`, `now`: Unix seconds; `starts_at`
+    is None without an estimate."""
     if starts_at is None:
         return "Slurm gives no estimate yet"
     return f"Slurm expects to start it at {_moment(starts_at, now=now)}"
 
 
 def _moment(at: float, *, now: float) -> str:
-    """Returns the time `at` as text, in local time, with the minutes, hours or days from `now` until then."""
+    """Returns the time `at` as text in local time, with the time from `now` until then. Both are Unix seconds."""
     begin, today = datetime.fromtimestamp(at), datetime.fromtimestamp(now)
     day = "" if begin.date() == today.date() else f"{begin:%Y-%m-%d} "
     minutes = round((at - now) / 60)

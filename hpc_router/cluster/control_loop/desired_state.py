@@ -1,7 +1,7 @@
 """The desired state of a run: its frozen `config.yaml`, overridden by `desired.json`.
 
-Commands change `desired.json`, and the leading control loop does when it excludes a node. A lock lets one process at a
-time change the file. If the file lacks a key, the value of the config applies.
+Commands change `desired.json`, and so does the leading control loop when it excludes a node. A lock lets one process at
+a time change the file. If the file lacks a key, the value of the config applies.
 """
 
 import getpass
@@ -33,8 +33,8 @@ def deployment_of(run: RunDir) -> Deployment:
 
 
 def readable_deployment(run: RunDir) -> Deployment:
-    """Returns the run's frozen config. If the config is damaged or of another version of this package, returns the
-    defaults, because the run's router may serve nevertheless."""
+    """Returns the run's frozen config. If the config is damaged or of another version of this package, returns a
+    deployment with default values only, because the run's router may serve nevertheless."""
     try:
         return deployment_of(run)
     except ConfigError:
@@ -52,7 +52,7 @@ def host_expert(run: RunDir, name: str) -> str:
 
 
 def desired_of(run: RunDir, deployment: Deployment) -> Desired:
-    """Returns the desired state: the config with the overrides in `desired.json`."""
+    """Returns the desired state of a run: the config in `deployment`, with the overrides in `desired.json`."""
     desired = run.read_desired()
     replicas = {name: expert.replicas for name, expert in hosts(deployment.experts).items()}
     bounds = bounds_of(ExpertConfig, "replicas")
@@ -83,14 +83,14 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
 
 
 def gpus_by_expert(deployment: Deployment) -> dict[str, int]:
-    """Returns the GPUs of one replica of each expert with jobs of its own, and of the router."""
+    """Returns, for each expert with jobs of its own and for the router, the number of GPUs of one replica."""
     resources = {name: expert.resources for name, expert in hosts(deployment.experts).items()}
     return {name: own.gpus * own.nodes for name, own in {**resources, ROUTER: deployment.router.resources}.items()}
 
 
 def scaled_times(desired: Mapping[str, Any]) -> dict[str, float]:
-    """Returns when the number of replicas of each expert was last set by `scale`, or by `up` after `down` (Unix
-    seconds). `desired`: the content of `desired.json`."""
+    """Returns for each expert when `scale`, or `up` after `down`, last set its number of replicas (Unix seconds).
+    `desired`: the content of `desired.json`."""
     value = desired.get("scaled_at")
     items = value.items() if isinstance(value, dict) else ()
     return {str(name): float(at) for name, at in items if isinstance(at, int | float)}
@@ -113,7 +113,7 @@ def handover_policies(deployment: Deployment) -> dict[str, HandoverPolicy]:
 
 
 def _overlapping(deployment: Deployment) -> Iterator[str]:
-    """Yields the experts, and the router, for which an old and a new job can run at the same time when the config
+    """Yields the experts, and the router, whose old job can run at the same time as a new one when the config
     changes."""
     cluster, router = deployment.cluster, deployment.router
     if cluster.kind == "slurm":
@@ -128,9 +128,9 @@ def _overlapping(deployment: Deployment) -> Iterator[str]:
 def want_config(
     run: RunDir, before: Deployment, after: Deployment, observed: Observed, *, changed: Collection[str]
 ) -> None:
-    """Records that `apply` replaces the config `before` by `after`. Jobs of another revision are then outdated, and
-    earlier failures no longer count. A replica count set by `scale` stays unless the new config changes that count, and
-    a value set by `set` unless its key is one of `changed`."""
+    """Records in `desired.json` that `apply` replaces the config `before` by `after`. Jobs of another revision are then
+    outdated, and earlier failures no longer count. A replica count set by `scale` stays unless the new config changes
+    that count, and a value set by `set` stays unless its key is in `changed`."""
     unchanged = {
         name
         for name in before.experts.keys() & after.experts.keys()
@@ -160,7 +160,7 @@ def _standby(deployment: Deployment) -> bool:
 
 
 def want_up(run: RunDir, observed: Observed) -> None:
-    """Records that `up` wants the router, and that earlier failures no longer count."""
+    """Records in `desired.json` that the run must have a router, and that earlier failures no longer count."""
     forgiven, now = _newest_ended(observed), round(time.time(), 3)
 
     def changes(desired: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,13 +173,13 @@ def want_up(run: RunDir, observed: Observed) -> None:
 
 
 def want_down(run: RunDir) -> None:
-    """Records that the run must have no jobs."""
+    """Records in `desired.json` that the run must have no jobs."""
     run.change_desired(lambda _: {"down": True})
 
 
 def want_down_when_idle(run: RunDir, idle_s: float) -> None:
-    """Records that the leading control loop takes the run down after `idle_s` seconds without a request, counted from
-    now at the earliest. `up` withdraws this."""
+    """Records in `desired.json` that the leading control loop must take the run down after `idle_s` seconds without a
+    request. The time before this call does not count. `up` removes this entry."""
     now = round(time.time(), 3)
     run.change_desired(lambda _: {"down_when_idle_s": idle_s, "idle_from": now})
 
@@ -189,8 +189,8 @@ def _number(value: object) -> float | None:
 
 
 def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observed: Observed) -> None:
-    """Writes the replica counts of the experts in `counts` to `desired.json`; earlier failures then no longer count.
-    Raises ConfigError as `check_counts` does."""
+    """Writes the replica counts of the experts in `counts` to `desired.json`. Earlier failures then no longer count.
+    Raises ConfigError for an unknown expert, an adapter, or an invalid count."""
     check_counts(deployment, counts)
     forgiven = _newest_ended(observed)
     now = round(time.time(), 3)
@@ -204,7 +204,7 @@ def scale(run: RunDir, deployment: Deployment, counts: Mapping[str, int], observ
 
 
 def check_counts(deployment: Deployment, counts: Mapping[str, int]) -> None:
-    """Raises ConfigError for an unknown expert, an adapter, or an invalid count."""
+    """Raises ConfigError if `counts` has an unknown expert, an adapter, or an invalid count."""
     for name, count in counts.items():
         if name not in deployment.experts:
             raise ConfigError(f"scale: no expert is named '{name}'{suggest(name, deployment.experts)}")
@@ -227,7 +227,7 @@ def with_desired_counts(deployment: Deployment, desired: Desired) -> Deployment:
 
 
 def with_counts(deployment: Deployment, counts: Mapping[str, int]) -> Deployment:
-    """Returns the deployment with these replica counts. Experts that `counts` lacks keep theirs."""
+    """Returns the deployment with these replica counts by expert. Other experts keep their count."""
     experts = {name: replace(e, replicas=counts.get(name, e.replicas)) for name, e in deployment.experts.items()}
     return replace(deployment, experts=experts)
 
@@ -238,7 +238,7 @@ def excluded_nodes(run: RunDir) -> tuple[str, ...]:
 
 
 def node_exclusions(run: RunDir) -> dict[str, Any]:
-    """Returns the excluded nodes, each with `reason`, `by` and `at`."""
+    """Returns for each excluded node the `reason`, `by` (who excluded it) and `at` (Unix seconds)."""
     return _exclusions(run.read_desired())
 
 
@@ -248,7 +248,7 @@ def _exclusions(desired: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forgotten_nodes(run: RunDir) -> dict[str, float]:
-    """Returns the Unix time at which each node was last allowed again. Failures of the node before that time no longer
+    """Returns node -> Unix time at which its exclusion was last ended. Failures of the node before that time no longer
     count."""
     return _forgotten(run.read_desired())
 
@@ -290,18 +290,18 @@ def include_nodes(run: RunDir, nodes: Sequence[str]) -> None:
 
 
 def _newest_ended(observed: Observed) -> dict[str, int]:
-    """Returns for each slot its newest generation that is not live."""
+    """Returns for each slot the newest generation that is not live."""
     over = {str(slot): [a.generation for a in attempts if not a.live] for slot, attempts in observed.items()}
     return {slot: max(generations) for slot, generations in over.items() if generations}
 
 
 def _texts(value: object) -> dict[str, str]:
-    """Returns the entries of a JSON object whose value is a string; empty if `value` is no object."""
+    """Returns the entries of a JSON object whose values are texts; empty if `value` is not an object."""
     return {str(k): v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
 
 
 def _counts(value: object) -> dict[str, int]:
-    """Returns the entries of a JSON object whose value is a whole number of at least 0. Skips other entries, so that a
+    """Returns the entries of a JSON object whose values are whole numbers of at least 0. Skips other entries, so that a
     mistake in a hand-edited file does not end the control loop."""
     if not isinstance(value, dict):
         return {}

@@ -17,8 +17,8 @@ def ask_to_drain(
     run: RunDir, records: Sequence[Record], until_at: Mapping[str, float | None] | None = None
 ) -> list[Record]:
     """Calls `/drain` of the agents in `records` at the same time, for at most two seconds. Returns the records of those
-    that refused or did not answer. `until_at`: by replica, the time until which requests in flight may run (see
-    `Drain`)."""
+    that refused or did not answer. `until_at`: by replica, the Unix time until which its requests in flight may run;
+    None: the agent's usual time limit."""
     return asyncio.run(_ask(run.secret(), records, until_at or {})) if records else []
 
 

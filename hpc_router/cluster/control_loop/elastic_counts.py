@@ -1,7 +1,7 @@
-"""Makes the number of replicas follow the demand: reads what the routers measure, decides (`elasticity`), and writes
-`elastic.json` and the events. Only the leading control loop does this.
+"""Makes the number of replicas follow the demand: reads the demand that the routers measure, lets `elasticity` decide,
+and writes `elastic.json` and the events. Only the leading control loop does this.
 
-Without a measurement, as while no router runs, nothing changes.
+Without a measurement, for example while no router runs, nothing changes.
 """
 
 import time
@@ -26,7 +26,7 @@ SOON_PASSES: Final = 3
 
 
 class ElasticCounts:
-    """The counts of one run's elastic experts."""
+    """Keeps the numbers of replicas of one run's elastic experts."""
 
     def __init__(self, run: RunDir, deployment: Deployment) -> None:
         self._run, self._deployment = run, deployment
@@ -46,8 +46,9 @@ class ElasticCounts:
         *,
         failed: Collection[Slot] = (),
     ) -> None:
-        """Decides for the present demand, and writes the file, and an event for each changed number. `desired`: the
-        state that the run has now; `routers`: names of the live routers; `failed`: the slots that are given up."""
+        """Decides on the number of replicas of each elastic expert from its present demand. Writes `elastic.json`, and
+        an event for each number that changes. `desired`: the present desired state; `routers`: names of the live
+        routers; `failed`: the slots that are given up."""
         demand = read_demand(self._run, routers) if desired.elastic else None
         if demand is None:
             return
@@ -78,8 +79,8 @@ class ElasticCounts:
 
 
 def is_idle(demand: RouterDemand | None, idle_s: float, *, since: float, now: float) -> bool:
-    """Returns whether no request was served or came in the last `idle_s` seconds, nor since the time `since`. Without a
-    measurement, it returns False."""
+    """Returns whether the run had no request for `idle_s` seconds, and `since` is at least as long ago. Returns False
+    if there is no measurement of the demand."""
     if demand is None or any(d.in_flight or d.waiting for d in demand.experts.values()):
         return False
     times = [at for d in demand.experts.values() if (at := d.last_request_at) is not None]
@@ -108,7 +109,7 @@ def _supply(
 
 
 def _free_gpus(desired: Desired, elastic: set[str]) -> int | None:
-    """Returns the GPUs that the elastic experts may have together; None without a limit."""
+    """Returns the number of GPUs that all experts in `elastic` may have together; None without a limit."""
     if desired.max_gpus is None:
         return None
     fixed = {name: count for name, count in desired.replicas.items() if name not in elastic}

@@ -1,6 +1,5 @@
 """The file `elastic.json`: the number of replicas of each elastic expert, why it is that number, and the measurements
-from which the next number follows. Only the leading control loop writes it; a loop that takes over continues from it.
-"""
+from which the next number follows. Only the leading control loop writes it; the next leading loop continues from it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -15,7 +14,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 def elastic_policies(deployment: Deployment, replicas: Mapping[str, int]) -> dict[str, ElasticPolicy]:
-    """Returns the policies of the elastic experts. `replicas`: by expert, the number from which they begin."""
+    """Returns the policies of the elastic experts. `replicas`: by expert, its number of replicas before a decision."""
     policies = {}
     for name, expert in hosts(deployment.experts).items():
         if is_elastic(expert):
@@ -35,8 +34,9 @@ def elastic_policies(deployment: Deployment, replicas: Mapping[str, int]) -> dic
 def read_states(
     run: RunDir, policies: Mapping[str, ElasticPolicy], scaled_at: Mapping[str, float]
 ) -> dict[str, ElasticState]:
-    """Returns the state of each elastic expert. `scaled_at`: when `scale` or `up` last set the number of replicas (Unix
-    seconds); an older state does not count. An expert without a state begins with `policy.first` replicas."""
+    """Returns the state of each elastic expert, from `elastic.json`. `scaled_at`: when `scale` or `up` last set the
+    number of replicas (Unix seconds); an older state does not count. An expert without a state begins with
+    `policy.first` replicas."""
     experts = (read_json(run.elastic_json) or {}).get("experts")
     stored = experts if isinstance(experts, dict) else {}
     states = {}
@@ -50,7 +50,7 @@ def read_states(
 
 
 def write_states(run: RunDir, states: Mapping[str, ElasticState], *, at: float) -> None:
-    """Replaces the file. `at`: Unix time of the decision."""
+    """Replaces `elastic.json`. `at`: Unix time of the decision."""
     experts = {name: asdict(state) for name, state in states.items()}
     replace_json(run.elastic_json, {"at": round(at, 3), "experts": experts})
 

@@ -1,15 +1,16 @@
 """Decides how many replicas each elastic expert has, from its measured demand. Pure: no I/O, time is an argument.
 
-The demand of an expert is the number of its requests in flight and waiting. The rules, in this order:
+The demand of an expert is the number of its requests in flight and waiting; its places are the requests that its
+replicas take at the same time. The rules, in this order:
 1. An expert without replicas gets some as soon as a request has come for it.
-2. It gets more replicas when its demand, with its trend continued until they would be ready, fills more than `UP_SHARE`
-   of its places, or when requests wait long although all its replicas are ready.
-3. It gets fewer only after all its replicas were ready and its demand was low for `idle_s`, has settled, and would
-   fill at most `DOWN_SHARE` of what is left. So a start is never given up before it could be used. A replica whose
-   walltime ends soon goes after half that time instead of getting a successor.
+2. An expert gets more replicas when its expected demand fills more than `UP_SHARE` of its places, or when requests wait
+   long although all its replicas are ready. The expected demand is that at the time when the new replicas are ready.
+3. An expert gets fewer replicas only when all were ready and its demand was low for `idle_s`, the demand has settled,
+   and it would fill at most `DOWN_SHARE` of the places that remain. So a start is never given up before it could be
+   used. A replica whose walltime ends soon goes after half of `idle_s` instead of getting a successor.
 4. An expert changes at most MAX_CHANGES times in `2 * idle_s`, except by rule 1 and while requests wait long.
 5. The replicas of all experts together have at most `max_gpus` GPUs. Experts without replicas come first, and then
-   those whose requests wait longest. For one without replicas, an expert that is not used gives its replicas up.
+   those whose requests wait longest. For an expert without replicas, an unused expert gives up replicas.
 """
 
 import math
@@ -58,8 +59,8 @@ class ElasticPolicy:
 @dataclass(frozen=True, slots=True)
 class Demand:
     """The measured demand of one expert now. `wait_s`: expected wait of a new request in seconds. `last_request_at`:
-    Unix time of the last request, also of one that was refused or that another expert served because this one had no
-    replica."""
+    Unix time of the last request for it, even if the request was refused or went to another expert because this one had
+    no replica."""
 
     in_flight: int = 0
     waiting: int = 0
@@ -69,10 +70,10 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Supply:
-    """The replicas of one expert. `ready`: for each of its slots, whether a replica there is ready; `failed`: whether
-    none will be ready there, because its jobs failed. `until_ready_s`: expected seconds from the submission of a job
-    until it is ready. `ends_soon`: whether the walltime of the replica in the last slot ends so soon that its successor
-    is due."""
+    """The replicas of one expert. `ready`: for each slot, whether its replica is ready. `failed`: for each slot,
+    whether it is given up because its jobs failed. `until_ready_s`: expected seconds from the submission of a job until
+    it is ready. `ends_soon`: whether the walltime of the replica in the last slot ends so soon that its successor is
+    due."""
 
     ready: tuple[bool, ...] = ()
     failed: tuple[bool, ...] = ()
@@ -82,10 +83,10 @@ class Supply:
 
 @dataclass(frozen=True, slots=True)
 class ElasticState:
-    """What is decided for one expert. `replicas`: number of replicas; `reason`: why it is that number. `changes`: times
-    of the last changes. `history`: the demand as (start, maximum) of consecutive short times, oldest first. `blocked`:
-    why it has fewer replicas than its demand needs; None if it has not. `ready_at`: since when all its replicas are
-    ready; None if they are not. Times are Unix seconds."""
+    """The decision for one expert. `replicas`: number of replicas. `reason`: why it is that number. `changes`: times of
+    the last changes. `history`: pairs (start of a short period, maximum demand in it), oldest first. `blocked`: why it
+    has fewer replicas than its demand needs; None if it has enough. `ready_at`: since when all its replicas are ready;
+    None if they are not. Times are Unix seconds."""
 
     replicas: int
     changed_at: float
@@ -128,15 +129,15 @@ def decide(experts: Mapping[str, Expert], now: float, *, free_gpus: int | None =
 
 
 def fits(policy: ElasticPolicy, demand: float, share: float) -> int:
-    """Returns the number of replicas of which `demand` requests fill at most `share`, within the limits of the expert.
-    Any demand needs at least one."""
+    """Returns the smallest number of replicas with which `demand` requests fill at most the share `share` of the
+    places. The number is within the limits of the expert, and at least one if there is any demand."""
     bounded = demand if policy.max_in_flight is None else min(demand, policy.max_in_flight)
     needed = max(1, math.ceil(bounded / (policy.places * share) - 1e-9)) if demand > 0 else 0
     return min(max(needed, policy.min_replicas), policy.max_replicas)
 
 
 def _target(expert: Expert, now: float) -> tuple[int, str]:
-    """Returns the number of replicas that the expert should have without regard to GPUs, and why."""
+    """Returns the number of replicas that the expert should have if GPUs were not limited, and why."""
     policy, state, demand = expert.policy, expert.state, expert.demand
     if state.replicas < policy.min_replicas:
         return policy.min_replicas, f"min_replicas is {policy.min_replicas}"
@@ -170,8 +171,8 @@ def _target(expert: Expert, now: float) -> tuple[int, str]:
 
 
 def _lower(expert: Expert, needed: int, now: float) -> tuple[int, str]:
-    """Returns the lower number of replicas that the demand of the last `idle_s` allows; else the present number.
-    `needed`: number that the expected demand needs."""
+    """Returns the number of replicas to which the expert may be reduced, given its demand in the last `idle_s`, and
+    why; the present number if it may not. `needed`: number of replicas that the expected demand needs."""
     policy, state, supply = expert.policy, expert.state, expert.supply
     window_s = policy.idle_s / 2 if supply.ends_soon else policy.idle_s
     whole, half = _peak(state, now - window_s), _peak(state, now - window_s / 2)
@@ -191,8 +192,8 @@ def _lower(expert: Expert, needed: int, now: float) -> tuple[int, str]:
 
 
 def _expected(expert: Expert, requests: int) -> float:
-    """Returns the demand when a replica that is submitted now would be ready: the present demand, plus its growth of
-    the last time continued."""
+    """Returns the demand that is expected when a replica that is submitted now would be ready: the present `requests`,
+    plus the recent growth continued until then."""
     policy = expert.policy
     window = [most for _, most in expert.state.history[-_BINS:]]
     if len(window) < _BINS:
@@ -204,7 +205,7 @@ def _expected(expert: Expert, requests: int) -> float:
 
 
 def _recent_changes(expert: Expert, now: float) -> int:
-    """Returns how often the expert has changed in the last `2 * idle_s`."""
+    """Returns how often the expert's number of replicas has changed in the last `2 * idle_s` seconds."""
     return sum(at > now - 2 * expert.policy.idle_s for at in expert.state.changes)
 
 
@@ -213,7 +214,7 @@ def _may_change(expert: Expert, now: float) -> bool:
 
 
 def _is_measured(expert: Expert, since: float, now: float) -> bool:
-    """Returns whether the demand was measured without a long gap since a time."""
+    """Returns whether the demand was measured from `since` until now without a long gap."""
     history = expert.state.history
     times = [*[at for at, _ in history if at <= since][-1:], *[at for at, _ in history if at > since], now]
     most_s = max(MAX_GAP_SHARE * (now - since), 3 * _bin_s(expert.policy))
@@ -221,7 +222,7 @@ def _is_measured(expert: Expert, since: float, now: float) -> bool:
 
 
 def _measured(expert: Expert, now: float) -> ElasticState:
-    """Returns the state with the present demand in its history."""
+    """Returns the expert's state with the present demand added to its history."""
     state, demand, width_s = expert.state, expert.demand, _bin_s(expert.policy)
     requests = float(demand.in_flight + demand.waiting)
     history = list(state.history)
@@ -237,19 +238,19 @@ def _measured(expert: Expert, now: float) -> ElasticState:
 
 
 def _is_ready(expert: Expert) -> bool:
-    """Returns whether every replica is ready, except in slots that have failed."""
+    """Returns whether the expert's replicas are ready in all slots that have not failed."""
     ready, failed = expert.supply.ready, expert.supply.failed
     slots = range(expert.state.replicas)
     return all((n < len(ready) and ready[n]) or (n < len(failed) and failed[n]) for n in slots)
 
 
 def _bin_s(policy: ElasticPolicy) -> float:
-    """Returns the length in seconds of one sample of the history."""
+    """Returns for how many seconds one entry of the history keeps the maximum demand."""
     return min(max(policy.idle_s / 4, TREND_S[0]), TREND_S[1]) / _BINS
 
 
 def _peak(state: ElasticState, since: float) -> float:
-    """Returns the maximum demand since a time. The sample that had begun before that time counts as well."""
+    """Returns the maximum demand since `since`, from the history. The entry that had begun before counts as well."""
     later = [most for at, most in state.history if at > since]
     earlier = [most for at, most in state.history if at <= since]
     return max([*earlier[-1:], *later], default=0.0)
@@ -261,7 +262,7 @@ def _changed(state: ElasticState, replicas: int, reason: str, now: float) -> Ela
 
 
 def _grown(expert: Expert, target: int, reason: str, room: int, now: float) -> ElasticState:
-    """Returns the state with `target` replicas, or fewer if the GPUs in `room` do not suffice."""
+    """Returns the state with `target` replicas, or with fewer if `room`, the number of free GPUs, does not suffice."""
     policy, state = expert.policy, expert.state
     more = target - state.replicas
     granted = more if not policy.gpus else min(more, max(0, room // policy.gpus))
@@ -272,7 +273,7 @@ def _grown(expert: Expert, target: int, reason: str, room: int, now: float) -> E
 
 
 def _room(experts: Mapping[str, Expert], states: Mapping[str, ElasticState], free_gpus: int | None) -> int:
-    """Returns the number of GPUs that no replica has yet."""
+    """Returns how many of the `free_gpus` are left after the replicas in `states`."""
     if free_gpus is None:
         return _UNLIMITED
     return free_gpus - sum(states[name].replicas * expert.policy.gpus for name, expert in experts.items())
@@ -285,7 +286,8 @@ def _reclaim(
     free_gpus: int | None,
     now: float,
 ) -> None:
-    """Takes replicas from experts that are not used, longest unused first, until `taker` has room for one."""
+    """Reduces unused experts to their minimum of replicas, the longest unused first, until there are enough GPUs for
+    one replica of the expert `taker`. Changes `states`."""
     unused = [
         name
         for name, expert in experts.items()

@@ -1,8 +1,8 @@
 """Expected times of the deployment, in two files of the run directory that only the leading control loop writes.
 
 `estimates.json` has the measured times of each expert's jobs. `forecast.json` says when an expert without a ready
-replica will have one, and lists the handovers that are due or in progress. Their readers are the router (Retry-After),
-`status` and `why`.
+replica will have one, and lists the handovers that are due or in progress. The router reads them for Retry-After, and
+`status` and `why` show them.
 """
 
 import time
@@ -39,7 +39,7 @@ class ExpectedReady:
 class PlannedHandover:
     """The handover of `replica`, which is due or in progress. `late_s`: expected seconds without a serving replica;
     None if unknown or zero. `reason`: why the successor waits. `refused`: Slurm's message if it refused to run the
-    successor beside `replica`; `mode` then differs from the configured one."""
+    successor at the same time as `replica`; `mode` then differs from the configured one."""
 
     replica: str
     mode: str
@@ -55,9 +55,9 @@ class PlannedHandover:
 def forecast(
     observed: Observed, due: Mapping[str, Due], durations: Mapping[str, Durations], now: float
 ) -> tuple[dict[str, ExpectedReady], list[PlannedHandover], list[ExpectedReady]]:
-    """Returns when each expert without a ready replica will have one, the handovers that are due, and the expected
-    times of all replicas that are not ready yet. Pure. `due`: the handovers that `handover.schedule` returns.
-    `durations`: measured times by expert."""
+    """Returns three values: when each expert without a ready replica will have one; the handovers that are due; and the
+    expected times of all replicas that are not ready yet. Pure. `due`: the handovers by replica, from
+    `handover.schedule`. `durations`: measured times by expert."""
     expected: dict[str, ExpectedReady] = {}
     starting: list[ExpectedReady] = []
     ready = {slot.expert for slot, attempts in observed.items() if any(a.ready for a in attempts)}
@@ -109,9 +109,9 @@ def _planned(
 
 
 def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
-    """Returns when this attempt will be ready: the start of its job plus the measured load time. For a job that waits,
-    the start is Slurm's estimate, or else follows from the measured queue times. `ready_at` is None if it has already
-    passed."""
+    """Returns when this attempt will be ready: the start of its job plus the measured load time. For a job that waits
+    in Slurm's queue, the start is Slurm's estimate; without one, it follows from the measured queue times. `ready_at`
+    is None if the result is a time that has passed."""
     if attempt.ready:
         return ExpectedReady(attempt.ready_at, attempt.replica, None)
     load_s, pending = max(known.load_s, default=0.0), attempt.job is JobState.PENDING
@@ -127,8 +127,8 @@ def _expected(attempt: Attempt, known: Durations, now: float) -> ExpectedReady:
 def not_submitted(
     experts: Mapping[str, str], observed: Observed, durations: Mapping[str, Durations]
 ) -> dict[str, ExpectedReady]:
-    """Returns the forecasts of experts without a live job. Pure. `experts`: the experts that may have none, and the
-    reason."""
+    """Returns a forecast for each expert in `experts` that has no live job. Pure. `experts`: the experts that may have
+    none, each with the reason."""
     live = {a.slot.expert for a in all_attempts(observed) if a.live and not a.stop_requested}
     known = {expert: durations.get(expert, Durations()) for expert in experts}
     return {
@@ -139,7 +139,7 @@ def not_submitted(
 
 
 class ForecastFiles:
-    """The writer of `estimates.json` and `forecast.json`. `handovers`: those of the last `write`."""
+    """Writes `estimates.json` and `forecast.json`. `handovers`: the handovers that the last `write` found."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -159,8 +159,9 @@ class ForecastFiles:
         absent: Mapping[str, str],
         adapters: Mapping[str, str],
     ) -> None:
-        """Writes the files whose content has changed. `partitions`: the configured partition of each expert. `absent`:
-        the experts that may have no live job, as for `not_submitted`. `adapters`: for each adapter, its host."""
+        """Writes those of the two files whose content has changed. `partitions`: the configured partition of each
+        expert. `absent`: reason by expert, for experts that may have no live job. `adapters`: the host of each
+        adapter."""
         estimates = {
             "experts": {
                 expert: {partitions.get(expert, ""): {k: [round(s, 2) for s in v] for k, v in asdict(known).items()}}

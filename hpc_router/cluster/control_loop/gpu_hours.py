@@ -1,9 +1,9 @@
-"""Counts the GPU time of each expert by what its replicas do, and the tokens that their engines generate. Only the
+"""Counts the GPU time of each expert by the state of its replicas, and the tokens that their engines generate. Only the
 leading control loop does this.
 
-A pass adds the time since the last one, with what the replicas do now. Time in which no loop ran counts for at most
-MAX_GAP_S. Engines are asked for their tokens every ASK_S; tokens that an engine generates after that, and before its
-end, are not counted.
+A pass adds the time since the previous pass, in the states that the replicas have now. If no loop ran for a while, at
+most MAX_GAP_S is added. Engines are asked for their tokens every ASK_S; tokens that an engine generates after it was
+last asked are not counted.
 """
 
 import asyncio
@@ -37,8 +37,8 @@ _TOKENS: Final = re.compile(r"^vllm:generation_tokens_total(?:\{[^}]*\})? (\S+)$
 def held_now(
     observed: Observed, gpus: Mapping[str, int], in_flight: Mapping[str, int]
 ) -> dict[str, dict[GpuState, int]]:
-    """Returns the number of GPUs that each expert holds now, by state. Pure. `gpus`: GPUs of one replica by expert.
-    `in_flight`: requests in flight by replica."""
+    """Returns the number of GPUs that each expert holds now, by the state of the replicas. Pure. `gpus`: GPUs of one
+    replica by expert. `in_flight`: requests in flight by replica."""
     held: dict[str, dict[GpuState, int]] = {}
     for attempt in all_attempts(observed):
         count = gpus.get(attempt.slot.expert, 0)
@@ -58,7 +58,7 @@ def _state(attempt: Attempt, in_flight: int) -> GpuState:
 
 
 class GpuHours:
-    """The usage of one run. It continues from the file at its first update."""
+    """Counts the usage of one run and writes it to `gpu_hours.json`. The first update continues from that file."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -73,8 +73,8 @@ class GpuHours:
         records: Mapping[str, Record],
         now: float,
     ) -> None:
-        """Adds the time since the last update. `gpus`: GPUs of one replica by expert; `records`: the registry; `now`:
-        Unix seconds."""
+        """Adds what was used since the last update. `gpus`: GPUs of one replica by expert; `records`: the registry;
+        `now`: Unix seconds."""
         usage = self._usage or _read(self._run, now)
         held = held_now(observed, gpus, {} if demand is None else demand.replicas)
         seconds = min(max(0.0, now - usage.at), MAX_GAP_S)
@@ -97,9 +97,9 @@ class GpuHours:
 
 
 def with_tokens(usage: Usage, counted: Mapping[str, int]) -> Usage:
-    """Returns the usage with what the engines of these replicas have generated since they were asked last. `counted`:
-    tokens by replica since the start of its engine; a smaller number than before means that the engine was restarted.
-    Replicas that are not in `counted` are forgotten if their successor is."""
+    """Returns `usage` with the tokens added that engines have generated since they were last asked. `counted`: by
+    replica, the tokens since its engine's start; a smaller number than before means that the engine was restarted. A
+    replica that is not in `counted` is forgotten if its successor is."""
     experts, seen = dict(usage.experts), dict(usage.seen)
     for replica, count in counted.items():
         before = seen.get(replica, 0)
@@ -115,7 +115,7 @@ def with_tokens(usage: Usage, counted: Mapping[str, int]) -> Usage:
 
 
 def tokens_in(metrics: str) -> int | None:
-    """Returns the number of generated tokens in the metrics of an engine; None if it does not count them."""
+    """Returns the number of generated tokens in the text of an engine's metrics; None if they do not contain it."""
     found = _TOKENS.findall(metrics)
     try:
         return int(sum(map(float, found))) if found else None
@@ -124,7 +124,8 @@ def tokens_in(metrics: str) -> int | None:
 
 
 async def _ask(secret: str, records: Iterable[Record]) -> dict[str, int]:
-    """Returns the tokens that each of these replicas counts; leaves out those that do not answer or do not count."""
+    """Returns the number of tokens that the engine of each of these replicas has generated. Leaves out engines that do
+    not answer or do not count tokens."""
     async with session() as client:
 
         async def ask(record: Record) -> int | None:

@@ -2,7 +2,7 @@
 
 A handover is due at `expires_at - (queue + load + drain + margin)`. Queue and load times are the longest of the
 expert's last MAX_SAMPLES jobs. The drain begins with Slurm's warning, which may come early. All replicas of one job
-hand over together. Jobs of one expert that end at about the same time hand over one after the other: the first of them
+hand over together. Jobs of one expert that end at about the same time hand over one after the other: all but the last
 hand over early, so that their successors end at different times. No job hands over in the first half of its life.
 """
 
@@ -87,7 +87,7 @@ class _Job:
 
 
 def served_until_ready(older: Attempt, successor: Attempt) -> bool:
-    """Returns whether the older job of a slot served until its successor was ready, that is, without a gap."""
+    """Returns whether `older`, a job of the same slot, served until `successor` was ready, so that there was no gap."""
     ended_at = older.exit.at if older.exit is not None else None
     ends = [at for at in (older.stop.drain_at, older.stop.cancel_at, older.draining_at, ended_at) if at is not None]
     began_at, ready_at = older.ready_at, successor.ready_at
@@ -97,7 +97,7 @@ def served_until_ready(older: Attempt, successor: Attempt) -> bool:
 
 
 def measured(observed: Observed) -> dict[str, Durations]:
-    """Returns the times of each expert's last MAX_SAMPLES jobs."""
+    """Returns for each expert the measured times of its last MAX_SAMPLES jobs."""
     by_expert: defaultdict[str, list[Attempt]] = defaultdict(list)
     for slot, attempts in observed.items():
         by_expert[slot.expert].extend(attempts[-MAX_SAMPLES:])
@@ -107,8 +107,8 @@ def measured(observed: Observed) -> dict[str, Durations]:
 def schedule(
     observed: Observed, policies: Mapping[str, HandoverPolicy], durations: Mapping[str, Durations]
 ) -> dict[str, Due]:
-    """Returns the handover of each ready replica with a known walltime, by replica. Leaves out replicas whose policy is
-    not to hand over."""
+    """Returns for each ready replica with a known walltime when it hands over. Leaves out replicas whose policy is not
+    to hand over."""
     jobs: defaultdict[str, _Job] = defaultdict(_Job)
     for attempts in observed.values():
         for attempt in attempts:
@@ -129,7 +129,7 @@ def schedule(
 
 
 def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mapping[str, Durations]) -> None:
-    """Sets the times of a job's handover."""
+    """Sets when the handover of `job` is due, and the limits for changing that time."""
     ready_at = max(ready for a in job.attempts if (ready := a.ready_at) is not None)
     job.expires_at = min(a.expires_at for a in job.attempts if a.expires_at is not None)
     job.earliest_at = ready_at + MAX_LIFE_SHARE * max(0.0, job.expires_at - ready_at)
@@ -142,8 +142,8 @@ def _set_due(job: _Job, policies: Mapping[str, HandoverPolicy], durations: Mappi
 
 
 def _stagger(jobs: list[_Job]) -> None:
-    """Makes `due_at` of these jobs earlier where two handovers would overlap. Begins with the last two jobs, so that
-    the last handover stays at its time."""
+    """Makes `due_at` of a job earlier where its handover would overlap with the next one. Begins with the last two
+    jobs; the last job keeps its time."""
     jobs.sort(key=lambda job: (job.due_at, job.first_slot))
     for job, later in zip(reversed(jobs[:-1]), reversed(jobs[1:]), strict=True):
         room_s = (job.due_at - job.earliest_at) / len(jobs)

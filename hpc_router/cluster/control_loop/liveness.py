@@ -1,10 +1,10 @@
 """Hang detector: finds agents whose lease beats have stopped and that do not answer at `/health`.
 
 Such an agent is lost, and its job may have ended. The agent hangs if its job still runs after HUNG_BEATS intervals, or
-at once if its node is off: it neither accepts nor refuses a connection, also at a port that nobody uses (a hung agent
-may have a full queue of connections). Slurm marks such a node down much later. Neither sign is enough alone, because a
-stalled file system stops beats and a busy node answers late. This process measures the time since the last beat with
-its own clock, so it finds no lost agent in its first intervals.
+at once if its node is off. A node is off if it neither accepts nor refuses a connection, even at a port that nobody
+uses (the agent's own port may have a full queue of connections). Slurm marks such a node down much later. Neither sign
+is enough alone, because a stalled file system stops beats and a busy node answers late. This process measures the time
+since the last beat with its own clock, so it finds no lost agent in its first intervals.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ CONNECT_S: Final = 2.0
 
 
 class SilentReplicas(NamedTuple):
-    """The replicas whose beats have stopped and that do not answer. `lost`: since at least LOST_BEATS intervals.
-    `hung`, a subset of `lost`: since at least HUNG_BEATS intervals, or with a node that is off. `off`, a subset of
-    `hung`: with a node that is off."""
+    """The replicas whose beats have stopped and that do not answer. `lost`: all of them, silent for at least LOST_BEATS
+    intervals. `hung`, a subset of `lost`: silent for at least HUNG_BEATS intervals, or with a node that is off. `off`,
+    a subset of `hung`: with a node that is off."""
 
     lost: set[str]
     hung: set[str]
@@ -44,7 +44,7 @@ class _Beat(NamedTuple):
 
 
 class HangDetector:
-    """A detector of silent replicas, which remembers when each replica's beat last changed."""
+    """Finds silent replicas. Remembers when each replica's beat last changed."""
 
     def __init__(self) -> None:
         self._beats: dict[str, _Beat] = {}
@@ -70,7 +70,7 @@ class HangDetector:
 
 
 async def _unanswering(records: Sequence[Record]) -> dict[str, bool]:
-    """Returns the replicas that do not answer at `/health`, each with whether its node can be reached."""
+    """Returns the replicas in `records` that do not answer at `/health`, each with whether its node can be reached."""
     async with session() as client:
 
         async def answers(record: Record) -> bool:

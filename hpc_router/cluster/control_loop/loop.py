@@ -1,8 +1,8 @@
 """The control loop, whose passes each observe, decide and act.
 
 Passes run in commands, in a router's job and from cron. Several passes at once are safe: a claim decides which one
-submits a job, and every other action may be repeated. A pass that fails is logged and repeated. An error of a job or of
-the file system never ends the loop.
+submits a job, and every other action may be repeated. If a pass fails, the error is logged and the next pass tries
+again. An error of a job or of the file system never ends the loop.
 """
 
 import contextlib
@@ -76,8 +76,8 @@ MAX_MISSED_PASSES: Final = 5
 @dataclass(frozen=True, slots=True)
 class LoopPass:
     """One pass: its desired and observed state, and its actions. `durations`: measured times by expert. `handovers`: by
-    replica, the handover of each ready replica with a known walltime. `submitted`: replicas whose jobs the pass
-    submitted. `refused`: the error if Slurm refused a job."""
+    replica, when each ready replica with a known walltime hands over. `submitted`: replicas whose jobs the pass
+    submitted. `refused`: the error if Slurm refused a job; else None."""
 
     desired: Desired
     observed: Observed
@@ -93,8 +93,8 @@ class LoopPass:
 
 
 class ControlLoop:
-    """The control loop of one run: observes the run and carries out the actions. `read_only`: whether the observer
-    writes nothing; the caller then uses only `preview`."""
+    """The control loop of one run: observes the run and carries out the actions. `read_only`: whether the loop must not
+    write to the run directory; the caller then uses only `preview`."""
 
     def __init__(
         self,
@@ -123,14 +123,14 @@ class ControlLoop:
         self._excluded: tuple[str, ...] | None = None
 
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
-        """Returns a pass without carrying out its actions. `clear`: see `Desired`. `fresh`: whether to query the Slurm
-        controller now."""
+        """Returns a pass without carrying out its actions. `clear`: whether every live job must end, even routers and
+        jobs that were started by hand. `fresh`: whether to query the Slurm controller now."""
         return self.decide(replace(self._desired(), clear=clear), self.observer.observe(fresh=fresh))
 
     def _desired(self) -> Desired:
-        """Returns the desired state. If its revisions are not those of this loop's config, it has no revisions, so that
-        no job counts as outdated: `apply` is about to replace the config, or has replaced it since this loop read
-        it."""
+        """Returns the desired state. If its config revisions are not those of this loop's config, returns it without
+        revisions, so that no job counts as outdated. This happens when `apply` is about to replace the config, or has
+        replaced it since this loop read it."""
         desired = desired_of(self.run, self.deployment)
         if desired.revisions and self._revisions is None:
             self._revisions = revisions(self.deployment)
@@ -143,10 +143,10 @@ class ControlLoop:
         return LoopPass(desired, observed, actions, durations, handovers)
 
     def run_pass(self, *, clear: bool = False, fresh: bool = False, leading: bool = False) -> LoopPass:
-        """Carries out one pass and returns what it saw and did. `leading`: whether this is the leading loop, which also
-        decides on the number of replicas of elastic experts. If Slurm refuses a submission, the error is in
-        `refused` of the pass, and an exit record is written, so that later passes count the refusal as a failure of the
-        slot."""
+        """Carries out one pass and returns what it saw and did. `clear`, `fresh`: as for `preview`. `leading`: whether
+        this is the leading loop, which decides on the number of replicas of elastic experts. If Slurm refuses a
+        submission, the pass has the error in `refused`, and an exit record is written, so that later passes count the
+        refusal as a failure of the slot."""
         seen = self.preview(clear=clear, fresh=fresh)
         if leading:
             seen = self._follow_demand(seen)
@@ -164,8 +164,8 @@ class ControlLoop:
         return replace(seen, submitted=submitted, refused=refused)
 
     def _follow_demand(self, seen: LoopPass) -> LoopPass:
-        """Returns the pass with the numbers of replicas that the present demand needs. Takes the run down if it was
-        unused for the time that `down --when-idle` has set; its routers end last."""
+        """Returns the pass with the numbers of replicas that the present demand needs. If the run had no request for as
+        long as `down --when-idle` allows, takes the run down; its routers end last."""
         desired, observed, idle_s = seen.desired, seen.observed, seen.desired.down_when_idle_s
         if desired.down:
             over = not any(a.holds_resources for a in all_attempts(observed) if a.slot.expert != ROUTER)
@@ -187,8 +187,8 @@ class ControlLoop:
         return [name for name, record in self.observer.records.items() if record.kind is RecordKind.ROUTER]
 
     def publish(self, seen: LoopPass) -> None:
-        """Tells new problems, writes the expected times, node exclusions and completed handovers of the pass, and
-        removes old generations. Only the leading loop calls this."""
+        """Reports what the pass has found: notifies the user of new problems, writes forecasts, completed handovers,
+        GPU hours and node exclusions, and removes the files of old generations. Only the leading loop calls this."""
         elastic, full = seen.desired.elastic, self.run.space_error()
         self._notifier.look(problems(seen.given_up, self._forecast.handovers, elastic, full))
         partitions = {
@@ -213,8 +213,8 @@ class ControlLoop:
         self._retention.apply(seen.observed, time.time())
 
     def _absent(self, seen: LoopPass) -> dict[str, str]:
-        """Returns the experts that may have no job now, with what happens next: they get one on demand, or in the next
-        passes, or none because all their slots are given up."""
+        """Returns the experts that may have no job now, each with the reason: it gets one on demand, or in the next
+        passes, or none because all its slots are given up."""
         if seen.desired.down:
             return {}
         given_up = {action.slot for action in seen.given_up}
@@ -226,8 +226,8 @@ class ControlLoop:
         return absent | {name: NO_GPUS if name in blocked else SCALED_TO_ZERO for name in asleep}
 
     def _report_handovers(self, observed: Observed) -> None:
-        """Writes an event for each replica that became ready while its predecessor served. A file in the successor's
-        folder shows that the event was written, so that it is written once even if the loop is replaced."""
+        """Writes an event for each replica that became ready while its predecessor served. A file in the replica's
+        folder records this, so that another loop does not write the event again."""
         ready = {attempts[-1].replica: attempts for attempts in observed.values() if attempts[-1].ready}
         seen, self._handed_over = self._handed_over, set(ready)
         for attempts in (attempts for replica, attempts in ready.items() if replica not in seen):
@@ -273,10 +273,10 @@ class ControlLoop:
         return submitted, refused
 
     def apply_exclusions(self, seen: LoopPass, submitted: Sequence[str] = ()) -> None:
-        """Changes the excluded nodes of the jobs in the queue, if those of the run have changed since the last call.
-        `submitted`: the jobs that this pass has submitted with the exclusions of its beginning. If a node was excluded
-        since then, jobs that have started in the meantime are ended, because they may run there. If Slurm does not
-        answer, the next call tries again."""
+        """Tells Slurm the run's excluded nodes for the jobs in the queue, if these nodes have changed since the last
+        call. `submitted`: jobs that this pass submitted with the nodes that were excluded at its beginning. If another
+        node was excluded since then, jobs that have started in the meantime are ended, because they may run there. If
+        Slurm does not answer, the next call tries again."""
         wanted = excluded_nodes(self.run)
         if self._excluded is None and not wanted and not forgotten_nodes(self.run):
             self._excluded = wanted  # no job can have been submitted with other nodes
@@ -323,7 +323,7 @@ class ControlLoop:
         self.launcher.kill(replicas)
 
     def _report_given_up(self, given_up: Sequence[GiveUp]) -> None:
-        """Logs each given-up slot once. Slots that failed for the same reason share one line."""
+        """Logs each slot that was given up, once. Slots that failed for the same reason share one line."""
         fresh: dict[tuple[FailureReason, str], list[GiveUp]] = {}
         for action in given_up:
             if str(action.slot) not in self._reported:
@@ -337,7 +337,7 @@ class ControlLoop:
         self._reported = {str(action.slot) for action in given_up}
 
     def leads(self, replica: str) -> bool:
-        """Returns whether the router `replica` leads, that is, no live router is newer."""
+        """Returns whether the router `replica` leads, that is, whether no newer router is live."""
         records = self.observer.read_records()
         reports = self.launcher.observe([name for name, r in records.items() if r.kind is RecordKind.ROUTER])
         living = {n: r for n, r in records.items() if n not in reports or reports[n].state is not JobState.ENDED}
@@ -355,9 +355,9 @@ class ControlLoop:
 
 def run_loop(run: RunDir, *, while_leading: str | None = None, tied: bool = False) -> None:
     """Runs a pass every `cluster.reconcile_s` seconds until SIGTERM or SIGINT, or until the run directory is removed.
-    Passes are skipped once `apply` has moved the run to another version of this package. `while_leading`: name of a
-    router; passes are skipped while another router leads. `tied`: whether the loop also ends when stdin is closed, and
-    so with the process at the other end of the pipe."""
+    Skips passes once `apply` has moved the run to another version of this package. `while_leading`: name of a router;
+    passes are skipped while another router leads. `tied`: whether the loop ends when stdin is closed, and so with the
+    process at the other end of the pipe."""
     config, control, missed = _stamp(run), ControlLoop(run), 0
     with _stop_event(tied=tied) as stop:
         while not stop.is_set() and missed < MAX_MISSED_PASSES:

@@ -2,8 +2,8 @@
 
 A node has failed if the loop found it off, if Slurm ended a job on it with NODE_FAIL or BOOT_FAIL, if an engine on it
 ended with a CUDA error, or if a job on it ended within QUICK_S of its start although its expert became ready on another
-node. Two failures of a node count only if the second job began after the first had failed: a job that Slurm sent to the
-node while it was still off shows no second failure. A failure counts for WINDOW_S, but not after `nodes forget`.
+node. Two failures of a node count only if the second job began after the first had failed, because a job that Slurm
+sent to the node while it was off shows no second failure. A failure counts for WINDOW_S, but not after `nodes forget`.
 """
 
 import logging
@@ -39,8 +39,8 @@ _QUICK: Final = frozenset({FailureReason.CRASHED, FailureReason.KILLED, FailureR
 
 
 def failing_nodes(observed: Observed, forgotten: Mapping[str, float], now: float) -> dict[str, str]:
-    """Returns the nodes that have failed twice, each with its newest failures as text. Pure. `forgotten`: by node, the
-    time up to which failures do not count."""
+    """Returns the nodes that have failed twice, each with its newest failures as text. Pure. `forgotten`: Unix time by
+    node; failures of the node until then do not count."""
     attempts = all_attempts(observed)
     failed: defaultdict[str, list[Attempt]] = defaultdict(list)
     for attempt in attempts:
@@ -59,7 +59,7 @@ def _node(attempt: Attempt) -> str | None:
 
 
 def _is_of_the_node(attempt: Attempt, node: str, attempts: Iterable[Attempt]) -> bool:
-    """Returns whether the attempt's end counts as a failure of its node."""
+    """Returns whether the end of `attempt`, a job on `node`, is a failure of the node. `attempts`: all of the run."""
     assert attempt.exit is not None
     began_at = attempt.started_at
     if attempt.exit.reason in _OF_THE_NODE:
@@ -71,8 +71,8 @@ def _is_of_the_node(attempt: Attempt, node: str, attempts: Iterable[Attempt]) ->
 
 
 def _failed_twice(failed: Iterable[Attempt]) -> bool:
-    """Returns whether these failed jobs count as two failures: one of them began after another had failed, or never
-    began and was submitted more than OUTAGE_S after that."""
+    """Returns whether these failed jobs of one node count as two failures: whether one of them began after another had
+    failed. A job that never began must have been submitted more than OUTAGE_S after that failure."""
     first_at = min(a.exit.at for a in failed if a.exit is not None)
     return any(
         a.started_at >= first_at
@@ -83,14 +83,14 @@ def _failed_twice(failed: Iterable[Attempt]) -> bool:
 
 
 def _told(failed: Iterable[Attempt]) -> str:
-    """Returns the newest failures as text."""
+    """Returns the two newest failures of a node as text for the user."""
     newest = sorted((a.exit.at, a.replica, a.exit.reason.value) for a in failed if a.exit is not None)[-2:]
     return "it failed twice: " + ", ".join(f"{replica} {reason}" for _, replica, reason in newest)
 
 
 class NodeExclusion:
-    """Excludes nodes that have failed twice, in `excluded_nodes` of `desired.json`. Each pass writes an exclusion that
-    is missing there, unless a user has allowed the node again."""
+    """Excludes nodes that have failed twice, in `excluded_nodes` of `desired.json`. Each pass adds nodes that are
+    missing there, unless a user has allowed them again."""
 
     def __init__(
         self,
@@ -105,8 +105,8 @@ class NodeExclusion:
         self._ask_at = -float("inf")
 
     def apply(self, observed: Observed, now: float) -> list[str]:
-        """Excludes the nodes that have failed twice and returns those that are newly excluded. Calls sinfo only if
-        there is such a node."""
+        """Excludes the nodes that have failed twice, as far as the limit allows, and returns the newly excluded ones.
+        Calls sinfo only if there is such a node."""
         if self._deployment.cluster.kind != "slurm":
             return []
         if not failing_nodes(observed, {}, now) or self._clock() < self._ask_at:
@@ -124,7 +124,7 @@ class NodeExclusion:
         return new[: max(left, 0)]
 
     def _allowed(self) -> int:
-        """Returns how many nodes may be excluded: MAX_SHARE of the smallest partition in use, or 0 while sinfo
+        """Returns how many nodes may be excluded: the share MAX_SHARE of the smallest partition in use, or 0 if sinfo
         fails."""
         try:
             site = self._site()

@@ -1,8 +1,8 @@
-"""Tells people about problems that need them, by a command or by mail (`cluster.notify`).
+"""Reports problems that people have to solve, by a command or by mail (`cluster.notify`).
 
-The leading loop looks for problems in each pass. A problem is told once, and again only if it was gone for `GONE_S`
-seconds; a new loop, such as that of the router's successor, tells what still holds once more. The command runs in a
-thread of its own with a time limit, so that it never delays a pass.
+The leading loop looks for problems in each pass. Each problem is reported once, and again only after it was gone for
+`GONE_S` seconds. A new leading loop, such as that of the router's successor, reports all problems that remain. The
+command runs in a thread of its own with a time limit, so that it never delays a pass.
 """
 
 import json
@@ -36,7 +36,7 @@ LATE_S: Final = 1.0
 @dataclass(frozen=True, slots=True)
 class Notice:
     """One problem. `kind`: `gave_up`, `successor_late`, `disk_full` or `budget_reached`. `replica`: the slot that was
-    given up, or the replica whose successor is late. `reason`: the problem in words."""
+    given up, or the replica whose successor is late; else None. `reason`: the problem in words."""
 
     kind: str
     replica: str | None
@@ -55,7 +55,7 @@ def problems(
     full: str | None,
 ) -> list[Notice]:
     """Returns the present problems. Pure. `elastic`: the experts whose number of replicas follows the demand. `full`:
-    why the run directory cannot be written, if so."""
+    why the run directory cannot be written; None if it can."""
     found = [
         Notice("gave_up", str(action.slot), action.slot.expert, f"{action.slot} failed for good: {action.exit.message}")
         for action in given_up
@@ -74,7 +74,7 @@ def problems(
 
 
 class Notifier:
-    """Tells problems by `notify`, the value of `cluster.notify`; None: tells nothing."""
+    """Reports problems to the user by `notify`, the value of `cluster.notify`. If that is None, reports nothing."""
 
     def __init__(self, run: RunDir, notify: str | None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._notify, self._clock = run, notify, clock
@@ -83,7 +83,7 @@ class Notifier:
         self._thread: threading.Thread | None = None
 
     def look(self, present: Sequence[Notice]) -> None:
-        """Tells those of the present problems that are new."""
+        """Reports each problem in `present` that is new."""
         now = self._clock()
         self._seen = {key: at for key, at in self._seen.items() if now - at <= GONE_S}
         for notice in present:
@@ -95,7 +95,7 @@ class Notifier:
             self._seen[notice.key] = now
 
     def close(self) -> None:
-        """Waits until all problems are told."""
+        """Waits until all problems that were found are reported."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
@@ -121,7 +121,8 @@ class Notifier:
 
 
 def mail(address: str, content: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Returns the command that sends a mail, and its input. Raises OSError if there is no program for it."""
+    """Returns the command that mails a problem to `address`, and the text for its stdin. Raises OSError if this node
+    has no program that sends mail."""
     what = content["expert"] or "run"
     subject = f"hpc_router: {what}: {content['kind'].replace('_', ' ')}"
     body = f"{content['reason']}\n\nrun: {content['run']}\nmore: hpc-router why --run {content['run']}\n"

@@ -1,10 +1,10 @@
 """Reads the observed state of a run from `jobs/`, the registry and the launcher, for the control loop and the commands.
 
 If a job ended without an exit record, the observer writes one, so that each failure has a time and all readers see the
-same reason. It also writes one for a claim whose submitting process is gone. If that process did submit a job, the
-job's agent reads this record and ends. The same holds for a job whose node is off: its record says so at once, because
-Slurm may notice it minutes later, and then says only that the job was cancelled. Jobs that have ended are not read
-again, because an old run has many.
+same reason. It writes one for a claim whose submitting process is gone; if that process did submit a job, the job's
+agent reads this record and ends. It writes one for a job whose node is off, because Slurm may notice that minutes
+later, and then says only that the job was cancelled. Jobs that have ended are not read again, because an old run has
+many.
 """
 
 import json
@@ -50,7 +50,7 @@ VANISHED_MESSAGE: Final = "the job ended without an exit record: it was killed, 
 
 
 class RunObserver:
-    """An observer of one run. With `read_only` it writes nothing, not even a missing exit record."""
+    """Observes one run. With `read_only` it writes nothing, not even a missing exit record."""
 
     def __init__(
         self,
@@ -78,8 +78,8 @@ class RunObserver:
         """The replicas about which the last observation queried the controller."""
 
     def observe(self, *, fresh: bool = False) -> Observed:
-        """Returns the attempts of each slot. `fresh`: whether to query the Slurm controller now. Raises OSError if the
-        run directory cannot be read."""
+        """Returns the attempts of each slot, oldest first. `fresh`: whether to query the Slurm controller now. Raises
+        OSError if the run directory cannot be read."""
         names = self._claimed()
         open_names = [name for name in names if name not in self._ended or name in self._unexplained]
         reports = self._launcher.observe(open_names, fresh=fresh)
@@ -103,9 +103,9 @@ class RunObserver:
         return self.records
 
     def _lost(self, reports: Mapping[str, JobReport], *, read_at: float) -> list[str]:
-        """Returns the replicas that were lost since the last query: their jobs may have ended, so the caller queries
-        Slurm now. Each lost replica is returned once, and none within MIN_QUERY_INTERVAL_S of the last query. Routers
-        are left out, because this loop ends with its router."""
+        """Returns the replicas that have become silent since the last query. Their jobs may have ended, so the caller
+        queries Slurm now. Each lost replica is returned once, and none within MIN_QUERY_INTERVAL_S of the last query.
+        Routers are left out, because this loop ends with its router."""
         running = [name for name, report in reports.items() if report.state is JobState.RUNNING]
         records = [self.records[name] for name in running if name in self.records]
         silent = self._hang_detector.silent(
@@ -178,9 +178,9 @@ class RunObserver:
         return attempt
 
     def _was_not_begun(self, job: JobRecords) -> bool:
-        """Returns whether a Slurm job that is ending was given a node that did not start its batch script. Slurm starts
-        such a job again on another node, even if it forbids a requeue. False also for a job that was asked to end, and
-        for one that may have been started where the run directory is not seen."""
+        """Returns whether a Slurm job that is ending never ran, because its node did not start the batch script. Slurm
+        would start such a job again on another node, even though requeue is forbidden. Returns False for a job that was
+        asked to end, and for one that may have run on a node that does not see the run directory."""
         begun = job.process is not None or job.ended is not None or job.stop is not None
         if begun or job.info is None or job.info.runner is not Runner.SLURM:
             return False
@@ -195,10 +195,10 @@ class RunObserver:
         return end if self._read_only else record_exit(JobDir(self._run, replica), end)
 
     def _explain(self, replica: str, report: JobReport) -> Attempt:
-        """Returns the attempt of a job that drained although no request to drain is recorded. The job knows only that
-        it got a signal, so a reason from Slurm, such as preemption, replaces its recorded reason. Slurm may report that
-        reason later than the end, so later passes repeat this for EXPLAINED_S. If Slurm has forgotten the job, the
-        recorded reason stays."""
+        """Returns the attempt of a job that drained although no request to drain is recorded, with the reason that
+        Slurm gives. The job knew only that it got a signal, so a reason such as preemption replaces the one that it
+        recorded. Slurm may report that reason later than the end, so later passes call this again for EXPLAINED_S. If
+        Slurm has forgotten the job, the recorded reason stays."""
         attempt, word = self._ended[replica], report.native_state or ""
         assert attempt.exit is not None
         final, reason, end = STATES.get(word) is JobState.ENDED, REASONS.get(word), attempt.exit
@@ -214,9 +214,9 @@ class RunObserver:
         return attempt
 
     def _end(self, job: JobRecords, report: JobReport, stop: Stop) -> Exit:
-        """Returns the exit record for a job that wrote none. If the job's batch script wrote no log, its node does not
-        see the run directory. The reason is then NODE_FAILED if other nodes have seen the directory, else RUN_UNSEEN,
-        because every job would fail in the same way."""
+        """Returns the exit record for a job that ended and wrote none. If even the job's batch script wrote no log, its
+        node does not see the run directory. The reason is then NODE_FAILED if other nodes have seen the directory, else
+        RUN_UNSEEN, because every job would fail in the same way."""
         said = report.end.reason if report.end is not None else None
         if report.end is not None and said is FailureReason.NODE_FAILED:
             return report.end
@@ -254,7 +254,7 @@ def _has_batch_log(job: JobDir) -> bool:
 
 
 def record_exit(job: JobDir, end: Exit) -> Exit:
-    """Writes `end` to `exit.json` and logs it, unless the job has written that file. Returns the record in the file."""
+    """Writes `end` to the job's `exit.json` and logs it, unless the file exists. Returns the record in the file."""
     if create_text(job.path / "exit.json", json.dumps(asdict(end), indent=1, sort_keys=True) + "\n"):
         _log_end(job, end)
     return job.exit() or end
@@ -266,8 +266,8 @@ def _log_end(job: JobDir, end: Exit) -> None:
 
 
 def _is_alive(submitter: Submitter | None) -> bool:
-    """Returns whether the process that submits a job runs on this host. On another host it counts as gone; its claim is
-    then abandoned after CLAIM_S."""
+    """Returns whether the process that submits a job lives on this host. A process on another host counts as gone; its
+    claim is then abandoned after CLAIM_S."""
     here = submitter is not None and submitter.host == socket.gethostname()
     return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 

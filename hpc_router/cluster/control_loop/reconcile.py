@@ -68,19 +68,19 @@ class Desired:
     router. `forgiven`: per slot, the generation up to which failures do not count. `standby`: whether a router that has
     served for STANDBY_S gets a successor whose job waits for its end.
 
-    `handovers`: how the jobs of each expert and of the router are replaced near their walltime. `revisions`: by expert,
-    the config revision that the jobs should have. `overlapping`: the experts whose old and new jobs can run at the same
+    `handovers`: by expert, and for the router, how its jobs are replaced near their walltime. `revisions`: by expert,
+    the config revision that its jobs should have. `overlapping`: the experts whose old and new jobs can run at the same
     time. `excluded`: the nodes on which no new job may start.
 
-    `elastic`: the experts whose number of replicas follows the demand, with what was decided last. `gpus`: GPUs of one
+    `elastic`: the last decision for each expert whose number of replicas follows the demand. `gpus`: GPUs of one
     replica by expert; `max_gpus`: GPUs that all jobs may have together, None for no limit.
 
     `down_when_idle_s`: seconds without a request after which the run is to be taken down; None: never. `idle_from`:
     Unix time from which these seconds count.
 
     `down`: whether the run must have no jobs. `clear`: whether every live job must end, including routers and jobs that
-    were started by hand. Only the command `down` sets `clear`, because a loop that still runs must not end a router
-    that was started after `down`.
+    were started by hand. Only the command `down` sets `clear`, because a control loop that runs at that time must not
+    end a router that is started after `down`.
     """
 
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -115,8 +115,8 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Action: submit a job. `after`: id of the job that must end before Slurm starts the submitted job. `replaces`: the
-    replica that hands over to this job."""
+    """Action: submit a job. `after`: id of the job that must end before Slurm starts the submitted job; None: no such
+    job. `replaces`: the replica that hands over to the submitted job, if any."""
 
     slot: Slot
     generation: int
@@ -130,7 +130,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
-    """Action: let the job of this replica, which waits in Slurm's queue for the end of its predecessor, start now."""
+    """Action: let the replica's job start now. It waits in Slurm's queue for the end of its predecessor `replaces`."""
 
     replica: str
     replaces: str
@@ -161,7 +161,7 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """No action for this replica before `until_at` (Unix seconds). `why`: the reason."""
+    """No action for this replica before `until_at` (Unix seconds). `why`: the reason for waiting."""
 
     replica: str
     until_at: float
@@ -170,7 +170,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Action: submit no further job for this slot. `exit`: the newest of its `failures` failures."""
+    """Action: submit no further job for this slot. `failures`: number of its failures. `exit`: the newest of them."""
 
     slot: Slot
     failures: int
@@ -183,8 +183,8 @@ Action = Submit | ReleaseJob | Drain | Cancel | Kill | Wait | GiveUp
 def reconcile(
     desired: Desired, observed: Observed, now: float, handovers: Mapping[str, Due] | None = None
 ) -> list[Action]:
-    """Returns the actions of one pass. `now`: Unix seconds. `handovers`: the result of `schedule`; if None, this
-    function calls it."""
+    """Returns the actions of one pass. `now`: Unix seconds. `handovers`: by replica, when it hands over; None:
+    `schedule` computes this."""
     if desired.clear and not desired.down:  # `up` came after `down`: its jobs must stay
         return []
     wanted = desired.slots()
@@ -207,19 +207,20 @@ def reconcile(
 
 
 class GpuRoom:
-    """The GPUs that new jobs may still have. Each admitted job takes its GPUs."""
+    """The number of GPUs that new jobs may have. Each admitted job reduces it."""
 
     def __init__(self, desired: Desired, observed: Observed) -> None:
         self._desired = desired
         self._free = math.inf if desired.max_gpus is None else desired.max_gpus - held_gpus(desired.gpus, observed)
 
     def overlapping_or_not(self, expert: str, due: Due) -> Due:
-        """Returns the handover; if there is no room for a second job, as one without overlap."""
+        """Returns the handover `due` of a replica of `expert`. If there are no GPUs for a second job, returns it as a
+        handover without overlap."""
         fits = due.mode != "overlap" or self._desired.gpus.get(expert, 0) <= self._free
         return due if fits else replace(due, mode="drain_first")
 
     def admit(self, action: Action, now: float) -> Action:
-        """Returns the action; if it starts a job for which there is no room, a Wait instead."""
+        """Returns `action`, or a Wait in its place if it starts a job for which there are no GPUs."""
         if not isinstance(action, ReleaseJob | Submit) or (isinstance(action, Submit) and action.after is not None):
             return action
         gpus = self._desired.gpus.get(split_replica(action.replica)[0], 0)
@@ -231,8 +232,8 @@ class GpuRoom:
 
 
 def held_gpus(gpus: Mapping[str, int], observed: Observed) -> int:
-    """Returns the number of GPUs that the jobs have or will get. `gpus`: GPUs of one replica by expert. A job that
-    waits for the end of another one takes over the GPUs of that one."""
+    """Returns the number of GPUs that all jobs have or will get. `gpus`: GPUs of one replica by expert. A job that
+    waits for the end of another job is not counted, because it takes over that job's GPUs."""
     held = 0
     for slot, attempts in observed.items():
         holding = [a for a in attempts if a.holds_resources or (not a.submitted and a.exit is None)]
@@ -242,7 +243,7 @@ def held_gpus(gpus: Mapping[str, int], observed: Observed) -> int:
 
 
 def backoff_s(failures: int) -> float:
-    """Returns the pause in seconds after this number of failures in a row: 0, 2, 4, ... 60."""
+    """Returns the pause in seconds after `failures` failures in a row: 0, 2, 4, ... 60."""
     return backoff.pause_s(failures - 2, first_s=BACKOFF_S, max_s=BACKOFF_MAX_S)
 
 
@@ -277,7 +278,8 @@ def _fill_slot(
 
 
 def _handover(live: Sequence[Attempt], handovers: Mapping[str, Due], now: float) -> tuple[Attempt, Due] | None:
-    """Returns the newest ready job of a slot and its handover; None if no job is ready or the handover is not due."""
+    """Returns the newest ready job of a slot, and its handover; None if no job is ready or the handover is not due.
+    `live`: the slot's live jobs."""
     ready = next((attempt for attempt in reversed(live) if attempt.ready and not attempt.stop_requested), None)
     due = handovers.get(ready.replica) if ready is not None else None
     return None if ready is None or due is None or now < due.due_at else (ready, due)
@@ -304,7 +306,7 @@ def _hand_over(
 
 
 def _waits_for(successor: Attempt | None, job: Attempt) -> bool:
-    """Returns whether the successor's job is in Slurm's queue and starts when `job` ends."""
+    """Returns whether the job of `successor` was submitted to start when `job` ends."""
     return successor is not None and successor.after is not None and successor.after == job.job_id
 
 
@@ -325,16 +327,16 @@ def _submit_successor(
     after: str | None,
     tolerated: Set[FailureReason] = TOLERATED,
 ) -> Iterator[Action]:
-    """Yields the submission of a successor for a job that serves, or a Wait. After too many failures yields nothing,
-    but does not give up the slot. A failure for one of the `tolerated` reasons only adds a pause. By default these are
-    Slurm's refusals: a limit may refuse a second job now and allow it later, and a router without a successor ends the
-    service."""
+    """Yields the submission of a successor for a job that serves, or a Wait; nothing after too many failures in
+    `tried`. Unlike `_submit_next`, never gives up the slot. A failure for one of the `tolerated` reasons only adds a
+    pause. By default these are Slurm's refusals: a limit may refuse a second job now and allow it later, and a router
+    without a successor ends the service."""
     submitting = _submit_next(slot, generation, tried, desired, now, after=after, tolerated=tolerated)
     yield from (action for action in submitting if not isinstance(action, GiveUp))
 
 
 def refusal(successors: Sequence[Attempt]) -> Exit | None:
-    """Returns the exit of the first of these successors that Slurm refused; None if there is none."""
+    """Returns the exit record of the first successor that Slurm refused; None if it refused none."""
     return next((attempt.exit for attempt in successors if _is_refused(attempt)), None)
 
 
@@ -352,8 +354,8 @@ def _submit_next(
     after: str | None = None,
     tolerated: Set[FailureReason] = frozenset(),
 ) -> Iterator[Action]:
-    """Yields one action: the submission of the next generation, a Wait for the pause after failures in `past`, or
-    GiveUp. A failure for one of the `tolerated` reasons does not count towards giving up the slot."""
+    """Yields one action for the slot: the submission of job number `generation`, a Wait for the pause after failures in
+    `past`, or GiveUp. A failure for one of the `tolerated` reasons does not count towards giving up the slot."""
     ends = _consecutive_failures(past, forgiven=desired.forgiven.get(str(slot), 0))
     blamed = _final_failures(ends, desired, tolerated=tolerated)
     if blamed:
@@ -367,7 +369,7 @@ def _submit_next(
 
 
 def _final_failures(ends: Sequence[Exit], desired: Desired, *, tolerated: Set[FailureReason]) -> list[Exit]:
-    """Returns the failures in `ends` that count, newest first, if they end the attempts of a slot: there are
+    """Returns the failures in `ends` that count, newest first, if the slot must be given up for them: there are
     `max_failures` of them, or a restart cannot fix the newest. Otherwise returns an empty list. A failure that is not
     the replica's fault, or for one of the `tolerated` reasons, does not count."""
     blamed = [end for end in ends if end.reason not in BLAMELESS and end.reason not in tolerated]
@@ -376,8 +378,8 @@ def _final_failures(ends: Sequence[Exit], desired: Desired, *, tolerated: Set[Fa
 
 
 def rollout_failure(job: Attempt, attempts: Sequence[Attempt], desired: Desired) -> Exit | None:
-    """Returns the newest failure of the successors of the outdated `job` if no further successor will be submitted;
-    None if one is live or will be submitted. `attempts`: those of the job's slot, oldest first."""
+    """Returns the newest failure among the successors of `job`, an outdated job, if no further successor will be
+    submitted; None if one is live or will be submitted. `attempts`: those of the job's slot, oldest first."""
     newer = [attempt for attempt in attempts if attempt.generation > job.generation]
     if any(attempt.live for attempt in newer):
         return None
@@ -391,13 +393,13 @@ def _cannot_serve_again(attempt: Attempt) -> bool:
 
 
 def _drains_unhurried(attempt: Attempt) -> bool:
-    """Returns whether the attempt finishes its requests without the usual time limit, because it was superseded or its
-    elastic expert needed fewer replicas."""
+    """Returns whether the attempt drains without the usual time limit for its requests, because it was superseded or
+    its elastic expert needed fewer replicas."""
     return attempt.stop.until_at is not None and attempt.stop.cancel_at is None
 
 
 def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
-    """Yields actions that cancel, then kill, jobs whose service has ended but which still hold resources."""
+    """Yields actions that cancel, and later kill, jobs whose service has ended but which hold resources."""
     for attempt in attempts:
         if attempt.submitted and attempt.job is JobState.ENDING:
             end = attempt.exit or attempt.report.end  # the job's own record, else what its launcher reports
@@ -410,7 +412,8 @@ def _end_lingering(attempts: Sequence[Attempt], now: float) -> Iterator[Action]:
 
 
 def _is_found(attempt: Attempt, now: float) -> bool:
-    """Returns whether the routers have had time to find the ready attempt. Its node's clock may be ahead."""
+    """Returns whether the attempt has been ready for so long that the routers have found it. Returns True for a time of
+    readiness in the future, because the clock of the attempt's node may be ahead."""
     return attempt.ready_at is None or not 0 <= now - attempt.ready_at < FOUND_S
 
 
@@ -421,9 +424,9 @@ def _has_served_long_enough(router: Attempt, now: float) -> bool:
 
 
 def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list[Exit]:
-    """Returns the exits of the failures since the last success and after generation `forgiven`, newest first. Leaves
-    out a job that Slurm refused while an older job of the slot still ran, because that refusal shows only that the two
-    could not overlap."""
+    """Returns the exit records of a slot's failures since its last success and after generation `forgiven`, newest
+    first. Leaves out a job that Slurm refused while an older job of the slot ran, because that refusal shows only that
+    the two cannot run at the same time."""
     ends: list[Exit] = []
     for attempt in reversed(attempts):
         end = _exit_of(attempt)
@@ -441,8 +444,8 @@ def _consecutive_failures(attempts: Sequence[Attempt], *, forgiven: int) -> list
 
 
 def _exit_of(attempt: Attempt) -> Exit:
-    """Returns the exit of an attempt that cannot serve again. A job that hangs and an abandoned claim have no exit
-    record, so one is made here."""
+    """Returns the exit record of an attempt that cannot serve again. Makes one for a job that hangs and for an
+    abandoned claim, which have none."""
     if attempt.exit is not None:
         return attempt.exit
     if attempt.submitted:
@@ -463,18 +466,18 @@ def _stop_all(attempts: Sequence[Attempt], desired: Desired, now: float) -> Iter
 
 
 def _walltime_end(attempt: Attempt) -> float | None:
-    """Returns the latest end of a drain within the walltime (Unix seconds); None without a known walltime."""
+    """Returns when a drain must have ended because of the walltime (Unix seconds); None without a known walltime."""
     return None if attempt.expires_at is None else attempt.expires_at - END_MARGIN_S
 
 
 def _last_request_end(attempt: Attempt, now: float) -> float:
-    """Returns the latest end of the drain of a job that nothing urges to end."""
+    """Returns the time at which the drain of a job must have ended if nothing else needs its place (Unix seconds)."""
     return min(_walltime_end(attempt) or math.inf, now + MAX_DRAIN_S)
 
 
 def _stop(attempt: Attempt, desired: Desired, now: float, *, until_at: float | None = None) -> Action:
-    """Returns the next action that ends the attempt: Drain, Wait, Cancel or Kill. `until_at`: time until which requests
-    in flight may run (Unix seconds), if that is later than the usual limit."""
+    """Returns the next action to end the attempt: Drain, Wait, Cancel or Kill. `until_at`: time until which its
+    requests in flight may run (Unix seconds), if that is later than the usual limit."""
     replica, stop = attempt.replica, attempt.stop
     drain_s = 0.0 if attempt.hung else desired.drain_limit_s(attempt.slot)
     if stop.cancel_at is not None:

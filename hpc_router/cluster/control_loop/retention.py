@@ -2,7 +2,7 @@
 
 These generations are kept: live jobs and all replicas in the same Slurm job; the newest generation of a slot, which
 determines the next number; the newest generation of a slot that has ended; and every generation that ended less than
-MIN_AGE_S ago. Of all other generations, a slot keeps `cluster.keep_generations` for at most `cluster.keep_days`.
+MIN_AGE_S ago. Of the others, a slot keeps the newest `cluster.keep_generations`, for at most `cluster.keep_days` days.
 """
 
 import logging
@@ -41,7 +41,7 @@ DAY_S: Final = 86400.0
 
 
 def expired(observed: Observed, cluster: ClusterConfig, now: float) -> list[Attempt]:
-    """Returns the generations that are not kept, oldest first. Pure. `now`: Unix seconds."""
+    """Returns the generations whose files are to be removed, oldest first. Pure. `now`: Unix seconds."""
     held = {a.job_id for attempts in observed.values() for a in attempts if not _is_over(a)}
     count = max(cluster.keep_generations, cluster.max_failures)  # failures in a row are counted from these records
     found = []
@@ -63,7 +63,7 @@ def _is_over(attempt: Attempt) -> bool:
 
 
 class Retention:
-    """The remover of expired generations, which removes the files of at most MAX_REMOVED generations per INTERVAL_S."""
+    """Removes the files of expired generations, at most MAX_REMOVED generations per INTERVAL_S."""
 
     def __init__(self, run: RunDir, cluster: ClusterConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._cluster = run, cluster
@@ -71,8 +71,8 @@ class Retention:
         self._due_at = -float("inf")
 
     def apply(self, observed: Observed, now: float) -> list[str]:
-        """Removes the files of expired generations and returns their replicas. If an error occurs, logs it; the next
-        call tries again."""
+        """Removes the files of expired generations and returns their replicas. Logs an error instead of raising it; the
+        next call tries again."""
         began = self._clock()
         if began < self._due_at:
             return []
@@ -95,7 +95,7 @@ class Retention:
         return removed
 
     def _logs(self) -> dict[str, list[Path]]:
-        """Returns the log files by replica. For example, `math-0.g3.rank1.engine.log.1` belongs to math-0.g3."""
+        """Returns the log files of each replica. For example, `math-0.g3.rank1.engine.log.1` belongs to math-0.g3."""
         logs: defaultdict[str, list[Path]] = defaultdict(list)
         with os.scandir(self._run.logs) as entries:
             for entry in entries:
@@ -106,8 +106,8 @@ class Retention:
         return logs
 
     def _remove(self, replica: str, logs: list[Path] | tuple[()]) -> None:
-        """Removes a replica's logs, and then its folder. In this order an interrupted removal is repeated, because the
-        folder still exists."""
+        """Removes a replica's logs, and then its job folder. If the removal is interrupted, the next one repeats it,
+        because the folder still exists."""
         for path in logs:
             path.unlink(missing_ok=True)
         renamed = self._run.jobs / f"{_REMOVED}{replica}"
@@ -116,8 +116,8 @@ class Retention:
             shutil.rmtree(renamed, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
-        """Removes folders that were renamed but not removed. On NFS a file that is open keeps its folder from being
-        removed."""
+        """Removes job folders that an earlier call renamed but could not remove. On NFS, a file that is open keeps its
+        folder from being removed."""
         with os.scandir(self._run.jobs) as entries:
             left = [entry.path for entry in entries if entry.name.startswith(_REMOVED)]
         for path in left[:MAX_REMOVED]:

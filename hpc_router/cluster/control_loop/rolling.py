@@ -17,14 +17,14 @@ MAX_SHARE: Final = 0.25
 
 
 def is_outdated(attempt: Attempt, revisions: Mapping[str, str]) -> bool:
-    """Returns whether the attempt was submitted with another revision of the config than its expert has in
-    `revisions`."""
+    """Returns whether the attempt's job was submitted with another config revision than `revisions` has for its
+    expert."""
     wanted = revisions.get(attempt.slot.expert)
     return wanted is not None and attempt.revision is not None and attempt.revision != wanted
 
 
 def may_roll(wanted: Sequence[Slot], observed: Observed, revisions: Mapping[str, str]) -> set[Slot]:
-    """Returns those of the `wanted` slots whose outdated jobs may be replaced now."""
+    """Returns the slots in `wanted` whose outdated jobs may be replaced now."""
     waiting = [slot for slot in wanted if any(a.live and is_outdated(a, revisions) for a in observed.get(slot, ()))]
     if not waiting:
         return set()

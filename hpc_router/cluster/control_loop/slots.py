@@ -15,7 +15,7 @@ from hpc_router.state.registry import State, replica_name
 
 
 class Slot(NamedTuple):
-    """The place of one replica. `name` is a number; or a letter and a number, if the control loop does not manage the
+    """The place of one replica. `name`: a number, with a letter before it if the control loop does not manage the
     slot."""
 
     expert: str
@@ -46,8 +46,8 @@ _NOT_LIVE: Final = (JobState.ENDING, JobState.ENDED)
 class Attempt:
     """The known state of one generation of a slot. `submitted`: whether there is a job and not only a claim.
     `submitting`: whether the process that submits the job is alive. `hung`: whether the job runs but renews no lease
-    and answers no call. `after`: id of the job for whose end this job had to wait. `expires_at`: end of its walltime.
-    `revision`: revision of the config with which it was submitted. Times are Unix seconds.
+    and answers no call. `after`: id of the job for whose end this job had to wait. `expires_at`: end of the job's
+    walltime. `revision`: revision of the config with which it was submitted. Times are Unix seconds.
 
     `live`: whether it serves or may serve later. `live` and `replica` are computed once, because a run has thousands of
     attempts and each pass looks at all of them.

@@ -28,8 +28,8 @@ Found = Iterator[tuple[str, str, Finding]]
 
 @dataclass(frozen=True, slots=True)
 class DoctorReport:
-    """The findings of one run of `doctor`, in the order in which they were made. Each item is the name of a check, the
-    host (`login` or the node's name), and the finding."""
+    """The findings of one run of `doctor`, in the order in which they were made. Each entry is the name of a check, the
+    host that it concerns (`login` or the node's name), and the finding."""
 
     findings: tuple[tuple[str, str, Finding], ...]
 
@@ -39,7 +39,7 @@ class DoctorReport:
         return any(finding.severity is Severity.FAULT for *_, finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the findings, and their number by severity."""
+        """Returns all findings as JSON values, with the number of findings of each severity."""
         listed = [{"check": check, "where": where, **f.to_json()} for check, where, f in self.findings]
         count = {str(s): sum(f.severity is s for *_, f in self.findings) for s in Severity}
         return {"findings": listed, "count": count}
@@ -47,7 +47,7 @@ class DoctorReport:
 
 def examine(deployment: Deployment, runs: Path, *, job: bool, progress: Callable[[str], None]) -> DoctorReport:
     """Runs all checks and returns the report. `runs`: the folder of run directories, as for `plan`. `job`: whether to
-    submit a job that examines a node. KeyboardInterrupt, which SIGTERM raises as well, cancels the job and removes its
+    submit a job that examines a node. Ctrl-C and SIGTERM raise KeyboardInterrupt, which cancels the job and removes its
     files."""
     found = list(_login(CheckedHost(deployment, runs)))
     if deployment.cluster.kind == "slurm" and job:
@@ -97,7 +97,7 @@ def _node(job: DoctorJob, progress: Callable[[str], None]) -> Found:
 
 
 def _not_started(job: DoctorJob, start: JobStart) -> tuple[str, str, Finding]:
-    """Returns the finding that says why the job has not written its first file."""
+    """Returns the entry of the report that says why the job has not written its first file."""
     deployment = job.deployment
     if start.pending_reason is not None:
         why = explain_pending(start.pending_reason, job.job_id)
@@ -112,7 +112,7 @@ def _not_started(job: DoctorJob, start: JobStart) -> tuple[str, str, Finding]:
 
 
 def _running(job: DoctorJob, started: Mapping[str, Any]) -> Found:
-    """Yields the findings on the node of a job that runs."""
+    """Yields the findings on the node of the job, which runs. `started`: the content of the job's first file."""
     deployment, host = job.deployment, str(started["host"])
     cluster = deployment.cluster
     yield "python", host, node_checks.interpreter(started, hpc_router.__version__, python_of(cluster))
@@ -141,8 +141,8 @@ def _running(job: DoctorJob, started: Mapping[str, Any]) -> Found:
 
 
 def _read_clock(started: Mapping[str, Any]) -> tuple[ClockReading | None, str | None]:
-    """Returns the clock difference to the node, and None. If the port of the node's job cannot be reached, returns None
-    and the error text."""
+    """Returns the clock difference to the job's node, and None; if the job's port cannot be reached, None and the error
+    text. `started`: the content of the job's first file."""
     try:
         return read_clock(str(started["address"]), int(started["port"])), None
     except OSError as error:
@@ -171,7 +171,8 @@ def _asked(deployment: Deployment) -> dict[str, str | None]:
 
 
 def _signals(job: DoctorJob, started: Mapping[str, Any], reading: ClockReading | None) -> Finding:
-    """Waits until the job has recorded the signal before its walltime ends, and returns the finding about it."""
+    """Waits until the job has recorded the signal that Slurm sends before the walltime ends, and returns the finding
+    about this signal. `reading`: the clock difference to the node."""
     value, queued = job.signals(), job.in_queue()
     end = started.get("end_time")
     ends_at = float(end) if end else (queued.ends_at if queued is not None else None)

@@ -27,9 +27,9 @@ CONNECT_S: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class ExchangeFolder:
-    """The paths of the files in the folder. `login`: the address at which `doctor` listens. `started`: the address of
-    the job. `node`: the facts and findings of the job. `signals`: the processes that received SIGUSR2. `stop`: tells
-    the job to end."""
+    """The paths of the files in the folder. `login`: the address at which `doctor` listens. `started`: the address at
+    which the job listens. `node`: the facts and findings of the job. `signals`: the processes that received SIGUSR2.
+    `stop`: tells the job to end."""
 
     folder: Path
 
@@ -59,7 +59,7 @@ class ExchangeFolder:
 
     @property
     def created(self) -> Path:
-        """Returns the path of a file that the job creates, to test whether it can create files."""
+        """Returns the path of a file that the job creates to test whether it can."""
         return self.folder / "created"
 
     @property
@@ -94,7 +94,7 @@ def own_address(fabric: str | None) -> tuple[str, str | None]:
 
 @contextmanager
 def clock_server(host: str) -> Iterator[int]:
-    """Listens on a free port and answers each connection with the time of this host. Yields the port."""
+    """Listens on a free port of the address `host`, answers connections with this host's time, and yields the port."""
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
         thread = threading.Thread(target=_serve, args=(server,), daemon=True)
         thread.start()
@@ -119,16 +119,16 @@ def _serve(server: socket.socket) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ClockReading:
-    """A measured clock difference in seconds: another host's time minus this host's. `error_s` is the largest possible
-    error."""
+    """A measured clock difference: another host's time minus this host's. `error_s`: its largest possible error in
+    seconds."""
 
     offset_s: float
     error_s: float
 
 
 def read_clock(host: str, port: int) -> ClockReading:
-    """Returns the clock difference to the host that listens at this port. Raises OSError if the port cannot be
-    reached."""
+    """Returns the clock difference to the host whose `clock_server` listens at this port. Raises OSError if it cannot
+    be reached."""
     sent = time.time()
     with socket.create_connection((host, port), timeout=CONNECT_S) as connection:
         text = connection.makefile("rb").read()

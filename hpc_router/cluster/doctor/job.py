@@ -1,5 +1,5 @@
-"""The job of `doctor`: submits it with the batch script of a replica, waits for the files that it writes, and removes
-it."""
+"""The job of `doctor`: submits it with a batch script like that of a replica, waits for the files that it writes, and
+removes it."""
 
 import getpass
 import re
@@ -57,8 +57,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class JobStart:
-    """The outcome of the job's start. `started`: the content of the job's first file. Without that file, the other
-    fields describe what Slurm and the logs show."""
+    """How the start of doctor's job ended. `started`: the content of the job's first file; None if there is no such
+    file. The other fields then say what Slurm and the logs show."""
 
     started: Mapping[str, Any] | None = None
     pending_reason: str | None = None
@@ -70,8 +70,8 @@ class JobStart:
 
 @dataclass
 class DoctorJob:
-    """A context manager that owns the job and its folder. At exit, also after an error, the job is cancelled and the
-    folder removed."""
+    """A context manager that owns doctor's job and its folder. At the end of the block, even after an error, the job is
+    cancelled and the folder removed."""
 
     deployment: Deployment
     runs: Path
@@ -119,8 +119,8 @@ class DoctorJob:
         self.job_id = answer.strip().partition(";")[0]
 
     def wait_for_start(self) -> JobStart:
-        """Waits until the job's first file is visible, and returns its content. If a time limit passes or the job ends
-        before that, returns what Slurm and the logs show."""
+        """Waits until the job's first file is visible, and returns its content. If the job ends or a time limit passes
+        before that, the result says what Slurm and the logs show."""
         waits_until, queue_at, begun_at = time.monotonic() + START_S, 0.0, None
         job: QueuedJob | None = None
         while True:
@@ -140,8 +140,8 @@ class DoctorJob:
             time.sleep(POLL_S)
 
     def _unstarted(self, job: QueuedJob | None, ended: Ended | None) -> JobStart:
-        """Returns the outcome of a job that ran without writing its first file. `job`: as squeue lists it. `ended`: the
-        batch script's record. The error text comes from the job's logs."""
+        """Returns the result for a job that ran without writing its first file, with an error text from its logs.
+        `job`: the job as squeue lists it. `ended`: the record that the batch script left; each may be None."""
         logs = [*sorted(self._dir.path.glob("*_log.err")), *sorted(self._dir.path.glob("*_batch.log"))]
         lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
         own = [line for line in lines if line.strip() and not _OF_STEP.match(line)]
@@ -161,8 +161,8 @@ class DoctorJob:
             return None
 
     def round_trips(self) -> Iterator[ClockReading]:
-        """Measures how long a renamed file takes until the node sees it, and back. Yields one clock reading per round
-        trip, and stops early if the job does not answer."""
+        """Measures how long it takes until a renamed file is seen by the node, and its answer here. Yields one clock
+        reading per round trip. Stops early if the job does not answer."""
         for number in range(ROUNDS):
             sent = time.time()
             replace_json(self.exchange.ping(number), {"at": sent})
@@ -173,11 +173,11 @@ class DoctorJob:
             yield ClockReading(float(answer["at"]) - (sent + received) / 2, (received - sent) / 2)
 
     def facts(self) -> dict[str, Any] | None:
-        """Waits for the facts of the job and returns them; None if they do not come in time."""
+        """Waits until the job has written the facts about its node, and returns them; None if that takes too long."""
         return _until(lambda: read_now(self.exchange.node), FACTS_S)
 
     def signals(self) -> dict[str, Any] | None:
-        """Waits until the job has recorded its signal, and returns the record; None if it does not come in time."""
+        """Waits until the job has recorded Slurm's signal, and returns the record; None if that takes too long."""
         return _until(lambda: read_now(self.exchange.signals), SIGNAL_S)
 
     def shown(self) -> dict[str, str]:
@@ -191,7 +191,8 @@ class DoctorJob:
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def _end(self) -> None:
-        """Cancels the job by its name, which is unique, because the id is not known after Ctrl-C in sbatch."""
+        """Cancels the job and waits for its end. Cancels it by its name, which is unique, because the id is not known
+        after Ctrl-C in sbatch."""
         with suppress(SlurmCommandError):
             argv = ["scancel", "--quiet", f"--user={getpass.getuser()}", f"--name={self.batch_job.name}"]
             run_slurm_command(argv, timeout_s=SUBMIT_S)
@@ -203,15 +204,15 @@ class DoctorJob:
         return job is None or STATES.get(job.state) is JobState.ENDED
 
     def _removed(self) -> bool:
-        """Removes the folder and returns whether it is gone. The job may still write logs there, so the caller repeats
-        this."""
+        """Removes the job's folder and returns whether it is gone. The job may be writing logs there, so the caller
+        repeats this."""
         shutil.rmtree(self.exchange.folder, ignore_errors=True)
         return not self.exchange.folder.exists()
 
 
 def doctor_resources(deployment: Deployment) -> tuple[str, ResourceConfig]:
-    """Returns the name of an expert, and the resources of doctor's job: that expert's job options with small sizes. The
-    expert is the first one with GPUs. If none has GPUs, it is the first expert; if there are no experts, `router`."""
+    """Returns the name of an expert, and the resources of doctor's job: that expert's, with small sizes. The expert is
+    the first one with GPUs, else the first one, else `router`."""
     experts = hosts(deployment.experts)
     name = next((n for n, e in experts.items() if e.resources.gpus), next(iter(experts), "router"))
     own = experts[name].resources if name in experts else deployment.router.resources
@@ -222,7 +223,7 @@ def doctor_resources(deployment: Deployment) -> tuple[str, ResourceConfig]:
 
 
 def _until(ask: Callable[[], T], within_s: float, every_s: float = POLL_S) -> T | None:
-    """Calls `ask` until it returns a true value, and returns that value; None after `within_s` seconds."""
+    """Calls `ask` repeatedly until it returns a true value, and returns that value; None after `within_s` seconds."""
     until = time.monotonic() + within_s
     while True:
         if value := ask():

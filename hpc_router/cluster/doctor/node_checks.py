@@ -23,9 +23,9 @@ _NO_INTERPRETER: Final = re.compile(
 
 
 def shared_folder(delays_s: Sequence[float], *, sees_login: bool, beat_s: float, runs: str) -> Finding:
-    """Checks whether both hosts see each other's files soon enough. `delays_s`: one-way delays until a renamed file
-    was visible, in seconds; empty if no answer of the job was ever visible here. `sees_login`: whether the node saw
-    this machine's files."""
+    """Checks whether this machine and the node see each other's files in `runs` soon enough. `delays_s`: measured
+    delays in seconds until a renamed file was seen by the other host; empty if this machine has seen no answer of the
+    job. `sees_login`: whether the node saw this machine's files."""
     fix = "`runs=DIR` or `--run DIR` names a folder on the file system that all nodes share"
     if not sees_login:
         return fault(f"{runs}: a node does not see the files that this machine writes there", fix, "runs")
@@ -39,8 +39,8 @@ def shared_folder(delays_s: Sequence[float], *, sees_login: bool, beat_s: float,
 
 
 def file_operations(node: Mapping[str, Any], runs: str) -> Finding:
-    """Checks whether the node can create files in the folder `runs`. The finding says whether flock works there,
-    although the package does not use it."""
+    """Checks whether the node can create files in the folder `runs`. `node`: the facts from the job. The finding
+    mentions whether flock works there, although the package does not need it."""
     kind = node["file_system"] or "an unknown file system"
     if node["creates_files"] is not None:
         what = f"{runs}, {kind}: files cannot be created there with hard links: {node['creates_files']}"
@@ -50,7 +50,7 @@ def file_operations(node: Mapping[str, Any], runs: str) -> Finding:
 
 
 def unshared(runs: str, node: str | None) -> Finding:
-    """Returns the fault for a job that left no file at all: its node does not see the folder `runs`."""
+    """Returns the fault for a job that left not even a log: its node does not see the folder `runs`."""
     where = "its node" if node is None else node
     return fault(
         f"{runs}: {where} does not see this folder: the job left no log there",
@@ -60,8 +60,8 @@ def unshared(runs: str, node: str | None) -> Finding:
 
 
 def no_report(error: str, *, key: str | None, python: str) -> Finding:
-    """Returns the fault for a job that ran although its Python program did not. `error`: the last log line. `key`: the
-    config key of the setup line or module that failed."""
+    """Returns the fault for a job whose Python program left no report. `error`: the last line of the job's log. `key`:
+    the config key of the setup line or module that failed, if any. `python`: the job's interpreter."""
     if key is not None:
         return fault(f"{key}: the job ended there: {error}", f"edit {key}", key)
     if not _NO_INTERPRETER.search(error):
@@ -74,7 +74,7 @@ def no_report(error: str, *, key: str | None, python: str) -> Finding:
 
 
 def interpreter(started: Mapping[str, Any], version: str, python: str) -> Finding:
-    """Checks whether the job's interpreter has the same version of hpc_router as this process."""
+    """Checks whether the job's interpreter, `python`, has the version `version` of hpc_router, as this process has."""
     theirs = started["hpc_router"]
     if theirs != version:
         what = f"{python} on {started['host']} has hpc_router {theirs}, but this is {version}"
@@ -99,8 +99,8 @@ def clock(reading: ClockReading | None, host: str) -> Finding:
 
 
 def ports(error: str | None, started: Mapping[str, Any], reaches_login: str | None) -> Iterator[Finding]:
-    """Yields findings about connections in both directions. `error`: why this machine cannot connect to the node, None
-    if it can. `reaches_login`: why the node cannot connect to this machine, None if it can."""
+    """Yields findings about connections in both directions. `error`, `reaches_login`: why this machine cannot connect
+    to the node, and the node to this machine; None if it can. `started`: the content of the job's first file."""
     at = f"{started['host']} ({started['address']}:{started['port']})"
     if started.get("fabric_error"):
         yield fault(str(started["fabric_error"]), "cluster.fabric=INTERFACE or NETWORK of the nodes", "cluster.fabric")
@@ -138,16 +138,16 @@ def slurm_commands(node: Mapping[str, Any], deployment: Deployment, host: str) -
 
 @dataclass(frozen=True, slots=True)
 class SignalRecord:
-    """The record of a received SIGUSR2. `at`: Unix seconds. `descendants`: whether the task's child process received it
-    too."""
+    """When and where SIGUSR2 arrived. `at`: Unix seconds. `descendants`: whether a child of the job's process received
+    it as well."""
 
     at: float
     descendants: bool
 
 
 def signals(record: SignalRecord | None, *, ends_at: float | None, waited_s: float, cluster: ClusterConfig) -> Finding:
-    """Checks whether Slurm sent the signal before the walltime ends, and to which processes. `ends_at`: end of the
-    walltime in Unix seconds. `waited_s`: how long `doctor` has waited for the signal."""
+    """Checks whether Slurm sent SIGUSR2 before the end of the job's walltime, and to which processes. `record`: None if
+    it did not arrive within `waited_s` seconds. `ends_at`: end of the walltime in Unix seconds."""
     if record is None:
         return fault(
             f"no SIGUSR2 arrived within {waited_s:.0f} s, though --signal=USR2@{SIGNAL_BEFORE_S} asks for it: jobs "
@@ -167,8 +167,8 @@ def signals(record: SignalRecord | None, *, ends_at: float | None, waited_s: flo
 
 
 def gpus(asked: int, visible: str | None, listed: Sequence[str] | None, host: str) -> Finding | None:
-    """Checks whether the job got usable GPUs; returns None if it asked for none. `visible`: the job's
-    CUDA_VISIBLE_DEVICES. `listed`: the lines of `nvidia-smi -L`."""
+    """Checks whether the job on `host` got usable GPUs; returns None if `asked`, the requested number, is 0. `visible`:
+    the job's CUDA_VISIBLE_DEVICES. `listed`: the lines of `nvidia-smi -L`."""
     if not asked:
         return None
     names = [name for name in (visible or "").split(",") if name]
@@ -190,8 +190,8 @@ def gpus(asked: int, visible: str | None, listed: Sequence[str] | None, host: st
 
 
 def changed_by_site(asked: Mapping[str, str | None], job: Mapping[str, str]) -> list[Finding]:
-    """Returns findings about differences between the job and its request. Both arguments use the names in the output of
-    `scontrol show job`. `asked`: the requested values. `job`: the values that the job has."""
+    """Returns findings about values that the site has changed. `asked`: the requested values. `job`: the values that
+    the job has. Both have the names of the fields in `scontrol show job`."""
     findings = []
     if job.get("Requeue", "0") != "0":
         what = (

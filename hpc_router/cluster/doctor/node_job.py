@@ -1,7 +1,7 @@
 """The program of doctor's job on a node: `python -m hpc_router.cluster.doctor.node_job FOLDER`.
 
-It writes its findings as JSON into the folder, and answers the files that `doctor` writes there. It changes nothing
-else. It ends when the file `stop` exists, or after LIMIT_S.
+It writes its findings as JSON into the folder, and answers the files that `doctor` writes there. Outside of the folder
+it changes nothing. It ends when the file `stop` exists, or after LIMIT_S.
 """
 
 import os
@@ -43,8 +43,8 @@ sys.stdin.read()
 
 
 class SignalWatch:
-    """Records whether SIGUSR2 reaches this process, and whether it reaches a child process. Like an engine, the child
-    has a session of its own."""
+    """Records whether SIGUSR2 reaches this process, and whether it reaches a child process that has a session of its
+    own, as an engine has."""
 
     def __init__(self, exchange: ExchangeFolder) -> None:
         self._exchange = exchange
@@ -62,8 +62,8 @@ class SignalWatch:
         self._at = self._at or time.time()
 
     def look(self) -> None:
-        """Writes the record of a received signal, once, after the time in which the child must have received it as
-        well."""
+        """Writes the record of the signal once it has arrived and there was enough time for the child to receive it.
+        Does nothing before that or if the record is written."""
         if self._at is not None and not self.done and time.time() > self._at + CHILD_S:
             self.done = True
             replace_json(self._exchange.signals, {"at": self._at, "descendants": self._sign.exists()})
@@ -75,7 +75,7 @@ class SignalWatch:
 
 
 def facts(exchange: ExchangeFolder, host: CheckedHost, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Returns the facts that only this node can find out, and the findings of the common checks on it."""
+    """Returns the facts that only this node can find out, and the findings of the checks that run on every host."""
     login = read_now(exchange.login)
     return {
         "sees_login": login is not None,
@@ -92,8 +92,8 @@ def facts(exchange: ExchangeFolder, host: CheckedHost, environment: Mapping[str,
 
 
 def _creation_error(exchange: ExchangeFolder) -> str | None:
-    """Returns why a file of the run directory cannot be created; None if it can. Creation uses a hard link and must
-    fail if the file exists."""
+    """Returns why files cannot be created safely in doctor's folder; None if they can. A file is created by a hard
+    link, which must fail if the file exists."""
     try:
         first, second = create_text(exchange.created, "1"), create_text(exchange.created, "2")
     except OSError as error:
@@ -102,7 +102,8 @@ def _creation_error(exchange: ExchangeFolder) -> str | None:
 
 
 def _reaches(login: Mapping[str, Any]) -> str | None:
-    """Returns why this node cannot connect to the machine that runs `doctor`; None if it can."""
+    """Returns why this node cannot connect to the machine that runs `doctor`; None if it can. `login`: the address and
+    port at which `doctor` listens."""
     try:
         read_clock(str(login["address"]), int(login["port"]))
     except OSError as error:
@@ -111,7 +112,7 @@ def _reaches(login: Mapping[str, Any]) -> str | None:
 
 
 def _error_of(argv: list[str], stdin: str = "") -> str | None:
-    """Returns the error of a Slurm command; None if it succeeds."""
+    """Runs a Slurm command and returns its error; None if it succeeds."""
     try:
         run_slurm_command(argv, timeout_s=COMMAND_S, stdin=stdin)
     except SlurmCommandError as error:
@@ -130,7 +131,7 @@ def _gpu_list() -> list[str] | None:
 
 
 def serve(exchange: ExchangeFolder, watch: SignalWatch) -> None:
-    """Answers the files that `doctor` writes and records SIGUSR2, until the file `stop` exists or LIMIT_S is over."""
+    """Answers the files that `doctor` writes and records SIGUSR2, until the file `stop` exists, for at most LIMIT_S."""
     number, until = 0, time.monotonic() + LIMIT_S
     while time.monotonic() < until and not exchange.stop.exists():
         if number < ROUNDS and read_now(exchange.ping(number)) is not None:

@@ -12,8 +12,8 @@ from hpc_router.net.job_environment import without_job_variables
 
 
 class SlurmCommandError(LaunchError):
-    """A command of Slurm failed. `output` is what it printed before it ended with a status other than 0; None if it
-    could not be started or did not finish in time."""
+    """A command of Slurm failed. `output`: what the command printed before it ended with a status other than 0; None if
+    it could not be started or did not finish in time."""
 
     def __init__(self, message: str, *, output: str | None = None) -> None:
         super().__init__(message)
@@ -23,8 +23,8 @@ class SlurmCommandError(LaunchError):
 def run_slurm_command(
     argv: Sequence[str], *, timeout_s: float, stdin: str = "", environment: Mapping[str, str] | None = None
 ) -> str:
-    """Runs a command of Slurm and returns its stdout. `environment` is added to this process's own. Raises
-    SlurmCommandError."""
+    """Runs a command of Slurm and returns its stdout. `stdin`: its input. `environment`: variables to add to this
+    process's own. Raises SlurmCommandError."""
     try:
         done = subprocess.run(
             list(argv),

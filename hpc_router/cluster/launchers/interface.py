@@ -29,10 +29,10 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """The state of one claimed job; unknown values are None. Times are Unix seconds.
+    """The state of one claimed job; values that are not known are None. Times are Unix seconds.
 
-    `pending_reason`: Slurm's reason why the job waits (`Resources`). `starts_at`: Slurm's estimate of the start. `end`:
-    how the job ended, if the job left no exit record.
+    `pending_reason`: Slurm's reason why the job waits (`Resources`). `starts_at`: Slurm's estimate of its start. `end`:
+    how it ended, if the job itself left no exit record.
     """
 
     state: JobState
@@ -64,35 +64,35 @@ class JobRequest:
 
 
 class Launcher(Protocol):
-    """Submits, observes and ends jobs. Methods take batches, because each call costs a child process or a query to the
-    Slurm controller."""
+    """Submits, observes and ends jobs. Methods take several jobs at once, because each call costs a child process or a
+    query to the Slurm controller."""
 
     def submit(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Claims these replicas and submits their jobs. Returns the replicas that this call submitted, without those
-        that another process had claimed.
+        """Claims the replicas of these requests and submits their jobs. Returns the replicas that this call claimed;
+        another process had claimed the others.
 
-        If a job is refused, writes an exit record into its folder, and raises LaunchError at the end.
+        If Slurm refuses a job, writes an exit record into its folder, and raises LaunchError when all were tried.
         """
 
     def observe(self, replicas: Iterable[str], *, fresh: bool = False) -> Mapping[str, JobReport]:
-        """Returns the state of each job. `fresh`: whether to query the Slurm controller now; if not, an answer of the
-        last `cluster.ask_s` seconds is used."""
+        """Returns the state of each replica's job. `fresh`: whether to query the Slurm controller now; if not, an
+        answer of the last `cluster.ask_s` seconds is used."""
 
     def release(self, requests: Sequence[JobRequest]) -> None:
-        """Lets these jobs, which wait for the end of another job, start before that end. A failure is only logged."""
+        """Lets these jobs, which wait in the queue for the end of another job, start now. A failure is only logged."""
 
     def cancel(self, replicas: Iterable[str]) -> None:
         """Sends SIGTERM to these jobs, which then drain and end."""
 
     def kill(self, replicas: Iterable[str]) -> None:
-        """Sends SIGKILL to the processes of these jobs. Leaves the other replicas of a shared job alone."""
+        """Sends SIGKILL to the processes of these replicas. Other replicas in the same job are not affected."""
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        """Queries Slurm now, and returns the ids of these replicas' jobs that still hold resources."""
+        """Queries Slurm now, and returns the ids of those jobs of these replicas that hold resources."""
 
     def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Sets the excluded nodes of jobs in the queue to those of their `requests`. Returns the replicas whose jobs
-        are not in the queue any more. Raises LaunchError if Slurm does not answer."""
+        """Tells Slurm for each job in the queue the excluded nodes of its request. Returns the replicas whose jobs have
+        left the queue. Raises LaunchError if Slurm does not answer."""
 
     def trouble(self) -> str | None:
-        """Returns why the last observation could not query the controller; None if it could."""
+        """Returns why the last query to the Slurm controller failed; None if it succeeded."""

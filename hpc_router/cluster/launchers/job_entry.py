@@ -20,9 +20,9 @@ from hpc_router.state.run_directory import RunDir
 
 
 def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
-    """Replaces this process by the service; does not return. `argv_of`: the command of each replica in the job;
-    $HPC_ROUTER_REPLICA names the replica that this task runs. Arguments are plain text, so that every version can load
-    a job's pickle."""
+    """Replaces this process by the service; does not return. `argv_of`: the command of each replica in the job; the
+    variable $HPC_ROUTER_REPLICA says which of them this task runs. `version`: version of the package that submitted the
+    job. All arguments are plain text, so that every version can load a job's pickle."""
     replica = os.environ.get("HPC_ROUTER_REPLICA") or next(iter(argv_of))
     argv = argv_of[replica]
     job = JobDir(RunDir(Path(run)), replica)
@@ -48,8 +48,8 @@ def start(run: str, argv_of: Mapping[str, list[str]], version: str) -> None:
 
 
 def _environment(rank: int) -> dict[str, str]:
-    """Returns the environment of the service: without Slurm's variables, but with the job's id, its end and the `rank`
-    in variables of this package."""
+    """Returns the environment of the service. It has no Slurm variables, but the job's id and end, and `rank`, in
+    variables of this package."""
     own = {"HPC_ROUTER_RANK": str(rank)}
     if "SLURM_JOB_ID" in os.environ:
         own[JOB_ID] = os.environ["SLURM_JOB_ID"]

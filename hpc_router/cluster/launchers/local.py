@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LocalLauncher:
-    """Runs jobs on this machine. `gpus`: number of its GPUs, each of which belongs to at most one live job."""
+    """Runs jobs on this machine. `gpus`: number of GPUs of the machine. A GPU belongs to at most one live job."""
 
     run: RunDir
     gpus: int = 0
@@ -67,7 +67,7 @@ class LocalLauncher:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """Lets one submission at a time run on this host, so that two callers never choose the same GPU. If the file
+        """Lets one submission at a time run on this host, so that two of them never choose the same GPU. If the file
         system has no locks, only the claims prevent a double submission, which is enough for jobs without GPUs."""
         descriptor = os.open(self.run.jobs, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -131,7 +131,7 @@ def _submission(run: RunDir, request: JobRequest, gpus: tuple[int, ...]) -> Subm
 
 
 def _signal(process: Process | None, number: signal.Signals) -> bool:
-    """Sends the signal `number`. Returns whether the process was still alive and got it."""
+    """Sends the signal `number` to the process. Returns whether the process was alive and got it."""
     if process is None:
         return False
     try:

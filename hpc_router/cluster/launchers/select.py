@@ -26,7 +26,7 @@ _Submitting = LocalLauncher | SlurmLauncher | AllocationLauncher
 
 
 def check_reach(deployment: Deployment) -> None:
-    """Raises ConfigError if jobs cannot be submitted from this process."""
+    """Raises ConfigError if jobs of this deployment cannot be submitted from this process."""
     kind, key = deployment.cluster.kind, "cluster.kind"
     if kind == "allocation" and current_job_id() is None:
         raise ConfigError(f"{key}=allocation starts steps inside a Slurm job: run this in an sbatch or salloc", key=key)
@@ -36,8 +36,8 @@ def check_reach(deployment: Deployment) -> None:
 
 @dataclass(frozen=True)
 class Launchers:
-    """Passes each job to its launcher. `submitting`: a function that returns the launcher that submits a request.
-    `running`: by kind of runner, the launcher that observes and ends its jobs."""
+    """Passes each job to its launcher. `submitting`: function that returns the launcher for a new request. `running`:
+    for each kind of runner, the launcher that observes and ends its jobs."""
 
     run: RunDir
     submitting: Callable[[JobRequest], _Submitting]
@@ -92,7 +92,7 @@ class Launchers:
         return self.slurm.trouble() if self.slurm is not None else None
 
     def _by_runner(self, replicas: Iterable[str]) -> list[tuple[Launcher, list[str]]]:
-        """Returns the replicas that have a job, by launcher. Leaves out claims without a job."""
+        """Returns each launcher with those of the replicas whose jobs it runs. Leaves out claims without a job."""
         names: dict[Runner, list[str]] = defaultdict(list)
         for replica in replicas:
             records = self.reader.read(replica)

@@ -1,8 +1,8 @@
 """The classifier that `up` trains from the experts' exemplars.
 
 If a sentence encoder is installed in the environment of `up`, the classifier is trained to decide like the encoder, and
-learns from the experts' descriptions as well. Otherwise it learns only from the words of the exemplars. The words of a
-description seldom occur in prompts, so descriptions are then not read.
+learns from the experts' descriptions as well as from the exemplars. Otherwise it learns only from the words of the
+exemplars. The words of a description seldom occur in prompts, so descriptions are then not read.
 """
 
 from hpc_router.config.schema import Deployment
@@ -12,7 +12,7 @@ from hpc_router.routing.training.encoder import ENCODER_PACKAGE, ProgressCallbac
 
 
 def exemplars_of(deployment: Deployment) -> dict[str, list[str]]:
-    """Returns the exemplars of the experts that have any."""
+    """Returns the exemplars of each expert that has any."""
     return {name: list(expert.exemplars) for name, expert in deployment.experts.items() if expert.exemplars}
 
 
@@ -23,7 +23,7 @@ def needs_training(deployment: Deployment) -> bool:
 
 
 def training_text(deployment: Deployment) -> str | None:
-    """Returns text on what the classifier will be trained from; None if no classifier is trained."""
+    """Returns a text for the user on what the classifier will be trained from; None if no classifier is trained."""
     if not needs_training(deployment):
         return None
     if installed_encoder() is not None:
@@ -35,8 +35,8 @@ def training_text(deployment: Deployment) -> str | None:
 
 
 def trained_classifier(deployment: Deployment, *, progress: ProgressCallback) -> Artefact:
-    """Trains the classifier and returns it. Takes about a minute with an encoder. Raises ConfigError for exemplars that
-    cannot be used (see `usable_exemplars`)."""
+    """Trains the classifier and returns it. Takes about a minute with an encoder. Raises ConfigError if the experts'
+    exemplars cannot be used, for example because there are too few."""
     given = exemplars_of(deployment)
     encoder = installed_encoder()
     if encoder is None:

@@ -1,4 +1,4 @@
-"""Finds faults and warnings that the config and this machine alone show. Does not ask engines or Slurm."""
+"""Finds faults and warnings that follow from the config and this machine alone. Does not ask engines or Slurm."""
 
 import os
 import shutil
@@ -19,8 +19,8 @@ from hpc_router.routing.features import Features
 
 
 def build_engines(experts: Mapping[str, ExpertConfig]) -> tuple[dict[str, Engine], dict[str, str]]:
-    """Returns the engine of each expert that has jobs, with its options parsed, and the faults of options that are not
-    valid; both by expert."""
+    """Returns, for each expert that has jobs, its engine with parsed options; or, in the second mapping, the fault if
+    an option is not valid."""
     engines, faults = {}, {}
     for name, expert in hosts(experts).items():
         try:
@@ -33,8 +33,8 @@ def build_engines(experts: Mapping[str, ExpertConfig]) -> tuple[dict[str, Engine
 def own_faults(
     deployment: Deployment, *, exemplars: Mapping[str, list[str]], engine_faults: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yields the faults of the deployment. `exemplars`: the exemplars of each expert that has any. `engine_faults`: as
-    returned by `build_engines`."""
+    """Yields the faults of the deployment. `exemplars`: the exemplars of each expert that has any. `engine_faults`:
+    faults of engine options by expert, from `build_engines`."""
     yield from _machine_faults(deployment)
     yield from _policy_faults(deployment, exemplars)
     yield from _variable_faults(deployment)
@@ -59,8 +59,8 @@ def _machine_faults(deployment: Deployment) -> Iterator[str]:
 
 
 def _variable_faults(deployment: Deployment) -> Iterator[str]:
-    """Yields a fault for each environment in the config that sets RUST_FRONTEND. The variable chooses vLLM's HTTP
-    server, whose options `plan` checks only if the engine option `frontend` chooses it."""
+    """Yields a fault for each environment in the config that sets RUST_FRONTEND. This variable chooses vLLM's HTTP
+    server, but `plan` checks that server's options only if the engine option `frontend` chooses it."""
     experts = {name: e for name, e in hosts(deployment.experts).items() if e.engine.kind == "vllm"}
     given = {"cluster.env": deployment.cluster.env} if experts else {}
     for key, env in (given | {f"experts.{name}.engine.env": e.engine.env for name, e in experts.items()}).items():
@@ -82,7 +82,7 @@ def _expert_faults(name: str, expert: ExpertConfig, adapters: Mapping[str, str],
 
 
 def executable(python: str) -> bool:
-    """Returns whether this interpreter can be executed here. `python`: a path, or a name to look up on PATH."""
+    """Returns whether the interpreter `python`, a path or a name on PATH, can be executed on this machine."""
     path = python if "/" in python else shutil.which(python)
     return path is not None and os.access(path, os.X_OK) and Path(path).is_file()
 
@@ -144,8 +144,8 @@ def own_warnings(deployment: Deployment) -> Iterator[str]:
 
 
 def _without_priority(deployment: Deployment) -> Iterator[str]:
-    """Yields a warning about engines that do not order requests by priority, if batch requests are limited so that
-    interactive ones are served first."""
+    """Yields a warning about engines that do not order requests by priority, if the config limits batch requests so
+    that interactive ones are served first."""
     if deployment.router.classes.batch.max_in_flight is None:
         return
     engines, _ = build_engines(deployment.experts)
@@ -156,8 +156,8 @@ def _without_priority(deployment: Deployment) -> Iterator[str]:
 
 
 def _never_chosen(deployment: Deployment) -> Iterator[str]:
-    """Yields a warning about experts that the classifier never chooses. Requires a deployment without faults, because
-    it reads the artefact."""
+    """Yields a warning about experts that the classifier can never choose. Call it only for a deployment without
+    faults, because it reads the artefact."""
     policy = deployment.policy
     if policy.kind != "classifier":
         return
@@ -173,8 +173,8 @@ def _never_chosen(deployment: Deployment) -> Iterator[str]:
 
 
 def _ineffective(deployment: Deployment) -> Iterator[str]:
-    """Yields warnings about keys that have no effect: keys for batch scripts if jobs have no batch script, and
-    `simulate.gpu` if no engine can be simulated."""
+    """Yields warnings about keys that have no effect with the values of other keys, such as `simulate.gpu` if no expert
+    has a vLLM engine, or `cluster.modules` if jobs have no batch script."""
     gpu, engines = deployment.simulate.gpu, [expert.engine for expert in deployment.experts.values()]
     if gpu is not None and not any(engine.options.get("roofline") for engine in engines):
         yield f"simulate.gpu={gpu} has no effect: it replaces vLLM engines, and no expert has one"
@@ -188,7 +188,7 @@ def _ineffective(deployment: Deployment) -> Iterator[str]:
 
 
 def _not_staged(deployment: Deployment) -> Iterator[str]:
-    """Yields warnings about models that are not copied although `cluster.stage_to` is set."""
+    """Yields warnings about models that are not copied to the nodes although `cluster.stage_to` is set."""
     cluster, experts = deployment.cluster, deployment.experts
     if cluster.stage_to is None:
         return

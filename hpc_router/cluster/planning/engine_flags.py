@@ -1,7 +1,7 @@
 """Asks each engine's own interpreter whether it accepts the engine's flags, before a job waits in the queue.
 
-Only a refusal by the argument parser is a fault. If an interpreter cannot be started here, that is a warning, because
-it may work on the node.
+Only a refusal by the engine's argument parser is a fault. If an interpreter cannot be started on this machine, that is
+a warning, because it may work on the node.
 """
 
 import os
@@ -59,15 +59,15 @@ def check_flags(
 
 
 def _without_names(command: list[str], *names: str) -> tuple[str, ...]:
-    """Returns the command with empty words in place of these names. Commands that differ only in names are then equal
-    and checked once."""
+    """Returns the command with an empty word in place of each of `names`. Commands that differ only in names are then
+    equal and checked once."""
     return tuple("" if word in names else word for word in command)
 
 
 def _run(
     command: list[str], engine: Engine, expert: ExpertConfig, cluster: ClusterConfig, place: Place
 ) -> tuple[int, str]:
-    """Runs the command that checks an engine's flags. Returns its exit status and the last line of its output."""
+    """Runs `command`, which checks the engine's flags. Returns its exit status and the last line of its output."""
     environment = engine_environment(engine, expert, place, inherited=os.environ, cluster=cluster)
     environment["TMPDIR"] = os.environ.get("TMPDIR", "/tmp")  # the agent's own folder does not exist yet
     try:

@@ -27,8 +27,8 @@ class Finding:
 
     @property
     def advice(self) -> str | None:
-        """Returns what to do: the fix, else the key to edit, else None. A finding has no `fix` if `what` already names
-        the valid values."""
+        """Returns what the user should do: the fix, else to edit the config key; None if there is neither. A finding
+        has no `fix` if `what` names the valid values."""
         return self.fix or (f"edit {self.key}" if self.key is not None else None)
 
     def to_json(self) -> dict[str, Any]:
@@ -41,13 +41,13 @@ def ok(what: str) -> Finding:
 
 
 def note(what: str, fix: str | None = None, key: str | None = None) -> Finding:
-    """Returns a finding for a consequence of the config that the user should know. The deployment works
-    nevertheless."""
+    """Returns a finding that the user should know about, such as a consequence of the config, although the deployment
+    works."""
     return Finding(Severity.NOTE, what, fix, key)
 
 
 def fault(what: str, fix: str | None = None, key: str | None = None) -> Finding:
-    """Returns a finding for a fault: a part of the deployment will not work."""
+    """Returns a finding that a part of the deployment will not work."""
     return Finding(Severity.FAULT, what, fix, key)
 
 

@@ -1,7 +1,7 @@
 """Plans how each expert and the router hand over at the end of their walltime, for `plan`. Pure.
 
-The mode is the configured one, unless the site cannot run one more replica. Times come from earlier jobs of the run,
-and are unknown if there are none.
+The mode is the configured one, unless the site has no GPUs for one more replica. Times come from earlier jobs of the
+run, and are unknown if there are none.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ from hpc_router.config.walltime import walltime_s
 
 @dataclass(frozen=True, slots=True)
 class HandoverPlan:
-    """How one expert or the router hands over. `gap_s`: seconds without a ready replica at the end of a walltime, if
-    the expert has only one replica. `gpu_minutes`: GPU time for which the old and the new job of a replica overlap.
-    Both are None if no job was measured yet. `why`: the reason for this mode."""
+    """How one expert or the router hands over. `gap_s`: expected seconds without a ready replica at the end of a
+    walltime, if there is only one replica. `gpu_minutes`: GPU time that is used twice while the old and the new job of
+    a replica overlap. Each is None if it is not known. `why`: the reason for this mode."""
 
     expert: str
     mode: HandoverMode
@@ -50,7 +50,8 @@ class HandoverPlan:
 def handover_plans(
     deployment: Deployment, durations: Mapping[str, Durations], site: SlurmSite | None
 ) -> list[HandoverPlan]:
-    """Returns the plans of the router and of all experts with jobs of their own. Empty where jobs have no walltime."""
+    """Returns the plans of the router and of all experts with jobs of their own; no plans if jobs have no walltime.
+    `durations`: measured times by expert. `site`: Slurm's partitions; None if not known."""
     return [
         _plan(deployment, name, policy, durations.get(name), site)
         for name, policy in handover_policies(deployment).items()

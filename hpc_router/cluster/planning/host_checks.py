@@ -52,9 +52,9 @@ def home(folder: Path | None = None) -> CheckResult:
 def proxies(
     cluster: ClusterConfig, *, on_node: bool, environment: Mapping[str, str] = os.environ, own: str | None = None
 ) -> CheckResult:
-    """Checks whether requests to addresses of this host's network would go to a proxy. `own`: this host's address;
-    None: its address on `cluster.fabric`. This package's clients ignore proxies, but curl and most libraries use
-    them."""
+    """Checks whether requests from this host to addresses of its network would go to a proxy. `own`: this host's
+    address; None: its address on `cluster.fabric`. This package's clients ignore proxies, but curl and most libraries
+    use them."""
     values = {**environment, **(cluster.env if on_node else {})}
     lowered = {name.lower(): value for name, value in values.items() if value}
     names = [name for name in _PROXIES if name in lowered]
@@ -80,8 +80,8 @@ def proxies(
 
 
 def _exempts(no_proxy: str, own: str) -> bool:
-    """Returns whether `no_proxy` covers the address `own`. urllib supports names and suffixes; many libraries also
-    support networks."""
+    """Returns whether the variable `no_proxy` exempts the address `own` from the proxy. Accepts names and suffixes, as
+    urllib does, and networks, as many libraries do."""
     if urllib.request.proxy_bypass_environment(own, {"no": no_proxy}):  # type: ignore[attr-defined]
         return True
     for entry in (entry.strip() for entry in no_proxy.split(",")):
@@ -94,7 +94,7 @@ def _exempts(no_proxy: str, own: str) -> bool:
 
 
 def hub_cache(deployment: Deployment, environment: Mapping[str, str] = os.environ) -> CheckResult:
-    """Checks whether models that are hub ids are in the hub's cache. Offline engines need them there."""
+    """Checks whether models that are hub ids are in the hub's cache on this host, where offline engines need them."""
     experts = deployment.experts
     models = {name: expert.model for name, expert in experts.items() if expert.engine.kind != "sim"}
     local = set(local_models(models.values()))

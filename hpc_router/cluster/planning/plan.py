@@ -1,4 +1,4 @@
-"""The plan of a deployment: the commands and batch scripts that `up` would run, and the faults that it can find.
+"""The plan of a deployment: the commands and batch scripts that `up` would run, and the faults that are found before.
 
 `up` makes the plan first and starts nothing if it has faults. All faults are reported at once, each with the key to
 edit. Engines and Slurm are asked only if the config itself has no faults.
@@ -52,7 +52,7 @@ _SECRET: Final = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """The engine's process inside an expert's job. `environment`: variables that are added to the node's own."""
+    """The engine's process inside an expert's job. `environment`: variables in addition to the node's own."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
@@ -85,8 +85,8 @@ class ReplicaPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The jobs that `up` would submit. `jobs`: the batch scripts for sbatch; in an allocation, the scripts that start
-    steps. `warnings`: values that may be unintended, and checks that could not be made."""
+    """The jobs that `up` would submit. `jobs`: the Slurm jobs with their batch scripts; with `cluster=allocation`, the
+    steps. `warnings`: texts about values that may be unintended, and about checks that could not be made."""
 
     deployment: Deployment
     replicas: tuple[ReplicaPlan, ...]
@@ -116,7 +116,7 @@ class Plan:
         }
 
     def alike(self) -> list[list[BatchJob]]:
-        """Returns groups of jobs whose scripts differ only in the names of replicas."""
+        """Returns the jobs in groups. The scripts of a group differ only in the names of replicas."""
         found: dict[str, list[BatchJob]] = {}
         for job in self.jobs:
             script = job.script()
@@ -141,9 +141,9 @@ def script_without_secrets(job: BatchJob) -> str:
 
 
 def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines: bool = True) -> Plan:
-    """Returns the plan. `run`: the run directory; None for a new run. `ask_engines`: whether to make the checks that
-    start programs: the engines' interpreters check flags, and Slurm checks the jobs. Raises ConfigError with one line
-    per fault."""
+    """Returns the plan of the deployment. `run`: the run directory; None for a new run. `ask_engines`: whether to make
+    the checks that start programs: the engines' interpreters check flags, and Slurm checks the jobs. Raises ConfigError
+    with one line per fault."""
     run = run or RunDir(NEW_RUN)
     engines, engine_faults = build_engines(deployment.experts)
     faults = list(own_faults(deployment, exemplars=exemplars_of(deployment), engine_faults=engine_faults))
@@ -174,8 +174,8 @@ def make_plan(deployment: Deployment, *, run: RunDir | None = None, ask_engines:
 
 
 def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
-    """Asks Slurm about its partitions and nodes. Returns the answer and no warnings, or None and a warning if Slurm
-    does not answer."""
+    """Asks Slurm about its partitions and nodes. Returns (answer, no warnings) or, if Slurm does not answer, (None, a
+    warning)."""
     if deployment.cluster.kind != "slurm":
         return None, []
     try:
@@ -187,9 +187,9 @@ def _site(deployment: Deployment) -> tuple[SlurmSite | None, list[str]]:
 def _slurm_faults(
     deployment: Deployment, jobs: tuple[BatchJob, ...], site: SlurmSite | None
 ) -> tuple[list[str], list[str]]:
-    """Returns faults and warnings about the jobs; none on cluster=local. A value that `site` does not allow is a fault
-    only if sbatch refuses the job: a site's submit plugin may choose another partition, and a qos may allow more than
-    the partition."""
+    """Returns faults and warnings about the jobs; none on cluster=local. If `site` does not allow a value, that is a
+    fault only if sbatch refuses the job: a site's submit plugin may choose another partition, and a qos may allow more
+    than the partition."""
     if deployment.cluster.kind == "allocation":
         return _allocation_faults(deployment, jobs)
     if site is None:
@@ -253,14 +253,14 @@ def _absolute_cluster(cluster: ClusterConfig) -> ClusterConfig:
 
 
 def _absolute_bind(bind: str) -> str:
-    """Returns SOURCE[:TARGET[:ro]] with an absolute SOURCE, which is a path outside the container."""
+    """Returns the bind `SOURCE[:TARGET[:ro]]` with an absolute SOURCE, which is a path outside of the container."""
     source, colon, inside = bind.partition(":")
     return _absolute(source) + colon + inside
 
 
 def _interpreter(python: str | None) -> str | None:
-    """Returns the absolute path of an interpreter. Keeps a name without a slash, because the job looks it up on its own
-    PATH."""
+    """Returns the absolute path of an interpreter. Leaves a name without a slash as it is, because the job looks it up
+    on its own PATH."""
     return _absolute(python) if python and "/" in python else python
 
 

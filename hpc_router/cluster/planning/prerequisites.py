@@ -1,7 +1,7 @@
 """Checks of folders, software and Slurm that jobs need. `plan`, `up` and `doctor` use the same list of checks.
 
 `plan` and `up` run the checks on the login node before they submit jobs. `doctor` runs them there and in a job on a
-node. The faults of the checks in BLOCKING end `plan`; those of other checks become warnings.
+node. The faults of the checks in BLOCKING end `plan` and `up`; those of other checks become warnings.
 """
 
 import os
@@ -27,8 +27,8 @@ _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs",
 
 @dataclass(frozen=True, slots=True)
 class CheckedHost:
-    """This host, as the checks see it. `runs`: the run directory; for a new run, the folder of all runs. `on_node`:
-    whether this process runs in a Slurm job."""
+    """The host on which this process runs the checks. `runs`: the run directory; for a new run, the folder of all runs.
+    `on_node`: whether this process runs in a Slurm job."""
 
     deployment: Deployment
     runs: Path
@@ -63,8 +63,8 @@ def _all_texts(result: CheckResult) -> list[str]:
 
 
 def scratch(host: CheckedHost) -> CheckResult:
-    """Checks `cluster.scratch`. The folder is on the nodes, so another machine can check only the length of its
-    path."""
+    """Checks the folder `cluster.scratch`, which is on the nodes. A host that runs no jobs can check only the length of
+    its path."""
 
     def found(folder: Path, *, here: bool) -> str | None:
         return path_error(folder) or (usage_error(folder) if here else None)
@@ -73,7 +73,7 @@ def scratch(host: CheckedHost) -> CheckResult:
 
 
 def staging(host: CheckedHost) -> CheckResult:
-    """Checks `cluster.stage_to`, which the first job on a node creates."""
+    """Checks the folder `cluster.stage_to`, which the first job on a node creates."""
 
     def found(folder: Path, *, here: bool) -> str | None:
         if not folder.is_absolute():
@@ -90,8 +90,8 @@ def staging(host: CheckedHost) -> CheckResult:
 
 
 def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..., str | None]) -> CheckResult:
-    """Checks the folder on the nodes that `key` sets to `value`. `found(folder, here=...)` returns why the folder
-    cannot be used, or None; `here`: whether jobs run on this machine."""
+    """Checks the folder `value` on the nodes, which the config key `key` sets. `found(folder, here=...)` returns why
+    the folder cannot be used, or None; its argument `here` says whether jobs run on this host."""
     if not host.runs_jobs and "$" in value:
         return CheckResult()
     try:
@@ -102,8 +102,8 @@ def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..
 
 
 def run_directory(host: CheckedHost) -> CheckResult:
-    """Checks that Slurm can name log files in the run directory, and that nodes can see it. If the directory is on a
-    local file system, that is only a warning, because a cluster may be one host. The first job shows whether its node
+    """Checks that Slurm can name log files in the run directory, and that nodes can see the directory. A directory on a
+    local file system is only a warning, because a cluster may be one host. The first job then shows whether its node
     sees the directory (FailureReason.RUN_UNSEEN)."""
     runs, kind = host.runs.absolute(), host.cluster.kind
     try:
@@ -129,7 +129,7 @@ def flock_error(folder: Path) -> str | None:
 
 
 def file_system(path: Path) -> str | None:
-    """Returns the type of the file system at a path, which need not exist; None if the type is not known."""
+    """Returns the type of the file system at `path`, which need not exist; None if the type is not known."""
     best: tuple[int, str] | None = None
     try:
         lines = MOUNTS.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -146,8 +146,8 @@ def file_system(path: Path) -> str | None:
 
 
 def software(host: CheckedHost) -> CheckResult:
-    """Checks that modules and the container exist. Inside a job checks only the container, because the job has already
-    loaded its modules."""
+    """Checks that the modules and the container exist. In a job, checks only the container, because the job has loaded
+    its modules."""
     cluster = replace(host.cluster, kind="local") if host.on_node else host.cluster
     faults, warnings = software_faults(cluster)
     of_faults = [fault(text, key=text.partition("=")[0]) for text in faults]
@@ -155,7 +155,7 @@ def software(host: CheckedHost) -> CheckResult:
 
 
 def slurm_settings(host: CheckedHost) -> CheckResult:
-    """Checks Slurm's settings. Returns no findings inside a job, because the settings are the same on every node."""
+    """Checks Slurm's settings, except on a host that runs jobs: nodes have the settings of the login node."""
     return CheckResult() if host.runs_jobs else slurm(host.deployment)
 
 

@@ -1,9 +1,9 @@
 """Selects or creates the run directory of `up`. Two simultaneous `up` commands with equal configs use the same
 directory.
 
-`--run DIR` (or $HPC_ROUTER_RUN) names a run to complete. Without it, `up` completes `runs/latest` if the config of that
+`--run DIR` (or $HPC_ROUTER_RUN) names the run directory. Without it, `up` completes `runs/latest` if the config of that
 run is equal, and otherwise creates a new run. The config of a run is frozen: `up` refuses overrides that differ from
-it, and names their keys.
+it, and names the keys that differ.
 """
 
 import hashlib
@@ -28,25 +28,25 @@ MAX_KEYS_SHOWN: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class RunTarget:
-    """The deployment and run directory of an `up`. `path` is None for a new run below `deployment.runs`."""
+    """The deployment that `up` starts, and its run directory. `path`: None for a new run in `deployment.runs`."""
 
     deployment: Deployment
     path: Path | None
 
     @property
     def run(self) -> RunDir | None:
-        """Returns the run if it exists and has a config, else None."""
+        """Returns the run directory if it exists and has a config, else None."""
         return RunDir(self.path.resolve()) if self.path is not None and (self.path / "config.yaml").exists() else None
 
     @property
     def planned(self) -> RunDir | None:
-        """Returns the run directory, which may not exist yet; None for a new run, whose path below `deployment.runs` is
-        not chosen yet."""
+        """Returns the run directory, even if it does not exist yet; None for a new run in `deployment.runs`, whose name
+        is not chosen yet."""
         return self.run or (RunDir(self.path.absolute()) if self.path is not None else None)
 
     def open(self) -> tuple[RunDir, bool]:
-        """Creates the run directory if necessary and freezes its config. Returns the run, and whether this call created
-        it."""
+        """Creates the run directory if necessary and writes its config, if it has none. Returns the run, and whether
+        this call created it. Raises ConfigError if the run has another config."""
         if self.path is None:
             return _new_run(self.deployment)
         made = not self.path.exists()
@@ -63,9 +63,9 @@ class RunTarget:
 
 
 def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Path | None = None) -> RunTarget:
-    """Returns the target of an `up` with these arguments, without creating anything. `given`: the run directory of
-    `--run`. Raises ConfigError for overrides that are invalid or differ from the run's config, and for a folder that is
-    no run directory."""
+    """Returns the deployment and run directory of an `up` with these arguments, without creating anything. `given`: the
+    directory that `--run` names. Raises ConfigError if overrides are invalid or differ from the run's config, or if the
+    folder is no run directory."""
     named = os.environ.get("HPC_ROUTER_RUN")
     path = given or (Path(named) if named else None)
     if path is not None and (path / "config.yaml").exists():
@@ -84,21 +84,21 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
 
 
 def with_requested(base: Deployment, overrides: Sequence[str], *, config_dir: Path | None = None) -> Deployment:
-    """Returns the deployment that `overrides` request for a run with the config `base`. If they choose a config group,
-    or with `config_dir`, the result is a whole config without values of `base`; `up` requires it to equal `base`.
-    Otherwise the result is `base` with single values changed."""
+    """Returns the deployment that the arguments request for a run whose config is `base`. If an override chooses a file
+    of a config group, or if `config_dir` is given, the result is a new config without values of `base`, and the caller
+    compares the two. Otherwise the result is `base` with single values changed."""
     if config_dir is not None or any(parse_override(text).key_or_group in frozen.GROUPS for text in overrides):
         return with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
     return with_absolute_paths(compose.with_overrides(base, overrides))
 
 
 def freeze(run: RunDir, deployment: Deployment) -> bool:
-    """Writes `config.yaml`. Returns False if the run already has one."""
+    """Writes the run's `config.yaml`. Returns False, and writes nothing, if the file exists."""
     return create_text(run.config, frozen.to_yaml(deployment))
 
 
 def latest_of(runs: Path) -> str | None:
-    """Returns the name of the run to which the link `latest` points; None if there is no such link."""
+    """Returns the name of the run to which the link `latest` in `runs` points; None if there is no such link."""
     try:
         return str((runs / "latest").readlink())
     except OSError:
@@ -106,8 +106,8 @@ def latest_of(runs: Path) -> str | None:
 
 
 def discard(run: RunDir, *, before: str | None) -> None:
-    """Removes a run that could not be started. If `latest` points to it, the link then points to the run `before`, or
-    is removed if that run does not exist."""
+    """Removes a run that could not be started. If the link `latest` points to it, the link is set to the run `before`,
+    or removed if that run does not exist."""
     runs = run.path.parent
     if latest_of(runs) == run.path.name:
         if before is not None and (runs / before).is_dir():
@@ -120,8 +120,8 @@ def discard(run: RunDir, *, before: str | None) -> None:
 
 
 def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
-    """Creates a run and makes it `latest`. If another `up` with an equal config was first, returns the run of that
-    `up`."""
+    """Creates a run and makes it `latest`. Returns the run and True. If another `up` with an equal config was faster,
+    returns the run of that `up` and False."""
     runs, text = Path(deployment.runs), frozen.to_yaml(deployment)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = new_run_path(runs, deployment.name)
@@ -139,8 +139,8 @@ def _new_run(deployment: Deployment) -> tuple[RunDir, bool]:
 
 
 def _claim_latest(run: RunDir, deployment: Deployment, *, digest: str) -> RunDir | None:
-    """Makes `latest` point to the run and returns None. If another `up` with an equal config was first, returns the run
-    of that `up`. `digest`: hash of the config."""
+    """Makes the link `latest` point to the run and returns None. If another `up` with an equal config was faster,
+    returns the run of that `up`. `digest`: hash of the config."""
     claim = run.path.parent / f".new-{digest}"
     while True:
         try:

@@ -30,8 +30,8 @@ _PURGED: Final = 3
 
 
 def slurm(deployment: Deployment) -> CheckResult:
-    """Returns findings from `scontrol show config` and, if Slurm has accounting, from `sacctmgr`. Returns none if Slurm
-    does not answer; `sinfo`, which the callers run as well, shows the reason."""
+    """Returns findings from `scontrol show config` and, if Slurm has accounting, from `sacctmgr`. Returns no findings
+    if Slurm does not answer, because the callers report that themselves."""
     try:
         config = ask_config()
     except SlurmCommandError:
@@ -108,8 +108,8 @@ def _tracking(config: Config) -> Finding:
 
 
 def needed_jobs(deployment: Deployment) -> int:
-    """Returns the number of jobs that the deployment keeps running or in the queue: the router, its standby, and the
-    replicas."""
+    """Returns the number of Slurm jobs that the deployment has at the same time, running or in the queue: those of the
+    router, its standby and the replicas."""
     router = 0 if deployment.router.place == "here" else 1 + deployment.router.standby
     replicas = sum(expert.replicas for expert in hosts(deployment.experts).values())
     return router + -(-replicas // deployment.cluster.replicas_per_job)
@@ -132,8 +132,8 @@ def _ask_limits(deployment: Deployment) -> dict[str, int]:
 
 
 def parse_limits(text: str, columns: Iterable[str], whose: str) -> dict[str, int]:
-    """Returns the limits in the output of sacctmgr: `test|4||6|` gives {"account test: maxsubmit": 4, "account test:
-    grpsubmit": 6} if `whose` is "account". `columns`: names of the output's columns."""
+    """Returns the limits in the output of sacctmgr, whose columns are `columns`. If `whose` is "account", `test|4||6|`
+    gives {"account test: maxsubmit": 4, "account test: grpsubmit": 6}."""
     _, *limits = columns
     return {
         f"{whose} {name}: {limit}": int(value)
@@ -144,7 +144,7 @@ def parse_limits(text: str, columns: Iterable[str], whose: str) -> dict[str, int
 
 
 def limit_findings(limits: Mapping[str, int], needed: int) -> list[Finding]:
-    """Returns findings about the limits that are lower than the `needed` number of jobs."""
+    """Returns findings about the limits that are lower than `needed`, the number of jobs of the deployment."""
     low = [f"{name}={value}" for name, value in limits.items() if value < needed]
     if not low:
         return [ok(f"limits allow the {needed} jobs of the deployment")]

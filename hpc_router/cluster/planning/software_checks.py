@@ -1,4 +1,4 @@
-"""Checks that modules, the container's image and its program exist.
+"""Checks that modules, the container's image and the program that starts containers exist.
 
 The checks run on this machine, which sees the same shared file system as the nodes. A missing program is a warning,
 because the nodes may have it; on cluster=local it is a fault.
@@ -29,7 +29,7 @@ def software_faults(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
 
 
 def is_address(image: str) -> bool:
-    """Returns whether the image is an address from which Apptainer fetches it, rather than a path."""
+    """Returns whether `image` is an address from which Apptainer fetches the image, rather than a path."""
     return _ADDRESS.fullmatch(image) is not None
 
 

@@ -21,8 +21,8 @@ COMPILERS: Final = ("cc", "gcc", "clang")
 
 
 def build_program(program: Program, *, cache: Path | None = None) -> Path:
-    """Returns the path of the compiled program. Compiles it first if the cache lacks it. Raises LaunchError without a
-    working C compiler."""
+    """Returns the path of the compiled program. Compiles it first if the folder `cache` does not have it. Raises
+    LaunchError if there is no working C compiler."""
     source = SOURCES / f"{program}.c"
     content = source.read_bytes() + (SOURCES / "loop.h").read_bytes() + " ".join(FLAGS).encode()
     key = hashlib.sha256(content).hexdigest()[:16]

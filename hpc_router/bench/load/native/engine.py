@@ -20,21 +20,21 @@ NAMES: Final = ("code", "math", "medicine", "law", "generalist")
 
 @dataclass(frozen=True, slots=True)
 class Lateness:
-    """A histogram of the delay of events relative to their schedule. `late[i]` counts delays below 2**(i+1)
-    microseconds."""
+    """A histogram of how late the mock engine sent events. `late[i]` is the number of events that were late by less
+    than 2**(i+1) microseconds, and belong to no earlier bin."""
 
     requests: int
     events: int
     late: tuple[int, ...]
 
     def since(self, before: "Lateness") -> "Lateness":
-        """Returns the counts since `before`, an earlier reading of the same histogram."""
+        """Returns the counts that were added after `before`, an earlier reading of the same histogram."""
         late = tuple(now - then for now, then in zip(self.late, before.late, strict=True))
         return Lateness(self.requests - before.requests, self.events - before.events, late)
 
     def within_ms(self, share: float) -> float:
-        """Returns a delay in milliseconds that this share of the events did not exceed. It is the upper limit of a
-        histogram bin; infinite if beyond the last bin."""
+        """Returns by how many milliseconds at most the share `share` of the events was late. The value is the upper
+        limit of a histogram bin; infinite if it is in the last bin."""
         wanted, seen = share * sum(self.late), 0
         for power, count in enumerate(self.late):
             seen += count
@@ -53,12 +53,12 @@ class MockEngine:
     disconnect_log: Path
 
     def lateness(self) -> Lateness:
-        """Returns the delays of all events so far."""
+        """Returns the histogram of how late all events so far were sent."""
         value = json.loads(self._get("/lateness"))
         return Lateness(value["requests"], value["events"], tuple(value["late"]))
 
     def disconnects(self) -> dict[str, int]:
-        """Returns when connections were closed during the response: name of the request -> CLOCK_MONOTONIC in ns."""
+        """Returns when clients closed connections during a response: name of the request -> CLOCK_MONOTONIC in ns."""
         log = self.disconnect_log
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
         pairs = (line.rpartition(" ") for line in lines)
@@ -76,7 +76,8 @@ class MockEngine:
 
 @contextmanager
 def mock_engine(folder: Path, *, rate: float, socket: Path | None = None) -> Iterator[MockEngine]:
-    """Runs a mock engine on `socket` (None: a port) until the block ends. `rate`: events per second of each stream."""
+    """Runs a mock engine until the block ends, at the unix socket `socket` or, if that is None, at a free port. `rate`:
+    events per second of each stream."""
     disconnect_log = folder / "leaves"
     command = [str(build_program("engine")), "--rate", str(rate), "--leaves", str(disconnect_log)]
     if socket is not None:

@@ -27,9 +27,9 @@ EXIT_TIMEOUT_S: Final = 30.0
 class LoadSpec:
     """The arguments of the load generator. An argument that is None is not passed to the program.
 
-    A closed loop has `seconds` or `count`, and an open loop has `arrivals_s`. `requests`: a file from `write_requests`.
-    With `measure_s`, requests that begin after that time are measured and sent in `order`; all other requests are sent
-    in the order of `others`.
+    With `seconds` or `count`, each of `connections` users waits for a response before its next request; with
+    `arrivals_s`, requests begin at these times. `requests`: a file from `write_requests`. With `measure_s`, requests
+    that begin after that time are measured and sent in `order`; all other requests are sent in the order of `others`.
     """
 
     requests: Path
@@ -55,7 +55,7 @@ class LoadSpec:
     drain_s: float = 30.0
 
     def argv(self, folder: Path) -> list[str]:
-        """Returns the command-line arguments. Writes sequences to files in `folder`, whose paths become arguments."""
+        """Returns the command-line arguments. A sequence is written to a file in `folder`, whose path is passed."""
         options: dict[str, object] = {
             "requests": self.requests,
             "records": folder / "records",
@@ -130,8 +130,8 @@ class Running:
 
 @contextmanager
 def running(spec: LoadSpec, folder: Path) -> Iterator[Running]:
-    """Starts the load, and kills the load generator if it still runs when the block ends. `folder`: a private folder
-    that no other load uses."""
+    """Starts the load and yields it. Kills the load generator if it still runs when the block ends. `folder`: a private
+    folder that no other load uses."""
     if spec.connections > MAX_CONNECTIONS:
         raise LaunchError(
             f"{spec.connections} connections are too many for one load generator (at most {MAX_CONNECTIONS})"

@@ -1,7 +1,7 @@
 """Finds out whether the user's `sbatch.dependency` was met, so that further jobs are submitted without it.
 
-A dependency on other jobs stays met, but Slurm 24.11 and later refuse a dependency on a job that they have forgotten
-(MinJobAge, five minutes). So the dependency is left out as soon as one job of the run has started with it.
+A dependency on other jobs, once met, stays met. But Slurm 24.11 and later refuse a dependency on a job that they have
+forgotten (MinJobAge, five minutes). So further jobs are submitted without it as soon as one has started with it.
 """
 
 from collections.abc import Set
@@ -19,8 +19,8 @@ OPTION: Final = "dependency"
 
 
 def met_dependencies(run: RunDir, deployment: Deployment, wanted: Set[str]) -> Set[str]:
-    """Returns those of the `wanted` dependencies with which a job of this run has started. Reads `jobs/` once, and not
-    at all if `wanted` is empty."""
+    """Returns the dependencies in `wanted` with which a job of this run has started. Reads `jobs/` once, and not at all
+    if `wanted` is empty."""
     if not wanted or not run.jobs.is_dir():
         return set()
     jobs = (JobDir(run, folder.name) for folder in run.jobs.glob("[!.]*"))
@@ -28,7 +28,7 @@ def met_dependencies(run: RunDir, deployment: Deployment, wanted: Set[str]) -> S
 
 
 def _started_with(job: JobDir, deployment: Deployment) -> str | None:
-    """Returns the dependency with which the job has started; None if it had none or has not started."""
+    """Returns the dependency with which `job` was submitted and started; None if it had none or has not started."""
     expert = split_replica(job.replica)[0]
     if expert != ROUTER and expert not in deployment.experts:
         return None

@@ -29,14 +29,15 @@ _REFUSED: Final = re.compile(r"Unable to create step")
 
 @dataclass(frozen=True, slots=True)
 class HeldJob:
-    """The job that the user holds. `ends_at`: Unix seconds; None if the job has no time limit."""
+    """The Slurm job in which `up` runs. `kinds`: its nodes, grouped by their resources. `ends_at`: Unix seconds; None
+    if it has no time limit."""
 
     kinds: tuple[NodeKind, ...]
     ends_at: float | None
 
 
 def ask_held_job(job_id: str) -> HeldJob:
-    """Returns the job as Slurm describes it. Raises SlurmCommandError."""
+    """Returns the job with this id, as `scontrol` describes it. Raises SlurmCommandError."""
     argv = ["scontrol", "--details", "--oneliner", "show", "job", job_id]
     return parse_held_job(run_slurm_command(argv, timeout_s=TIMEOUT_S, environment={"SLURM_TIME_FORMAT": "standard"}))
 
@@ -73,7 +74,7 @@ def count_hosts(hosts: str) -> int:
 
 
 def _count_numbers(ranges: str) -> int:
-    """Returns how many numbers the ranges have: `1-3,7` -> 4."""
+    """Returns how many numbers are in a list of ranges: `1-3,7` -> 4."""
     total = 0
     for each in ranges.split(","):
         first, _, last = each.partition("-")
@@ -88,9 +89,9 @@ def current_step_id(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def step_fault(jobs: Sequence[BatchJob]) -> str | None:
-    """Returns a fault if a step for one of these jobs cannot start beside the step in which this process runs. Returns
-    None if this process runs in no step, or if all those steps can start. Returns None without a test if other steps
-    run in the job, because they may be the replicas. Raises SlurmCommandError."""
+    """Returns a fault if a step for one of these jobs cannot start while this process's own step runs. Returns None if
+    this process runs in no step, or if all those steps can start. Returns None without a test if further steps run in
+    the job, because they may be the replicas. Raises SlurmCommandError."""
     step_id = current_step_id()
     if step_id is None or not jobs:
         return None

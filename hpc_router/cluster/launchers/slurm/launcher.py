@@ -58,7 +58,7 @@ REASONS: Final[Mapping[str, FailureReason]] = {
 
 @dataclass(slots=True)
 class SlurmLauncher:
-    """Submits, observes and ends Slurm jobs. Also observes steps inside jobs of the user (`Runner.STEP`), which it ends
+    """Submits, observes and ends Slurm jobs. Observes steps in a job of the user as well (`Runner.STEP`), and ends them
     one by one."""
 
     run: RunDir
@@ -131,14 +131,14 @@ class SlurmLauncher:
         self._query_soon()
 
     def _completing(self, job_ids: Sequence[str]) -> list[str]:
-        """Returns those jobs that Slurm is cleaning up. It starts a job again whose node did not answer."""
+        """Returns those of the jobs that Slurm is cleaning up. Slurm may start such a job again on another node."""
         snapshot = self.queue.snapshot()
         jobs = snapshot.jobs if snapshot is not None else {}
         return [job_id for job_id in job_ids if job_id in jobs and jobs[job_id].state == "COMPLETING"]
 
     def remaining(self, replicas: Iterable[str]) -> list[str]:
-        """Returns what `Launcher.remaining` returns, and the jobs of this run in Slurm's queue that have no record in
-        `jobs/`. Cancels the latter."""
+        """Returns the ids of the replicas' jobs that hold resources, and of jobs of this run in Slurm's queue that have
+        no record in `jobs/`. Cancels the latter."""
         infos = [info for replica in replicas if (info := JobDir(self.run, replica).info()) is not None]
         jobs = {info.job_id for info in infos if info.runner is Runner.SLURM}
         snapshot = self.queue.snapshot(fresh=True)
@@ -174,7 +174,7 @@ class SlurmLauncher:
         return self.queue.trouble
 
     def _steps_left(self, replicas: Iterable[str]) -> set[str]:
-        """Kills the steps of these replicas that still run in jobs of the user, and returns their ids."""
+        """Kills those steps of the replicas that run in jobs of the user, and returns their ids."""
         steps = {step: info for replica in replicas for step, info in self._steps(replica)}
         held = {info.job_id for info in steps.values() if info.runner is Runner.STEP}
         try:
@@ -193,8 +193,8 @@ class SlurmLauncher:
         return [(f"{info.job_id}.{process.step_id}", info)]
 
     def _cancel_unknown_jobs(self, snapshot: QueueSnapshot) -> None:
-        """Cancels jobs of this run whose submission counts as failed, because sbatch may fail after it has submitted
-        the job."""
+        """Cancels jobs of this run in the queue whose submission counts as failed. Such jobs exist because sbatch may
+        fail after it has submitted a job."""
         if snapshot.asked_at == self._checked_at:
             return
         self._checked_at = snapshot.asked_at
@@ -209,8 +209,8 @@ class SlurmLauncher:
         return {job_id for job_id, queued in held.items() if self._given_up(job_id, queued)}
 
     def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
-        """Returns whether the replica of job `job_id` has ended, or was asked to end, without a record that it runs in
-        this job."""
+        """Returns whether nothing needs job `job_id`: its replica has ended or was asked to end, and no record says
+        that the replica runs in this job."""
         if queued.folder != str(self.run.path) or not queued.name:
             return False
         job = JobDir(self.run, queued.name.partition(":")[0])
@@ -220,8 +220,8 @@ class SlurmLauncher:
         return job.exit() is not None or (stop is not None and stop.cancel_at is not None)
 
     def _purged(self, job: JobRecords, snapshot: QueueSnapshot | None) -> bool:
-        """Returns whether Slurm has forgotten the job: two answers that this process got after it first knew the job do
-        not list it. Timestamps are not compared, because the clocks of two hosts differ."""
+        """Returns whether Slurm has forgotten the job, that is, whether two answers that came after this process first
+        knew the job do not list it. Timestamps are not compared, because the clocks of two hosts differ."""
         info = job.info
         if info is None or info.runner is not Runner.SLURM or snapshot is None:
             return False
@@ -235,7 +235,7 @@ class SlurmLauncher:
         return True
 
     def _end_orphans(self, jobs: Sequence[JobRecords], reports: Mapping[str, JobReport]) -> None:
-        """Kills steps of a shared job whose `srun` was killed, because such steps continue without it."""
+        """Kills the steps in shared jobs whose `srun` was killed, because such steps continue without it."""
         for job in jobs:
             ended = job.ended
             if reports[job.replica].state is not JobState.ENDED or ended is None or ended.status <= 128:
@@ -246,8 +246,8 @@ class SlurmLauncher:
                     _scancel("--signal=KILL", step)
 
     def _targets(self, replicas: Iterable[str]) -> tuple[list[str], list[str]]:
-        """Returns the ids of the jobs, and of the steps in shared jobs, that scancel has to end for these replicas. A
-        shared job in the queue is cancelled when all its replicas were asked to end. If the job starts before that,
+        """Returns the ids of the jobs, and of the steps in shared jobs, that scancel must end for these replicas. A
+        shared job in the queue is cancelled only when all its replicas were asked to end. If it starts before that,
         each replica that was asked to end reads `stop.json` and does not start."""
         whole, steps = set(), []
         for replica in replicas:
@@ -323,8 +323,8 @@ def _state(job: JobRecords, info: JobInfo, snapshot: QueueSnapshot | None, *, st
 
 
 def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
-    """Returns the exit of a job without an exit record, from Slurm's state and from the batch script's record; None if
-    these show no end."""
+    """Returns the exit record of a job that left none, from Slurm's state and the batch script's record; None if these
+    do not show how the job ended."""
     at = ended.at if ended is not None else time.time()
     reason = REASONS.get(queued.state) if queued is not None else None
     if queued is not None and reason is not None:
@@ -344,7 +344,8 @@ def _end(queued: QueuedJob | None, ended: Ended | None) -> Exit | None:
 
 
 def _scancel(*words: str) -> None:
-    """Runs scancel. A failure is only logged: the job may have ended meanwhile, and the next pass repeats the call."""
+    """Runs scancel with these arguments. A failure is only logged, because the job may have ended meanwhile and the
+    next pass repeats the call."""
     try:
         run_slurm_command(["scancel", "--quiet", *words], timeout_s=SCANCEL_TIMEOUT_S)
     except SlurmCommandError as error:

@@ -1,7 +1,7 @@
 """Checks whether the nodes of a site can run a deployment, before anything is submitted. Pure.
 
 Each fault is a line that starts with the config key of the value: the expert's key, or the cluster's. `sbatch_test`
-tests what `sinfo` does not show: accounts, limits of a qos, a site's own rules.
+tests what `sinfo` does not show: accounts, limits of a qos, rules of the site.
 """
 
 import math
@@ -19,8 +19,8 @@ from hpc_router.errors import suggest
 
 
 def configured_at(at: str, resources: ResourceConfig, cluster: ClusterConfig, name: str) -> tuple[str, str | None]:
-    """Returns the config key that sets the option `name`, and its value. The resources, whose key is `at`, take
-    precedence over the cluster. The value is None if neither sets the option."""
+    """Returns the config key that sets the option `name` of a job, and its value, None if it is not set. A value in
+    `resources`, whose key is `at`, takes precedence over one in `cluster`."""
     own, general = getattr(resources, name), getattr(cluster, name)
     if own is not None:
         return f"{at}.{name}", str(own)
@@ -40,14 +40,14 @@ def partition_of(deployment: Deployment, expert: str) -> str:
 
 
 def site_faults(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """Returns a fault for each value that no node of the requested partitions can satisfy, and for unknown
-    partitions."""
+    """Returns a fault for each value that no node of the requested partitions can satisfy, and for each unknown
+    partition."""
     faults = [fault for request in _requests(deployment) for fault in _faults(request, site)]
     return list(dict.fromkeys(faults))
 
 
 def site_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
-    """Returns warnings about jobs that Slurm would accept, but that have to wait for nodes or can never all run."""
+    """Returns warnings about jobs that Slurm would accept, but that must wait for nodes or cannot all run at once."""
     warnings = []
     for request in _requests(deployment):
         for partition in _partitions(request, site):
@@ -77,14 +77,14 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
 
 
 def can_overlap(deployment: Deployment, site: SlurmSite, expert: str) -> bool:
-    """Returns whether the expert's partitions have enough GPUs for all its replicas and one more."""
+    """Returns whether the expert's partitions have enough GPUs for one replica more than configured."""
     config = deployment.experts[expert]
     partitions, available = _gpus_that_fit(deployment, site, expert)
     return not partitions or available >= config.resources.gpus * config.resources.nodes * (config.replicas + 1)
 
 
 def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tuple[list[Partition], int]:
-    """Returns the expert's partitions, and the number of their GPUs on nodes that can run a replica."""
+    """Returns the expert's partitions, and the number of GPUs in them, counting only nodes that can run a replica."""
     request = _Request(*resources_of(deployment, expert), deployment.cluster, 1)
     partitions, gpu_type = _partitions(request, site), request.option("gpu_type")[1]
     kinds = [kind for partition in partitions for kind in partition.kinds if _fits(request, kind)]
@@ -92,8 +92,8 @@ def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tupl
 
 
 def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: str) -> list[str]:
-    """Returns a fault for each resource size that is too large for a step of the job `name`, whose nodes are `kinds`.
-    Slurm would let such a step wait for ever. The router is left out, because its step overlaps with others."""
+    """Returns a fault for each resource size that is too large for a step of the Slurm job `name`, because such a step
+    would wait for ever. `kinds`: the job's nodes. The router is left out, because its step overlaps with others."""
     cluster = replace(deployment.cluster, gpu_type=None, constraint=None)  # srun gets neither
     whole = Partition(name, math.inf, default=False, state="up", kinds=tuple(kinds))
     wanted = {expert: e.replicas for expert, e in hosts(deployment.experts).items() if e.replicas}
@@ -125,8 +125,8 @@ def allocation_faults(deployment: Deployment, kinds: Sequence[NodeKind], name: s
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """The resources that the router or a replica requests. `at`: their config key. `together`: number of replicas that
-    share a job."""
+    """The resources that the router or a replica requests. `at`: the config key of `resources`. `together`: number of
+    replicas that share a job."""
 
     at: str
     resources: ResourceConfig
@@ -134,12 +134,12 @@ class _Request:
     together: int
 
     def option(self, name: str) -> tuple[str, str | None]:
-        """Returns the config key that sets the option `name`, and its value."""
+        """Returns the config key that sets the option `name`, and its value; None if it is not set."""
         return configured_at(self.at, self.resources, self.cluster, name)
 
     def size(self, name: str, unit: str) -> str:
-        """Returns the size `name` as `key=value`. If replicas share a job, the text also has the size of the whole job
-        in `unit`."""
+        """Returns the resource `name` as text `key=value`. If replicas share a job, adds the size that the whole job
+        needs, in `unit`."""
         key, value = f"{self.at}.{name}", getattr(self.resources, name)
         if self.together == 1:
             return f"{key}={value:g}"
@@ -155,7 +155,7 @@ def _requests(deployment: Deployment) -> Iterator[_Request]:
 
 
 def _partition_names(request: _Request, site: SlurmSite) -> list[str]:
-    """Returns the requested partitions, else the default one; empty if there is neither."""
+    """Returns the partitions that are requested, or else the site's default one; empty if there is neither."""
     _, value = request.option("partition")
     return value.split(",") if value is not None else [site.default] if site.default is not None else []
 
@@ -187,8 +187,8 @@ def _request_faults(request: _Request, partitions: Sequence[Partition]) -> Itera
 
 
 def _size_faults(request: _Request, kinds: Sequence[NodeKind], name: str) -> Iterator[str]:
-    """Yields a fault for each resource size that is too large for every kind of node. Checks each size alone. `name`:
-    the partitions, for the text."""
+    """Yields a fault for each resource size that is too large for every kind of node. Does not combine sizes. `name`:
+    the partitions' names, for the text."""
     resources = request.resources
     type_key, gpu_type = request.option("gpu_type")
     most = max((kind.gpus_of(gpu_type) for kind in kinds), default=0)
@@ -222,7 +222,7 @@ def _walltime_faults(request: _Request, partitions: Sequence[Partition], name: s
 
 def _together_faults(request: _Request, partitions: Sequence[Partition], name: str) -> Iterator[str]:
     """Yields a fault if no node has all requested resources at once, or no partition has enough such nodes. `name`: the
-    partitions, for the text."""
+    partitions' names, for the text."""
     resources = request.resources
     fitting = max((sum(k.nodes for k in p.kinds if _fits(request, k)) for p in partitions), default=0)
     total = max((sum(k.nodes for k in p.kinds) for p in partitions), default=0)
@@ -251,6 +251,6 @@ def _memory_mb(request: _Request) -> int:
 
 
 def _features(constraint: str | None) -> list[str]:
-    """Returns the feature names in `a&b`, `[x*2&y*2]` or `a|(b&!c)`."""
+    """Returns the feature names in a constraint such as `a&b`, `[x*2&y*2]` or `a|(b&!c)`."""
     words = re.split(r"[&|,\[\]()]+", constraint or "")
     return [name for word in words if (name := re.sub(r"^!|\*\d+$", "", word))]

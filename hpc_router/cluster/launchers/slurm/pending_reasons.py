@@ -10,8 +10,8 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class PendingReason:
-    """The explanation of Slurm's reason why a job waits. `hopeless`: whether the job will never start with its present
-    options."""
+    """The explanation of why a job waits in Slurm's queue. `hopeless`: whether the job will never start with its
+    present options."""
 
     what: str
     advice: str | None = None
@@ -125,8 +125,8 @@ _RESOURCES: Final = (
 
 
 def explain_pending(reason: str, job_id: str | None = None) -> PendingReason:
-    """Returns the explanation of the reason for waiting, as squeue prints it; an unknown reason is quoted. `job_id` is
-    put into the advice."""
+    """Returns the explanation of `reason`, squeue's text for why a job waits. An unknown reason is quoted. `job_id` is
+    inserted into the advice."""
     text = reason.strip().strip("()")
     word, _, detail = text.partition(",")
     word = "launch_failed_requeued_held" if word.replace(" ", "_") == "launch_failed_requeued_held" else word.strip()
@@ -138,8 +138,8 @@ def explain_pending(reason: str, job_id: str | None = None) -> PendingReason:
 
 
 def _limit(word: str) -> PendingReason | None:
-    """Returns the explanation of a reason that names a limit, from the parts of the name: `QOSMaxGRESPerUser`,
-    `AssocGrpCpuLimit`, `MaxNodePerAccount`. None if `word` names no limit."""
+    """Returns the explanation of a reason that is the name of a limit, such as `QOSMaxGRESPerUser`, `AssocGrpCpuLimit`
+    or `MaxNodePerAccount`, from the parts of the name. Returns None if `word` names no limit."""
     match = _LIMITS.fullmatch(word)
     if match is None:
         return None

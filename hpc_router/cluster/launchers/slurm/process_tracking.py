@@ -22,7 +22,7 @@ def process_tracking() -> str | None:
 
 def signals_note(tracking: str | None = None) -> str | None:
     """Returns a warning if a job's SIGTERM reaches the engine as well as its agent, else None. `tracking`: Slurm's
-    `ProctrackType`; None: Slurm is asked for it."""
+    `ProctrackType`; None: Slurm is asked."""
     if (tracking or process_tracking()) != SIGNALS_DESCENDANTS:
         return None
     return (

@@ -1,8 +1,8 @@
 """Builds batch scripts from job requests. Pure except for `setup_faults`, so that `plan` shows what `up` submits.
 
 A job has one replica. Where a site gives only whole nodes, a job may have several replicas with equal resources. Each
-is then a step with its own share of the node, and starts, ends and is cancelled on its own. The parts that all scripts
-share are in `batch.sh`, which each script sources.
+replica is then a step with its own share of the node, which starts, ends and is cancelled independently. The parts that
+all scripts share are in `batch.sh`, which each script sources.
 """
 
 import math
@@ -28,8 +28,8 @@ _SAME_NAME: Final = ("partition", "account", "qos", "constraint", "reservation",
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """One Slurm job. `command`: what srun runs in each task. `jobid`: the existing job in which the steps run; None for
-    a new job."""
+    """One Slurm job, or the steps to start in an existing job. `command`: what srun runs in each task. `jobid`: id of
+    the existing job; None for a new job."""
 
     run: RunDir
     requests: tuple[JobRequest, ...]
@@ -49,7 +49,7 @@ class BatchJob:
 
     @property
     def folder(self) -> Path:
-        """Returns the folder of the first replica, which has the files of the job."""
+        """Returns the job folder of the first replica, which contains the files of the Slurm job."""
         return self.run.jobs / self.replicas[0]
 
     def options(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class BatchJob:
             yield " \\\n    ".join([f"step {shlex.quote(request.replica)} srun", *words, self._task()])
 
     def step_options(self, request: JobRequest) -> dict[str, Any]:
-        """Returns the options of srun by their long names."""
+        """Returns the options of the srun that starts the replica of `request`, by their long names."""
         options, resources = effective_options(self.cluster, request.resources), request.resources
         folder = _escape_percent(self.run.jobs / request.replica)
         within: dict[str, Any] = {"jobid": self.jobid} if self.jobid else {}
@@ -133,7 +133,7 @@ class BatchJob:
 
 
 def batch_jobs(run: RunDir, deployment: Deployment, requests: Sequence[JobRequest]) -> list[BatchJob]:
-    """Returns the jobs for these requests, in the same order."""
+    """Returns the Slurm jobs for these requests, in the same order. Several replicas may share a job."""
     cluster = deployment.cluster
     return [
         BatchJob(
@@ -148,12 +148,12 @@ def batch_jobs(run: RunDir, deployment: Deployment, requests: Sequence[JobReques
 
 
 def python_of(cluster: ClusterConfig) -> str:
-    """Returns the interpreter that runs the jobs."""
+    """Returns the Python interpreter that runs the jobs' programs."""
     return cluster.python or sys.executable
 
 
 def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobOptions:
-    """Returns the options of one job. An option that its resources do not set is taken from the cluster."""
+    """Returns the Slurm options of a job: those in `resources`; where these set none, those in `cluster`."""
     values: dict[str, Any] = {}
     for item in fields(JobOptions):
         general, own = getattr(cluster, item.name), getattr(resources, item.name)
@@ -162,15 +162,15 @@ def effective_options(cluster: ClusterConfig, resources: ResourceConfig) -> JobO
 
 
 def excluded(cluster: ClusterConfig, request: JobRequest) -> str | None:
-    """Returns the nodes on which this job may not start, joined by commas: those that the config excludes, and those
-    that `request` excludes. Returns None if there are none."""
+    """Returns the nodes on which the job of `request` may not start, joined by commas: those that the config excludes
+    and those in the request. Returns None if there are none."""
     configured = effective_options(cluster, request.resources).exclude
     return ",".join(filter(None, [configured, *request.exclude])) or None
 
 
 def without_job_dependencies(dependency: str) -> str | None:
-    """Returns the parts of a dependency that name no other job, such as `singleton`; None if there are none. These
-    parts apply to every job."""
+    """Returns the parts of a dependency that name no other job, such as `singleton`; None if there are none. Such parts
+    remain when the named jobs have ended."""
     parts = [part for part in dependency.split(",") if not part.strip().lower().startswith("after")]
     return ",".join(parts) or None
 
@@ -183,8 +183,8 @@ def option_words(options: Mapping[str, Any], *, quoted: bool = False) -> list[st
 
 
 def setup_faults(setup: Sequence[str]) -> list[str]:
-    """Returns a fault for each setup line that bash cannot parse: such a line would end the job before it leaves a
-    record. Nothing is executed. If this machine has no /bin/bash, returns none."""
+    """Returns a fault for each setup line that bash cannot parse: such a line would end the job before the job leaves a
+    record. Executes nothing. Returns no faults if this machine has no /bin/bash."""
     faults = []
     for number, line in enumerate(setup):
         # Tested alone, because `} ; {` would be valid in the script, and in the script, because lines may be continued.
@@ -199,8 +199,8 @@ def _guarded(number: int, line: str) -> tuple[str, ...]:
 
 
 def _syntax_fault(text: str) -> str | None:
-    """Returns bash's first syntax error in the text, or None. Bash parses with the option `extglob`, because an earlier
-    line may have set it and it changes the syntax."""
+    """Returns bash's first syntax error in the text; None if there is none. Bash parses with the option `extglob`,
+    which changes the syntax, because an earlier line may have set it."""
     try:
         done = subprocess.run(
             ["/bin/bash", "-O", "extglob", "-n"],
@@ -218,8 +218,8 @@ def _syntax_fault(text: str) -> str | None:
 
 
 def _grouped(requests: Sequence[JobRequest], cluster: ClusterConfig) -> Iterator[list[JobRequest]]:
-    """Yields groups of at most `replicas_per_job` replicas with equal resources. A router, or a replica on several
-    nodes, is a group of its own."""
+    """Yields the requests in groups, one per Slurm job: at most `replicas_per_job` replicas with equal resources. A
+    router, or a replica on several nodes, is a group by itself."""
     open_groups: list[list[JobRequest]] = []
     groups: list[list[JobRequest]] = []
     for request in requests:
@@ -250,5 +250,5 @@ def _gpus(form: str, kind: str | None, count: int) -> dict[str, str]:
 
 
 def _escape_percent(path: Path) -> str:
-    """Returns the path with doubled %-signs, because Slurm expands them in file names."""
+    """Returns the path with each % doubled, because Slurm replaces patterns such as %j in file names."""
     return str(path).replace("%", "%%")

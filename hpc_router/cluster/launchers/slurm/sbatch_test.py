@@ -22,8 +22,8 @@ _NAMES: Final = ("job-name", "output", "chdir")
 
 
 def check_submission(deployment: Deployment, jobs: Sequence[BatchJob]) -> tuple[list[str], list[str]]:
-    """Tests these jobs with sbatch. Returns a fault for each refusal, as one line, and warnings about jobs that were
-    not tested or that Slurm may accept later."""
+    """Tests these jobs with `sbatch --test-only`. Returns a fault for each job that Slurm refuses, and warnings about
+    jobs that were not tested or that Slurm may accept later. Each is one line."""
     faults: dict[str, None] = {}
     shapes = _group_by_shape(jobs)
     warnings = (

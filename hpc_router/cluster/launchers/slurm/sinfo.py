@@ -1,7 +1,7 @@
-"""The partitions of this Slurm and their kinds of nodes, from one `sinfo`. Parsing is pure.
+"""The partitions of this Slurm site and their kinds of nodes, from one call of `sinfo`. Parsing is pure.
 
 The nodes of a partition often differ, so they are grouped by their resources. Sites may leave out GPU types, memory and
-features. Whether a deployment fits is decided in `node_fit`.
+features. `node_fit` decides whether a deployment fits.
 """
 
 import math
@@ -24,8 +24,8 @@ _USABLE: Final = frozenset({"idle", "mix", "alloc", "comp", "resv", "plnd", "mai
 
 @dataclass(frozen=True, slots=True)
 class NodeKind:
-    """Equal nodes of a partition. `nodes`: their number. `gpus`: number per node by GPU type; the type is "" if the
-    site names none."""
+    """Nodes of a partition with equal resources. `nodes`: their number. `gpus`: number of GPUs per node by type; the
+    type is "" if the site names none."""
 
     nodes: int
     cpus: int
@@ -35,7 +35,7 @@ class NodeKind:
     state: str
 
     def gpus_of(self, kind: str | None) -> int:
-        """Returns the number of GPUs of the type `kind` per node; None counts all types."""
+        """Returns the number of GPUs of the type `kind` per node; if `kind` is None, of all types."""
         return sum(self.gpus.values()) if kind is None else self.gpus.get(kind, 0)
 
     @property
@@ -62,7 +62,7 @@ class SlurmSite:
 
 
 def ask_site() -> SlurmSite:
-    """Returns the partitions, from one `sinfo`. Raises SlurmCommandError."""
+    """Returns the site's partitions, from one call of `sinfo`. Raises SlurmCommandError."""
     argv = ["sinfo", "--all", "--noheader", "--exact", f"--format={FORMAT}"]
     return parse_site(run_slurm_command(argv, timeout_s=TIMEOUT_S))
 
@@ -96,8 +96,8 @@ def parse_site(text: str) -> SlurmSite:
 
 
 def parse_gres(text: str) -> dict[str, int]:
-    """Returns the GPUs by type: `gpu:a100:4(S:0-1),gpu:v100:2,nvme:1` -> {"a100": 4, "v100": 2}; without a type: {"":
-    4}."""
+    """Returns the number of GPUs by type: `gpu:a100:4(S:0-1),gpu:v100:2,nvme:1` -> {"a100": 4, "v100": 2}. Without a
+    type, `gpu:4` -> {"": 4}."""
     gpus: dict[str, int] = {}
     for entry in re.sub(r"\([^()]*\)", "", text).split(","):
         name, *words = [word for word in entry.strip().split(":") if word != "no_consume"]

@@ -10,7 +10,7 @@ TIMEOUT_S: Final = 30.0
 
 
 def ask_config() -> dict[str, str]:
-    """Returns the settings by name, without those that have no value. Raises SlurmCommandError."""
+    """Returns the values of Slurm's settings by name, without settings that have no value. Raises SlurmCommandError."""
     return parse_config(run_slurm_command(["scontrol", "show", "config"], timeout_s=TIMEOUT_S))
 
 

@@ -1,8 +1,8 @@
-"""A snapshot of the user's Slurm jobs from one `squeue`, shared by all processes that observe a run.
+"""A snapshot of the user's Slurm jobs from one call of `squeue`, shared by all processes that observe a run.
 
 The snapshot is a file in the run directory, so that the Slurm controller is queried once per `cluster.ask_s`, however
 many loops and verbs there are. A process that finds the snapshot too old creates a lock file and makes the next query;
-verbs may query at once. If the controller does not answer, the last snapshot stays valid.
+a verb that needs the present state queries at once. If the controller does not answer, the last snapshot is used.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ MAX_CLOCK_SKEW_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class QueuedJob:
-    """One job; times are Unix seconds. `starts_at`: Slurm's estimate for a waiting job. The job's `name` and working
-    `folder` identify a job whose id is not recorded."""
+    """One job in Slurm's queue; times are Unix seconds. `starts_at`: Slurm's estimate for a waiting job. `name` and
+    `folder`, the job's working folder, identify a job whose id is not recorded."""
 
     state: str
     node: str | None = None
@@ -51,7 +51,7 @@ class QueueSnapshot:
 
 
 class Queue:
-    """The user's jobs in Slurm's queue, as one run sees them."""
+    """Slurm's queue of the user's jobs, with the snapshot that the processes of one run share."""
 
     def __init__(self, run: RunDir, *, ask_s: float) -> None:
         self._file = run.squeue_json
@@ -101,8 +101,8 @@ class Queue:
 
     @contextlib.contextmanager
     def _asking(self, *, fresh: bool) -> Iterator[bool]:
-        """Yields whether this process may query Slurm now: it holds the lock file, `fresh` is set, or the file cannot
-        be created. Removes a lock file that is older than `ask_s`, because its process has died."""
+        """Yields whether this process may query Slurm now: `fresh` is set, it has created the lock file, or the lock
+        file cannot be created. Removes a lock file that is older than `ask_s`, because its process has died."""
         if fresh:
             yield True
             return
@@ -124,13 +124,13 @@ class Queue:
 
 
 def ask_squeue() -> dict[str, QueuedJob]:
-    """Returns the user's jobs by id, from one `squeue`. Raises SlurmCommandError."""
+    """Returns the user's jobs by id, from one call of `squeue`. Raises SlurmCommandError."""
     argv = ["squeue", "--me", "--states=all", "--noheader", f"--format={_FORMAT}"]
     return parse_squeue(run_slurm_command(argv, timeout_s=TIMEOUT_S, environment={"SLURM_TIME_FORMAT": "standard"}))
 
 
 def running_steps(job_ids: Iterable[str]) -> set[str]:
-    """Returns `JOB.STEP` of each step that runs in these jobs. Raises SlurmCommandError."""
+    """Returns the ids (`JOB.STEP`) of the steps that run in these jobs. Raises SlurmCommandError."""
     argv = ["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={','.join(sorted(set(job_ids)))}"]
     return set(run_slurm_command(argv, timeout_s=TIMEOUT_S).split())
 

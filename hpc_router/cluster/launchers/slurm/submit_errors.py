@@ -1,7 +1,7 @@
 """Maps the error texts of sbatch to the config keys to edit, with advice. Pure.
 
 The texts are those of sbatch and slurmctld, 20.11 to 25.05. A site's submit plugin may print any text, so an unknown
-text is quoted with all requested options. A temporary error means that Slurm cannot answer now: no value is wrong.
+text is quoted with all requested options. With a temporary error, no value is wrong: Slurm is busy or does not answer.
 """
 
 import re
@@ -19,8 +19,8 @@ _SIZES: Final = ("nodes", "gpus", "cpus", "memory_gb")
 
 @dataclass(frozen=True, slots=True)
 class SubmitError:
-    """A known error. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`: whether no
-    value is wrong and Slurm only cannot answer now."""
+    """A known error of sbatch. `keys`: the options and sizes that may be wrong, the most likely first. `temporary`:
+    whether no value is wrong and Slurm cannot accept the job now."""
 
     pattern: re.Pattern[str]
     keys: tuple[str, ...]
@@ -250,7 +250,7 @@ def find(text: str) -> SubmitError | None:
 
 
 def is_temporary(text: str) -> bool:
-    """Returns whether the text says that Slurm cannot accept the job now, but may accept it later."""
+    """Returns whether sbatch's error text says that Slurm cannot accept the job now, but may accept it later."""
     error = find(text)
     return error is not None and error.temporary
 
@@ -263,8 +263,8 @@ def one_line(text: str) -> str:
 
 
 def explain(text: str, deployment: Deployment, expert: str) -> str:
-    """Returns one line: the config keys to edit with their values, the error, the advice. `expert`: whose job was
-    refused; it may be the router."""
+    """Returns one line for the user: the config keys to edit with their values, sbatch's error, and advice. `expert`:
+    the expert (or `router`) whose job was refused."""
     message, error = one_line(text), find(text)
     if error is not None and error.temporary:
         return f"Slurm cannot take it now: {message} ({error.advice})"
@@ -277,7 +277,7 @@ def explain(text: str, deployment: Deployment, expert: str) -> str:
 
 
 def _values(name: str, deployment: Deployment, expert: str) -> list[tuple[str, str, bool]]:
-    """Returns (config key, value, whether it is set) for each config key that gives the option `name` of the expert."""
+    """Returns (config key, value, whether it is set) for each config key that sets the option `name` for `expert`."""
     at, resources = resources_of(deployment, expert)
     if name == "runs":
         return [(name, deployment.runs, True)]

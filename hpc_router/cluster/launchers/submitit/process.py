@@ -1,8 +1,8 @@
 """Submits jobs through submitit, in a process of its own: `python -m hpc_router.cluster.launchers.submitit.process`.
 
 Reads the submissions as JSON from stdin, and writes one JSON line with the result of each job to stdout. The caller
-starts this process in a new session, so that Ctrl-C in a terminal reaches no job. This process writes each `job.json`
-right after the submission, so that the run knows every job even if the caller dies in between.
+starts this process in a new session, so that Ctrl-C in a terminal reaches no job. This process writes a job's
+`job.json` right after its submission, so that the run knows every job even if the caller dies.
 """
 
 import json
@@ -30,7 +30,7 @@ A_YEAR_MIN: Final = 60 * 24 * 365
 
 @dataclass(frozen=True, slots=True)
 class SubmissionResult:
-    """The result of one submission. `error` is None for a job that was submitted."""
+    """The result of one submission. `job_id`: None if the job was not submitted; `error` then says why."""
 
     replicas: list[str]
     job_id: str | None = None
@@ -38,7 +38,7 @@ class SubmissionResult:
 
 
 def submit(submission: Submission) -> SubmissionResult:
-    """Submits one job. If submitit runs the job on this machine, the id of the job is the process id of submitit's
+    """Submits one job and returns the result. For a job on this machine, the job's id is the process id of submitit's
     controller."""
     replicas = list(submission.argv_of)
     if all((stop := job.stop()) is not None and stop.cancel_at is not None for job in submission.jobs):
@@ -81,7 +81,7 @@ def _write_info(submission: Submission, job_id: str) -> None:
 
 
 class _BatchExecutor(submitit.SlurmExecutor):
-    """submitit's Slurm executor, but with the batch script of the submission."""
+    """submitit's Slurm executor, which submits this package's batch script instead of submitit's."""
 
     def __init__(self, folder: Path, script: str) -> None:
         super().__init__(folder)

@@ -1,6 +1,7 @@
-"""The caller's side of submission: hands claimed jobs to `submitit.process`, and records the refusals.
+"""The caller's side of submission: hands claimed jobs to a process that runs `submitit.process`, and records the
+refusals.
 
-submitit takes half a second to import, so it is loaded only in that process.
+submitit takes half a second to import, so only that process imports it.
 """
 
 import json
@@ -51,8 +52,8 @@ def from_json(text: str) -> list[Submission]:
 
 
 def task_command(python: str, folder: Path) -> tuple[str, ...]:
-    """Returns the command of a task of a submitted job. With it submitit loads the pickle in `folder` and calls
-    `job_entry.start`."""
+    """Returns the command of each task of a submitted job. The command makes submitit load the pickle in `folder` and
+    call `job_entry.start`."""
     return (python, "-u", "-m", "submitit.core._submit", str(folder))
 
 
@@ -73,9 +74,9 @@ def submit_all(submissions: Sequence[Submission]) -> dict[str, str | None]:
 
 
 def _run_submitter(text: str, *, environment: Mapping[str, str], timeout_s: float) -> bytes:
-    """Runs the submitting process and returns its stdout. `subprocess.run` would kill the process after Ctrl-C, perhaps
-    between a submission and its record. This function leaves the process running: it finishes its current job, and ends
-    when it cannot write the result to the closed pipe. Raises OSError and SubprocessError."""
+    """Runs the submitting process with `text` as its stdin, and returns its stdout. After Ctrl-C it leaves the process
+    running, which finishes its current job and ends when it cannot write the result to the closed pipe.
+    `subprocess.run` would kill it, perhaps between a submission and its record. Raises OSError and SubprocessError."""
     argv = [sys.executable, "-m", "hpc_router.cluster.launchers.submitit.process"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -93,8 +94,8 @@ def _run_submitter(text: str, *, environment: Mapping[str, str], timeout_s: floa
 
 
 def _results(output: bytes) -> dict[str, str | None]:
-    """Returns the error of each replica, None if its job was submitted, from one JSON line per job. Ignores an
-    incomplete last line, which a stopped process leaves."""
+    """Returns the error of each replica, None if its job was submitted. `output`: one JSON line per job; an incomplete
+    last line, which a stopped process leaves, is ignored."""
     results: dict[str, str | None] = {}
     for line in output.splitlines():
         try:
@@ -108,10 +109,11 @@ def _results(output: bytes) -> dict[str, str | None]:
 def record_refusals(
     run: RunDir, errors: Mapping[str, str | None], exit_for: Callable[[str, str], Exit] | None = None
 ) -> None:
-    """Writes an exit record for each replica in `errors` whose job was not submitted. Then raises LaunchError, unless
-    all these jobs were cancelled before their submission.
+    """Writes an exit record for each replica whose job was not submitted, and then raises LaunchError. Jobs that were
+    cancelled before their submission get a record, but no error is raised for them.
 
-    `exit_for(replica, error)` makes the record of a job that Slurm refused; without it the job counts as crashed.
+    `errors`: error by replica, None if its job was submitted. `exit_for(replica, error)` makes the record of a job that
+    Slurm refused; without it the job counts as crashed.
     """
     refused: dict[str, Exit] = {}
     for replica, error in errors.items():
