@@ -1,7 +1,8 @@
-"""The dashboard: an open page without data, and the stream of overviews that the page fetches with the owner's token.
+"""The dashboard. Anyone can load its page, which contains no data; the page fetches a stream of overviews with the
+owner's token.
 
-The page has no outside assets. Its content security policy allows its own script and style only, and connections to
-this router only, so that nothing in the data can run or leave.
+The page uses no files of other servers. Its content security policy allows only the page's own script and style, and
+connections only to this router, so text in the data cannot run as a script or be sent elsewhere.
 """
 
 import asyncio
@@ -24,8 +25,8 @@ _STREAM_HEAD: Final = b"content-type: application/x-ndjson\r\ncache-control: no-
 
 
 def _hash_of(tag: bytes) -> str:
-    """Returns the hash of the content of the page's only element `tag`, in the form in which the content security
-    policy lists allowed content."""
+    """Returns the hash of the content of the page's only `tag` element, as the content security policy lists it to
+    allow that content."""
     content = _PAGE.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
@@ -48,7 +49,7 @@ _PAGE_HEAD: Final = (
 
 
 def page() -> Response:
-    """Returns the page, which contains nothing of the deployment."""
+    """Returns the response with the dashboard's page, which contains no data of the deployment."""
     return Response(200, _PAGE_HEAD, _PAGE)
 
 
