@@ -1,8 +1,8 @@
-"""Decides whether a request fits into the rest of a replica's walltime. No I/O.
+"""Decides whether a request can end before a replica's walltime does. No I/O.
 
-The expected duration of a request comes from the expert's last responses: its `max_tokens` times the 95th percentile of
-(duration / `max_tokens`), or for a request without `max_tokens` the 95th percentile of the durations. Only experts
-whose replicas have a walltime are measured.
+The expected duration of a request comes from the last responses of its expert. For a request with `max_tokens`, it is
+`max_tokens` times the 95th percentile of (duration / `max_tokens`); otherwise, the 95th percentile of the durations.
+Only experts whose replicas have a walltime are measured.
 """
 
 import time
@@ -38,11 +38,11 @@ class Lifetimes:
     _samples: dict[str, _Samples] = field(default_factory=dict)
 
     def refresh(self, replicas: Collection[Replica], *, now: float) -> None:
-        """Recomputes `expiring`. `now`: Unix seconds. Called about once per second."""
+        """Recomputes `expiring` from `replicas`. `now`: Unix seconds. Called about once per second."""
         self.expiring = frozenset(expert for r in replicas if left_s(r, now) < HORIZON_S for expert in r.record.serves)
 
     def ended(self, expert: str, elapsed_s: float, fields: dict[str, object]) -> None:
-        """Records the duration of a complete response of the expert. `fields`: the request body."""
+        """Records that a complete response of the expert took `elapsed_s` seconds. `fields`: the request body."""
         samples = self._samples.setdefault(expert, _Samples())
         samples.duration_s.append(elapsed_s)
         if tokens := max_tokens_of(fields):

@@ -1,7 +1,8 @@
 """One replica as the router sees it: its routing state, and the requests that hold a reservation on it. No I/O.
 
-The state changes only by `TRANSITIONS`, which has an entry for every state and event. Releasing a `Reservation` twice
-has no effect, so the counters return to zero however a request ends. The choice of a replica is made in `balancing`.
+The state changes only by the table `TRANSITIONS`, which has the next state for every state and event. Releasing a
+`Reservation` twice has no effect, so the counters return to zero however a request ends. `balancing` chooses the
+replica of a request.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ NO_COLUMN: Final = 0
 
 
 class RoutingState(StrEnum):
-    """The state that the replica reported last, or `ejected`. It decides whether the router sends requests
+    """The state that the replica reported last, or `ejected`. The router sends requests only to a ready replica
     (docs/states.md)."""
 
     STARTING = "starting"  # the replica reports that it is not ready yet, or was not probed yet
@@ -39,7 +40,7 @@ class RoutingState(StrEnum):
 
 
 class Event(StrEnum):
-    """A cause of a change of the routing state: a state that the replica reports, or a failure that the router
+    """What changes the routing state of a replica: a state that the replica reports, or a failure that the router
     observed."""
 
     SAYS_STARTING = "says_starting"
@@ -81,8 +82,9 @@ class Replica:
 
     `key`: the bearer token that requests to the replica carry; `models`: the model names that its engine reported;
     `listed_max_model_len`: the context length that an external endpoint lists for its model. `peer_in_flight`: number
-    of requests that the router's other workers have in flight on the replica. Balancing and limits use `load`, the sum
-    over all workers. `engine_load`: as its engine's metrics told last; None: unknown.
+    of requests that the router's other workers have in flight on the replica. Balancing and limits use `load`, the
+    number of requests in flight of all workers. `engine_load`: the load in the engine's own metrics; None if it is
+    unknown.
     """
 
     record: Record
@@ -153,12 +155,13 @@ class Replica:
 
     @property
     def slot_name(self) -> str:
-        """The replica's name without the generation, so that a successor inherits the affinity of its conversations."""
+        """The replica's name without the generation. Affinity uses this name, so that a successor in the same slot gets
+        the conversations of its predecessor."""
         return self.record.replica.rpartition(".")[0]
 
     def model_for(self, expert: str) -> str | None:
-        """Returns the engine's model name for this expert, None if unknown. An endpoint with a single model needs no
-        name in its record."""
+        """Returns the name by which the replica's engine knows the model of this expert; None if it is unknown. If the
+        engine has a single model, the record need not name it."""
         name = self.record.serves.get(expert)
         return name if name is not None or len(self.models) != 1 else self.models[0]
 
@@ -166,7 +169,7 @@ class Replica:
         self.state = TRANSITIONS[self.state, event]
 
     def mark_lost(self) -> None:
-        """Shortens the idle timeout of every request on this replica to `LOST_S`."""
+        """Called when the replica is lost: shortens the idle timeout of every request on it to `LOST_S`."""
         for reservation in tuple(self.reservations):
             reservation.mark_lost()
 
@@ -175,7 +178,7 @@ class Replica:
 
 
 class ReservationOwner(Protocol):
-    """The table that a released reservation is returned to."""
+    """The table that made a reservation, and to which its place returns."""
 
     cells: Cells
 
@@ -184,8 +187,8 @@ class ReservationOwner(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """The place of one request on a replica, acquired for `expert`. On a lost replica, the request's idle timeout is
-    `LOST_S`."""
+    """The place of one request on a replica, acquired for `expert`. Once the replica is lost (`lost`), the request's
+    idle timeout is `LOST_S`."""
 
     replica: Replica
     expert: str
@@ -194,8 +197,8 @@ class Reservation:
     lost: bool = False
 
     def watch(self, idle_timer: IdleTimer) -> None:
-        """Stores the request's idle timer, so that its timeout can be shortened when the replica is lost. If the
-        replica is lost already, shortens it now."""
+        """Stores the timer of the request's idle timeout, so that the timeout can be shortened to `LOST_S` when the
+        replica is lost. If it is lost already, shortens the timeout at once."""
         self.idle_timer = idle_timer
         if self.lost:
             idle_timer.tighten(LOST_S)
@@ -206,7 +209,8 @@ class Reservation:
             self.idle_timer.tighten(LOST_S)
 
     def release(self) -> None:
-        """Returns the place to the table, which offers it to a waiting request. A second call has no effect."""
+        """Gives the place on the replica back to the table, which offers it to a waiting request. A second call has no
+        effect."""
         replica, owner = self.replica, self._owner
         reservations = replica.reservations
         if self in reservations:
@@ -224,14 +228,15 @@ class Reservation:
 
 
 class ClassCounter(Protocol):
-    """The table that counts requests in flight by class."""
+    """The table, as the counter of the requests that each class has in flight."""
 
     def count_class(self, replica: Replica, of: RequestClass, change: int) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
 class ClassReservation(Reservation):
-    """A reservation that counts for its request's class while a class has a limit."""
+    """A reservation that is also counted for its request's class. Used only if the number in flight is limited for a
+    class."""
 
     _counter: ClassCounter = field(kw_only=True)
     _class: RequestClass = field(kw_only=True)
