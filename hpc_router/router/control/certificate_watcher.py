@@ -27,8 +27,8 @@ CHECK_S: Final = 1.0
 
 @dataclass(slots=True)
 class CertificateWatcher:
-    """A watcher that calls `on_change` with a new certificate, in PEM. `certificate`: the present one, from the
-    router's record; with None, the router serves HTTP, and nothing is watched."""
+    """Calls `on_change` with the new certificate, in PEM, when it has been renewed. `certificate`: the present one, as
+    in the router's record; None if the router serves HTTP, so that nothing is watched."""
 
     config: RouterConfig
     certificate: str | None
@@ -39,7 +39,7 @@ class CertificateWatcher:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Checks the files within the block."""
+        """Checks the files repeatedly within the block."""
         if self.certificate is None or self.config.tls_cert is None or self.config.tls_key is None:
             yield
             return
