@@ -33,7 +33,7 @@ class UnfinishedEventError(ValueError):
 
 
 class EventSplitter:
-    """Converts the chunks of a stream to complete events. `tail`: the received part of an incomplete event."""
+    """Turns the chunks of a stream into complete events. `tail`: the received part of an incomplete event."""
 
     tail = b""
 

@@ -1,7 +1,7 @@
 """Relays a response as it arrives: its bytes are neither buffered nor searched.
 
 The agent relays its engine's responses in this way, and `connect` those of the router. An incomplete response must
-never look complete, so the caller aborts the client's connection if the upstream fails within the response.
+never look complete, so the caller must abort the client's connection if the upstream fails within the response.
 """
 
 from collections.abc import Callable

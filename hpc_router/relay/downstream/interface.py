@@ -56,7 +56,7 @@ class Request(ABC):
     """A request of a client, and the methods that send its response.
 
     `path` is decoded; `target` is path and query as received; neither has doubled slashes in the path. `request_id`:
-    the value of `x-request-id`, which is not among the headers, so that heads that differ only in this value share one
+    the value of `x-request-id`. It is not among the headers, so that heads that differ only in this value share one
     `Headers` object. `keep_alive`: whether the connection stays open after the response; a handler may set it to False
     before it responds.
 
@@ -77,13 +77,14 @@ class Request(ABC):
     """Whether nothing was written since a caller set this to True. Each write sets it to False."""
 
     def complete_body(self) -> bytes | None:
-        """Returns the body if all of it has been received, else None; then the handler calls `read`."""
+        """Returns the body if all of it has been received. Otherwise returns None, and the handler must await
+        `read`."""
         return None
 
     @abstractmethod
     async def read(self, *, limit_s: float | None = None) -> bytes:
-        """Waits for the complete body and returns it. Raises BadRequestError or BodyTooLargeError, and
-        RequestTimeoutError after `limit_s` seconds."""
+        """Waits for the complete body and returns it. Raises BadRequestError or BodyTooLargeError if it is not valid,
+        and RequestTimeoutError after `limit_s` seconds."""
 
     def respond(self, status: int, head: bytes, body: bytes) -> None:
         """Sends the complete response of a `PendingResponse`. The arguments are those of `Response`."""
@@ -94,13 +95,13 @@ class Request(ABC):
         raise NotImplementedError
 
     def resume(self) -> None:
-        """Continues a `PendingResponse` in a task."""
+        """Starts the task in which a `PendingResponse` continues."""
         raise NotImplementedError
 
     @abstractmethod
     def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
-        """Sends the head of the response. `length`: length of the body; None if it is unknown, and the body is
-        chunked."""
+        """Sends the head of the response. `length`: length of the body; None if it is unknown: the body is then sent in
+        HTTP chunks."""
 
     @abstractmethod
     def write(self, data: bytes) -> bool:
@@ -109,8 +110,8 @@ class Request(ABC):
 
     @property
     def write_chunk(self) -> Callable[[bytes], bool] | None:
-        """Returns a function like `write` for data that already has the framing of HTTP/1.1 chunks; None if the
-        response is not chunked."""
+        """Returns a function that sends data which is already framed as HTTP/1.1 chunks, and otherwise behaves like
+        `write`. Returns None if the response is not sent in chunks."""
         return None
 
     @abstractmethod
@@ -137,8 +138,8 @@ class PendingResponse:
         raise NotImplementedError
 
     async def run(self) -> Response | None:
-        """Continues the request in a task, like the coroutine of a `Handler`: returns the response or None, and is
-        cancelled when the client disconnects."""
+        """Continues the request in a task. Returns what the coroutine of a `Handler` returns: the response, or None if
+        it was streamed. Is cancelled when the client disconnects."""
         raise NotImplementedError
 
 
@@ -175,6 +176,7 @@ def error_response(
 
 
 def unreadable_response(error: BadRequestError | BodyTooLargeError | RequestTimeoutError, *, path: str) -> Response:
-    """Returns the response to a request whose body `Request.read` could not return because of `error`."""
+    """Returns the response to a request whose body could not be read. `error`: the exception that `Request.read`
+    raised."""
     status, code = next(answer for kind, answer in _UNREADABLE.items() if isinstance(error, kind))
     return error_response(status, kind="invalid_request_error", code=code, message=str(error), path=path)
