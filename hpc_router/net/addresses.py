@@ -1,8 +1,8 @@
-"""Selects the address of this node that services listen on and publish, from `cluster.fabric`.
+"""Finds the address of this node at which its services listen, and which they publish. `cluster.fabric` selects it.
 
-A node has several networks: management, the fabric, containers. The config names the one that experts and routers use,
-as an interface, a network or an address. Without it, the address of the host's name is used, else that of the default
-route.
+A node has several networks: management, the fabric, containers. `cluster.fabric` names the one that experts and routers
+use, as an interface, a network or an address. Without it, the address of the host's name is used, else that of the
+default route.
 """
 
 import ipaddress
@@ -49,8 +49,8 @@ def select_address(fabric: str, have: Interfaces) -> IpAddress:
 
 
 def interface_of(of: str, have: Interfaces | None = None) -> str | None:
-    """Returns the name of the interface with the address `of`; None if no interface has it. `have`: the node's
-    interfaces; None: read them."""
+    """Returns the name of the interface that has the address `of`; None if no interface has it. `have`: the node's
+    interfaces; None: look them up."""
     wanted = ipaddress.ip_address(of)
     known = interfaces() if have is None else have
     return next((name for name, addresses in known.items() if wanted in addresses), None)
@@ -85,9 +85,9 @@ def _network(fabric: str, have: Interfaces) -> ipaddress.IPv4Network | ipaddress
 
 
 def _of_own_name() -> str | None:
-    """Returns the address to which this node's host name resolves; None if that is no address of the node, or a
-    loopback address, as some distributions configure it. Other nodes most likely resolve the name to the same
-    address."""
+    """Returns the address to which this node's host name resolves, since other nodes most likely resolve it to the same
+    one. Returns None if that address is not one of the node's, or a loopback address, as some distributions configure
+    it."""
     try:
         entries = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:

@@ -1,5 +1,5 @@
-"""Environment variables about Slurm jobs: this process's own job, and which of them a started process or job
-inherits."""
+"""The environment variables that Slurm sets for a job: the id of the job that this process runs in, and which variables
+a process or job that it starts must not inherit."""
 
 import os
 from collections.abc import Mapping
