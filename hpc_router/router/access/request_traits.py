@@ -1,5 +1,5 @@
-"""The properties of a request that its user's limits and the scheduling depend on. They are read from its path and
-body, and only where a limit uses them."""
+"""The properties of a request on which its user's limits and the scheduling depend. They are read from the request's
+path and body, and only where a limit needs them."""
 
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
