@@ -1,4 +1,5 @@
-"""Runs one replica of an expert, as a job or by hand: `python -m hpc_router.expert --run DIR --replica math-0.g1`."""
+"""The program of an expert's job, which runs one replica: `python -m hpc_router.expert --run DIR --replica
+math-0.g1`."""
 
 import argparse
 import sys

@@ -1,7 +1,7 @@
 """The run directory: all files of one deployment, in one folder of mode 0700 on the shared file system.
 
-`config.yaml` has the config of the launch; later changes (`scale`, `down`, `set`) go to `desired.json`. Secrets are
-files of mode 0600, created by whichever of `up`, `register` and `launch.router` runs first.
+`config.yaml` has the config of the launch, or of the last `apply`; what `scale`, `down` and `set` change is in
+`desired.json`. Secrets are files of mode 0600, created by whichever of `up`, `register` and `launch.router` runs first.
 """
 
 import contextlib

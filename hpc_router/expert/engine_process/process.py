@@ -27,8 +27,8 @@ KILL_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """The command line of an engine's process, the place where it runs, and the log of its output. The guard removes
-    `place` if the agent dies."""
+    """The command line of an engine's process, the place where it runs, and the log of its output. If the agent dies,
+    the guard removes the folder of `place`."""
 
     argv: Sequence[str]
     environment: Mapping[str, str]
@@ -87,14 +87,15 @@ class EngineProcess:
         return 128 - code
 
     async def failure(self, signs: Sequence[Sign]) -> EngineFailure:
-        """Waits until the process ends. Returns the cause, from its exit status and the `signs` in its last log
-        lines."""
+        """Waits until the process ends. Returns the cause, which follows from its exit status and from log lines that
+        match one of `signs`."""
         status = await self.wait()
         await self._copied()
         return classify(status, self.tail(), signs)
 
     async def stop(self) -> None:
-        """Sends SIGTERM. After the grace time, the guard kills the whole process tree."""
+        """Sends SIGTERM to the engine, and waits for its end. After the grace time, the guard kills the whole process
+        tree."""
         with suppress(ProcessLookupError):
             self._guard.terminate()
         try:
@@ -109,7 +110,8 @@ class EngineProcess:
         self._guard.stdin.close()
 
     async def _copied(self) -> None:
-        """Waits until all output was read, at most OUTPUT_S: a process that outlives the guard keeps the pipe open."""
+        """Waits until all output was read, but at most OUTPUT_S, because a process that outlives the guard keeps the
+        pipe open."""
         await asyncio.wait({self._copying}, timeout=OUTPUT_S)
 
     def tail(self) -> list[str]:

@@ -1,9 +1,9 @@
 """The agent's folder on its node: `<scratch>/hpc-router-<uid>/<random>/`, mode 0700, short enough for a socket path.
 
-All users share the scratch folder, so the parent `hpc-router-<uid>` must be a real folder that we own and that is
-closed to others. If another user has taken its name, the agent's folder is `<scratch>/hpc-router-<uid>-<random>/`.
-`owner.json` names the process that a folder belongs to. The next agent on this host removes the folders of processes
-that have ended.
+All users share the scratch folder, so the parent `hpc-router-<uid>` must be a real folder that this user owns and that
+others cannot access. If another user has taken its name, the agent's folder is `<scratch>/hpc-router-<uid>-<random>/`.
+`owner.json` names the process that a folder belongs to. When an agent starts, it removes the folders of processes on
+its host that have ended.
 """
 
 import logging
@@ -37,7 +37,8 @@ _UNFINISHED_S: Final = 60.0
 
 
 def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster.scratch") -> Path:
-    """Returns the value of `key` with the job's variables replaced. Raises ConfigError for an unset variable."""
+    """Returns the path `folder` with the job's variables replaced by their values. Raises ConfigError for a variable
+    that is not set, and names the config `key` that has the path."""
     try:
         path = Path(Template(folder).substitute({name: value for name, value in environment.items() if value}))
     except KeyError as error:
@@ -48,7 +49,8 @@ def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster
 
 
 def path_error(scratch: Path) -> str | None:
-    """Returns why a socket in this scratch folder would have an unsuitable path; None if its path is suitable."""
+    """Returns why the path of a socket in this scratch folder would be too long or otherwise unusable; None if it is
+    usable."""
     folder = user_folder(scratch) / ("x" * 8)
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         most = len(os.fsencode(scratch)) - (length - MAX_FOLDER_BYTES)
@@ -130,12 +132,13 @@ def _this_process() -> dict[str, Any]:
 
 
 def _pid_namespace() -> str:
-    """Returns the namespace of process ids. Containers may share /tmp without sharing this namespace."""
+    """Returns the id of the namespace in which this process's id is valid. Containers may share /tmp but not this
+    namespace."""
     return str(Path("/proc/self/ns/pid").readlink())
 
 
 def _make_parent(parent: Path) -> bool:
-    """Creates the parent, or closes it to other users. Returns False if another user owns it."""
+    """Creates the folder `parent`, or removes other users' access to it. Returns False if another user owns it."""
     try:
         return make_private(parent)
     except OSError as error:

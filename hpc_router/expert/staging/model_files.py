@@ -1,4 +1,4 @@
-"""The files of a model: selects the files to copy, identifies their content, and finds the SHA-256 recorded for a
+"""The files of a model: which ones are copied, how their content is identified, and which SHA-256 is recorded for a
 file."""
 
 import hashlib
