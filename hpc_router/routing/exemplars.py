@@ -1,8 +1,8 @@
 """Trains an artefact from exemplars, about 20 prompts per expert: one centroid of TF-IDF rows per expert.
 
-In tests with exemplars of one source and prompts of others, no settings were better than these: single terms with
-five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df), which
-nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
+The settings are those of the best results in tests with exemplars of one source and prompts of others: single terms
+with five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df),
+which nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
 exemplars. A term is discriminative if it has a letter and occurs in the exemplars of at most half of the experts,
 rounded up: digits and punctuation alone say nothing of a topic. The training uses neither randomness nor BLAS, so the
 same prompts give the same bits. A generalist fallback expert needs no exemplars and is not part of the artefact.
@@ -70,8 +70,8 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
 
 
 def margin_threshold(margins: Doubles) -> float:
-    """Returns the margin threshold that rejects at most the share `FALSE_REJECTION_RATE` of correctly classified
-    held-out prompts, which have these margins; 0 if there are none."""
+    """Returns the margin threshold below which at most the share `FALSE_REJECTION_RATE` of `margins` lies, the margins
+    of correctly classified held-out prompts; 0 if there are none."""
     return float(np.quantile(margins, FALSE_REJECTION_RATE)) if margins.size else 0.0
 
 
@@ -79,8 +79,8 @@ def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Featur
     """Returns the prompts for the training, by expert in sorted order. Leaves out duplicates and prompts without a
     term.
 
-    Raises ConfigError, with expert and position, for a value that is not text, a prompt of two experts, an expert
-    without a usable prompt, or fewer than two experts.
+    Raises ConfigError, with expert and position, for a value that is not text, a prompt that two experts have, an
+    expert without a usable prompt, or fewer than two experts.
     """
     usable: dict[str, list[str]] = {}
     seen: dict[str, tuple[str, int]] = {}
@@ -120,8 +120,8 @@ def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Featur
 
 
 def _without_texts(counts: TermCounts, removed: Mask) -> TermCounts:
-    """Returns the counts without the entries of the removed texts. Their rows stay, empty, so that the row numbers do
-    not change."""
+    """Returns the counts without the entries of the texts in the mask `removed`. Their rows stay, empty, so that the
+    row numbers do not change."""
     kept = ~removed[counts.text]
     return replace(counts, text=counts.text[kept], term=counts.term[kept], count=counts.count[kept])
 
@@ -154,7 +154,8 @@ def _centroids(counts: TermCounts, idf: Doubles, *, label: Ids, clusters: int) -
 
 
 def _cross_validated(counts: TermCounts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles, Doubles]:
-    """Returns predicted cluster, margin and score of each prompt, from a training without the prompt's fold."""
+    """Returns predicted cluster, margin and score of each prompt, from a training without the fold that contains the
+    prompt."""
     folds = min(counts.texts, MAX_FOLDS)
     fold = np.arange(counts.texts) % folds
     scores = np.zeros((counts.texts, clusters))

@@ -5,7 +5,7 @@ replicas, and it never waits. `select` may return an expert that is not ready; t
 `order`. `explain` makes the same decision without changing the policy's state.
 
 Reasons of a decision: `low_margin`, `out_of_domain` (the probability that the decision is right is too small) and
-`no_known_terms` describe the prompt, whichever expert gets it (the fallback, else the best expert). `unavailable`: the
+`no_known_terms` describe the prompt; the fallback gets it, or without a fallback the best expert. `unavailable`: the
 prompt's cluster has no expert in this deployment, or no expert is ready. `policy`: the prompt had no influence. Only
 the router sets `named` (the request names the expert) and `spilled` (the best expert is busy, so the runner-up gets the
 request).
@@ -43,8 +43,8 @@ _CLASSIFIED: Final = RouteReason.CLASSIFIED  # a global name is faster than a lo
 
 
 class Decision(NamedTuple):
-    """The decision for one prompt. `expert` is None if no expert can take the prompt. `margin`: lead over the expert
-    `runner_up`."""
+    """The decision for one prompt. `expert` is None if no expert can take the prompt. `margin`: by how much the
+    prompt's score exceeds that of the expert `runner_up`."""
 
     expert: str | None
     reason: RouteReason
@@ -54,8 +54,8 @@ class Decision(NamedTuple):
     runner_up: str | None = None
 
     def to_dict(self, *, id: str | int | None) -> dict[str, object]:
-        """Returns the JSON form for `POST /route`, `hpc-router route` and `classify predict`. The keys are fixed,
-        because other programs read them."""
+        """Returns the decision as JSON values for `POST /route`, `hpc-router route` and `classify predict`; `id`: the
+        prompt's id. The keys must not change, because other programs read them."""
         return {
             "id": id,
             "cluster": self.cluster,
@@ -88,8 +88,7 @@ class Policy(Protocol):
 
     @property
     def shadow(self) -> "Policy | None":
-        """The shadow: a second policy that also decides for each prompt, or None. Its decisions are counted and have no
-        other effect."""
+        """The shadow: a second policy, whose decisions for the same prompts are only counted. None without one."""
 
     @property
     def version(self) -> str | None:
@@ -103,7 +102,8 @@ class Policy(Protocol):
         state."""
 
     def order(self, decision: Decision) -> tuple[str, ...]:
-        """Returns the experts to try one after the other: the chosen expert, then its substitutes."""
+        """Returns the experts to try one after the other: the chosen expert, then those that replace it if it is not
+        ready."""
 
     def limited_to(self, experts: Collection[str]) -> "Policy":
         """Returns a policy that chooses in the same way among these experts only."""
@@ -115,11 +115,11 @@ def versions(policy: Policy) -> tuple[str | None, str | None]:
 
 
 class ClassifierPolicy:
-    """A policy that chooses the expert of the prompt's cluster. It chooses the fallback if the margin is low or the
-    cluster has no expert.
+    """A policy that chooses the expert of the prompt's cluster; the fallback if the margin is low or the cluster has no
+    expert.
 
-    With `min_confidence`, it chooses the fallback if the probability that the decision is right is smaller, whatever
-    the margin is. Raises ConfigError if the artefact has no calibration.
+    With `min_confidence`, the margin does not decide: the fallback is chosen if the decision is right with a smaller
+    probability than that. Raises ConfigError if the artefact then has no calibration.
     """
 
     weighs_load = False
@@ -298,8 +298,8 @@ def _log_odds(probability: float) -> float:
 
 
 def _next(names: list[str], *, after: str) -> str | None:
-    """Returns the first of the sorted names that is greater than `after`, else the first name; None if there are no
-    names."""
+    """Returns the first of the sorted `names` that comes after the name `after`; the first name if none does; None if
+    there are no names."""
     return next((name for name in names if name > after), names[0] if names else None)
 
 

@@ -43,7 +43,7 @@ def installed_encoder() -> Path | None:
 
 
 class Teacher(Protocol):
-    """The methods of an encoder that the training of a student needs."""
+    """What the training of a `student` needs of an encoder."""
 
     def words(self) -> list[str]:
         """Returns the whole words of the encoder's vocabulary, sorted."""

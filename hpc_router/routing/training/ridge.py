@@ -1,7 +1,8 @@
 """Ridge regression from the TF-IDF rows of prompts to their labels: the feature space of `exemplars` with `lexical`.
 
-The vector of a prompt is its label, one-hot, and the regression predicts it from words, symbols, prefixes and pairs of
-words. The strength of the regularisation comes from cross-validation over the prompts.
+The vector of a prompt has a dimension per label: 1 for its own label, 0 for the others. The regression predicts it from
+words, symbols, prefixes and pairs of words. The strength of the regularisation comes from cross-validation over the
+prompts.
 """
 
 from collections.abc import Sequence
@@ -38,9 +39,9 @@ class RidgeSpace:
     dimensions: Floats | None = None
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns terms x directions: weights whose sum over a prompt's terms predicts, up to a constant per direction,
-        the scalar product of the direction and the prompt's label vector. `held_out`: prompts without influence on the
-        weights."""
+        """Returns weights, terms x directions. Their sum over a prompt's terms predicts the scalar product of the
+        direction and the prompt's label vector, except for a constant per direction. `held_out`: mask of prompts
+        without influence on the weights."""
         weight = self.weight if held_out is None else np.where(held_out, 0.0, self.weight)
         solution = _solution(self.rows, self.vectors @ directions.T, weight, strength=self.strength)
         return (solution * self.idf[:, None]).astype(np.float32)
@@ -77,7 +78,7 @@ def random_folds(count: int, *, seed: int) -> Ids:
 
 def held_out_predictions(rows: Any, vectors: Floats, weight: Doubles, fold: Ids, *, strength: float) -> Floats:
     """Returns a predicted vector for each prompt (prompts x dimensions), from the regression over the prompts of all
-    other folds. Predictions of one fold lack a constant per dimension, because the targets are centred."""
+    other folds. Within a fold, a constant is missing in each dimension, because the targets are centred."""
     rows = rows.tocsr()
     predicted = np.zeros_like(vectors)
     for number in np.unique(fold):

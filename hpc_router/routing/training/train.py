@@ -81,7 +81,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
-    """Decisions on labelled prompts that the training did not see: one entry per prompt in each field."""
+    """Decisions on labelled prompts that were not in the training. Each field has one entry per prompt."""
 
     margins: Doubles
     scores: Doubles
@@ -91,7 +91,7 @@ class Decisions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSet:
     """What a training learns from. `left_out`: number of rows of the file that are not in `rows`. `validation`:
-    labelled prompts of other sources, which only show how certain the decisions are."""
+    labelled prompts of other sources, from which only the calibration and the margin threshold learn."""
 
     rows: Sequence[Row]
     left_out: int = 0
@@ -121,8 +121,8 @@ def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
 
 
 def _validation_rows(config: TrainConfig, rows: Sequence[Row]) -> list[Row]:
-    """Returns the labelled rows of the validation file whose prompts are not among the training `rows`; none without
-    such a file. Raises ConfigError."""
+    """Returns the labelled rows of the validation file, without prompts that are in `rows`, the training rows; none if
+    there is no such file. Raises ConfigError."""
     if config.validation is None:
         return []
     path = Path(config.validation)
@@ -215,8 +215,8 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
 
 
 def _confidence(artefact: Artefact, held_out: Decisions, validation: Sequence[Row]) -> tuple[float, Calibration | None]:
-    """Returns margin threshold and calibration, from the held-out decisions on the training's sources and from the
-    decisions on the prompts in `validation`, which have other sources. Both groups have the same total weight."""
+    """Returns margin threshold and calibration. They come from two groups of decisions with the same total weight:
+    `held_out`, on the training's sources, and those on the prompts in `validation`, which have other sources."""
     threshold = margin_threshold(held_out.margins[held_out.right])
     if not validation:
         return threshold, calibrate(held_out.margins, held_out.scores, held_out.right)
@@ -308,7 +308,7 @@ class _Clusters:
 
 
 def _clustered(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> _Clusters:
-    """Returns the clusters, in the space of the configured features. Raises ConfigError."""
+    """Returns the clusters of the configured method, in the configured feature space. Raises ConfigError."""
     try:
         if config.method == "exemplars":
             return _labels(config, given, progress)
@@ -440,8 +440,8 @@ def _discriminative(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
 def _cross_validated(
     config: TrainConfig, trained: _Clusters, texts: Sequence[str], progress: ProgressCallback
 ) -> tuple[Ids, Ids, Doubles, Doubles]:
-    """Returns the row numbers of held-out prompts, their predicted clusters, their margins (lead over the best other
-    cluster), and their scores.
+    """Returns the row numbers of held-out prompts, their predicted clusters, their margins (difference to the score of
+    the best other cluster), and their scores.
 
     Each fold is classified by a training without it. A cluster whose prompts are all held out keeps its direction.
     """
