@@ -1,4 +1,4 @@
-"""A parsed request in one form for every API. Parsing returns it, and the simulation takes it as input."""
+"""The forms of a parsed request, the same for every API. Parsing returns them, and the simulation gets them."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -92,7 +92,7 @@ class TokenSchedule(Protocol):
 
 class LatencySchedule:
     """A token schedule from a latency model. `factor` multiplies every latency. `blocks`: the cache blocks of the
-    request. The request never waits for a free block; its tokens without a block are not cached."""
+    request. If no block is free, the request does not wait for one; its further tokens are then not cached."""
 
     def __init__(self, latency: LatencyModel, *, clock: Clock, factor: float, blocks: SequenceBlocks) -> None:
         self._latency, self._clock, self._factor, self._blocks = latency, clock, factor, blocks

@@ -34,7 +34,7 @@ class RequestFields:
         return value
 
     def flag(self, key: str) -> bool:
-        """Returns the truth value of the field `key`. As in vLLM, it may be written as a number or a word."""
+        """Returns the field `key` as a truth value. As in vLLM, it may be given as a number or a word."""
         value = self._body.get(key)
         if isinstance(value, str):
             value = _WORDS.get(value.lower(), value)

@@ -158,15 +158,15 @@ def _model_name(model: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class SequenceStep:
-    """The work of one sequence in a step: `new` tokens after a context of `context` tokens."""
+    """What one sequence computes in a step: `new` tokens, which follow `context` tokens."""
 
     new: int
     context: int
 
 
 class RooflineEngine:
-    """The prediction for one replica: a model in one precision on a number of GPUs. Raises ConfigError if the model
-    does not fit."""
+    """Predicts step durations for one replica: a model in one precision on a number of GPUs. Raises ConfigError if the
+    model does not fit."""
 
     def __init__(self, options: Roofline) -> None:
         if options.gpu not in GPUS:
@@ -187,8 +187,8 @@ class RooflineEngine:
         self.kv_tokens = self._kv_tokens()
 
     def _kv_tokens(self) -> int:
-        """Returns the number of context tokens that fit on all GPUs in addition to the weights. The weights of the
-        embedding and the output layer are stored once, not once per GPU."""
+        """Returns the number of context tokens that fit into the GPUs' memory beside the weights. The embedding and the
+        output layer take memory once, not once per GPU."""
         gpus = self.tp * self.pp
         weights = self.linear_bytes + 2 * self.output_bytes
         free = gpus * (self.gpu.memory_gb * GB * MEMORY_USED - ACTIVATIONS_GB * GB) - weights

@@ -17,8 +17,8 @@ _DIMENSIONS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """A request to score pairs of a query and a document. `top_n`: number of results of a rerank, 0 for all; None for a
-    request that is not a rerank."""
+    """A request to score pairs of a query and a document. `top_n`: number of results of a request to `/rerank`, 0 for
+    all; None for a request to `/score`."""
 
     model: str | None
     pairs: tuple[tuple[str, str], ...]

@@ -1,8 +1,9 @@
-"""Serves an admitted request until its last byte: waits for each token, injects the fault, counts, and sends.
+"""Serves an admitted request until its last byte: waits for each token, counts it, sends it, and injects the request's
+fault.
 
 Streams and bodies share `RunningRequest.step`. When it returns, either token k was produced, or the fault due at k was
-injected instead. As in vLLM, a body is sent only after its last token. When the engine stops, a response ends regularly
-after the tokens that it has, with the finish reason `abort`, as in vLLM.
+injected instead. A body is sent only after its last token, as in vLLM. When the engine stops, a response ends regularly
+after the tokens that it has, with the finish reason `abort`, again as in vLLM.
 """
 
 from collections.abc import Callable, Sequence
@@ -124,7 +125,7 @@ def _steps(choices: Sequence[Choice]) -> int:
 
 
 def _unfinished(choices: Sequence[Choice], k: int) -> int:
-    """Returns the number of choices that have a token k."""
+    """Returns how many of the choices have a token with the number k."""
     return sum(k < choice.completion.tokens for choice in choices)
 
 
