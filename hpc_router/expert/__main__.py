@@ -1,5 +1,4 @@
-"""The program of an expert's job, which runs one replica: `python -m hpc_router.expert --run DIR --replica
-math-0.g1`."""
+"""Runs one replica of an expert, as a job or by hand: `python -m hpc_router.expert --run DIR --replica math-0.g1`."""
 
 import argparse
 import sys

@@ -1,5 +1,4 @@
-"""The main program of a replica's job, from binding its port to writing its exit record. Start reading at
-`Agent._serve_job`.
+"""The main program of a replica's job, from its port to its exit record. Start reading at `Agent._serve_job`.
 
 The agent listens, publishes its record, starts the engine, and serves until it is drained, the replica is removed, or
 the engine fails permanently; then it releases everything in reverse order. One thread writes the files, so that a
@@ -57,8 +56,7 @@ _MIB: Final = 2**20
 
 
 class Agent:
-    """Runs a replica's job. `run` returns when the job is over. `drain` can be called at any time and more than
-    once."""
+    """Runs a replica's job. `run` returns when the job is over. `drain` can be called at any time, also repeatedly."""
 
     def __init__(
         self, run: RunDir, replica: str, deployment: Deployment, *, files: FileThread, environment: Mapping[str, str]

@@ -1,5 +1,4 @@
-"""Keeps one engine running: starts it, waits until it serves, waits for its end, finds out the cause, and starts it
-again.
+"""Keeps one engine running: starts it, waits until it serves, waits for its end, finds the cause, and starts it again.
 
 It reports every step to one observer. It returns when starting the engine again cannot help. Cancelling it ends the
 engine. It does not handle requests.

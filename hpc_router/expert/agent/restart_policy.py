@@ -1,5 +1,4 @@
-"""Decides whether and when a failed engine is started again. It has no clock and no random numbers of its own; the
-caller passes them."""
+"""Decides whether and when a failed engine is started again. Callers pass the times and a random number."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -24,8 +23,8 @@ class RestartPolicy:
         """Returns the seconds to wait before the next start: 1, 2, 4, ...; None if the engine is not started again.
 
         `ready_s`: seconds for which the engine was ready; if at least STABLE_S, the wait is 1 again. `chance`: random
-        number from 0 to 1, which shortens the wait by up to a half, so that replicas that failed together do not start
-        together.
+        number from 0 to 1 that shortens the wait by up to a half, so that replicas do not start together after a common
+        failure.
         """
         if reason in PERMANENT:
             return None

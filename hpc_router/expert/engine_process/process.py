@@ -94,8 +94,7 @@ class EngineProcess:
         return classify(status, self.tail(), signs)
 
     async def stop(self) -> None:
-        """Sends SIGTERM to the engine, and waits for its end. After the grace time, the guard kills the whole process
-        tree."""
+        """Sends SIGTERM and waits for the engine's end. The guard kills the whole process tree after the grace time."""
         with suppress(ProcessLookupError):
             self._guard.terminate()
         try:
@@ -110,8 +109,7 @@ class EngineProcess:
         self._guard.stdin.close()
 
     async def _copied(self) -> None:
-        """Waits until all output was read, but at most OUTPUT_S, because a process that outlives the guard keeps the
-        pipe open."""
+        """Waits until all output was read, at most OUTPUT_S: a process that outlives the guard keeps the pipe open."""
         await asyncio.wait({self._copying}, timeout=OUTPUT_S)
 
     def tail(self) -> list[str]:

@@ -49,8 +49,7 @@ def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster
 
 
 def path_error(scratch: Path) -> str | None:
-    """Returns why the path of a socket in this scratch folder would be too long or otherwise unusable; None if it is
-    usable."""
+    """Returns why a socket's path in this scratch folder would be too long or not absolute; None if it is usable."""
     folder = user_folder(scratch) / ("x" * 8)
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         most = len(os.fsencode(scratch)) - (length - MAX_FOLDER_BYTES)
@@ -132,8 +131,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _pid_namespace() -> str:
-    """Returns the id of the namespace in which this process's id is valid. Containers may share /tmp but not this
-    namespace."""
+    """Returns the id of the namespace of process ids. Containers may share /tmp without sharing this namespace."""
     return str(Path("/proc/self/ns/pid").readlink())
 
 

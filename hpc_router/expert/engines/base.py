@@ -258,8 +258,7 @@ def flag_name(name: str) -> str:
 
 
 def orders_by_priority(extra: Mapping[str, Any]) -> bool:
-    """Returns whether vLLM or the simulated engine, started with the options `extra`, serves requests in the order of
-    their `priority`."""
+    """Returns whether vLLM or the simulated engine, with the options `extra`, orders requests by their `priority`."""
     return {flag_name(name): value for name, value in extra.items()}.get("scheduling-policy") == "priority"
 
 

@@ -118,8 +118,7 @@ class RankGroup:
         return all(last.action is Action.STOP or self._is_silent(rank, now=now) for rank, last in self._reports.items())
 
     def missing_rank(self) -> EngineFailure | None:
-        """Returns a failure that names a rank which was lost before it received the order to stop; None if there is
-        none."""
+        """Returns a failure that names a rank which was lost before it got the order to stop; None if no rank was."""
         for rank, last in self._reports.items():
             if last.action is not Action.STOP:
                 return EngineFailure(

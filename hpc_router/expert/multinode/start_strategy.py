@@ -112,8 +112,7 @@ class MultiNodeLeader:
 
     async def stop_ranks(self) -> EngineFailure | None:
         """Orders all ranks to stop, and waits until they have the order, for at most STOP_BEATS. Returns the failure of
-        a rank that was lost before it got the order, because its loss may be why Slurm has ended this job; else
-        None."""
+        a rank that was lost before that (else None), because its loss may be why Slurm has ended this job."""
         self.group.stop()
         deadline = self.clock() + STOP_BEATS * self.beat_s
         while not self.group.all_stopped(now=self.clock()) and self.clock() < deadline:

@@ -161,8 +161,8 @@ class NodeDisk:
         raise StagingError(f"no room for {size / GB:.1f} GB: {lack}")
 
     def _lack(self, size: int) -> str | None:
-        """Returns why another `size` bytes do not fit; None if they do. A copy in progress counts with the size that it
-        will have."""
+        """Returns why another `size` bytes do not fit; None if they do. A copy in progress counts with its final
+        size."""
         parts = {folder: _manifest(folder).get("bytes", 0) for folder in self._folders(_PART)}
         copies = sum(_manifest(folder).get("bytes", 0) for folder in self._folders(_MODEL)) + sum(parts.values())
         if self.limit is not None and copies + size > self.limit:
