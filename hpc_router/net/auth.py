@@ -22,8 +22,7 @@ def replica_key(secret: str, nonce: str) -> str:
 
 
 def challenge_answer(key: str, challenge: str) -> str:
-    """Returns the answer to a challenge, in hex: its HMAC with `key`, which proves that the sender has the replica's
-    key."""
+    """Returns the answer to a challenge, in hex: its HMAC with `key`, which proves that the sender has the key."""
     return hmac.new(key.encode(), b"challenge:" + challenge.encode(), hashlib.sha256).hexdigest()
 
 

@@ -68,8 +68,7 @@ async def call(
 
 
 def tls_option(certificate: str | None) -> ssl.SSLContext | bool:
-    """Returns the `ssl` argument for aiohttp's requests; `certificate` as in `call`. Raises ValueError if it is not
-    one."""
+    """Returns the `ssl` argument of aiohttp's requests. Raises ValueError if `certificate` (see `call`) is not one."""
     return True if certificate is None else client_context(certificate)
 
 
