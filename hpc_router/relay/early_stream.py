@@ -36,8 +36,7 @@ class EarlyStream:
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._ping)
 
     def say(self, text: str) -> None:
-        """Sends `text` as a comment, unless it is the same text as last time. Sends the head first if that has not been
-        sent."""
+        """Sends `text` as a comment, unless it is the same as last time. Sends the head first if necessary."""
         if text != self._said:
             self._said = text
             self._send(b": %b\n\n" % text.encode())
@@ -48,9 +47,8 @@ class EarlyStream:
             self._timer.cancel()
 
     def end_with(self, response: Response, api_format: ApiFormat) -> None:
-        """Ends the started stream with an error event. The error is the one in `response`, which is a complete response
-        in the format `api_format`; if that is a success, the error says that it is no stream. Raises
-        DownstreamGoneError."""
+        """Ends the started stream with an error event: the error in `response`, a complete response in the format
+        `api_format`. If that is a success, the error is that it is no stream. Raises DownstreamGoneError."""
         self._request.write(api_format.error_event(_error_in(response)))
 
     def _ping(self) -> None:

@@ -133,8 +133,7 @@ def _limited(name: bytes, value: bytes) -> bytes:
 
 
 def lines(fields: Mapping[str, str]) -> bytes:
-    """Returns these fields as header lines. Raises ValueError if one has a control character that would end its
-    line."""
+    """Returns these fields as header lines. Raises ValueError for a control character that would end a line."""
     text = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
     if not text.count("\n") == text.count("\r") == len(fields) or "\0" in text:
         raise ValueError("a control character in a header")

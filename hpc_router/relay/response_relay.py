@@ -158,7 +158,7 @@ class ResponseRelay:
 
 
 class _BufferedBody:
-    """A sink that buffers a body of up to `buffer_bytes` bytes. A longer body is sent to the client, which commits the
+    """A sink that buffers up to `buffer_bytes` bytes. A longer body is sent to the client, which commits the
     response."""
 
     def __init__(self, request: Request, status: int, head: bytes, limits: RelayLimits, *, buffer_bytes: int) -> None:

@@ -46,8 +46,7 @@ class StreamSummary:
     usage: Usage | None = None
 
     def add(self, events: bytes) -> None:
-        """Counts events that are written to the client. `events`: their bytes, with or without the framing of HTTP
-        chunks."""
+        """Counts events that are written to the client; their bytes may have the framing of HTTP chunks."""
         if self.unread:
             self.generated()
         self.chunks += events.count(self.delta_mark)

@@ -168,8 +168,7 @@ class ClientConnection(asyncio.Protocol):
         return waiter
 
     def write(self, data: bytes) -> bool:
-        """Sends `data`. Returns False if the caller must call `drain` before it writes more. Raises
-        DownstreamGoneError."""
+        """Sends `data`. Returns False if `drain` must be called before the next `write`. Raises DownstreamGoneError."""
         transport = self._transport
         if transport is None or transport.is_closing():
             raise DownstreamGoneError("the client has gone")

@@ -41,8 +41,7 @@ class CrossOrigin:
         return _VARY + _allowing(origin) if origin in self.origins else _VARY
 
     def is_preflight(self, method: str, headers: Headers) -> bool:
-        """Returns whether CORS is on and the request is a preflight, by which a browser asks before it sends a page's
-        request."""
+        """Returns whether CORS is on and the request is a preflight, which a browser sends before a page's request."""
         return bool(self.origins) and method == "OPTIONS" and _REQUEST_METHOD in headers
 
     def preflight_lines(self, headers: Headers) -> bytes | None:

@@ -77,8 +77,7 @@ class Request(ABC):
     """Whether nothing was written since a caller set this to True. Each write sets it to False."""
 
     def complete_body(self) -> bytes | None:
-        """Returns the body if all of it has been received. Otherwise returns None, and the handler must await
-        `read`."""
+        """Returns the body if all of it has been received. If it returns None, the handler must await `read`."""
         return None
 
     @abstractmethod
@@ -176,7 +175,6 @@ def error_response(
 
 
 def unreadable_response(error: BadRequestError | BodyTooLargeError | RequestTimeoutError, *, path: str) -> Response:
-    """Returns the response to a request whose body could not be read. `error`: the exception that `Request.read`
-    raised."""
+    """Returns the response to a request whose body could not be read. `error`: what `Request.read` has raised."""
     status, code = next(answer for kind, answer in _UNREADABLE.items() if isinstance(error, kind))
     return error_response(status, kind="invalid_request_error", code=code, message=str(error), path=path)

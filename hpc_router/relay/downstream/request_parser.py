@@ -62,8 +62,7 @@ class RequestHead:
 
 
 class ParsedRequest:
-    """One request, of which the body may not be received completely yet. `failure`: why it never will be; None
-    otherwise."""
+    """One request, whose body may not be complete yet. `failure`: why it never will be; None otherwise."""
 
     __slots__ = (
         "chunks", "complete", "failure", "head", "headers", "keep_alive", "method", "path", "query", "request_id",
@@ -168,8 +167,7 @@ class RequestParser(Generic[R]):
         self.parse(b"%b%b\r\n%b" % (line, b"".join(fields), rest))
 
     def _refuse(self, refusal: RefusedError) -> None:
-        """Ends a request whose body is being received with the error `refusal`. If there is no such request, raises
-        `refusal`."""
+        """Ends the request whose body is being received with an error. If there is none, raises `refusal`."""
         self._ended = True
         if self._current is None:
             raise refusal

@@ -33,9 +33,8 @@ class Connections(Protocol):
 
 
 class AwaitedExchange(asyncio.Protocol):
-    """A connection whose exchanges (request and response) a task awaits. For each exchange, the task calls `begin`,
-    `send` and `wait_for_head`; then `stream_to`, or `chunk` until it returns nothing; and at the end
-    `Connection.end`."""
+    """A connection whose exchanges (request and response) a task awaits. In each, the task calls `begin`, `send` and
+    `wait_for_head`; then `stream_to`, or `chunk` until it returns nothing; at the end `Connection.end`."""
 
     __slots__ = (
         "_buffered_bytes", "_callback", "_chunk_ends", "_failure", "_loop", "_mark", "_owner", "_parser", "_reading",

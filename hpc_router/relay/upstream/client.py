@@ -219,7 +219,7 @@ class UpstreamClient:
 
 
 def request_head(method: str, address: Address, target: str, head: bytes, body: bytes | None) -> bytes:
-    """Returns the request line and all header lines. Raises ValueError if `target` has characters that would end the
+    """Returns the request line and all header lines. Raises ValueError for a `target` that would end the request
     line."""
     line = request_line(method, address, target)
     if body is None and method not in _WITH_BODY:

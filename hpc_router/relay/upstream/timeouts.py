@@ -64,8 +64,7 @@ class IdleTimer:
             self._timer.cancel()
 
     def tighten(self, limit_s: float) -> None:
-        """Sets the deadline to `limit_s` seconds from now. Until the end of this exchange, a restart uses at most this
-        limit."""
+        """Sets the deadline to `limit_s` seconds from now. For the rest of the exchange, this is the longest limit."""
         self._max_s = limit_s
         self.activity = False
         if self._deadline is not None and not self.expired:
