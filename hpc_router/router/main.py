@@ -1,8 +1,7 @@
 """The router's main program: binds the address, runs the supervisor, and withdraws the router's record at the end.
 
 The record with the address is published only once the workers listen. A router that starts again on the same node takes
-the port of the previous router, unless another process has it, so that clients that know only the address find it
-again.
+the port of the previous router, unless another process has it, so that clients find it again by the address alone.
 """
 
 import contextlib
@@ -158,8 +157,7 @@ def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
 
 
 def _record(deployment: Deployment, replica: str, sock: socket.socket, *, nonce: str) -> Record:
-    """Returns the record that the router publishes at its start. Raises ConfigError if its certificate cannot be
-    used."""
+    """Returns the router's record as first published. Raises ConfigError if its certificate cannot be used."""
     host, port = sock.getsockname()[:2]
     config, certificate = deployment.router, None
     if config.tls_cert is not None and config.tls_key is not None:

@@ -241,8 +241,7 @@ class Metrics:
 
 
 def departures(dumped: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the number of requests that have left each expert's queue for a replica. `dumped`: result of
-    `Metrics.dump`."""
+    """Returns how many requests have left each expert's queue for a replica, from the result of `Metrics.dump`."""
     return {labels[0]: sum(counts) for labels, counts, _ in dumped.get("queued", ())}
 
 

@@ -79,9 +79,8 @@ def _refusal(key: str) -> str:
 
 
 def with_desired(deployment: Deployment, desired: Mapping[str, Any]) -> Deployment:
-    """Returns the deployment with the settings and replica counts of `desired.json`, whose content is `desired`. An
-    elastic expert keeps its configured count, because its number of replicas follows the demand. Raises ConfigError for
-    invalid settings."""
+    """Returns the deployment with the settings and replica counts of `desired`, the content of `desired.json`. An
+    elastic expert keeps its count, because that follows the demand. Raises ConfigError for invalid settings."""
     changed = with_settings(deployment, settings_in(desired))
     counts = desired.get("replicas")
     if not isinstance(counts, dict):

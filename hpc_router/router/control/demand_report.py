@@ -37,8 +37,7 @@ class DemandCounts:
 
 
 def counts_by_expert(dumps: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Returns, by expert, the number of finished requests plus the number of cold starts. `dumps`: the workers'
-    metrics."""
+    """Returns, by expert, the number of finished requests plus that of cold starts. `dumps`: the workers' metrics."""
     counts: dict[str, int] = {}
     for dump in dumps:
         for key in ("requests", "cold_starts"):
@@ -49,8 +48,7 @@ def counts_by_expert(dumps: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 @dataclass(slots=True)
 class DemandReport:
-    """Measures and writes the demand at one router. `router`: the router's name. `counts`: returns the counts of the
-    workers."""
+    """Measures and writes the demand at one router. `router`: its name. `counts`: returns the counts of the workers."""
 
     run: RunDir
     router: str
@@ -117,8 +115,7 @@ def _write(run: RunDir, router: str, demand: RouterDemand) -> None:
 
 
 def _remove_old(run: RunDir, router: str) -> None:
-    """Removes the demand files of earlier routers, except that of the router directly before this one, which may still
-    serve."""
+    """Removes the demand files of earlier routers, except that of the last one before this, which may still serve."""
     generation = split_replica(router)[2]
     for path in run.demand.glob("*.json"):
         with suppress(RegistryError, OSError):

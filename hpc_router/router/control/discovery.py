@@ -251,10 +251,9 @@ class Discovery:
         return base * random.uniform(0.8, 1.2)  # spreads the probes of many replicas
 
     async def _judge(self, replica: Replica) -> None:
-        """Probes the replica and applies the result to its state. An external endpoint is judged more mildly: an
-        unanswered probe has no effect if the endpoint has answered requests since the probe began, and an endpoint that
-        accepts the connection but sends no response is ejected only if each of its experts has another ready
-        replica."""
+        """Probes the replica and applies the result to its state. External endpoints are judged more mildly: an
+        unanswered probe has no effect if the endpoint has answered requests since the probe began, and one that accepts
+        the connection but sends no response is ejected only if each of its experts has another ready replica."""
         started_at, watch = self.clock(), self._watches[replica.name]
         assert self._prober is not None
         result = await self._prober.probe(replica, external_s=self._external_limit_s(replica, watch))

@@ -48,7 +48,7 @@ class Drift:
 
 
 def drift(counted: Counted, *, artefact: str, training: Mapping[str, Any]) -> Drift | None:
-    """Returns the drift of the decisions that `artefact` has made from its training data; None if it has made none.
+    """Returns how far the decisions that `artefact` has made differ from its training; None if it has made none.
     `counted`: the number of decisions by artefact, cluster and reason; `training`: the artefact's record of its
     training."""
     clusters: dict[str, int] = {}

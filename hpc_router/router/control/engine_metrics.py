@@ -78,9 +78,8 @@ class EngineLoads:
 
     def learn(self, replica: Replica, load: EngineLoad | None) -> None:
         """Stores the load of the replica's engine; None if it could not be read. Adds the increase of its prefix
-        cache's counters since the last reading to the sums of its expert. The first reading adds nothing, since an
-        earlier router may have counted that already. A counter that has become smaller belongs to a new engine process,
-        and is added in full."""
+        cache's counters to the sums of its expert. The first reading adds nothing, as an earlier router may have
+        counted that. A counter that has become smaller belongs to a new engine process, and is added in full."""
         replica.engine_load = load
         if load is None:
             return

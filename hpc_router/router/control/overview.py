@@ -83,8 +83,7 @@ class Traffic:
         return elapsed_s or None
 
     def of_expert(self, expert: str) -> dict[str, Any]:
-        """Returns the rates per second and the latencies in seconds of the expert's requests; None for an unknown
-        value."""
+        """Returns the expert's request rates per second and latencies in seconds; None for an unknown value."""
         first, last = self._ends()
         answered = failed = 0
         for key, count in last.requests.items():
@@ -137,9 +136,8 @@ def _quantiles(
 
 
 def _quantile(counts: Sequence[int], share: float, bounds: Sequence[float]) -> float:
-    """Returns the quantile `share` (0 to 1) in seconds of a histogram with these `counts` and `bounds`. Values count as
-    evenly spread within a bucket, as in Prometheus's `histogram_quantile`; those above the last bound count as the last
-    bound."""
+    """Returns the quantile `share` (0 to 1) in seconds of a histogram. Values count as evenly spread within a bucket,
+    as in Prometheus's `histogram_quantile`; those above the last bound count as the last bound."""
     ranks = list(accumulate(counts))
     wanted = share * ranks[-1]
     at = bisect_left(ranks, wanted)

@@ -107,8 +107,7 @@ class Prober:
         return Event.SAYS_READY
 
     async def _probe_port(self, replica: Replica) -> Event:
-        """Probes an endpoint by a connection over which nothing is sent. Raises OSError or TimeoutError if there is
-        none."""
+        """Probes an endpoint by a connection, without sending data. Raises OSError or TimeoutError if it fails."""
         address = replica.address
         async with asyncio.timeout(self.timeout_s):
             _, writer = await asyncio.open_connection(address.host, address.port)

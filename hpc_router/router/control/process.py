@@ -166,14 +166,12 @@ class ControlProcess:
         self.workers.release()
 
     def task_failed(self, task: str, error: str) -> None:
-        """Counts a failure of this process's background task named `task`, which is then started again, and records it
-        as an event."""
+        """Counts a failure of this process's background task, which is then started again, and records an event."""
         self.own_metrics.task_failures.add(task)
         self._record_failure(task, error)
 
     def worker_task_failed(self, task: str, error: str) -> None:
-        """Records a failure of a worker's background task named `task` as an event. The worker itself counts the
-        failure."""
+        """Records a failure of a worker's background task as an event. The worker itself counts the failure."""
         self._record_failure(task, error)
 
     def _agent_task_failed(self, replica: Replica, task: str, times: int, error: str) -> None:

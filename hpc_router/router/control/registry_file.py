@@ -1,6 +1,5 @@
-"""Writes the files by which other programs find the deployment: `registry.json`, the whole registry in one file, for
-people and scripts; and `prometheus_sd.json`, with the router's address, for Prometheus. Only the leading router writes
-them."""
+"""Writes the files by which other programs find the deployment, while this router leads: `registry.json`, the whole
+registry in one file, for people and scripts; and `prometheus_sd.json`, with the router's address, for Prometheus."""
 
 import json
 from collections.abc import Mapping

@@ -279,8 +279,7 @@ def encode(message: Message, number: int | None = None) -> bytes:
 
 
 def decode(data: bytes | bytearray) -> tuple[Message, int | None]:
-    """Returns the message in `data`, and the number of the call that it makes or answers; None if it is a
-    notification."""
+    """Returns the message, and the number of the call that it makes or answers; None for a notification."""
     name, number, value = json.loads(data)
     message: Message = _restore(Message.types[name], value)
     return message, number

@@ -34,8 +34,7 @@ TOKEN_COUNTS: Final = 3
 
 class Counters:
     """The tables: each has a row per worker, and the first one also a row of the control process. They are created
-    before the processes are forked, so that all of them map the same memory. Pages that are never written take no
-    memory."""
+    before the processes are forked, so that all of them share the memory. Pages that are never written take none."""
 
     def __init__(self, *, workers: int) -> None:
         self.workers = workers
@@ -68,8 +67,7 @@ class Counters:
         return SharedOrder(self._order_row(worker), peers, worker)
 
     def order_of_all(self) -> SharedOrder:
-        """Returns the order of waiting requests for the control process, which has no queues itself and sees those of
-        all workers."""
+        """Returns the order of waiting requests for the control process, which only reads that of all workers."""
         return SharedOrder(peers=tuple(map(self._order_row, range(self.workers))))
 
     def all(self) -> Sequence[Cells]:

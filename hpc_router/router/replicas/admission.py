@@ -50,8 +50,7 @@ class QueueLimits:
 
 
 def queue_limits(deployment: Deployment) -> QueueLimits:
-    """Returns the limits that `deployment` configures. Experts with one engine (adapters) share the host's
-    `max_in_flight`."""
+    """Returns the configured limits. Experts with one engine (adapters) share the host's `max_in_flight`."""
     experts = deployment.experts
     limits = {name: experts[host_of(experts, name)].max_in_flight for name in experts}
     classes = [getattr(deployment.router.classes, of.label) for of in CLASSES]

@@ -13,11 +13,10 @@ _QUERIES: Final = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_q
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """The load of one engine when its metrics were read last. If the engine has several data-parallel parts, a field is
-    the sum over them. `running`, `waiting`: number of requests that the engine computes, and that wait in it. `kv_use`:
-    share of the KV cache in use, 0 to 1, the mean of the parts. `prefix_queries`: number of prompt tokens since the
-    engine's start; `prefix_hits`: how many of them were in its prefix cache. None: the metrics do not have the
-    value."""
+    """The load of one engine when its metrics were read last, the sum over its data-parallel parts. `running`,
+    `waiting`: number of requests that the engine computes, and that wait in it. `kv_use`: share of the KV cache in use,
+    0 to 1, the mean of the parts. `prefix_queries`: number of prompt tokens since the engine's start; `prefix_hits`:
+    how many of them were in its prefix cache. None: not in the metrics."""
 
     running: float | None = None
     waiting: float | None = None
@@ -27,8 +26,8 @@ class EngineLoad:
 
     @classmethod
     def read(cls, text: bytes) -> Self | None:
-        """Returns the load according to `text`, an engine's metrics in Prometheus' text format; None if they have none
-        of the values."""
+        """Returns the load in `text`, an engine's metrics in Prometheus' format; None if they have none of the
+        values."""
         kv = _values(text, _KV_USE)
         load = cls(
             running=_sum(text, _RUNNING),

@@ -27,8 +27,7 @@ UNIT: Final = 2**20
 
 
 class RequestClass(IntEnum):
-    """The class of a request, most important first. Engines that obey `priority` get the value as the request's
-    priority."""
+    """The class of a request, most important first. The value is the request's `priority` for engines that obey it."""
 
     INTERACTIVE = 0
     BATCH = 1
@@ -69,9 +68,8 @@ _QUEUES: Final = OWNER_SLOT + 2
 
 
 def cells_for(columns: int) -> int:
-    """Returns the number of cells that one worker needs for `columns` queues. The first cells have the number of
-    waiting requests of each user, the next one the number of all waiting requests, and the rest the state of each
-    queue."""
+    """Returns the number of cells that one worker needs for `columns` queues: numbers of waiting requests, by user and
+    in all, and then the state of each queue."""
     return _QUEUES + columns * _CELLS
 
 
@@ -121,19 +119,17 @@ class SharedOrder:
         return self._sum_of_others(column, _cell(column, _WAITING, of))
 
     def others_in_flight(self, column: int, of: RequestClass) -> int:
-        """Returns the number of requests of class `of` that the other workers have in flight on the expert of this
-        column."""
+        """Returns the number of requests of class `of` that other workers have in flight on the column's expert."""
         return self._sum_of_others(column, _cell(column, _IN_FLIGHT, of))
 
     def count_user(self, slot: int, change: int) -> None:
-        """Adds `change` to the number of requests that wait at this worker for the user whose token has the number
-        `slot`."""
+        """Adds `change` to the number of requests that wait here for the user whose token has the number `slot`."""
         self.cells[slot] += change
 
     def next_tag(self, column: int, of: RequestClass, *, last: int, slot: int) -> int:
         """Returns the tag of a request of class `of` that joins a queue of this worker. `last`: the tag of its user's
-        last waiting request in this queue, 0 if there is none. `slot`: the number of the user's token, for whom the
-        request has been counted already."""
+        last waiting request there, 0 if none waits. `slot`: number of the user's token; the request is counted there
+        already."""
         own = self.cells[slot]
         total = own + sum(row[slot] for row in self.peers)
         return max(last, self._highest(column, _cell(column, _TIME, of))) + UNIT * total // max(1, own)

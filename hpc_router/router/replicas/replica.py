@@ -1,8 +1,7 @@
 """One replica as the router sees it: its routing state, and the requests that hold a reservation on it. No I/O.
 
 The state changes only by the table `TRANSITIONS`, which has the next state for every state and event. Releasing a
-`Reservation` twice has no effect, so the counters return to zero however a request ends. `balancing` chooses the
-replica of a request.
+`Reservation` twice has no effect, so the counters return to zero however a request ends. `balancing` chooses replicas.
 """
 
 from collections.abc import Mapping
@@ -82,9 +81,8 @@ class Replica:
 
     `key`: the bearer token that requests to the replica carry; `models`: the model names that its engine reported;
     `listed_max_model_len`: the context length that an external endpoint lists for its model. `peer_in_flight`: number
-    of requests that the router's other workers have in flight on the replica. Balancing and limits use `load`, the
-    number of requests in flight of all workers. `engine_load`: the load in the engine's own metrics; None if it is
-    unknown.
+    of requests that the router's other workers have in flight on the replica. Balancing and limits use `load`, the sum
+    over all workers. `engine_load`: the load in the engine's own metrics; None if it is unknown.
     """
 
     record: Record
@@ -155,8 +153,8 @@ class Replica:
 
     @property
     def slot_name(self) -> str:
-        """The replica's name without the generation. Affinity uses this name, so that a successor in the same slot gets
-        the conversations of its predecessor."""
+        """The replica's name without the generation, by which conversations are kept: a successor in the slot gets
+        them."""
         return self.record.replica.rpartition(".")[0]
 
     def model_for(self, expert: str) -> str | None:
@@ -209,8 +207,7 @@ class Reservation:
             self.idle_timer.tighten(LOST_S)
 
     def release(self) -> None:
-        """Gives the place on the replica back to the table, which offers it to a waiting request. A second call has no
-        effect."""
+        """Gives the place back to the table, which offers it to a waiting request. A second call has no effect."""
         replica, owner = self.replica, self._owner
         reservations = replica.reservations
         if self in reservations:
@@ -235,8 +232,7 @@ class ClassCounter(Protocol):
 
 @dataclass(slots=True, eq=False)
 class ClassReservation(Reservation):
-    """A reservation that is also counted for its request's class. Used only if the number in flight is limited for a
-    class."""
+    """A reservation that is also counted for its request's class; used only if a class has a limit."""
 
     _counter: ClassCounter = field(kw_only=True)
     _class: RequestClass = field(kw_only=True)

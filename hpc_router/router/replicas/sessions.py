@@ -72,8 +72,7 @@ class Sessions:
             self.note(session, turn)
 
     def note(self, session: str, turn: Turn) -> None:
-        """Stores `turn` as the session's last turn. Above the limit, drops the session that was not used for
-        longest."""
+        """Stores the session's last turn. Above the limit, drops the session whose last use is longest ago."""
         self._turns[session] = turn
         self._turns.move_to_end(session)
         if len(self._turns) > self.most:
@@ -97,10 +96,9 @@ class Sessions:
     def continued(
         self, session: str | None, fields: Mapping[str, Any], table: ReplicaTable, *, model: str
     ) -> tuple[Turn, Replica] | None:
-        """Returns the turn that a request continues, and the replica that answered it, from `fields`, the request's
-        body; None if that has no `previous_response_id`. `model`: the model that the request names. Raises
-        BadRequestError for an invalid request, and PreviousResponseNotFoundError if the client must send the whole
-        conversation."""
+        """Returns the turn that a request continues, and the replica that answered it; None if its body, `fields`, has
+        no `previous_response_id`. `model`: the model that it names. Raises BadRequestError for an invalid request, and
+        PreviousResponseNotFoundError if the client must send the whole conversation."""
         previous = fields.get(PARAM)
         if previous is None:
             return None

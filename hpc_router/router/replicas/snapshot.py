@@ -18,9 +18,8 @@ from hpc_router.state.registry import Record
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSnapshot:
-    """The state of one `Replica`, without its requests. `record`: the replica's record, without the beat counter, which
-    would make every snapshot differ. `lost`: whether requests on the replica have the short timeout of a lost
-    replica."""
+    """The state of one `Replica`, without its requests. `record`: the replica's record without the beat counter, which
+    changes too often. `lost`: whether requests on the replica have the short timeout of a lost replica."""
 
     record: Record
     key: str | None

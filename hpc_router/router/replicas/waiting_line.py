@@ -238,8 +238,7 @@ class WaitingLine:
         return head
 
     def move(self, expert: str, column: int) -> None:
-        """Moves the values of the expert's queue in this worker's cells from `column` to the expert's present
-        column."""
+        """Moves the values of the expert's queue in this worker's cells from `column` to its present column."""
         self.order.move(column, self.column_of(expert))
         self._changed(expert)
 

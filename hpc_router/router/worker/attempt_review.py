@@ -130,18 +130,16 @@ class AttemptReview:
         raise RetryError(begun=begun)
 
     def _failed_at(self, routed: RoutedRequest, replica: Replica, cause: str | int) -> None:
-        """Counts an attempt that failed at `replica`, and adds it to the failed attempts in the request's record.
-        `cause`: status or kind of failure."""
+        """Counts a failed attempt, and stores it for the request's record. `cause`: status or kind of failure."""
         self.metrics.failovers.add(replica.name, cause)
         routed.failovers += ((replica.name, cause),)
 
     async def _review_missing(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult:
-        """Returns the result for a 404 or 405 of an engine. If its body is an error in the format of the API, this is
-        the engine's own response. With any other body, the engine does not serve the path: raises RetryError if the
-        expert has another ready replica, which may run another engine; otherwise the result is an error that names the
-        path."""
+        """Returns the result for a 404 or 405 of an engine: its own response if the body is an error in the format of
+        the API. With any other body, the engine does not serve the path. Then raises RetryError if the expert has
+        another ready replica, which may run another engine; otherwise returns an error that names the path."""
         replica = reservation.replica
         if replica.recent_error:
             self.health.request_succeeded(replica)
@@ -158,9 +156,8 @@ class AttemptReview:
     async def _review_refused(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult | None:
-        """Returns the result for a 400 of an engine, or None if the response is to be relayed. Raises RetryError if the
-        cause is a request field that vLLM's Rust front end cannot serve, and another replica of the expert can be
-        tried."""
+        """Returns the result for a 400 of an engine, or None to relay the response. Raises RetryError if vLLM's Rust
+        front end cannot serve a field of the request, and another replica of the expert can be tried."""
         replica = reservation.replica
         if replica.recent_error:
             self.health.request_succeeded(replica)
@@ -200,10 +197,9 @@ class AttemptReview:
         return result
 
     def report_failures(self, routed: RoutedRequest, expert: str) -> None:
-        """Reports the replicas of `expert` whose attempts at this request failed. Called once another replica of the
-        expert has served the request. A 500 of a Rust front end to a constrained request is not reported: earlier
-        constrained requests cause it (see `rust_frontend.is_constrained`), and the replica serves all other
-        requests."""
+        """Reports the replicas of `expert` that failed this request. Called once another replica of the expert has
+        served it. A 500 of a Rust front end to a constrained request is not reported: earlier constrained requests
+        cause it (see `rust_frontend.is_constrained`), and the replica serves all other requests."""
         constrained = rust_frontend.is_constrained(routed.call.fields)
         for replica, of, seen in routed.failed_attempts:
             excused = constrained and seen == _FAILED and rust_frontend.has_rust_frontend(replica.record.engine)

@@ -2,8 +2,7 @@
 
 A request waits for at most `router.queue_timeout_s`. Time in which a replica of one of its experts starts does not
 count, so the request is held until that replica is ready. Meanwhile a stream gets SSE comments with the state of the
-start; any other request is held no longer than its client's own timeout. In both cases `router.answer_timeout_s` limits
-the whole wait.
+start; any other request is held no longer than its client's timeout. `router.answer_timeout_s` limits the whole wait.
 """
 
 import asyncio
@@ -26,9 +25,8 @@ ADVANCE_SHARE: Final = 0.05
 
 
 class ColdStartWait:
-    """An asynchronous context manager around the wait of `routed` for a replica; raises TimeoutError when the wait is
-    too long. While a replica is starting, it extends the time limit (`routed.queue_until`) and sends comments to a
-    stream."""
+    """An asynchronous context manager around the wait of `routed` for a replica; raises TimeoutError at the time limit
+    (`routed.queue_until`). While a replica is starting, it extends the limit and sends comments to a stream."""
 
     def __init__(self, routed: RoutedRequest, table: ReplicaTable, config: RouterConfig) -> None:
         self._routed, self._table, self._config = routed, table, config
@@ -51,8 +49,7 @@ class ColdStartWait:
         routed.count_cold("waited")
 
     def state(self) -> str:
-        """Returns the state of the replica that is starting, to be appended to an error message; empty if none is
-        starting."""
+        """Returns the state of the starting replica, as the end of an error message; empty if none is starting."""
         coming = self._table.coming(self._routed.experts)
         return "" if coming is None else f": {coming.text(time.time())}"
 
@@ -95,8 +92,7 @@ class ColdStartWait:
 
 
 def _stated_timeout_s(routed: RoutedRequest) -> float | None:
-    """Returns the timeout in seconds that the client states in a header (`DEADLINE_HEADERS`); None if there is no valid
-    one."""
+    """Returns the timeout in seconds that the client states in one of `DEADLINE_HEADERS`; None if it states none."""
     for name in DEADLINE_HEADERS:
         try:
             stated = float(routed.request.headers.get(name, b""))

@@ -1,9 +1,8 @@
 """A worker's connection to the control process.
 
 The worker receives the states of the replicas, the settings, and the counts of the worker that it replaces. It reports
-what its requests show about the health of a replica, and acts on this at once, without an answer of the control
-process. While no control process runs, the worker uses the last snapshot. A new control process gets everything that
-the worker knows, so nothing is lost.
+what its requests show about the health of a replica, and acts on this without waiting for an answer. While no control
+process runs, it uses the last snapshot. A new control process gets all that the worker knows, so nothing is lost.
 """
 
 import asyncio
@@ -37,8 +36,7 @@ class ControlClient:
 
     `ejects_at_once`: whether the first failed connection ejects a replica. `informed` is set after the first snapshot,
     `released` once the router's record is withdrawn. `on_settings` is called after new `settings` have arrived,
-    `on_certificate` after the files with the router's certificate have changed. `users`: the tokens of users other than
-    the owner.
+    `on_certificate` after the router's certificate has changed. `users`: the tokens of users other than the owner.
     """
 
     table: ReplicaTable

@@ -1,5 +1,4 @@
-"""The dashboard. Anyone can load its page, which contains no data; the page fetches a stream of overviews with the
-owner's token.
+"""The dashboard: a page without data, open to everyone, and the overviews that it fetches with the owner's token.
 
 The page uses no files of other servers. Its content security policy allows only the page's own script and style, and
 connections only to this router, so text in the data cannot run as a script or be sent elsewhere.

@@ -71,8 +71,7 @@ def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
 
 @dataclass(slots=True)
 class Dispatcher:
-    """Serves the routed requests of one worker, as far as they need a task; `RoutedRequest` serves the others by
-    itself."""
+    """Serves the routed requests of one worker that need a task."""
 
     table: ReplicaTable
     health: HealthReporter
@@ -135,9 +134,8 @@ class Dispatcher:
         return self._after_early(routed, result.response)
 
     def _after_early(self, routed: RoutedRequest, response: Response | None) -> Response | None:
-        """Returns the response. Exception: if the head of the client's stream was sent early, before the first event,
-        the status of `response` cannot be sent any more. Then sends the response as an error event, ends the stream and
-        returns None."""
+        """Returns the response. But if the head of a stream was sent early, before the first event, the status of
+        `response` cannot be sent any more: sends it as an event that ends the stream, and returns None."""
         early = routed.early
         if response is None or early is None or not early.started:
             return response

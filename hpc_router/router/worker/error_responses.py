@@ -1,5 +1,4 @@
-"""Turns errors into HTTP responses in the format of the request's API. The table `STATUS` has the HTTP status of each
-error."""
+"""Turns errors into HTTP responses in the format of the request's API. `STATUS` has the HTTP status of each error."""
 
 import logging
 import math

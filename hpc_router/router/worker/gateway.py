@@ -272,8 +272,7 @@ class Gateway:
         return access
 
     def _access(self, request: Request) -> UserAccess | None:
-        """Returns what the token of an authorized request allows; None for the owner's token, which allows
-        everything."""
+        """Returns what the token of an authorized request allows; None for the owner's token, which has no limits."""
         return request.headers.cached.get(self.users)
 
     async def _preflight(self, request: Request, request_id: str) -> Response:

@@ -55,8 +55,7 @@ class Identity:
 
 @asynccontextmanager
 async def control_client(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlClient]:
-    """Yields the client of a worker for the control process, with an empty replica table. The connection itself is made
-    later, by `attach`."""
+    """Yields a worker's client for the control process, with an empty replica table; `attach` connects it later."""
     config = deployment.router
     table = ReplicaTable(
         config.pin_bound, queue_limits(deployment), cells=counters.row(worker), peers=counters.others(worker),

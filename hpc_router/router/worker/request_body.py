@@ -47,8 +47,7 @@ class ApiCall:
 
     @property
     def model_span(self) -> tuple[int, int]:
-        """Start and end offset of the model's name in `raw`, with its quotes. Raises BadRequestError for a duplicate
-        key."""
+        """Start and end offset of the model's quoted name in `raw`. Raises BadRequestError for a duplicate key."""
         if self._span is None:
             self._span = self._find_model()
         return self._span
@@ -69,9 +68,8 @@ class ApiCall:
         return before, before + len(text[start:end].encode())
 
     def _is_top_level(self) -> bool:
-        """Returns whether the `"model"` at `model_at` is a key of the body's top-level object and not of an inner
-        object. It is if only the opening brace precedes it, or if `{` followed by the bytes from `model_at` on is valid
-        JSON."""
+        """Returns whether the `"model"` at `model_at` is a key of the top-level object, not of an inner one. It is if
+        only the opening brace precedes it, or if `{` followed by the bytes from `model_at` on is valid JSON."""
         raw, at = self.raw, self.model_at
         if at <= _MAX_PREFIX_BYTES and raw[:at].strip() == b"{":
             return True
@@ -93,9 +91,9 @@ class ApiCall:
         return value
 
     def with_priority(self, priority: int) -> "ApiCall":
-        """Returns a call whose body has this `priority`; a value that the client has set is replaced. Returns the call
-        itself if it has no body, or if `priority` is 0 and the body has none, because 0 is the engines' default. Raises
-        BadRequestError for a duplicate key."""
+        """Returns a call with this `priority` in its body, whether or not the client has set one. Returns this call if
+        it has no body, or if `priority` is 0, an engine's default, and the client set none. Raises BadRequestError for
+        a duplicate key."""
         raw, value = self.raw, b"%d" % priority
         if "priority" not in self.fields:
             if not priority or not raw:
@@ -178,9 +176,8 @@ def _parse_text(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
 
 
 def _parse_members(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """Returns the members of the JSON object in `text` by key, and by key the start and end of each value in `text`.
-    Raises ValueError, IndexError or RecursionError if the text is not a JSON object, and ValueError for a duplicate
-    key."""
+    """Returns by key the members of the JSON object in `text`, and the start and end of their values in `text`. Raises
+    ValueError, IndexError or RecursionError if it is not a JSON object or has a duplicate key."""
     at = _skip_space(text, text.startswith(_BYTE_ORDER_MARK))
     if text[at : at + 1] != "{":
         raise ValueError("it does not start with '{'")

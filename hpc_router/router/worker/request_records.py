@@ -1,10 +1,9 @@
-"""Writes one line about each request that has ended to a file, in batches, so that no request waits for the file
-system.
+"""Writes one line to a file about each request that has ended, in batches, without waiting for the file system.
 
 At the end of a request, its line is only appended to a list; the file thread writes the list every `FLUSH_S` seconds,
 or once it has `BATCH` lines. While the file system hangs, at most `MAX_UNWRITTEN_BYTES` are kept; further lines are
-dropped and counted. A line has no text of a prompt or a response, and no token. Prompts are written only if
-`router.sample_prompts` is set, and into other files.
+dropped and counted. A line has no text of a prompt or a response, and no token. Only with `router.sample_prompts`,
+prompts are written, into other files.
 """
 
 import asyncio
@@ -150,8 +149,7 @@ class RequestRecords:
         self._add((start, _NOT_DECIDED, failures, ending[1:] + b"\n"))
 
     def feedback(self, request_id: str, score: float, *, user: str | None) -> None:
-        """Records the score that a client gives to an earlier request, whose id is `request_id`. `user`: None for the
-        owner."""
+        """Records the score that a client gives to the earlier request `request_id`. `user`: None for the owner."""
         if self.enabled:
             line = {"kind": "feedback", "id": request_id, "at": time.time(), "user": user, "score": score}
             self._add((_dumps(line), b"\n", b"", b""))

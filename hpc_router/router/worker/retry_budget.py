@@ -13,9 +13,8 @@ WINDOW_S: Final = 10.0
 
 @dataclass(slots=True)
 class RetryBudget:
-    """The number of retries in the current and the previous interval of `WINDOW_S` seconds, and their limit. `share`:
-    number of retries per request that are allowed; `least_per_s`: number of retries per second that are allowed in
-    addition."""
+    """The number of retries in the current and the previous interval of `WINDOW_S` seconds, and their limit: `share`
+    retries per request, and in addition `least_per_s` retries per second."""
 
     share: float
     least_per_s: float

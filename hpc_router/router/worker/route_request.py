@@ -140,8 +140,7 @@ class RequestRouting:
             routed.charge = access.charge(routed.endpoint.path, routed.call.fields, routed.experts[0])
 
     def policy_for(self, access: UserAccess | None) -> Policy:
-        """Returns the policy, limited to the experts that the token allows. `access`: what the token allows; None:
-        everything."""
+        """Returns the policy, limited to the experts that the token allows; the whole policy if `access` is None."""
         policy = self.policy
         if access is None or access.experts is None:
             return policy
@@ -211,9 +210,8 @@ class RequestRouting:
         return self.table.without_fallback(experts, mode), decision.reason, decision, policy.version
 
     def _spills(self, decision: Decision) -> bool:
-        """Returns whether the request goes to the runner-up instead of the chosen expert. It does if the chosen expert
-        has no free place, the runner-up has one, and the expected wait costs more than the runner-up's lower score
-        (`should_spill`)."""
+        """Returns whether the request goes to the runner-up: the chosen expert has no free place, the runner-up has
+        one, and the expected wait costs more than the runner-up's lower score (`should_spill`)."""
         expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
         if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
             return False
@@ -268,7 +266,6 @@ class RequestRouting:
         return ["auto", *sorted(experts if access is None else access.allowed(experts))]
 
     def unknown(self, name: str, access: UserAccess | None = None) -> UnknownModelError:
-        """Returns the error for the model name `name`, which does not exist. It suggests names that the token
-        allows."""
+        """Returns the error for a model name that does not exist. It suggests names that the token allows."""
         valid = self.model_names(access)
         return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, valid)}", param="model")

@@ -1,8 +1,7 @@
 """A request whose experts are chosen. It is sent and answered by callbacks, without a task, where that is possible.
 
 `RoutedRequest` holds the state of one request from the choice of the experts to the end of its response. If something
-has to be awaited (a queue, a new connection, a retry, a long body, a slow client), `dispatcher` continues from this
-state in a task.
+has to be awaited (a queue, a connection, a retry, a long body), `dispatcher` continues from this state in a task.
 """
 
 import time
@@ -159,8 +158,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.started = started
 
     def start(self) -> None:
-        """Sends the request to a replica if that is possible without waiting; otherwise starts the task that serves
-        it."""
+        """Sends the request to a replica if that needs no waiting; otherwise starts a task that serves it."""
         dispatcher = self.dispatcher
         dispatcher.in_flight.enter()
         table, request_class = dispatcher.table, self.endpoint.request_class
@@ -373,8 +371,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return self.response_head(reservation, headers)
 
     def _request_start(self, replica: Replica) -> bytes:
-        """Returns the request line and the header lines that are the same for all requests with this target to this
-        replica."""
+        """Returns the request line and header lines that all requests with this target to this replica have."""
         path, target = self.endpoint.path, self.endpoint.target
         start = request_line("POST", replica.address, target) + replica.authorization
         if target == path:  # cached, because there are only a few paths
@@ -399,8 +396,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return dispatcher.stream_timeouts if self.call.fields.get("stream") else dispatcher.response_timeouts
 
     def response_head(self, reservation: Reservation, headers: Headers) -> bytes:
-        """Returns the header lines of the client's response: those in `headers`, from the engine, and those of the
-        router."""
+        """Returns the header lines of the client's response: the engine's (`headers`) and those of the router."""
         return b"%bx-request-id: %b\r\n%b" % (
             headers.cached.get(_OWN_DOWNSTREAM) or crossing(headers, drop=_OWN_DOWNSTREAM),
             self.request_id.encode(),
@@ -427,9 +423,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.dispatcher.table.lifetimes.ended(reservation.expert, elapsed_s, self.call.fields)
 
     def record(self, status: int | None, outcome: str, *, expert: str | None = None, error: str | None = None) -> None:
-        """Records the end of the request, with the tokens of its response. `status`: status of the response that the
-        client got. `expert`: None means the expert of the last attempt. `outcome`, `error`: as in
-        `RequestRecords.ended`."""
+        """Records the end of the request, with the tokens of its response. `expert`: None means that of the last
+        attempt. `status`, `outcome`, `error`: as in `RequestRecords.ended`."""
         tried = self.reservation or self.tried
         if expert is None:
             expert = self.experts[0] if tried is None else tried.expert

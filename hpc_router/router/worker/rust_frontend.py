@@ -37,8 +37,7 @@ def refused_field(fields: Mapping[str, Any], *, status: int, body: bytes) -> tup
 
 def is_constrained(fields: Mapping[str, Any]) -> bool:
     """Returns whether the request body `fields` prescribes the form of the response, such as JSON. The first such
-    request that an engine behind the Rust front end gets decides which forms this engine can serve; it answers 500 to
-    the others."""
+    request that an engine behind the Rust front end gets decides which forms it can serve; it answers 500 to others."""
     form = fields.get("response_format")
     free = form is None or (isinstance(form, dict) and form.get("type") == "text")
     return not free or fields.get("structured_outputs") is not None or fields.get("tool_choice") not in _FREE_CHOICES

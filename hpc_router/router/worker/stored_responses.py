@@ -35,10 +35,9 @@ class StoredResponses:
     client: Upstream
 
     async def find(self, response_id: str, *, turn: Turn | None) -> Replica:
-        """Returns the replica that has the response. `turn`: the last turn of the request's session; None if it is
-        unknown. If only one ready replica can keep responses, returns this replica without asking it. Raises
-        ResponseNotFoundError if no replica has the response, and UnavailableError if a replica that may have it did not
-        answer."""
+        """Returns the replica that has the response; the only ready replica that can keep responses is returned without
+        being asked. `turn`: the last turn of the request's session, if known. Raises ResponseNotFoundError if no
+        replica has the response, and UnavailableError if a replica that may have it did not answer."""
         keeping = [
             replica
             for replica in self.table.all()
@@ -78,9 +77,8 @@ class StoredResponses:
         return None
 
     async def _has(self, replica: Replica, target: str, limit: asyncio.Semaphore) -> tuple[Replica, bool | None]:
-        """Asks one replica for the response at the path `target`. Returns the replica, and whether it has the response;
-        None instead if the answer is not clear, for example after a timeout. `limit` bounds the number of requests at a
-        time."""
+        """Asks one replica for the response at the path `target`. Returns the replica and whether it has the response;
+        None if the answer is not clear, for example after a timeout. `limit` bounds the requests at a time."""
         try:
             async with (
                 limit,
