@@ -113,8 +113,7 @@ class Artefact:
 
     @cached_property
     def quality(self) -> Quality | None:
-        """Returns the measured quality of the experts by cluster; None if the artefact was not trained with
-        method=measured."""
+        """Returns the measured quality of the experts by cluster; None without training by method=measured."""
         return stored_quality(self.training, self.clusters)
 
     @cached_property

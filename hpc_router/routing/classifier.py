@@ -45,8 +45,7 @@ class Classification(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A term of a prompt, and by how much it raises the margin (`weight`). The weights of all terms add up to the
-    margin."""
+    """A term of a prompt, and by how much it raises the margin (`weight`). All weights add up to the margin."""
 
     term: str
     weight: float
@@ -188,8 +187,8 @@ class Classifier:
         return tuple(sorted(terms, key=lambda term: -abs(term.weight))[:limit])
 
     def _values(self, text: str) -> tuple[list[float], float, int]:
-        """Returns the values of the clusters for the text, its length (see `artefact`), and its number of
-        discriminative terms.
+        """Returns the clusters' values for the text, its length (see `artefact`), and its number of discriminative
+        terms.
 
         The values are divided by the length only if the artefact has offsets.
         """

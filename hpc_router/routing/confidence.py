@@ -58,8 +58,7 @@ def calibrate(margins: Doubles, scores: Doubles, right: Mask, *, weight: Doubles
 
 
 def _logistic(columns: Doubles, target: Doubles, weights: Doubles) -> tuple[Doubles, float]:
-    """Returns slopes and bias of a logistic regression of `target` on `columns`, by Newton's method. A prior pulls the
-    slopes to 0."""
+    """Returns slopes and bias of a logistic regression, by Newton's method. A prior pulls the slopes to 0."""
     rows = np.column_stack([columns, np.ones(len(target))])
     prior = np.diag([_PRIOR] * columns.shape[1] + [1e-9])
     values = np.zeros(rows.shape[1])

@@ -154,8 +154,7 @@ def _centroids(counts: TermCounts, idf: Doubles, *, label: Ids, clusters: int) -
 
 
 def _cross_validated(counts: TermCounts, *, label: Ids, clusters: int) -> tuple[Ids, Doubles, Doubles]:
-    """Returns predicted cluster, margin and score of each prompt, from a training without the fold that contains the
-    prompt."""
+    """Returns predicted cluster, margin and score of each prompt, from a training without the prompt's fold."""
     folds = min(counts.texts, MAX_FOLDS)
     fold = np.arange(counts.texts) % folds
     scores = np.zeros((counts.texts, clusters))

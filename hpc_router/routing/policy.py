@@ -102,8 +102,7 @@ class Policy(Protocol):
         state."""
 
     def order(self, decision: Decision) -> tuple[str, ...]:
-        """Returns the experts to try one after the other: the chosen expert, then those that replace it if it is not
-        ready."""
+        """Returns the experts to try one after the other: the chosen one, then others in case it is not ready."""
 
     def limited_to(self, experts: Collection[str]) -> "Policy":
         """Returns a policy that chooses in the same way among these experts only."""

@@ -44,7 +44,7 @@ def rebalance(
     """Returns the result of moving clusters from overloaded experts to others.
 
     `table[c]`, `load[c]`: expert and load of cluster c. `score[c, e]`: score of cluster c at the e-th expert of
-    `capacity`, whose values add up to 1. `limit`: factor by which an expert's load may exceed its capacity. `max_loss`:
+    `capacity`, whose values add up to 1. `limit`: factor on the capacity, up to which load is allowed. `max_loss`:
     maximum total loss.
     """
     names = list(capacity)

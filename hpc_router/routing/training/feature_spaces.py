@@ -125,8 +125,7 @@ def smooth_idf(counts: TermCounts) -> Doubles:
 
 
 def tfidf_rows(counts: TermCounts, idf: Doubles) -> Any:
-    """Returns the TF-IDF rows of the texts as a sparse matrix texts x terms. Each row has length one, as in the
-    classifier."""
+    """Returns TF-IDF rows of length one, as in the classifier: a sparse matrix texts x terms."""
     from scipy import sparse
 
     squared = np.bincount(counts.text, weights=counts.count * np.square(idf[counts.term]), minlength=counts.texts)

@@ -1,9 +1,8 @@
 """Balanced k-means: no cluster gets much more than its even share, so that no expert gets most of the traffic.
 
-The algorithm is Lloyd's, but each cluster has a price, which is subtracted from its similarity and rises while the
-cluster is too large, as in an auction. Prices apply only to training; the classifier assigns a prompt to its nearest
-centroid. The algorithm runs several times with random starts from one seed; the result with the highest total
-similarity is kept.
+The algorithm is Lloyd's, but from the similarity of each cluster a price is subtracted, which rises while the cluster
+is too large, as in an auction. Prices apply only to training; the classifier assigns a prompt to its nearest centroid.
+Of several runs with random starts from one seed, the result with the highest total similarity is kept.
 """
 
 from typing import Final
@@ -58,8 +57,7 @@ def centroids_of(
 
 
 def _similarity(vectors: Floats, centroids: Floats) -> Floats:
-    """Returns a matrix vectors x clusters: minus half the squared distance, plus a constant that is the same in each
-    row."""
+    """Returns vectors x clusters: minus half the squared distance, plus a constant that is the same in each row."""
     similarity: Floats = vectors @ centroids.T - 0.5 * np.square(centroids).sum(axis=1)
     return similarity
 

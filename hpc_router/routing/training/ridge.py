@@ -1,8 +1,7 @@
 """Ridge regression from the TF-IDF rows of prompts to their labels: the feature space of `exemplars` with `lexical`.
 
 The vector of a prompt has a dimension per label: 1 for its own label, 0 for the others. The regression predicts it from
-words, symbols, prefixes and pairs of words. The strength of the regularisation comes from cross-validation over the
-prompts.
+words, symbols, prefixes and pairs of words. Cross-validation over the prompts chooses the strength of regularisation.
 """
 
 from collections.abc import Sequence

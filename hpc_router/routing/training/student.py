@@ -62,8 +62,7 @@ class Student:
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
         """Returns weights, terms x directions. Their sum over a text's terms predicts the scalar product of the
-        direction and the encoder's vector of the text. `held_out`: mask of prompts that must not influence the
-        weights."""
+        direction and the encoder's vector of the text. `held_out`: prompts that must not influence them."""
         from scipy import sparse
 
         weight = self.weight.copy()

@@ -34,8 +34,7 @@ def domain_folds(rows: Sequence[Row]) -> list[Ids]:
 
 
 def measured_cluster_count(rows: Sequence[Row], vectors: Floats, *, weight: float, seed: int) -> int:
-    """Returns the number of clusters of `vectors` (rows x dimensions) with which the best experts are chosen for
-    held-out rows.
+    """Returns the number of clusters of `vectors` (rows x dimensions) that chooses the best experts for held-out rows.
 
     `weight`: how much correctness one unit of cost is worth.
     """
