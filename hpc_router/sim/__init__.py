@@ -2,7 +2,7 @@
 
 A seed determines latencies and answers, and faults can be injected. It replaces vLLM in tests, demos and load
 experiments: as a process, `python -m hpc_router.sim`, or in-process, `async with SimServer(SimConfig(...)) as engine`.
-Every response is labelled as simulated. This package does not know agents, routers or registries, and loads neither
+All responses are labelled as simulated. This package does not know agents, routers or registries. It loads neither
 torch nor vllm.
 """
 

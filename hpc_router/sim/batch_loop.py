@@ -1,8 +1,7 @@
 """Runs a batch step by step. Each step takes the predicted time, and then its requests get their tokens.
 
 Each step starts at the scheduled end of the previous one. If a step ends late, the next one is shortened by the delay.
-A delay that cannot be made up is counted, so that a benchmark can tell whether this machine was too slow for the
-simulation.
+A delay that cannot be made up is counted, so that a benchmark shows whether this machine was too slow to simulate.
 """
 
 import asyncio

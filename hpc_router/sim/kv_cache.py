@@ -24,8 +24,7 @@ class Block:
 
 @dataclass(slots=True)
 class BlockPool:
-    """All blocks of one engine. `queries`: number of tokens that were looked up; `hits`: number of tokens that were
-    found."""
+    """All blocks of one engine. `queries`, `hits`: number of tokens that were looked up, and that were found."""
 
     total: int
     block_size: int = BLOCK
@@ -127,8 +126,7 @@ class SequenceBlocks:
         return self.pool.find(self.hashes[: (tokens - 1) // self.pool.block_size])
 
     def fits(self, tokens: int, found: Sequence[Block] = ()) -> bool:
-        """Returns whether there are enough free blocks for `tokens` tokens, if the sequence begins with the blocks
-        `found`."""
+        """Returns whether enough blocks are free for `tokens` tokens, of which those in `found` are cached."""
         from_free = sum(not block.users for block in found)
         return self._more(tokens) - len(found) + from_free <= self.pool.free
 
@@ -147,8 +145,7 @@ class SequenceBlocks:
         return cached
 
     def grow(self, tokens: int) -> None:
-        """Takes blocks until there is room for `tokens` tokens in all or no block is free, and caches those that are
-        full."""
+        """Takes blocks for `tokens` tokens in all, or as many as are free, and caches those that are full."""
         self._blocks += self.pool.take(min(max(0, self._more(tokens)), self.pool.free))
         if not self.pool.caching:
             return

@@ -144,8 +144,7 @@ def parse_message(raw: bytes) -> Generation:
 
 
 def parse_count_tokens(raw: bytes) -> tuple[str | None, int]:
-    """Parses a request to count the tokens of a message request. Returns the model, and the number of tokens in the
-    prompt."""
+    """Parses a request to count a message's tokens. Returns the model, and the number of tokens in the prompt."""
     fields = RequestFields(raw)
     return fields.text("model"), _message_prompt(fields).tokens
 

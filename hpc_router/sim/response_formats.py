@@ -182,8 +182,7 @@ class CompletionEvents:
         return self._event(self._delta(text), entries=self._choice.logprobs[self._sent - 1 : self._sent])
 
     def opening(self) -> bytes:
-        """Returns the events before the first content: in a chat stream, one with the role and, for a tool call, the
-        tool's name."""
+        """Returns the events before the first content: in chat, one with the role and the tool of a tool call."""
         echo = self._choice.echo
         if self._generation.api is Api.TEXT:
             prompt = self._choice.prompt_logprobs if self._generation.top_logprobs is not None else None

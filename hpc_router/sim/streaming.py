@@ -1,5 +1,4 @@
-"""Serves an admitted request until its last byte: waits for each token, counts it, sends it, and injects the request's
-fault.
+"""Serves an admitted request until its last byte: waits for each token, injects the request's fault, counts, and sends.
 
 Streams and bodies share `RunningRequest.step`. When it returns, either token k was produced, or the fault due at k was
 injected instead. A body is sent only after its last token, as in vLLM. When the engine stops, a response ends regularly
