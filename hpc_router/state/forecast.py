@@ -42,9 +42,8 @@ class StartForecast:
         return now + self.until_ready_s
 
     def text(self, now: float) -> str:
-        """Returns the state and the expected time as a text for clients: `queued in Slurm (Resources), expected at
-        09:40`. The time is local, and has a date if it is on another day than `now` (Unix seconds). A time that has
-        passed is left out."""
+        """Returns the state and the expected time as a text: `queued in Slurm (Resources), expected at 09:40`. The time
+        is local, has a date if it is not on the day of `now` (Unix seconds), and is left out if it has passed."""
         ready_at = self.expected_ready_at(now)
         if ready_at is None or ready_at <= now:
             return self.state
@@ -85,8 +84,7 @@ def _forecast(entry: Mapping[str, Any]) -> StartForecast:
 
 
 def _state(reason: object) -> str:
-    """Returns the text for a `reason` in `forecast.json`, which is a phase of a job or Slurm's reason why a job
-    waits."""
+    """Returns the text for a `reason` in `forecast.json`: a phase of the job, or Slurm's reason why it waits."""
     if not isinstance(reason, str) or reason in (JobPhase.STARTING, "None"):
         return "starting"
     if reason == SCALED_TO_ZERO:

@@ -226,8 +226,8 @@ class JobDir:
         return self.run.logs / f"{self.replica}.engine.log"
 
     def claim(self) -> bool:
-        """Creates the job's folder, which claims its submission. Returns True to the one caller that created it, False
-        to all others."""
+        """Creates the job's folder, which claims the job. Returns True to the caller that created it, False to all
+        others."""
         try:
             with private_umask():
                 self.path.mkdir()

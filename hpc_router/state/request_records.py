@@ -1,11 +1,11 @@
 """The records of requests: files of JSON lines in `records/` of the run directory.
 
 Each worker of a router writes files of its own, `records/<router>.worker<N>-<date>.jsonl` (UTC), so no lock is needed.
-When a file has reached its maximum size, the next one is `...-<date>.2.jsonl`, and so on. A line has the key `kind`:
-`request` (how one request ended) or `feedback` (the score that a client gave to an earlier request). The prompts that
-`router.sample_prompts` selects are in files with the same names in `samples/`. When the files of both folders together
-exceed `router.records_gb`, the oldest ones are removed. A write blocks while the file system hangs, so it must be made
-in a file thread.
+After a full file, the next one is `...-<date>.2.jsonl`, and so on. A line has the key `kind`: `request` (how one
+request ended) or `feedback` (the score that a client gave to an earlier request). The prompts that
+`router.sample_prompts` selects are in files with the same names in `samples/`. When the files of both folders exceed
+`router.records_gb`, the oldest ones are removed. A write blocks while the file system hangs, so it must be made in a
+file thread.
 """
 
 import contextlib
@@ -37,8 +37,7 @@ def part_bytes(limit_bytes: int) -> int:
 
 
 class LineFile:
-    """The files of one writer in one folder. `write` appends whole lines to the last of them. Files get the mode
-    0600."""
+    """The files of one writer in one folder, with mode 0600. `write` appends whole lines to the last one."""
 
     def __init__(self, folder: Path, writer: str) -> None:
         self._folder, self._writer = folder, writer

@@ -1,8 +1,7 @@
 """JSON files that are read often, but parsed again only after they were replaced.
 
-A file's stamp consists of its modification time, inode and size. Atomic replacement changes the inode, so each new
-version has another stamp. Only regular files of this user are read, because other users could put files into a shared
-folder.
+A file's stamp consists of its modification time, inode and size. A file that was replaced atomically has another inode.
+Only regular files of this user are read, because other users could put files into a shared folder.
 """
 
 import logging
