@@ -118,7 +118,8 @@ class Agent:
     def phase_changed(
         self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None
     ) -> None:
-        """Enters a phase; updates the HTTP API, the record and the progress file. Does nothing once the job drains."""
+        """Enters a phase: updates the HTTP API, the record and the progress file. Does nothing once the agent drains.
+        `failure`: why the engine's last process ended; `engine_pid`: process id of the present one."""
         if self._draining.is_set():
             return
         self._lifecycle.move(phase, failure=failure, engine_pid=engine_pid)

@@ -97,11 +97,11 @@ class FastRelay(PendingResponse, ResponseCallback):
 async def relay_request(
     request: Request, client: Upstream, *, on_progress: Callable[[], None], started: PendingRequest | None = None
 ) -> Response | None:
-    """Returns the response to `request`; None if it was streamed to the client.
+    """Returns the engine's response to `request`; None if it was streamed to the client.
 
     `on_progress` is called for every chunk of the response. `started`: the request, if `FastRelay` has already sent it.
     Raises the errors of `Request.read`, and UpstreamError if the engine sends no response or fails during the response.
-    In the latter case, the client's connection is closed first.
+    In the last case, the client's connection is closed first.
     """
     body = request.complete_body()
     if body is None:

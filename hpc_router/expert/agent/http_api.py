@@ -126,7 +126,8 @@ class AgentHttpApi:
             )
 
     def _stored_response(self, request: Request) -> Callable[[Request], Awaitable[Response | None]] | None:
-        """Returns the handler of a request about a response that the engine stores; None for any other request."""
+        """Returns the handler of a request that concerns a response stored in the engine; None for any other
+        request."""
         stored = protocol.STORED_RESPONSE.fullmatch(request.path)
         return self._generate if stored and request.method in protocol.STORED_METHODS[stored[2]] else None
 
@@ -139,7 +140,7 @@ class AgentHttpApi:
         return relay if relay.begin(self.client, body) else None
 
     def break_off(self) -> None:
-        """Closes the connection of every request in the engine, and accepts no request until the agent is ready again.
+        """Closes the connections of all requests in the engine, and refuses requests until the agent is ready again.
 
         Called before the engine is stopped. Otherwise an engine that is stopped may end its running responses as if
         they were complete, as vLLM does.

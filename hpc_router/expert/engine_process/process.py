@@ -78,7 +78,7 @@ class EngineProcess:
         await self.stop()
 
     async def wait(self) -> int:
-        """Waits for the end of the process. Returns its exit status; 128 + N for signal N."""
+        """Waits for the end of the process. Returns its exit status; 128 + N if signal N has killed it."""
         code = await self._guard.wait()
         if code >= 0:
             return code

@@ -49,7 +49,7 @@ def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster
 
 
 def path_error(scratch: Path) -> str | None:
-    """Returns why a socket's path in this scratch folder would be too long or not absolute; None if it is usable."""
+    """Returns why this scratch folder is unsuitable for a socket: its path is too long or not absolute; else None."""
     folder = user_folder(scratch) / ("x" * 8)
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         most = len(os.fsencode(scratch)) - (length - MAX_FOLDER_BYTES)
@@ -73,7 +73,8 @@ def usage_error(scratch: Path) -> str | None:
 
 @contextmanager
 def scratch_folder(scratch: str | Path) -> Iterator[Place]:
-    """Creates a folder for this process, and removes it at the end. Raises ConfigError or LaunchError."""
+    """Creates a folder for this process in `scratch`, and removes it at the end of the block. Raises ConfigError or
+    LaunchError."""
     fault = path_error(Path(scratch)) or usage_error(Path(scratch))
     if fault is not None:
         raise ConfigError(f"cluster.scratch={scratch}: {fault}", key="cluster.scratch")
@@ -108,7 +109,8 @@ def sweep(parent: Path) -> None:
 
 def _owner_has_ended(folder: Path, *, made_at: float) -> bool:
     """Returns whether the process that owns a folder has ended. A process that cannot be checked from here counts as
-    alive. A folder without `owner.json` counts as abandoned _UNFINISHED_S after `made_at` (Unix seconds)."""
+    alive. A folder without `owner.json` counts as abandoned if `made_at` (Unix seconds) is more than _UNFINISHED_S
+    ago."""
     try:
         owner = load_json(folder / _OWNER)
     except FileNotFoundError:  # being created, or never finished

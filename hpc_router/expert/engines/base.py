@@ -78,11 +78,11 @@ class Engine(Protocol):
 
     @property
     def python(self) -> str:
-        """Returns the Python interpreter that runs the engine."""
+        """Returns the path of the Python interpreter that runs the engine."""
 
     @property
     def ready_path(self) -> str:
-        """Returns the path that answers GET with status 200 when the engine can serve."""
+        """Returns the HTTP path at which the engine answers a GET with status 200 once it can serve."""
 
     @property
     def lists_models(self) -> bool:
@@ -99,7 +99,7 @@ class Engine(Protocol):
 
     @property
     def signs(self) -> Sequence[Sign]:
-        """Returns log lines that show why the engine failed, the most specific first."""
+        """Returns patterns of log lines that show why the engine failed, the most specific first."""
 
     @property
     def grace_s(self) -> float:
@@ -109,7 +109,7 @@ class Engine(Protocol):
         """Returns, by expert, the model name that a request for this expert must have when it reaches the engine."""
 
     def names(self) -> Sequence[str]:
-        """Returns every model name that the engine accepts."""
+        """Returns every model name that the engine accepts in requests."""
 
     def info(self) -> EngineInfo:
         """Returns the engine's part of the registry record, without the values that only the running engine knows."""

@@ -96,5 +96,5 @@ def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineF
 
 
 def _shorten(line: str) -> str:
-    """Returns the line without log prefix or box frame, cut to MESSAGE_LENGTH."""
+    """Returns the log line without the prefix of the logger or the frame of a box, cut to MESSAGE_LENGTH characters."""
     return _PREFIX.sub("", line.strip(" │\t")).strip()[:MESSAGE_LENGTH]

@@ -30,7 +30,7 @@ GPU)."""
 
 @dataclass(slots=True)
 class _LastReport:
-    """The last report of a rank, and when it arrived."""
+    """The last report of a rank, when it arrived, and the order that the rank got."""
 
     at: float
     report: RankReport
@@ -73,7 +73,7 @@ class RankGroup:
         ]
 
     def begin(self, address: str, port: int) -> None:
-        """Begins the next attempt, in which the ranks connect to each other at this address."""
+        """Begins the next attempt. `address`, `port`: where its ranks connect to each other."""
         self.attempt += 1
         self._rendezvous = (address, port)
         self._members = {rank: last.report.instance for rank, last in self._reports.items()}
@@ -140,5 +140,6 @@ class RankGroup:
 
 
 def _reason(name: str | None) -> FailureReason:
-    """Parses a failure reason. An unknown reason, from an agent of another version, counts as a crash."""
+    """Returns the failure reason with this name. An unknown name, from an agent of another version, counts as a
+    crash."""
     return FailureReason(name) if name in list(FailureReason) else FailureReason.CRASHED

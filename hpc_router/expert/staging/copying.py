@@ -28,8 +28,8 @@ class CopyProgress:
         self.size = 0
 
     def add(self, size: int) -> None:
-        """Counts `size` bytes as copied. Called after they are read and before they are written. Raises StagingError
-        once `stop` was called, so that the copy ends."""
+        """Counts `size` bytes, which were read and are about to be written. Raises StagingError once `stop` was called,
+        so that the copying ends."""
         with self._lock:
             if self._stopped:
                 raise StagingError("the copy was stopped")

@@ -116,7 +116,8 @@ class NodeDisk:
         part.lock.release()
 
     def discard(self, part: StagedModel) -> None:
-        """Removes an incomplete copy. A thread that still copies to it gets FileNotFoundError at its next file."""
+        """Removes a copy that is in progress. A thread that still copies to it gets FileNotFoundError at its next
+        file."""
         try:
             self._move_away(part.folder)
         finally:
