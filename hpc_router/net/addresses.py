@@ -24,7 +24,8 @@ _FAR: Final = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
 def address(fabric: str | None, *, kind: str) -> str:
-    """Returns this node's address on the fabric. `kind` is `cluster.kind`. Raises ConfigError if the node has none."""
+    """Returns this node's address according to `fabric` (see `select_address`). With None: loopback if `kind`
+    (`cluster.kind`) is `local`, else by host name or default route. Raises ConfigError if the node has none."""
     if fabric is not None:
         return str(select_address(fabric, interfaces()))
     if kind == "local":
@@ -36,8 +37,8 @@ def address(fabric: str | None, *, kind: str) -> str:
 
 
 def select_address(fabric: str, have: Interfaces) -> IpAddress:
-    """Returns the address in `have` that `fabric` selects: of that interface, in that network, or that address. Prefers
-    IPv4. Raises ConfigError if there is none."""
+    """Returns the address in `have` that `fabric` selects, which is the name of an interface, a network or an address.
+    Prefers IPv4. Raises ConfigError if there is none."""
     if fabric in have:
         found = list(have[fabric])
     else:

@@ -25,8 +25,7 @@ class HttpResponse:
 
     @property
     def message(self) -> str:
-        """The error message of the response in OpenAI's format; if there is none, the status and the start of the
-        body."""
+        """The error message in the body if it has OpenAI's format; otherwise the status and the start of the body."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         if isinstance(error, dict) and error.get("message"):
             return str(error["message"])

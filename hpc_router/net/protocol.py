@@ -178,7 +178,7 @@ class RankReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Parses a report. Raises ValueError if `value` is not one."""
+        """Parses a report. Raises ValueError if `value` is not a valid one."""
         try:
             report = cls(**{**value, "state": RankState(value["state"])})
         except (KeyError, TypeError) as error:
@@ -204,7 +204,7 @@ class RankOrder:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Parses an order. Raises ValueError if `value` is not one."""
+        """Parses an order. Raises ValueError if `value` is not a valid one."""
         try:
             return cls(
                 Action(value["action"]),
