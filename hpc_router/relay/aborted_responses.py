@@ -38,7 +38,7 @@ class AbortDetector(ABC):
 
     @abstractmethod
     def is_abort(self, value: dict[str, Any]) -> bool:
-        """Returns whether this decoded event or complete body is the end of an aborted response."""
+        """Returns whether `value`, a decoded event or a complete body, ends an aborted response."""
 
     def check_events(self, events: bytes) -> None:
         """Checks complete events, in their order, of which at least one contains `event_mark`. Raises
@@ -98,7 +98,7 @@ class ResponsesAbortDetector(AbortDetector):
 
 
 def _has_text(item: object) -> bool:
-    """Returns whether an item of a response's output has content."""
+    """Returns whether an item in the `output` of a response contains anything."""
     match item:
         case {"type": "message", "content": [*parts]}:
             return any(isinstance(part, dict) and bool(part.get("text")) for part in parts)

@@ -2,7 +2,7 @@
 
 The comments say what the request waits for, and keep the connection alive at proxies with an idle limit. As long as no
 event was sent, the request can be retried on another replica. But the client has the status 200 already, so a failure
-can only be told by an error event at the end of the stream.
+can only be reported by an error event at the end of the stream.
 """
 
 import asyncio

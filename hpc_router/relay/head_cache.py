@@ -110,7 +110,7 @@ class HeadCache(Generic[H]):
 
     def _add(self, key: bytes, data: bytes) -> H | None:
         """Counts an occurrence of `key`. At the second one, parses `data`, caches the head and returns it. Returns None
-        at the first one, or if the head must not be cached."""
+        at the first one, and if the head must not be cached."""
         if key not in self._seen_once:
             if len(self._seen_once) >= MAX_HEADS:
                 self._seen_once.clear()

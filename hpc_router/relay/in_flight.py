@@ -50,7 +50,7 @@ class InFlight:
 
     @property
     def total(self) -> int:
-        """The number of requests that all processes of the service serve."""
+        """The number of requests that all processes of the service are serving."""
         count = self.count
         for row in self._peers:
             count += row[self._at]

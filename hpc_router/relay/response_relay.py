@@ -85,8 +85,8 @@ class ResponseRelay:
         return self.response is not None or self._request.response_started
 
     async def relay(self, upstream: UpstreamResponse, head: bytes) -> None:
-        """Relays the complete response. `head`: its header lines. Raises DownstreamGoneError, UpstreamAbortedError, and
-        the errors of `UpstreamResponse.stream_to`."""
+        """Relays all of the upstream's response. `head`: the header lines for the client. Raises DownstreamGoneError,
+        UpstreamAbortedError, and the errors of `UpstreamResponse.stream_to`."""
         if upstream.content_type == CONTENT_TYPE and b"content-encoding" not in upstream.headers:
             self.begin_events(upstream.status, head)
             await self.relay_events(upstream)

@@ -71,7 +71,7 @@ class StreamSummary:
         return self.usage
 
     def generated(self) -> int:
-        """Returns the number of events with generated text."""
+        """Returns the number of events with generated text, which is taken as the number of generated tokens."""
         unread, mark = self.unread, self.delta_mark
         if unread:  # the end of a stream has no text
             count = unread - (mark not in self.last)

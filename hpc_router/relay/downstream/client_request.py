@@ -25,7 +25,7 @@ def _date(at: int) -> bytes:
 
 
 class ClientRequest(ParsedRequest, Request):
-    """A parsed request whose response is written to `connection`."""
+    """A parsed request of a client, and the methods that write its response to `connection`."""
 
     connection: "ClientConnection"
     response_started = False

@@ -102,8 +102,8 @@ class ClientConnection(asyncio.Protocol):
         await self._end(request)
 
     def responded(self, request: ClientRequest) -> None:
-        """Called when the response to a pending request has been sent. Starts the next request or waits for it. If the
-        client reads slowly or the connection is not kept alive, a task does `_end` first."""
+        """Called when the response to a pending request has been sent. Starts the next request or waits for it. Before
+        that, if the client reads slowly or the connection is to be closed, a task runs `_end`."""
         if not request.keep_alive or not self._writable:
             self._run(self._end, request)
         elif self._parser.waiting or self._refusal is not None:

@@ -120,7 +120,8 @@ class Request(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Aborts the connection. This shows the client that the body is incomplete, if no error event can be sent."""
+        """Aborts the connection. The client sees by this that the body is incomplete; used where no error event can be
+        sent."""
 
 
 class PendingResponse:
@@ -163,7 +164,7 @@ def json_response(value: Any, *, status: int = 200) -> Response:
 def error_response(
     status: int, *, kind: str, code: str, message: str, param: str | None = None, path: str = ""
 ) -> Response:
-    """Returns an error in the format of the API at `path`, or in OpenAI's format for any other path."""
+    """Returns an error response in the format of the API at `path`; for any other path, in OpenAI's format."""
     response = json_response(
         api_format_of(path).error_body(ErrorReply(status, kind, code, message, param)), status=status
     )

@@ -131,7 +131,7 @@ class AwaitedExchange(asyncio.Protocol):
         return self._take_buffered()
 
     async def stream_to(self, sink: Sink) -> None:
-        """Writes the rest of the body to `sink`. Raises UpstreamError and the errors of the sink."""
+        """Writes the rest of the body to `sink`. Raises UpstreamError and what the sink raises."""
         assert self._parser is not None
         if self._sink_full:  # the sink became full before the task ran
             await self._drain(sink)

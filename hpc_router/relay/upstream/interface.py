@@ -52,7 +52,7 @@ def address_of(url: str) -> Address:
 
 
 def request_line(method: str, address: Address, target: str) -> bytes:
-    """Returns the request line and the `Host` header. Raises ValueError for a target that would end the request
+    """Returns the request line and the `Host` header line. Raises ValueError for a target that would end the request
     line."""
     return (_cached_request_line if len(target) <= _SHORT_TARGET else _cached_request_line.__wrapped__)(
         method, address, target
@@ -128,7 +128,7 @@ class UpstreamResponse:
         raise NotImplementedError
 
     async def stream_to(self, sink: Sink) -> None:
-        """Writes the body to `sink`. Raises the errors of `chunks` and of the sink."""
+        """Writes the body to `sink`. Raises what `chunks` and the sink raise."""
         async for chunk in self.chunks():
             if not sink.write(chunk):
                 await sink.drain()

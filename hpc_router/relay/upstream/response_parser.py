@@ -130,7 +130,8 @@ class ResponseParser:
                 raise UpstreamError(f"the replica sent more than {MAX_HEAD_BYTES} bytes of headers")
 
     def feed_eof(self) -> None:
-        """Handles the end of the connection. Raises UpstreamError if the response is incomplete."""
+        """Handles the end of the connection, which may end the body. Raises UpstreamError if the response is
+        incomplete."""
         if self.complete:
             return
         if not self.status:

@@ -57,7 +57,7 @@ class IdleTimer:
         self._deadline = None
 
     def end(self) -> None:
-        """Cancels the timer. There will be no other exchange."""
+        """Cancels the timer for good, because the connection has no further exchange."""
         self._deadline = None
         self.on_timeout = _ignore
         if self._timer is not None:
