@@ -102,7 +102,7 @@ async def run_control(router: RouterSettings, spec: ChildSpec) -> None:
 
 
 async def run_worker(router: RouterSettings, spec: ChildSpec) -> None:
-    """Runs a worker until it has drained."""
+    """Runs a worker until the supervisor makes it drain and it has drained."""
     assert spec.worker is not None
     assert spec.listener is not None
     run, name = router.run, worker_name(spec.worker)

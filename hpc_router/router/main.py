@@ -41,8 +41,8 @@ _MARGIN_S: Final = 3.0
 
 
 def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
-    """Serves until a stop signal and returns the exit status of the process. Writes the job's exit record. Raises the
-    error that made the router fail."""
+    """Serves until a stop signal, writes the job's exit record and returns the exit status of the process. If the
+    router fails, raises the error."""
     job = JobDir(run, replica)
     job.claim()
     raise_file_limit()
@@ -121,8 +121,8 @@ def usable_cpus(environment: Mapping[str, str], *, asked: int) -> int:
 
 
 def beside(reserved: socket.socket) -> socket.socket:
-    """Returns another socket bound to the same address. The kernel spreads connections over all sockets that listen
-    there."""
+    """Returns another socket bound to the address of `reserved`. The kernel spreads new connections over all sockets
+    that listen there."""
     sock = socket.socket(reserved.family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

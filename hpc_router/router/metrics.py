@@ -125,8 +125,8 @@ class HistogramCollector(Collector):
         return totals
 
     def fold(self, last: str) -> None:
-        """Merges the series whose last label has the value `last` into those whose last label is empty and whose other
-        labels are the same."""
+        """Takes the series whose last label has the value `last`, and adds each to the one whose last label is empty
+        and whose other labels are the same."""
         for labels in [labels for labels in self._series if labels[-1] == last]:
             counts, (added,) = self._series.pop(labels)
             self.absorb([[(*labels[:-1], ""), counts, added]])

@@ -23,7 +23,8 @@ def artefact_folders(run: RunDir, deployment: Deployment) -> tuple[Path, ...]:
 
 
 def load_policy(run: RunDir, deployment: Deployment) -> Policy:
-    """Returns the configured policy with its classifier and shadow. Raises ConfigError or ArtefactError."""
+    """Returns the configured policy with its classifier and shadow. Raises ConfigError or ArtefactError if one cannot
+    be loaded."""
     config = deployment.policy
     if config.kind != "classifier":
         return build_policy(kind=config.kind, fallback=config.fallback)

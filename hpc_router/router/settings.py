@@ -95,8 +95,8 @@ def with_desired(deployment: Deployment, desired: Mapping[str, Any]) -> Deployme
 
 
 def scaled_to_zero(deployment: Deployment) -> dict[str, str]:
-    """Returns the experts whose number of replicas is 0 and is not raised on demand. The value by expert is the one to
-    scale up before the expert can serve: the expert itself, or the host of an adapter."""
+    """Returns the experts whose number of replicas is 0 and is not raised on demand. For each, the value is the expert
+    to scale up before it can serve: itself, or for an adapter its host."""
     hosts = {name: host_of(deployment.experts, name) for name in deployment.experts}
     absent = {name for name, e in deployment.experts.items() if e.replicas == 0 and not is_elastic(e)}
     return {name: host for name, host in hosts.items() if host in absent}

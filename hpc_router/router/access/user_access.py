@@ -31,7 +31,7 @@ _TOKENS: Final = 2 * SLOTS
 
 
 class TokenSource(StrEnum):
-    """Where the number of generated tokens comes from."""
+    """How the number of a response's generated tokens is known."""
 
     __hash__ = str.__hash__  # written in C, while the hash of an enum is Python code
 
@@ -245,7 +245,7 @@ class UserTokens:
         return self._by_id.get(token_id)
 
     def find(self, text: str) -> UserAccess | None:
-        """Returns the access of the token whose text is `text`, even if the token has expired; None if there is no such
+        """Returns what the token with the text `text` allows, even if it has expired; None if there is no such
         token."""
         found = find_token(text, self._entries)
         return None if found is None else self._by_id[found.id]

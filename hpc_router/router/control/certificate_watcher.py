@@ -59,8 +59,8 @@ class CertificateWatcher:
             await asyncio.sleep(CHECK_S)
 
     def _changed(self) -> str | None:
-        """Returns the certificate if the files have changed and fit together. Raises ConfigError, once per change, if
-        they do not."""
+        """Returns the new certificate if the files have changed and fit together, else None. If they do not fit, raises
+        ConfigError, once per change."""
         assert self.config.tls_cert is not None
         assert self.config.tls_key is not None
         cert, key = Path(self.config.tls_cert), Path(self.config.tls_key)

@@ -74,8 +74,8 @@ class _ReplicaWatch:
 
 @dataclass(slots=True)
 class Discovery:
-    """Discovers and probes the replicas within `async with`. It owns one background task for the registry and one per
-    endpoint. `on_snapshot` is called with all records after each read of the registry."""
+    """Discovers and probes the replicas within `async with`. It runs one background task for the registry and one per
+    endpoint. `on_snapshot` is called with all records after each reading of the registry."""
 
     run: RunDir
     config: RouterConfig

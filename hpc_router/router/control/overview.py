@@ -150,15 +150,16 @@ def _quantile(counts: Sequence[int], share: float, bounds: Sequence[float]) -> f
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What the overview takes from the run directory. `forecast`: the content of `forecast.json`; `events`: the last
-    events, the newest first."""
+    """What the overview shows of files in the run directory. `forecast`: the content of `forecast.json`; `events`: the
+    last events of the run, the newest first."""
 
     forecast: Mapping[str, Any] = field(default_factory=dict)
     events: Sequence[Mapping[str, Any]] = ()
 
 
 def read_run_files(forecast_json: Path, events_jsonl: Path) -> RunFiles:
-    """Reads both files; a missing or damaged one counts as empty. Raises OSError if the file system fails."""
+    """Returns what the overview shows of these two files; a missing or damaged one counts as empty. Raises OSError if
+    the file system fails."""
     try:
         forecast = load_json(forecast_json)
     except (FileNotFoundError, ValueError):
@@ -267,6 +268,6 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _settings(deployment: Deployment) -> Iterable[tuple[str, Any]]:
-    """Yields the keys that `hpc-router set` changes, with their values."""
+    """Yields the keys that `hpc-router set` can change, with their present values."""
     for key in LIVE:
         yield key, value_at(deployment, key)

@@ -39,8 +39,8 @@ def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> d
 
 @dataclass(slots=True)
 class Predecessor:
-    """The older router from which turns and counts are copied: the newest router with a lower generation than this one.
-    `replica`: name of this router. `secret`: the run's secret, from which the replica keys are derived."""
+    """Copies turns and counts from an older router, the newest one with a lower generation than this one. `replica`:
+    name of this router. `secret`: the run's secret, from which the replica keys are derived."""
 
     replica: str
     secret: str

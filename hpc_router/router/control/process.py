@@ -187,7 +187,7 @@ class ControlProcess:
         )
 
     def answer(self, call: messages.Message) -> Awaitable[Any]:
-        """Returns the awaitable reply to a worker's call."""
+        """Returns an awaitable whose result is the reply to a worker's call."""
         match call:
             case messages.GetStatus():
                 return self.status()
@@ -333,8 +333,8 @@ class ControlProcess:
         return drift(counted.decided.items(), artefact=version, training=training)
 
     def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Updates the departure rates of the queues and the statistics of the replicas from one worker's counts.
-        `before`, `now`: the worker's dumped metrics at its previous report and at this one."""
+        """Takes one worker's report of its counts into the departure rates of the queues and the statistics of the
+        replicas. `before`, `now`: the worker's dumped metrics at its previous report and at this one."""
         earlier, at = departures(before), asyncio.get_running_loop().time()
         for expert, count in departures(now).items():
             rate, more = self._departure_rates.setdefault(expert, DepartureRate()), count - earlier.get(expert, 0)
@@ -354,7 +354,8 @@ class ControlProcess:
         return DemandCounts(counts_by_expert(dumps), self._departure_rates)
 
     def observed(self, observation: messages.ReplicaObservation) -> None:
-        """Records what a worker's request observed of a replica."""
+        """Passes on to `discovery` what a worker's request observed of a replica, unless the replica has restarted
+        since then."""
         replica, trouble = self.table.get(observation.replica), observation.trouble or ""
         if replica is None or replica.record.nonce != observation.nonce:
             return

@@ -33,7 +33,7 @@ Totals = Mapping[str, tuple[int, float, int]]
 
 @dataclass(slots=True)
 class ReplicaStats:
-    """The decayed counts of one replica. `seconds`: sum of the times to the first byte."""
+    """The decayed counts of one replica's responses and errors. `seconds`: sum of the times to the first byte."""
 
     answered: float = 0.0
     seconds: float = 0.0

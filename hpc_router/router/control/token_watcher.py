@@ -1,7 +1,8 @@
 """Reads `tokens.json` every `CHECK_S` seconds, so that a new or a revoked token takes effect within a second.
 
 The run directory is opened before the file, because an NFS client would otherwise not notice for some seconds that the
-file was replaced. While the file cannot be read, the last tokens stay valid. If its content is wrong, no tokens are.
+file was replaced. While the file cannot be read, the last tokens stay valid. If its content is wrong, no token is
+valid.
 """
 
 import asyncio

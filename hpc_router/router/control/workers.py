@@ -102,7 +102,7 @@ class Workers:
         self.all = [WorkerConnection(worker) for worker in range(self.counters.workers)]
 
     async def attach(self, worker: int, sock: socket.socket) -> None:
-        """Connects to a worker that has just started, or that has lost its control process."""
+        """Connects over `sock` to a worker that has just started, or that has lost its control process."""
         connection = self.all[worker]
         if connection.channel is not None:
             connection.channel.close()
@@ -276,7 +276,7 @@ class Workers:
 
 
 def assign_columns(table: ReplicaTable, counters: Counters, *, experts: Iterable[str] = ()) -> None:
-    """Assigns a column of the counters to each replica and each expert's queue that has none yet."""
+    """Assigns a column of the shared counters to each replica, and to the queue of each expert, that has none yet."""
     used = {replica.column for replica in table.all()} | set(table.queue_columns.values())
     for replica in table.all():
         if replica.column == NO_COLUMN:

@@ -42,7 +42,7 @@ class Message:
 
 
 class Call(Message, Generic[R]):
-    """A message that the peer answers with a value of type `R`."""
+    """A message that the receiver answers with a value of type `R`."""
 
     __slots__ = ()
 
@@ -62,7 +62,7 @@ class EndCommand(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReloadCommand(Message):
-    """The command to check the settings and artefacts for changes now."""
+    """The command to check at once whether settings or artefacts have changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ class AttachCommand(Message):
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """The status of one child process. `pid`: None if the process is not running. `last_end`: text on how it ended the
-    last time."""
+    """The status of one child process. `pid`: None if the process is not running. `last_end`: how it ended last, as
+    text."""
 
     restarts: int
     last_end: str | None
@@ -202,7 +202,7 @@ class Snapshot(Message):
 
 @dataclass(frozen=True, slots=True)
 class Settings(Message):
-    """The settings in force and the versions of the artefacts to load. `scaled_to_zero`: as in `ReplicaTable`."""
+    """The present settings, and the versions of the artefacts to load. `scaled_to_zero`: as in `ReplicaTable`."""
 
     policy: PolicyConfig
     router: RouterConfig
@@ -296,7 +296,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _restore(kind: Any, value: Any) -> Any:
-    """Returns a decoded JSON value as an object of the annotated type `kind`."""
+    """Returns `value`, a decoded JSON value, as an object of the type `kind`, an annotation."""
     origin, of = get_origin(kind), get_args(kind)
     if value is None:
         return None

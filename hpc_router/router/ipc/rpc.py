@@ -1,8 +1,8 @@
 """Notifications and calls between the control process and one worker, over a pair of connected sockets.
 
-A frame is a length and a message of `messages`. If the receiver does not read, further notifications to it are dropped
-once `MAX_UNREAD_BYTES` are buffered; it gets the current state when it is attached again. This module does not know the
-meaning of the messages.
+Each message (`messages`) is sent after its length. If the receiver does not read, further notifications to it are
+dropped once `MAX_UNREAD_BYTES` are buffered; it gets the current state when it is attached again. This module does not
+know the meaning of the messages.
 """
 
 import asyncio

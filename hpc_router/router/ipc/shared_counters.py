@@ -98,7 +98,7 @@ class Counters:
         return self._row(worker).tolist()[NO_COLUMN + 1 :]
 
     def nonzero(self) -> int:
-        """Returns the number of cells in all workers' rows that are not zero."""
+        """Returns the number of cells of all workers that are not zero; 0 if nothing is in flight or waits."""
         return sum(1 for worker in range(self.workers) for count in self.counts(worker) if count)
 
     def _token_row(self, worker: int) -> memoryview:

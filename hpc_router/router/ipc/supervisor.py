@@ -54,9 +54,9 @@ def worker_name(worker: int) -> str:
 class ChildSpec:
     """The arguments of a child process. `worker`: its number; None for the control process.
 
-    `commands`: the socket for commands from the supervisor. `channels`: for the control process, the sockets to the
-    running workers by their number; for a worker, the socket to the control process under its own number. `processes`:
-    the status of all children. `notices`: texts for the log that no control process has received yet.
+    `commands`: the socket for commands from the supervisor. `channels`: sockets by number of a worker; for the control
+    process those to the running workers, for a worker the one to the control process, under its own number.
+    `processes`: the status of all children. `notices`: texts for the log that no control process has received yet.
     """
 
     worker: int | None
@@ -126,7 +126,7 @@ class RouterSupervisor:
     _undelivered: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        """Runs until all children have ended after a stop signal. Raises LaunchError when its children end again and
+        """Runs until all children have ended after a stop signal. Raises LaunchError if its children end again and
         again."""
         self._wakeups = reading, writing = os.pipe()
         os.set_blocking(writing, False)

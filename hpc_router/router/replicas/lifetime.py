@@ -23,7 +23,8 @@ _KEYS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 @dataclass(slots=True)
 class _Samples:
-    """The durations in seconds, and the durations divided by `max_tokens`, of an expert's last responses."""
+    """Of an expert's last responses, the durations in seconds, and the durations divided by the request's
+    `max_tokens`."""
 
     duration_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     per_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
@@ -31,8 +32,8 @@ class _Samples:
 
 @dataclass(slots=True)
 class Lifetimes:
-    """The measured durations of responses by expert. `expiring`: the experts with a ready replica whose walltime ends
-    within `HORIZON_S`."""
+    """The measured durations of responses, by expert. `expiring`: the experts that have a ready replica whose walltime
+    ends within `HORIZON_S`."""
 
     expiring: frozenset[str] = frozenset()
     _samples: dict[str, _Samples] = field(default_factory=dict)
@@ -67,8 +68,8 @@ def left_s(replica: Replica, now: float) -> float:
 
 
 def outliving(replicas: Sequence[Replica], needed_s: float) -> Sequence[Replica]:
-    """Returns the replicas that have room and at least `needed_s` seconds of walltime left. If there is no such
-    replica, returns only the replica with room whose walltime ends last."""
+    """Returns the replicas that have a free place and at least `needed_s` seconds of walltime left. If there is none,
+    returns only the one with a free place whose walltime ends last."""
     now = time.time()
     open_ = [replica for replica in replicas if replica.has_room]
     fitting = [replica for replica in open_ if left_s(replica, now) >= needed_s]

@@ -221,8 +221,8 @@ class WaitingLine:
         return None
 
     def others_wait(self, expert: str, is_open: Callable[[str, RequestClass], bool]) -> bool:
-        """Returns whether another worker has a waiting request that may take a place of this expert. `is_open`: as in
-        `next_turn`."""
+        """Returns whether a request waits for the expert at another worker, and is of a class for which `is_open` is
+        true."""
         return any(self._head(expert, of) is not None and is_open(expert, of) for of in CLASSES)
 
     def _head(self, expert: str, of: RequestClass) -> QueueHead | None:

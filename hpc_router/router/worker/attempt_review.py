@@ -63,8 +63,8 @@ class HealthReporter(Protocol):
 
 
 class RetryError(Exception):
-    """An attempt failed before anything was sent to the client, and the failure is recorded. `begun`: whether the
-    engine may have begun the request."""
+    """An attempt failed before anything was sent to the client, and may be followed by another one. The failure is
+    recorded already. `begun`: whether the engine may have begun the request."""
 
     def __init__(self, *, begun: bool) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class RetryError(Exception):
 
 @dataclass(slots=True)
 class AttemptReview:
-    """The review of failed attempts and error statuses in one worker, with reports to `health` and `metrics`."""
+    """Reviews failed attempts and error statuses in one worker. Reports to `health` and counts in `metrics`."""
 
     health: HealthReporter
     metrics: Metrics
@@ -182,8 +182,8 @@ class AttemptReview:
         return self._unsupported(routed, reservation, fault)
 
     def _unsupported(self, routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
-        """Returns the error `fault` as the result for a request that the engine cannot serve. Raises RetryError instead
-        if another replica of the expert, which may have another engine, can be tried."""
+        """Returns the error `fault` as the result for a request that the engine cannot serve. But if another replica of
+        the expert, which may run another engine, can be tried, raises RetryError."""
         replica, expert, table = reservation.replica, reservation.expert, routed.dispatcher.table
         result = error_result(routed, reservation, fault)
         routed.avoid |= {replica}

@@ -55,8 +55,8 @@ def page() -> Response:
 async def follow(
     request: Request, overview: Callable[[], Awaitable[dict[str, Any]]], draining: Callable[[], bool]
 ) -> None:
-    """Sends a line with the overview every `PERIOD_S` seconds until the router drains. If the control process does not
-    answer, the line is `{"error": TEXT}`. Raises DownstreamGoneError when the client leaves."""
+    """Sends a line with the overview every `PERIOD_S` seconds until the router drains. While the control process does
+    not answer, the line is `{"error": TEXT}`. Raises DownstreamGoneError when the client leaves."""
     request.start_response(200, _STREAM_HEAD, length=None)
     while True:
         try:

@@ -144,7 +144,7 @@ class Dispatcher:
         return None
 
     async def _attempts(self, routed: RoutedRequest) -> RequestResult:
-        """Tries replicas until one serves the request, and returns the result. Raises RoutingErrors if none does."""
+        """Tries replicas until one serves the request, and returns the result. Raises a RoutingError if none does."""
         routed.queue_until = routed.started + self.config.queue_timeout_s
         attempts = routed.attempts = 0
         while attempts < MAX_ATTEMPTS:

@@ -106,8 +106,8 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
 
 
 def error_code(error: Exception) -> str:
-    """Returns the error code of an error class: `unknown_model` for `UnknownModelError`, and `internal_error` for an
-    error that is not an HpcRouterError."""
+    """Returns the error code for an error's class: `unknown_model` for `UnknownModelError`; for an error that is no
+    HpcRouterError, `internal_error`."""
     if not isinstance(error, HpcRouterError):
         return "internal_error"
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()

@@ -144,7 +144,7 @@ class Gateway:
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
         """Starts to serve a request. Returns a `RoutedRequest` if the request only has to be routed and sent, which
-        needs no task; for any other request, returns a coroutine."""
+        needs no task; for any other request, a coroutine that serves it in a task."""
         if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
             request_id = request.request_id.decode()
         else:
@@ -243,7 +243,7 @@ class Gateway:
         return handler
 
     def _handlers_at(self, path: str) -> dict[str, Handler]:
-        """Returns the handlers of a path by method."""
+        """Returns the handlers of the path, by HTTP method; empty if the path is not served."""
         if path.startswith(protocol.MODELS + "/"):
             return {"GET": self._model}
         if stored := protocol.STORED_RESPONSE.fullmatch(path):
@@ -348,7 +348,8 @@ class Gateway:
         return json_response(explanation.to_dict(id=request_id))
 
     async def _feedback(self, request: Request, request_id: str) -> Response:
-        """Records the score that the client gives to an earlier request of the same user."""
+        """Responds to `POST` of feedback: records the score that the client gives to an earlier request of the same
+        user."""
         fields = (await self._read_call(request)).fields
         rated, score = fields.get("id"), fields.get("score")
         if not isinstance(rated, str) or not REQUEST_ID.fullmatch(rated):

@@ -125,8 +125,8 @@ async def serving(
 
 @asynccontextmanager
 async def following_settings(gateway: Gateway, link: ControlClient, run: RunDir) -> AsyncIterator[None]:
-    """Applies the settings that the control process sends within the block, one after the other. Requests that are
-    already running keep their old settings."""
+    """Within the block, applies all settings that the control process sends, in their order. Requests that are already
+    running keep their old settings."""
     changed = asyncio.Event()
 
     async def follow() -> None:

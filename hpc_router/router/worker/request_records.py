@@ -2,8 +2,8 @@
 
 At the end of a request, its line is only appended to a list; the file thread writes the list every `FLUSH_S` seconds,
 or once it has `BATCH` lines. While the file system hangs, at most `MAX_UNWRITTEN_BYTES` are kept; further lines are
-dropped and counted. A line has no text of a prompt or a response, and no token. Only with `router.sample_prompts`,
-prompts are written, into other files.
+dropped and counted. A line has no text of a prompt or a response, and no token. Prompts are written into other files,
+and only if `router.sample_prompts` is set.
 """
 
 import asyncio

@@ -154,8 +154,8 @@ class RequestRouting:
     async def route_stored(
         self, request: Request, request_id: str, session: str | None, access: UserAccess | None = None
     ) -> RoutedRequest:
-        """Finds the replica that stores the earlier response whose id is in the path of `request`, and returns the
-        request routed to this replica. Raises ResponseNotFoundError, UnavailableError or ExpertForbiddenError."""
+        """Routes a request about an earlier response, whose id is in the path, to the replica that stores the response.
+        `session`: the request's session id. Raises ResponseNotFoundError, UnavailableError or ExpertForbiddenError."""
         started = time.perf_counter()
         endpoint = endpoint_of(request)
         stored = protocol.STORED_RESPONSE.fullmatch(endpoint.path)

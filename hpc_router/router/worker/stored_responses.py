@@ -29,7 +29,7 @@ _TRANSIENT: Final = frozenset({408, 429})
 
 @dataclass(slots=True)
 class StoredResponses:
-    """The search for stored responses on the replicas of `table`."""
+    """Searches the ready replicas of `table` for stored responses."""
 
     table: ReplicaTable
     client: Upstream
@@ -96,7 +96,7 @@ class StoredResponses:
 
 
 def not_found(response_id: str, why: str) -> ResponseNotFoundError:
-    """Returns the error for a response that no replica has. `why` becomes part of its message."""
+    """Returns the error for the response with this id, which no replica has. `why` becomes part of its message."""
     return ResponseNotFoundError(
         f"the response {response_id!r} is not found: {why}; engines keep responses in memory, until they end",
         param="response_id",
