@@ -93,7 +93,7 @@ class Classifier:
 
     @property
     def choices(self) -> frozenset[str]:
-        """The experts that a prompt may get."""
+        """The experts that `classify` can choose."""
         names = self.experts if self._soft is None else self._soft.experts
         return frozenset(name for name in names if name is not None)
 
@@ -114,7 +114,7 @@ class Classifier:
         return self.artefact.version
 
     def classify(self, text: str) -> Classification:
-        """Returns the best cluster of the text and its margin."""
+        """Returns the best cluster of the text, with its expert, score and margin."""
         values, length, known = self._values(text)
         if self._soft is not None:
             cluster, expert, score, margin, runner_up = self._soft.choose(values, length)

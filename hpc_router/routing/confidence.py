@@ -24,7 +24,7 @@ _STEPS: Final = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """P(right) = 1 / (1 + exp(-(bias + by_margin * margin + by_score * score)))."""
+    """The probability that a decision is right: 1 / (1 + exp(-(bias + by_margin * margin + by_score * score)))."""
 
     bias: float
     by_margin: float

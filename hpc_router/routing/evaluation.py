@@ -44,7 +44,7 @@ def nmi(clusters: Sequence[str], labels: Sequence[str]) -> float:
 
 
 def confusion(decided: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Returns how many prompts with a label got a decision: label -> decision -> number."""
+    """Returns the number of prompts by their label and by what was decided for them: label -> decision -> number."""
     table: dict[str, dict[str, int]] = {}
     for (label, name), count in sorted(Counter(zip(labels, decided, strict=True)).items()):
         table.setdefault(label, {})[name] = count
@@ -104,7 +104,8 @@ def _quantiles(calls: Sequence[Callable[[], object]]) -> dict[str, float]:
 
 
 def bootstrap_interval(statistic: Callable[[Ids], float], *, rows: int, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % interval of `statistic`, a function of the row numbers in a bootstrap sample."""
+    """Returns the 95 % confidence interval of `statistic`, a function of row numbers, from bootstrap samples of `rows`
+    rows."""
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(rows, size=rows)) for _ in range(BOOTSTRAP_SAMPLES)]
     return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))

@@ -31,8 +31,8 @@ MAX_FOLDS: Final = 200
 
 
 def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None = None) -> Artefact:
-    """Trains an artefact with one cluster per expert, which has the expert's name. Raises ConfigError as
-    `usable_exemplars` does."""
+    """Trains an artefact with one cluster per expert, named after the expert. Raises ConfigError if the exemplars are
+    not usable (see `usable_exemplars`)."""
     features = features or Features()
     usable = usable_exemplars(exemplars, features=features)
     names = tuple(usable)
@@ -127,8 +127,8 @@ def _without_texts(counts: TermCounts, removed: Mask) -> TermCounts:
 
 
 def _idf(counts: TermCounts, *, prompts: int) -> Doubles:
-    """Returns ln((prompts + 1) / df) for each term; 0 for a term without entries. `prompts`: number of texts with
-    entries."""
+    """Returns ln((prompts + 1) / df) for each term, where df is the number of texts that contain it; 0 for a term
+    without entries. `prompts`: number of texts with entries."""
     df = np.bincount(counts.term, minlength=counts.terms)
     idf: Doubles = np.where(df > 0, np.log((prompts + 1) / np.maximum(df, 1)), 0.0)
     return idf

@@ -131,7 +131,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The terms that have a row in a table, in row order."""
+    """The terms that have a row in a table, in the order of the rows."""
 
     terms: tuple[str, ...]
     features: Features

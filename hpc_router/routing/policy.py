@@ -25,7 +25,7 @@ KINDS = ("classifier", "least_in_flight", "model_field", "round_robin")
 
 
 class RouteReason(StrEnum):
-    """The reason of a routing decision."""
+    """Why a request goes to its expert (see the module)."""
 
     __hash__ = str.__hash__  # written in C, while the hash of an enum is Python code
 
@@ -109,7 +109,7 @@ class Policy(Protocol):
 
 
 def versions(policy: Policy) -> tuple[str | None, str | None]:
-    """Returns the artefact versions of a policy and of its shadow."""
+    """Returns the versions of the artefacts of a policy and of its shadow."""
     return policy.version, None if policy.shadow is None else policy.shadow.version
 
 
@@ -233,8 +233,8 @@ class LeastInFlight(RoundRobin):
 
 
 class ModelField:
-    """The policy for clients that name the expert. A request for `auto` gets the fallback; if there is no fallback, the
-    router responds with 404."""
+    """The policy for clients that always name the expert. A request for `auto` gets the fallback; without a fallback,
+    the router responds with 404."""
 
     version = None
     weighs_load = False
@@ -264,7 +264,8 @@ def build_policy(
     shadow: Policy | None = None,
     min_confidence: float | None = None,
 ) -> Policy:
-    """Returns the policy of a configured `kind`. Raises ConfigError for an unknown kind or a missing classifier."""
+    """Returns the policy of the configured `kind`. Raises ConfigError for an unknown kind, or if a needed classifier is
+    missing."""
     match kind:
         case "classifier":
             if classifier is None:

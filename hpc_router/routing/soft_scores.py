@@ -24,8 +24,8 @@ class SoftChoice(NamedTuple):
 
 
 class SoftScores:
-    """The expected quality of the experts that a deployment has. `experts`: names of the deployment's experts; None:
-    all experts of the artefact."""
+    """Computes the expected quality of the experts that a deployment has. `experts`: their names; None: all experts of
+    the artefact."""
 
     def __init__(
         self, quality: Quality, soft: SoftDecision, *, experts: Collection[str] | None, cost_weight: float | None

@@ -108,8 +108,8 @@ class TermSums:
 
 
 class _TokenRows(dict[bytes | int, int]):
-    """A map from a token to its packed row: the row of the word or symbol, else the row of its prefix, else 0. Every
-    look-up is cached."""
+    """Maps a token to its packed row: the row of the word or symbol, else the row of its prefix, else 0. The result of
+    every look-up is kept."""
 
     def __init__(self, known: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int) -> None:
         super().__init__(known)
@@ -136,7 +136,8 @@ class _TokenRows(dict[bytes | int, int]):
 
 
 def _add_prefixes(table: Floats, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, size: int) -> Floats:
-    """Returns the table with the row of each word's prefix added to the row of the word."""
+    """Returns the table with the row of each word's prefix, its first `size` characters, added to the word's own row.
+    `words`, `prefixes`: row numbers."""
     pairs = [
         (row, prefixes[prefix])
         for word, row in words.items()

@@ -39,7 +39,7 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns all rows in order, including those without text. Raises ConfigError with file and line."""
+    """Returns all rows of the file in order, including those without text. Raises ConfigError for an invalid line."""
     rows = [_row(line, number, f"{path}:{number}") for number, line in lines_of(path)]
     if not rows:
         raise ConfigError(f"{path}: the file contains no prompt")

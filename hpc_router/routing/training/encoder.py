@@ -30,8 +30,8 @@ ProgressCallback = Callable[[str, int, int], None]
 
 
 def installed_encoder() -> Path | None:
-    """Returns the folder of the packaged encoder; None if it, or a package that it needs, is not installed. Imports
-    nothing."""
+    """Returns the folder of the packaged encoder; None if the encoder or a package that it needs is not installed. Does
+    not import these packages."""
     if any(find_spec(name) is None for name in _NEEDED_MODULES):
         return None
     spec = find_spec(_ENCODER_MODULE)

@@ -37,8 +37,8 @@ class FeatureSpace(Protocol):
         prompt's vector; None if it does not need that length."""
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns for each term its weight in each direction, terms x directions, so that the sum over a prompt's terms
-        is the prompt's component in that direction. `directions`: directions x dimensions.
+        """Returns for each term its weight in each direction, terms x directions. The sum of the weights over a
+        prompt's terms is the prompt's component in that direction. `directions`: directions x dimensions.
 
         `held_out`: mask of training prompts that must not influence the weights.
         """
@@ -66,7 +66,8 @@ class SvdSpace:
 
 
 def cbtm(texts: Sequence[str], *, seed: int) -> SvdSpace:
-    """Fits the pipeline of c-BTM, `TfidfVectorizer -> TruncatedSVD(100) -> Normalizer`, without English stop words."""
+    """Fits the space `cbtm` to the texts: `TfidfVectorizer -> TruncatedSVD(100) -> Normalizer`, without English stop
+    words."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
     features = Features(kind="cbtm", prefix=0)

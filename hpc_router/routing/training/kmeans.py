@@ -44,7 +44,8 @@ def balanced_kmeans(vectors: Floats, *, clusters: int, seed: int, spherical: boo
 def centroids_of(
     vectors: Floats, assignment: Ids, *, clusters: int, spherical: bool, empty: Floats | None = None
 ) -> Floats:
-    """Returns the mean vector of each cluster. `empty`: the rows for clusters without vectors; None: zeros."""
+    """Returns the mean vector of each cluster; with `spherical`, scaled to length one. `empty`: the rows for clusters
+    without vectors; None: zeros."""
     sums = np.zeros((clusters, vectors.shape[1]), np.float64)
     np.add.at(sums, assignment, vectors)
     counts = np.bincount(assignment, minlength=clusters)[:, None]
@@ -63,7 +64,8 @@ def _similarity(vectors: Floats, centroids: Floats) -> Floats:
 
 
 def _kmeans_plus_plus(vectors: Floats, *, clusters: int, rng: np.random.Generator) -> Floats:
-    """Draws initial centroids from the vectors; the probability grows with the squared distance to earlier ones."""
+    """Draws initial centroids from the vectors. The probability of a vector grows with its squared distance to those
+    drawn before."""
     chosen = [int(rng.integers(len(vectors)))]
     distance = np.square(vectors - vectors[chosen[0]]).sum(axis=1).astype(np.float64)
     while len(chosen) < clusters:

@@ -48,7 +48,8 @@ def correctness(rows: Sequence[Row]) -> tuple[tuple[str, ...], Doubles]:
 
 
 def smoothed_rates(correct: Doubles, assignment: Ids, vectors: Floats, *, clusters: int) -> Doubles:
-    """Returns the smoothed rate of correct answers: clusters x experts. `correct`: rows x experts."""
+    """Returns the smoothed rate of correct answers: clusters x experts. `correct`: rows x experts; `assignment`,
+    `vectors`: cluster and vector of each row."""
     counts = np.bincount(assignment, minlength=clusters).astype(np.float64)
     sums = np.zeros((clusters, correct.shape[1]))
     np.add.at(sums, assignment, correct)

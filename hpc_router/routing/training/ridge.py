@@ -47,7 +47,7 @@ class RidgeSpace:
 
 
 def label_space(texts: Sequence[str], labels: Ids, *, count: int, seed: int) -> RidgeSpace:
-    """Fits the space to prompts and their labels, 0 to `count` - 1."""
+    """Returns the space that was fitted to prompts and their labels, which are numbers from 0 to `count` - 1."""
     min_texts = 1 if len(texts) < ENOUGH_TEXTS else 2
     vocabulary = frequent_vocabulary(texts, features=Features(ngrams=2), min_texts=min_texts)
     counts = counts_of(texts, vocabulary=vocabulary)
@@ -99,8 +99,8 @@ def _solution(rows: Any, targets: Floats, weight: Doubles, *, strength: float) -
 
 
 def ridge_regression(rows: Any, targets: Floats, *, strength: float) -> Floats:
-    """Solves a ridge regression by conjugate gradients. Returns the coefficients: as many rows as `rows` has columns,
-    as many columns as `targets` has.
+    """Solves a ridge regression of `targets` on `rows` by conjugate gradients. Returns the coefficients: columns of
+    `rows` x columns of `targets`.
 
     All columns of `targets` are solved together, each with its own step sizes.
     """

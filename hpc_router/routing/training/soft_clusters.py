@@ -36,8 +36,8 @@ COUNTS: Final = (8, 16, 32)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftClusters:
-    """The clusters that decide best. `assignment`: cluster of each row. `held_out_score`: weighted mean score of the
-    chosen experts on held-out rows, including those of held-out domains."""
+    """The clusters that choose the best experts. `assignment`: cluster of each row. `held_out_score`: weighted mean
+    score of the experts chosen for held-out rows, including those of held-out domains."""
 
     names: tuple[str, ...]
     assignment: Ids
@@ -50,7 +50,8 @@ class SoftClusters:
 def soft_clusters(
     rows: Sequence[Row], *, clusters: int | None, seed: int, weight: float, progress: ProgressCallback
 ) -> SoftClusters:
-    """Finds clusters of the rows and measures the experts in them. Raises ConfigError as `correctness` does.
+    """Returns clusters of the rows, with the measured quality of the experts in them. Raises ConfigError if the rows
+    name different experts.
 
     `clusters`: number of k-means clusters; None: the best number of several, or the rows' domains. `weight`: how much
     correctness one unit of cost is worth.

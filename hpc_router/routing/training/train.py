@@ -151,8 +151,8 @@ def train_exemplars(
     encoder: str,
     progress: ProgressCallback,
 ) -> Artefact:
-    """Trains an artefact from exemplars and descriptions of experts with a sentence encoder. Raises ConfigError as
-    `usable_exemplars` does."""
+    """Trains an artefact from exemplars and descriptions of experts with a sentence encoder. Raises ConfigError if the
+    exemplars are not usable (see `usable_exemplars`)."""
     usable = usable_exemplars(exemplars, features=Features())
     texts = [(name, text) for name in usable for text in usable[name]]
     rows = [Row(line=n, id=n, text=text, expert=name) for n, (name, text) in enumerate(texts, 1)]
@@ -337,7 +337,7 @@ def _labels(config: TrainConfig, given: TrainingSet, progress: ProgressCallback)
 
 
 def _soft(config: TrainConfig, rows: Sequence[Row], progress: ProgressCallback) -> _Clusters:
-    """Returns soft clusters."""
+    """Returns the clusters of `method=measured` with `lexical` features (see `soft_clusters`)."""
     found = soft_clusters(rows, clusters=config.clusters, seed=config.seed, weight=config.weight, progress=progress)
     return _Clusters(
         names=found.names,
@@ -352,7 +352,7 @@ def _soft(config: TrainConfig, rows: Sequence[Row], progress: ProgressCallback) 
 
 
 def _discovered(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> _Clusters:
-    """Returns balanced k-means clusters; with method=measured, the measured quality decides their experts."""
+    """Returns balanced k-means clusters. With method=measured, their experts follow from the measured quality."""
     rows, measured = given.rows, config.method == "measured"
     space = _feature_space(config, given, progress)
     progress("clusters", 0, 1)
@@ -430,7 +430,7 @@ def _artefact(
 
 
 def _discriminative(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
-    """Returns 1 for words and prefixes that occur in few prompts; 0 for others and for symbols, digits and letters."""
+    """Returns 1 for each term that is a word or prefix and occurs in few prompts, and 0 for any other term."""
     rare = idf >= 1 - np.log(MAX_DISCRIMINATIVE_SHARE)
     words = np.array([len(t.strip("*")) > 1 and any(map(str.isalpha, t)) for t in terms], np.bool_)
     discriminative: NDArray[np.uint8] = (words & rare).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Chooses settings of `method=measured`: those whose choice of experts for held-out rows is best."""
+"""Chooses settings for `method=measured`: those with which the best experts are chosen for held-out rows."""
 
 from collections import Counter
 from collections.abc import Sequence
