@@ -111,7 +111,8 @@ class AdmissionQueue:
 
     @asynccontextmanager
     async def admit(self, *, prompt_tokens: int, priority: int = 0) -> AsyncIterator[Ticket]:
-        """Waits until the request may run, yields its ticket, and counts its outcome at the end."""
+        """Yields the ticket of a request once the request may run. At the end of the block, counts the ticket's
+        outcome."""
         ticket = Ticket(stopped=self._stopping)
         self._tickets.add(ticket)
         self._idle.clear()

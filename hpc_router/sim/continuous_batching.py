@@ -32,7 +32,8 @@ class Sequence:
 
     @property
     def needed(self) -> int:
-        """Returns the number of tokens that must be in the cache before the next token of the answer."""
+        """Returns the number of tokens that must be in the cache before the next token of the answer can be
+        produced."""
         return self.prompt + self.produced
 
 
@@ -59,8 +60,8 @@ class Batch:
         return not self.running and not self.waiting
 
     def add(self, prompt_tokens: int, hashes: Values[int] = (), *, reads: bool = True, priority: int = 0) -> Sequence:
-        """Adds a sequence with a prompt of this length. A prompt larger than the whole cache is cut, so that the
-        sequence can run. `hashes`, `reads`: see `SequenceBlocks`."""
+        """Adds a sequence with a prompt of `prompt_tokens` tokens. A prompt larger than the whole cache is cut, so that
+        the sequence can run. `hashes`, `reads`: see `SequenceBlocks`."""
         most = self.pool.tokens - self.pool.block_size
         self._arrived += 1
         blocks = SequenceBlocks(self.pool, hashes, reads)

@@ -48,8 +48,8 @@ class FaultSchedule:
         ]
 
     def load(self, rules: object) -> None:
-        """Replaces the rules by those in a JSON list, given as text or decoded. Used by tests and `POST
-        /sim/faults`."""
+        """Replaces the rules by those in a JSON list, given as text or decoded. Tests and `POST /sim/faults` call
+        this."""
         parsed = parse_rules(rules)
         if any(rule.fault.kind is FaultKind.LOAD_FAIL for rule in parsed):
             raise ConfigError("load_fail is injected at the start only: give it to --faults")

@@ -264,8 +264,8 @@ class InferenceHandlers:
         )
 
     def _block_hashes(self, generation: Generation, choice: Choice) -> list[int]:
-        """Returns the hashes of the request's blocks. The request is one sequence: all of its prompts, then its first
-        choice. Roles count as no tokens, so they are not hashed either."""
+        """Returns the hashes of the request's cache blocks. The request is one sequence: all of its prompts, then its
+        first choice. Roles count as no tokens, so they are not hashed either."""
         if not self._config.enable_prefix_caching:
             return []
         tokens = [

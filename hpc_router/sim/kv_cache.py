@@ -70,8 +70,8 @@ class BlockPool:
             block.users += 1
 
     def take(self, count: int) -> list[Block]:
-        """Returns empty blocks with one user each, and evicts cached blocks if there are no others. `count`: at most
-        `free`."""
+        """Returns `count` (at most `free`) empty blocks with one user each. Evicts cached blocks if there are too few
+        others."""
         unused = min(count, self._empty)
         self._empty -= unused
         for _ in range(count - unused):
@@ -80,8 +80,7 @@ class BlockPool:
         return [Block(users=1) for _ in range(count)]
 
     def keep(self, block: Block, value: int) -> None:
-        """Caches a full block under its hash `value`. If several blocks have this hash, `find` returns the first
-        one."""
+        """Caches a full block under its hash `value`. If several blocks have it, `find` returns the first one."""
         block.hash = value
         self._by_hash.setdefault(value, []).append(block)
 

@@ -77,7 +77,7 @@ class JitteredLatency:
 
 
 class TokenSchedule(Protocol):
-    """The times at which the tokens of one request are due."""
+    """Decides when the tokens of one request are due."""
 
     @property
     def cached_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Parses the prompts of request bodies: messages, items and inputs become texts with a number of tokens.
+"""Parses the prompts of request bodies: chat messages, `input` items and texts become a text with a number of tokens.
 
 Errors are those of vLLM, with status 400 and a message that names the key.
 """

@@ -12,7 +12,7 @@ _WORDS: Final = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict
 
 
 class RequestFields:
-    """The fields of one request body. Each method returns the value of a field, and raises ApiError if its type is
+    """The fields of one request body. The methods return the value of a field, and raise ApiError if its type is
     wrong."""
 
     def __init__(self, raw: bytes) -> None:

@@ -109,10 +109,10 @@ class ResponseFormat(Protocol):
     def events(self, index: int, choice: Choice) -> ChoiceEvents: ...
 
     def end(self, choices: Sequence[Choice]) -> bytes:
-        """Returns the end of a stream, after every choice has ended."""
+        """Returns the bytes that end a stream after every choice has ended."""
 
     def error(self, message: str) -> bytes:
-        """Returns the end of a stream that failed."""
+        """Returns the bytes that end a stream that has failed."""
 
     def body(self, choices: Sequence[Choice]) -> bytes:
         """Returns the body of a response that is not streamed."""

@@ -48,7 +48,7 @@ class RunningRequest:
         self.counts.generation_tokens += choices
 
     async def end(self, steps: int) -> None:
-        """Injects a fault that is due after the last token (at k = `steps`) and before the regular end, then stores the
+        """If a fault is due after the last token (at k = `steps`), injects it before the regular end. Then stores the
         answer."""
         await self._inject_at(steps)
         if self.store is not None:
@@ -129,7 +129,8 @@ def _unfinished(choices: Sequence[Choice], k: int) -> int:
 
 
 def _token(events: Sequence[ChoiceEvents], choices: Sequence[Choice], k: int) -> bytes:
-    """Returns the events of token k of all choices; empty if a stop string removed that token from all of them."""
+    """Returns the events of token k of all choices; empty if a removed stop string contains the token in all of
+    them."""
     if len(events) == 1 and 0 < k < len(choices[0].completion.pieces):
         return events[0].token(choices[0].completion.pieces[k])
     made = [] if k else [one.opening() for one in events]
