@@ -61,7 +61,7 @@ class ForecastReader:
         self.experts: Mapping[str, StartForecast] = {}
 
     def read(self) -> None:
-        """Reads the file if it has changed. Raises OSError if the file system fails."""
+        """Reads `forecast.json` if it has changed. Raises OSError if the file system fails."""
         self.experts = self._file.read() or {}
 
 

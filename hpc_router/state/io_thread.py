@@ -132,7 +132,7 @@ class OutputLog:
         self.tail = b""
 
     async def copy(self, stream: asyncio.StreamReader) -> None:
-        """Copies until the end of `stream`."""
+        """Copies `stream` to the log until the stream ends."""
         try:
             while data := await stream.read(_READ_BYTES):
                 self._append(data)

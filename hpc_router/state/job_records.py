@@ -113,7 +113,7 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True)
 class Submitter:
-    """The process that submits a claimed job. This record is read only while `job.json` does not exist."""
+    """The process that submits a claimed job. The record is of interest only until `job.json` exists."""
 
     pid: int
     start_ticks: int
@@ -166,7 +166,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The end of a job. `cut`: number of responses that were still in progress at the end of the drain time."""
+    """The end of a job. `cut`: number of responses that were cut off because the time limit of the drain had passed."""
 
     ok: bool
     reason: FailureReason

@@ -29,8 +29,8 @@ class Lease:
     """A context manager that owns one registry file: it publishes the record, renews it, and removes it at the end.
 
     `expires_at`: returns the end of the owner's job in Unix seconds, or None; called in the file thread at each
-    renewal. `on_gone`: called once, in the event loop, if the registry folder was removed. `on_failure`: as in
-    `background_tasks`.
+    renewal. `on_gone`: called once, in the event loop, if the registry folder was removed. `on_failure`: called if the
+    renewing task fails, before it is started again (see `background_tasks`).
     """
 
     def __init__(

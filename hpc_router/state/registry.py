@@ -173,8 +173,8 @@ def withdraw(folder: Path, replica: str) -> None:
 
 
 class RegistryReader:
-    """A reader of the registry folder. It can be used repeatedly, and parses only files that changed after the last
-    snapshot."""
+    """Reads the registry folder, as often as `snapshot` is called. Parses only files that have changed since the last
+    call."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

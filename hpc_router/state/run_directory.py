@@ -104,7 +104,7 @@ class RunDir:
 
     @property
     def estimates_json(self) -> Path:
-        """Returns the path of the file with each expert's measured times: in Slurm's queue, for loading, and for
+        """Returns the path of the file with each expert's measured times in Slurm's queue, for loading, and for
         draining."""
         return self.path / "estimates.json"
 
@@ -149,7 +149,7 @@ class RunDir:
         return None
 
     def is_removed(self) -> bool:
-        """Returns whether the run directory was removed. Returns False if the file system does not respond properly."""
+        """Returns whether the run directory was removed; False if the file system does not give a clear answer."""
         try:
             self.registry.lstat()
         except OSError as error:

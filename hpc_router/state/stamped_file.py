@@ -46,8 +46,8 @@ class StampedFile(Generic[T]):
     _stamp: Stamp | None = None
 
     def read(self) -> T | None:
-        """Returns the current content; the last known content if the file cannot be read now. Raises OSError if the
-        file's status cannot be read."""
+        """Returns the present content; None if there is no valid file. If the file exists but cannot be read now,
+        returns the last known content. Raises OSError if the file's status cannot be read."""
         try:
             status = self.path.lstat()
         except FileNotFoundError:

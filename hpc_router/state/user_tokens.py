@@ -49,7 +49,7 @@ LIMITS: Final = tuple(item.name for item in fields(TokenLimits))
 
 @dataclass(frozen=True, slots=True)
 class UserToken:
-    """One token. `digest`: SHA-256 of the token, in hex. `created_at`, `expires_at`: Unix seconds; the latter is None
+    """One token. `digest`: SHA-256 of its text, in hex. `created_at`, `expires_at`: Unix seconds; `expires_at` is None
     for a token that does not expire. `experts`: the experts that it may use; None: all."""
 
     id: str
@@ -204,8 +204,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _change(run: RunDir, apply: Callable[[dict[str, Any]], None]) -> None:
-    """Reads `tokens.json`, lets `apply` change the content, and writes it. No other process can change the file
-    meanwhile."""
+    """Reads `tokens.json`, lets `apply` change its content, and writes it. Meanwhile no other process can change the
+    file."""
     path = run.tokens_json
     with exclusive(path.with_name(".tokens.changing")):
         content = _read(path)
