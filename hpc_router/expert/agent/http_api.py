@@ -126,8 +126,7 @@ class AgentHttpApi:
             )
 
     def _stored_response(self, request: Request) -> Callable[[Request], Awaitable[Response | None]] | None:
-        """Returns the handler of a request that concerns a response stored in the engine; None for any other
-        request."""
+        """Returns the handler of a request about a response that is stored in the engine; None for any other."""
         stored = protocol.STORED_RESPONSE.fullmatch(request.path)
         return self._generate if stored and request.method in protocol.STORED_METHODS[stored[2]] else None
 

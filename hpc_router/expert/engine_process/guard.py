@@ -49,7 +49,8 @@ def main() -> int:
 
 
 def start(argv: list[str]) -> int:
-    """Starts the engine in its own process group, without stdin, with all output to our stderr. Returns its process id.
+    """Starts the engine in its own process group, without stdin, with all output to the guard's stderr. Returns its
+    process id.
 
     The engine and its descendants ignore SIGUSR2. Slurm sends this signal before the walltime ends; it is meant for the
     agent, but at some sites (proctrack/linuxproc) every process of the job gets it.

@@ -109,8 +109,8 @@ def sweep(parent: Path) -> None:
 
 def _owner_has_ended(folder: Path, *, made_at: float) -> bool:
     """Returns whether the process that owns a folder has ended. A process that cannot be checked from here counts as
-    alive. A folder without `owner.json` counts as abandoned if `made_at` (Unix seconds) is more than _UNFINISHED_S
-    ago."""
+    alive. A folder without `owner.json` counts as abandoned _UNFINISHED_S after it was made (`made_at`, Unix
+    seconds)."""
     try:
         owner = load_json(folder / _OWNER)
     except FileNotFoundError:  # being created, or never finished

@@ -202,8 +202,7 @@ class Follower:
         )
 
     async def _leader_lost(self, silent_s: float) -> Exit:
-        """Writes and returns the replica's exit record, because rank 0 is gone. `silent_s`: seconds without an
-        order."""
+        """Writes and returns the replica's exit record, as rank 0 is gone. `silent_s`: seconds without an order."""
         message = f"rank 0 gave no order for {silent_s:.0f} s to rank {self._rank} on {socket.gethostname()}"
         end = Exit(ok=False, reason=FailureReason.RANK_LOST, message=message)
         self._files.post(partial(self._job.write, end))

@@ -140,6 +140,5 @@ class RankGroup:
 
 
 def _reason(name: str | None) -> FailureReason:
-    """Returns the failure reason with this name. An unknown name, from an agent of another version, counts as a
-    crash."""
+    """Returns the failure reason with this name. An unknown one, from another version, counts as a crash."""
     return FailureReason(name) if name in list(FailureReason) else FailureReason.CRASHED

@@ -116,8 +116,7 @@ class NodeDisk:
         part.lock.release()
 
     def discard(self, part: StagedModel) -> None:
-        """Removes a copy that is in progress. A thread that still copies to it gets FileNotFoundError at its next
-        file."""
+        """Removes a copy in progress. A thread that still copies to it gets FileNotFoundError at its next file."""
         try:
             self._move_away(part.folder)
         finally:
@@ -162,8 +161,7 @@ class NodeDisk:
         raise StagingError(f"no room for {size / GB:.1f} GB: {lack}")
 
     def _lack(self, size: int) -> str | None:
-        """Returns why another `size` bytes do not fit; None if they do. A copy in progress counts with its final
-        size."""
+        """Returns why `size` more bytes do not fit; None if they do. A copy in progress counts with its full size."""
         parts = {folder: _manifest(folder).get("bytes", 0) for folder in self._folders(_PART)}
         copies = sum(_manifest(folder).get("bytes", 0) for folder in self._folders(_MODEL)) + sum(parts.values())
         if self.limit is not None and copies + size > self.limit:
