@@ -120,8 +120,7 @@ class Request(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Aborts the connection. The client sees by this that the body is incomplete; used where no error event can be
-        sent."""
+        """Aborts the connection, by which the client sees that the body is incomplete if it can get no error event."""
 
 
 class PendingResponse:

@@ -219,8 +219,7 @@ class UpstreamClient:
 
 
 def request_head(method: str, address: Address, target: str, head: bytes, body: bytes | None) -> bytes:
-    """Returns the request line and all header lines. Raises ValueError for a `target` that would end the request
-    line."""
+    """Returns the request line and all header lines. Raises ValueError for a `target` that would end its line."""
     line = request_line(method, address, target)
     if body is None and method not in _WITH_BODY:
         return b"%b%b\r\n" % (line, head)
