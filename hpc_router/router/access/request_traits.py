@@ -23,7 +23,7 @@ class RequestTraits(NamedTuple):
 
 
 def traits_of(path: str, fields: Mapping[str, Any], *, user: str) -> RequestTraits:
-    """Returns the traits of a request by `user`. `fields`: its body. A value that an engine would refuse counts as
+    """Returns the traits of a request by `user`. `fields`: its body; a value that an engine would refuse counts as
     missing."""
     if path not in _GENERATE:
         return RequestTraits(user, False)

@@ -48,9 +48,8 @@ class Drift:
 
 
 def drift(counted: Counted, *, artefact: str, training: Mapping[str, Any]) -> Drift | None:
-    """Returns how far the decisions that `artefact` has made differ from its training; None if it has made none.
-    `counted`: the number of decisions by artefact, cluster and reason; `training`: the artefact's record of its
-    training."""
+    """Returns how far the decisions of `artefact` differ from its training; None if it has made none. `counted`: number
+    of decisions by artefact, cluster and reason; `training`: the artefact's record of its training."""
     clusters: dict[str, int] = {}
     low = total = 0
     for (version, cluster, reason), count in counted:

@@ -50,8 +50,7 @@ class QueueLimits:
 
 
 def queue_limits(deployment: Deployment) -> QueueLimits:
-    """Returns the configured limits. An adapter shares the `max_in_flight` of its host, because they have one
-    engine."""
+    """Returns the configured limits. An adapter shares its host's `max_in_flight`, because they have one engine."""
     experts = deployment.experts
     limits = {name: experts[host_of(experts, name)].max_in_flight for name in experts}
     classes = [getattr(deployment.router.classes, of.label) for of in CLASSES]

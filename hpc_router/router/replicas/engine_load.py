@@ -26,8 +26,7 @@ class EngineLoad:
 
     @classmethod
     def read(cls, text: bytes) -> Self | None:
-        """Returns the load in `text`, an engine's metrics in Prometheus' format; None if they have none of the
-        values."""
+        """Returns the load in `text`, an engine's metrics in Prometheus' format; None if it is not in them."""
         kv = _values(text, _KV_USE)
         load = cls(
             running=_sum(text, _RUNNING),

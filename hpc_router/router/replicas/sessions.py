@@ -44,8 +44,7 @@ class Turn:
     at: float = field(default=0.0, compare=False)  # seconds of the monotonic clock, which all processes of a host share
 
     def is_at(self, replica: Replica) -> bool:
-        """Returns whether `replica` is the server process that answered the turn, and still serves the turn's
-        expert."""
+        """Returns whether `replica` is the server process that answered the turn, and still serves the expert."""
         record = replica.record
         return (self.url, self.nonce) == (record.url, record.nonce) and self.expert in record.serves
 

@@ -221,8 +221,7 @@ class WaitingLine:
         return None
 
     def others_wait(self, expert: str, is_open: Callable[[str, RequestClass], bool]) -> bool:
-        """Returns whether a request waits for the expert at another worker, and is of a class for which `is_open` is
-        true."""
+        """Returns whether another worker has a request waiting for the expert, of a class that `is_open` allows."""
         return any(self._head(expert, of) is not None and is_open(expert, of) for of in CLASSES)
 
     def _head(self, expert: str, of: RequestClass) -> QueueHead | None:

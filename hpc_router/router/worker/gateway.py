@@ -348,8 +348,7 @@ class Gateway:
         return json_response(explanation.to_dict(id=request_id))
 
     async def _feedback(self, request: Request, request_id: str) -> Response:
-        """Responds to `POST` of feedback: records the score that the client gives to an earlier request of the same
-        user."""
+        """Records the score in the body, which a client gives to an earlier request of the same user."""
         fields = (await self._read_call(request)).fields
         rated, score = fields.get("id"), fields.get("score")
         if not isinstance(rated, str) or not REQUEST_ID.fullmatch(rated):

@@ -35,8 +35,8 @@ class StoredResponses:
     client: Upstream
 
     async def find(self, response_id: str, *, turn: Turn | None) -> Replica:
-        """Returns the replica that has the response; the only ready replica that can keep responses is returned without
-        being asked. `turn`: the last turn of the request's session, if known. Raises ResponseNotFoundError if no
+        """Returns the replica that has the response. If only one ready replica can keep responses, it is not asked but
+        returned at once. `turn`: the last turn of the request's session, if known. Raises ResponseNotFoundError if no
         replica has the response, and UnavailableError if a replica that may have it did not answer."""
         keeping = [
             replica
