@@ -104,8 +104,7 @@ def _quantiles(calls: Sequence[Callable[[], object]]) -> dict[str, float]:
 
 
 def bootstrap_interval(statistic: Callable[[Ids], float], *, rows: int, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % confidence interval of `statistic`, a function of row numbers, from bootstrap samples of `rows`
-    rows."""
+    """Returns the 95 % bootstrap interval of `statistic`, which is called with row numbers of random samples."""
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(rows, size=rows)) for _ in range(BOOTSTRAP_SAMPLES)]
     return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))

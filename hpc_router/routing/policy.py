@@ -264,8 +264,8 @@ def build_policy(
     shadow: Policy | None = None,
     min_confidence: float | None = None,
 ) -> Policy:
-    """Returns the policy of the configured `kind`. Raises ConfigError for an unknown kind, or if a needed classifier is
-    missing."""
+    """Returns the policy of the configured `kind`. Raises ConfigError if that is unknown or needs a missing
+    classifier."""
     match kind:
         case "classifier":
             if classifier is None:

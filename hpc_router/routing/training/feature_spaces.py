@@ -66,8 +66,7 @@ class SvdSpace:
 
 
 def cbtm(texts: Sequence[str], *, seed: int) -> SvdSpace:
-    """Fits the space `cbtm` to the texts: `TfidfVectorizer -> TruncatedSVD(100) -> Normalizer`, without English stop
-    words."""
+    """Fits the space `cbtm`: `TfidfVectorizer -> TruncatedSVD(100) -> Normalizer`, without English stop words."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
     features = Features(kind="cbtm", prefix=0)
