@@ -1,10 +1,10 @@
 """Admits requests: at most `capacity` requests run at the same time, and the others wait in order of arrival, or of
 priority.
 
-One context manager (`admit`) surrounds the work on a request and counts how the request ended. The gauges therefore
-return to zero for any end (a disconnected client, a fault, an error). When the engine stops, a request that waits for
-its next token gets `EngineStopped`. A request that waits for admission is then admitted at once, and gets
-`EngineStopped` before its first token. This module does not know HTTP.
+One context manager (`admit`) surrounds the work on a request and counts how the request ended, so that the numbers of
+running and waiting requests are right after any end (a disconnected client, a fault, an error). When the engine stops,
+a request that waits for its next token gets `EngineStopped`. A request that waits for admission is then admitted at
+once, and gets `EngineStopped` before its first token. This module does not know HTTP.
 """
 
 import asyncio
@@ -111,8 +111,7 @@ class AdmissionQueue:
 
     @asynccontextmanager
     async def admit(self, *, prompt_tokens: int, priority: int = 0) -> AsyncIterator[Ticket]:
-        """Yields the ticket of a request once the request may run. At the end of the block, counts the ticket's
-        outcome."""
+        """Yields the ticket of a request once it may run. At the end of the block, counts the ticket's outcome."""
         ticket = Ticket(stopped=self._stopping)
         self._tickets.add(ticket)
         self._idle.clear()

@@ -32,8 +32,7 @@ class Sequence:
 
     @property
     def needed(self) -> int:
-        """Returns the number of tokens that must be in the cache before the next token of the answer can be
-        produced."""
+        """Returns the number of tokens that must be in the cache to produce the next token of the answer."""
         return self.prompt + self.produced
 
 

@@ -27,7 +27,7 @@ class Clock(Protocol):
     """The source of time, which tests can replace."""
 
     def now_s(self) -> float:
-        """Returns monotonic seconds."""
+        """Returns the time of a monotonic clock in seconds."""
 
     def unix_s(self) -> float:
         """Returns the wall-clock time in Unix seconds, for the `created` fields."""

@@ -99,8 +99,8 @@ class TransformerShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Returns the parameters per layer: query, key, value, output, and three matrices of the gated feed-forward
-        network."""
+        """Returns the number of parameters per layer, in the matrices for query, key, value and output, and in the
+        three of the gated feed-forward network."""
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * self.head
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
@@ -227,8 +227,8 @@ class RooflineEngine:
         return (linear / peak_linear + rest / peak) / (self.tp * COMPUTE_EFFICIENCY)
 
     def _memory_s(self, reached: float) -> float:
-        """Returns the seconds of memory traffic in one step: all weights, and the keys and values of the `reached`
-        tokens of all contexts, are read once (Pope et al., arXiv 2211.05102)."""
+        """Returns the seconds of memory traffic in one step: all weights are read once, and so are the keys and values
+        of all contexts, which have `reached` tokens in all (Pope et al., arXiv 2211.05102)."""
         moved = self.linear_bytes + self.output_bytes + reached * self.shape.kv_bytes
         return moved / (self.tp * self.gpu.bandwidth * MEMORY_EFFICIENCY)
 

@@ -129,8 +129,7 @@ def _unfinished(choices: Sequence[Choice], k: int) -> int:
 
 
 def _token(events: Sequence[ChoiceEvents], choices: Sequence[Choice], k: int) -> bytes:
-    """Returns the events of token k of all choices; empty if a removed stop string contains the token in all of
-    them."""
+    """Returns the events of token k of all choices; empty if it is part of a removed stop string in each of them."""
     if len(events) == 1 and 0 < k < len(choices[0].completion.pieces):
         return events[0].token(choices[0].completion.pieces[k])
     made = [] if k else [one.opening() for one in events]
