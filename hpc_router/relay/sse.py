@@ -52,9 +52,9 @@ class EventSplitter:
         return data[:end]
 
     def end(self) -> bytes:
-        """Called at the regular end of a stream; returns the bytes that are left. If the last event lacks its final
-        blank line, adds it, because parsers would drop the event. But the event must be complete: its data is `[DONE]`
-        or valid JSON, or none of its lines has content. Raises UnfinishedEventError if it is not."""
+        """Returns the bytes that are left at the regular end of a stream. Adds the last event's blank line if it is
+        missing, because parsers drop an event without one. Raises UnfinishedEventError if that event is incomplete: it
+        has lines with content, but its data is neither `[DONE]` nor valid JSON."""
         tail, self.tail = self.tail, b""
         lines = _lines(tail)
         if any(line and not line.startswith(_WITHOUT_CONTENT) for line in lines):
