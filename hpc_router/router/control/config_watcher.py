@@ -32,7 +32,7 @@ CHECK_S: Final = 1.0
 
 @dataclass(slots=True)
 class ConfigWatcher:
-    """Calls `on_change` with the new deployment and its policy when one of the files has changed. `base`: the
+    """Calls `on_change` with the new deployment and its policy when one of the watched files has changed. `base`: the
     deployment that the router was started with. `trouble`: why the last change was not applied; None if it was."""
 
     run: RunDir

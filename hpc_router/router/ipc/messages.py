@@ -296,7 +296,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _restore(kind: Any, value: Any) -> Any:
-    """Returns `value`, a decoded JSON value, as an object of the type `kind`, an annotation."""
+    """Returns `value`, a decoded JSON value, as an object of the type `kind`, which is the annotation of a field."""
     origin, of = get_origin(kind), get_args(kind)
     if value is None:
         return None

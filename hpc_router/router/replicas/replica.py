@@ -153,8 +153,7 @@ class Replica:
 
     @property
     def slot_name(self) -> str:
-        """The replica's name without the generation, by which conversations are kept: a successor in the slot gets
-        them."""
+        """The replica's name without the generation. Affinity uses it, so that a successor gets the conversations."""
         return self.record.replica.rpartition(".")[0]
 
     def model_for(self, expert: str) -> str | None:

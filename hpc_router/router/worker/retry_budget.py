@@ -1,7 +1,7 @@
 """Retry budget: limits retries to a share of requests, so that an outage does not become a retry storm.
 
 The budget is a share of the requests within a sliding window, plus a minimum rate for times with few requests. The
-caller may leave out a retry after the loss of a replica, because each replica is lost only once. No I/O, no clock.
+caller need not count retries after the loss of a replica, because each replica is lost only once. No I/O, no clock.
 """
 
 from dataclasses import dataclass
