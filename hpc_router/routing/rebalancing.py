@@ -18,8 +18,8 @@ from hpc_router.routing.features import Doubles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalancedTable:
-    """The result of rebalancing. `table`: expert of each cluster. `shares`: load of each expert. `loss`: mean loss of
-    score.
+    """The result of rebalancing. `table`: expert of each cluster. `shares`: load of each expert. `loss`: total loss of
+    score. `moves`: the moved clusters, as texts.
 
     `replicas`: for each expert that stays overloaded, the factor by which its number of replicas has to grow.
     """
