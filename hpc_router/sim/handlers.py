@@ -1,5 +1,5 @@
-"""Handlers of the paths that generate: each checks a request, chooses answer and fault, waits for admission, and
-responds.
+"""Handlers of the paths for texts, embeddings and scores: each checks a request, chooses answer and fault, waits for
+admission, and responds.
 
 A `status` fault is injected before admission, like the refusal of an overloaded engine. Every other fault applies to an
 admitted request. The answer is chosen before the first token is due, so `streaming` handles only time and faults.

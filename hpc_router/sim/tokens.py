@@ -34,9 +34,9 @@ def split_tokens(text: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The text of one choice. `pieces`: its parts as they are sent, one per token. `generated`: the same parts,
-    followed by those that were removed because of a stop string. `tokens`: number of computed tokens, which can be
-    greater than `len(pieces)`."""
+    """The text of one choice. `pieces`: its parts as they are sent, one per token. `generated`: the parts of all
+    computed tokens, before a stop string was cut off. `tokens`: number of computed tokens, which can be greater than
+    `len(pieces)`."""
 
     pieces: tuple[str, ...]
     tokens: int
