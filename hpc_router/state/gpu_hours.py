@@ -42,7 +42,7 @@ class ExpertUsage:
 
     @property
     def tokens_per_gpu_hour(self) -> float | None:
-        """Returns the generated tokens divided by the GPU hours in all states; None if either is unknown or 0 hours."""
+        """Returns the generated tokens divided by the GPU hours in all states; None without tokens or hours."""
         hours = self.hours()
         return None if self.tokens is None or not hours else self.tokens / hours
 
