@@ -1,10 +1,10 @@
 """The blocks of the KV cache, and the prefixes that can be found in them. No I/O, no time, no requests.
 
-Follows vLLM 0.32 (vllm/v1/core/block_pool.py, kv_cache_manager.py). Only full blocks can be found, by a hash of their
-tokens and of all tokens before them, and from the moment at which their computation is planned, so that running
-requests share blocks. The last token of a prompt is always computed; if it ends a full block, the whole block is
-computed, even if it is cached. Blocks without users stay in the cache until their space is needed. The least recently
-used one is evicted first, and of one prefix the end before the beginning.
+Follows vLLM 0.32 (vllm/v1/core/block_pool.py, kv_cache_manager.py). A block is found by a hash of its tokens and of all
+tokens before them; only full blocks can be found. This is possible as soon as the computation of the block is planned,
+so running requests share blocks. The last token of a prompt is always computed; if it ends a full block, the whole
+block is computed, even if it is cached. Blocks without users stay in the cache until their space is needed. The least
+recently used one is evicted first; within one prefix, the last block.
 """
 
 from collections import OrderedDict
