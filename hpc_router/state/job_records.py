@@ -144,10 +144,10 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """The progress of a job. `url`, `node`: a router's address, which outlives its registry record: a later router on
-    the same node takes its port from it. `load_s`: seconds from the last start of the engine until it was ready.
-    `stage_s`: seconds until the models were on the node's disk; `stage_bytes`: bytes that this job copied to that disk.
-    Both are None if `cluster.stage_to` is not set."""
+    """The progress of a job. `url`, `node`: the address of a router; a later router on the same node takes its port
+    from here, because the registry record has been removed by then. `load_s`: seconds from the last start of the engine
+    until it was ready. `stage_s`: seconds until the models were on the node's disk; `stage_bytes`: bytes that this job
+    copied to that disk. Both are None if `cluster.stage_to` is not set."""
 
     phase: JobPhase
     reason: FailureReason | None = None  # reason of the last engine failure
