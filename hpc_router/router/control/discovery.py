@@ -304,8 +304,7 @@ class Discovery:
                 self.on_agent_failure(replica, task, more, error)
 
     def _record(self, replica: Replica, incident: Incident) -> None:
-        """Counts the incident for the replica's health, and ejects or excludes the replica if its verdict is to do
-        so."""
+        """Counts the incident for the replica's health; ejects or excludes the replica if that is the verdict."""
         now = self.clock()
         spare = incident is Incident.ERROR and all(self._can_spare(replica, e, now) for e in replica.record.serves)
         match replica.health.record(incident, now=now, rules=self._rules, spare=spare):
