@@ -1,5 +1,5 @@
-"""The main program of an expert's job: config, log, signals, exit status. It runs the agent or, on other nodes, a
-follower.
+"""The main program of an expert's job: reads the config, opens the log, handles signals, and returns the exit status.
+It runs the agent; on the further nodes of an engine, a follower.
 
 Exit status: 0 drained, 1 failed, 2 an invalid value. The file thread writes the log, so no log line waits for the
 shared file system. `main` replaces the signal handlers that the job's launcher left.
@@ -40,7 +40,7 @@ RANK: Final = "HPC_ROUTER_RANK"
 def main(run: Path, replica: str, deployment: Deployment | None = None, *, rank: int | None = None) -> int:
     """Runs a replica, or one rank of it, until it ends. Returns the exit status.
 
-    `rank`: by default from the environment, else 0. `deployment` replaces the run's own config.
+    `rank`: number of the rank; None: as in the environment, else 0. `deployment` replaces the run's own config.
     """
     try:
         opened = open_run(run)

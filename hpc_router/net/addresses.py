@@ -1,8 +1,8 @@
-"""Selects the address of this node that services listen on and publish, from `cluster.fabric`.
+"""Finds the address of this node at which its services listen, and which they publish. `cluster.fabric` selects it.
 
-A node has several networks: management, the fabric, containers. The config names the one that experts and routers use,
-as an interface, a network or an address. Without it, the address of the host's name is used, else that of the default
-route.
+A node has several networks: management, the fabric, containers. `cluster.fabric` names the one that experts and routers
+use, as an interface, a network or an address. Without it, the address of the host's name is used, else that of the
+default route.
 """
 
 import ipaddress
@@ -24,7 +24,8 @@ _FAR: Final = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
 def address(fabric: str | None, *, kind: str) -> str:
-    """Returns this node's address on the fabric. `kind` is `cluster.kind`. Raises ConfigError if the node has none."""
+    """Returns this node's address according to `fabric` (see `select_address`). With None: loopback if `kind`
+    (`cluster.kind`) is `local`, else by host name or default route. Raises ConfigError if the node has none."""
     if fabric is not None:
         return str(select_address(fabric, interfaces()))
     if kind == "local":
@@ -36,8 +37,8 @@ def address(fabric: str | None, *, kind: str) -> str:
 
 
 def select_address(fabric: str, have: Interfaces) -> IpAddress:
-    """Returns the address in `have` that `fabric` selects: of that interface, in that network, or that address. Prefers
-    IPv4. Raises ConfigError if there is none."""
+    """Returns the address in `have` that `fabric` selects, which is the name of an interface, a network or an address.
+    Prefers IPv4. Raises ConfigError if there is none."""
     if fabric in have:
         found = list(have[fabric])
     else:
@@ -49,8 +50,8 @@ def select_address(fabric: str, have: Interfaces) -> IpAddress:
 
 
 def interface_of(of: str, have: Interfaces | None = None) -> str | None:
-    """Returns the name of the interface with the address `of`; None if no interface has it. `have`: the node's
-    interfaces; None: read them."""
+    """Returns the name of the interface that has the address `of`; None if no interface has it. `have`: the node's
+    interfaces; None: look them up."""
     wanted = ipaddress.ip_address(of)
     known = interfaces() if have is None else have
     return next((name for name, addresses in known.items() if wanted in addresses), None)
@@ -85,9 +86,9 @@ def _network(fabric: str, have: Interfaces) -> ipaddress.IPv4Network | ipaddress
 
 
 def _of_own_name() -> str | None:
-    """Returns the address to which this node's host name resolves; None if that is no address of the node, or a
-    loopback address, as some distributions configure it. Other nodes most likely resolve the name to the same
-    address."""
+    """Returns the address to which this node's host name resolves, since other nodes most likely resolve it to the same
+    one. Returns None if that address is not one of the node's, or a loopback address, as some distributions configure
+    it."""
     try:
         entries = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except OSError:

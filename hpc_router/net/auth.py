@@ -2,8 +2,8 @@
 
 Each replica has its own key, HMAC-SHA256(secret, nonce). The deployment's `secret` stays in a file of mode 0600; the
 nonce is in the replica's record. A replica uses its key to answer the router's challenge, and the router sends the key
-as its token. A process that took over a port therefore cannot answer, and learns no token of another replica.
-Comparisons take constant time.
+as the token of its requests. A process that took over a replica's port therefore cannot answer the challenge, and
+learns no token of another replica. Comparisons take constant time.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ def replica_key(secret: str, nonce: str) -> str:
 
 
 def challenge_answer(key: str, challenge: str) -> str:
-    """Returns the answer to a challenge: an HMAC of it, in hex, which proves that the sender has the replica's key."""
+    """Returns the answer to a challenge, in hex: its HMAC with `key`, which proves that the sender has the key."""
     return hmac.new(key.encode(), b"challenge:" + challenge.encode(), hashlib.sha256).hexdigest()
 
 

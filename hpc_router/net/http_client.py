@@ -18,15 +18,14 @@ MAX_RESPONSE_BYTES: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """Status and body of a response. `body` is the parsed JSON, or the text if it is not JSON."""
+    """Status and body of a response. `body`: the parsed JSON; if the body is not JSON, its text."""
 
     status: int
     body: Any
 
     @property
     def message(self) -> str:
-        """The error message of the response in OpenAI's format; if there is none, the status and the start of the
-        body."""
+        """The error message in the body if it has OpenAI's format; otherwise the status and the start of the body."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         if isinstance(error, dict) and error.get("message"):
             return str(error["message"])
@@ -34,7 +33,7 @@ class HttpResponse:
 
 
 class Unreachable(Exception):
-    """No response came within the time limit, or the response is longer than `MAX_RESPONSE_BYTES`."""
+    """No response was received within the time limit, or the response is longer than `MAX_RESPONSE_BYTES`."""
 
 
 @asynccontextmanager
@@ -54,8 +53,8 @@ async def call(
     body: Mapping[str, Any] | None = None,
     certificate: str | None = None,
 ) -> HttpResponse:
-    """Sends one request and returns the response, whatever its status. `certificate`: the only one, in PEM, that an
-    https server may have; None: as the system's authorities say. Raises Unreachable."""
+    """Sends one request and returns the response, whatever its status. `certificate`: the only certificate, in PEM,
+    that an https server may have; None: any that the system's authorities have signed. Raises Unreachable."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with client.request(
@@ -68,7 +67,7 @@ async def call(
 
 
 def tls_option(certificate: str | None) -> ssl.SSLContext | bool:
-    """Returns the `ssl` argument of aiohttp's requests. Raises ValueError if `certificate` is not one."""
+    """Returns the `ssl` argument of aiohttp's requests. Raises ValueError if `certificate` (see `call`) is not one."""
     return True if certificate is None else client_context(certificate)
 
 
@@ -91,7 +90,7 @@ def call_blocking(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     certificate: str | None = None,
 ) -> HttpResponse:
-    """Sends one request from code without an event loop, and blocks. Otherwise like `call`."""
+    """Like `call`, for code without an event loop: blocks until the response is received."""
 
     async def once() -> HttpResponse:
         async with session(timeout_s=timeout_s) as client:

@@ -1,5 +1,5 @@
-"""What a process gets from its Slurm job: environment variables, and the signals that announce the job's end. Also
-says which of the variables a started process or job inherits."""
+"""What a process gets from its Slurm job: the environment variables that Slurm sets, among them the id of the job, and
+the signals that announce the job's end. Also says which variables a process or job that it starts must not inherit."""
 
 import os
 import signal

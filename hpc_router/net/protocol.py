@@ -65,7 +65,7 @@ WAIT_HEADER: Final = "x-wait"
 
 
 def path_at(base: str, target: str) -> str:
-    """Returns the path of `target` on a server with base path `base`, which replaces `/v1` in API paths.
+    """Returns the path of `target` on a server with the base path `base`. In API paths, `base` replaces `/v1`.
 
     With the base `/api/v1`, `/v1/models` becomes `/api/v1/models`, and `/health` becomes `/api/health`. An empty base
     means `/v1`.
@@ -87,15 +87,15 @@ def challenge_in(query: str) -> str:
 
 
 def skip_in(query: str) -> int:
-    """Returns the number of session turns that the successor already has, from the query string of its handover call; 0
-    if there is none."""
+    """Returns the number of session turns to leave out of the response to a handover call, because the successor
+    already has them, from the call's query string; 0 if that states none."""
     text = parse_qs(query).get("skip", [""])[-1]
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 def drain_target(until_at: float | None) -> str:
-    """Returns path and query of a drain call. `until_at`: time in Unix seconds until which the drain may last, if that
-    is later than `cluster.drain_s` allows; None: only that limit applies."""
+    """Returns path and query of a drain call. `until_at`: Unix time until which the drain may last if that is longer
+    than `cluster.drain_s` allows; None: `cluster.drain_s` is the limit."""
     return DRAIN if until_at is None else f"{DRAIN}?until={until_at:.0f}"
 
 
@@ -108,7 +108,8 @@ def drain_until(query: str) -> float | None:
 @dataclass(frozen=True, slots=True)
 class ProbeResponse:
     """The response to a health probe. `models`: names of the models that the engine serves; None if the engine is not
-    ready. `answer`: the answer to the challenge."""
+    ready. `answer`: the answer to the challenge. `task_failures`: by background task of the agent, the number of its
+    failures and the last error."""
 
     replica: str
     state: str
@@ -154,7 +155,7 @@ class RankState(StrEnum):
 
 
 class Action(StrEnum):
-    """Orders of rank 0 to another rank."""
+    """What rank 0 orders another rank to do."""
 
     WAIT = "wait"  # run no engine, and report again
     RUN = "run"  # run the engine of this attempt, once
@@ -166,8 +167,8 @@ class RankReport:
     """Report of a rank's agent to rank 0. `attempt`: the attempt that its engine runs or ran last; 0 before the first.
 
     `instance` identifies the reporting process: a new instance means that the agent was restarted and its old engine
-    ended. `challenge`: must be answered by the order's `proof`. `leaving`: whether the rank was asked to stop. It then
-    waits for an order, because the other ranks would fail if it stopped alone.
+    ended. `challenge`: random text, for which the order must contain a `proof`. `leaving`: whether the rank was asked
+    to stop. It then waits for an order, because the other ranks would fail if it stopped alone.
     """
 
     rank: int
@@ -182,7 +183,7 @@ class RankReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Parses a report. Raises ValueError if `value` is not one."""
+        """Parses a report. Raises ValueError if `value` is not a valid one."""
         try:
             report = cls(**{**value, "state": RankState(value["state"])})
         except (KeyError, TypeError) as error:
@@ -197,7 +198,8 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class RankOrder:
-    """Response of rank 0 to a report. `master_address`, `master_port`: where the ranks of this attempt meet."""
+    """Response of rank 0 to a report. `master_address`, `master_port`: where the engine processes of this attempt
+    connect to each other."""
 
     action: Action
     attempt: int = 0
@@ -207,7 +209,7 @@ class RankOrder:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Parses an order. Raises ValueError if `value` is not one."""
+        """Parses an order. Raises ValueError if `value` is not a valid one."""
         try:
             return cls(
                 Action(value["action"]),

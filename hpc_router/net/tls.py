@@ -1,8 +1,8 @@
 """HTTPS between the router and its clients.
 
-The router's record holds its certificate, and our own clients accept exactly this one, so that they need no certificate
-authority: only the holder of the private key can complete the handshake. They do not compare names, because the record
-has an address of the node, which a certificate seldom names. Other clients check as usual.
+The router's record holds its certificate, and our own clients accept exactly this one: only the holder of the private
+key can complete the handshake. So they need no certificate authority, and do not compare the name in the certificate
+with the address, which is that of a node and seldom a name in it. Other clients check both as usual.
 """
 
 import re
@@ -17,7 +17,7 @@ _CERTIFICATE: Final = re.compile(r"-----BEGIN CERTIFICATE-----\s[A-Za-z0-9+/=\s]
 
 
 def read_certificate(path: Path) -> str:
-    """Returns the first certificate of a PEM file, which is the server's own. Raises ConfigError."""
+    """Returns the first certificate of a PEM file, which is the server's own. Raises ConfigError if it has none."""
     try:
         text = path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError) as error:
@@ -38,8 +38,8 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 def load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
-    """Loads certificate chain and private key for later handshakes. Raises ConfigError; the context is then
-    unusable."""
+    """Loads certificate chain and private key into `context`, for later handshakes. Raises ConfigError if they do not
+    fit together; `context` then cannot be used any more."""
     names = f"router.tls_cert={certificate} router.tls_key={key}"
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
@@ -57,8 +57,8 @@ def load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
 
 @lru_cache(maxsize=16)
 def client_context(certificate: str) -> ssl.SSLContext:
-    """Returns the context of a client that accepts only this certificate, in PEM. Raises ValueError if it is not
-    one."""
+    """Returns the context of a client that accepts only this certificate. Raises ValueError if `certificate` is not one
+    in PEM."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it need not be self-signed

@@ -1,7 +1,7 @@
 """Detects a response that the engine aborted but ended with valid framing.
 
-vLLM ends its running responses in this way when it is stopped. A client that cancels a request closes its connection;
-so if the client is still connected, the engine aborted the response.
+vLLM ends its running responses in this way when it is stopped. Clients are not the cause: a client that cancels a
+request closes its connection, so if the client is still connected, the engine itself aborted the response.
 
 An aborted response is recognised by its JSON, depending on the API: a choice has the `finish_reason` `abort`; a
 response has the `status` `cancelled`; a message has no `stop_reason`. Each part of a response is searched for a few
@@ -27,29 +27,30 @@ _OVERLAP_BYTES: Final = 64
 
 
 class AbortDetector(ABC):
-    """Detects aborted responses of one API. Each response gets a detector of its own, because its end may consist of
-    several events. `event_mark`: bytes that every event about the end of a response contains."""
+    """Detects aborted responses of one API. One object serves one response, because the end of a response may consist
+    of several events. `event_mark`: bytes that every event about the end of a response contains."""
 
     event_mark: ClassVar[bytes]
 
     @staticmethod
     @abstractmethod
     def may_be_aborted(body: bytes | bytearray) -> bool:
-        """Returns whether a complete body contains bytes that every aborted response contains. If true, `is_abort`
-        decides on the decoded body; if false, the response was not aborted."""
+        """Returns whether a complete body contains the bytes that every aborted response contains. If not, the response
+        was not aborted; otherwise `is_abort` decides on the decoded body."""
 
     @abstractmethod
     def is_abort(self, value: dict[str, Any]) -> bool:
-        """Returns whether this decoded event or complete body is the end of an aborted response."""
+        """Returns whether `value`, a decoded event or a complete body, ends an aborted response."""
 
     def check_events(self, events: bytes) -> None:
-        """Checks complete events, in order; at least one contains `event_mark`. Raises UpstreamAbortedError."""
+        """Checks complete events, in their order, of which at least one contains `event_mark`. Raises
+        UpstreamAbortedError if they end an aborted response."""
         for data in payloads(events):
             if data.rfind(self.event_mark) >= 0:
                 self._check(data)
 
     def check_body(self, body: bytes | bytearray) -> None:
-        """Checks a complete body. Raises UpstreamAbortedError."""
+        """Checks a complete body. Raises UpstreamAbortedError if the response was aborted."""
         if self.may_be_aborted(body):
             self._check(body)
 
@@ -79,9 +80,9 @@ class ChoicesAbortDetector(AbortDetector):
 
 
 class ResponsesAbortDetector(AbortDetector):
-    """The detector for `/v1/responses`. vLLM gives most aborted responses the status `completed`, so they cannot be
-    detected. One kind can be detected: a response to a request that vLLM rejects while it stops is empty and has 0
-    output tokens. A normal response has at least the end token."""
+    """The detector for `/v1/responses`. vLLM gives most aborted responses of this API the status `completed`, so they
+    cannot be detected. Detected are those of requests that vLLM rejects while it stops: they are empty and have 0
+    output tokens, while a normal response has at least the end token."""
 
     event_mark = b'"response.completed"'
 
@@ -99,7 +100,7 @@ class ResponsesAbortDetector(AbortDetector):
 
 
 def _has_text(item: object) -> bool:
-    """Returns whether an item of a response's output has content."""
+    """Returns whether an item in the `output` of a response contains anything."""
     match item:
         case {"type": "message", "content": [*parts]}:
             return any(isinstance(part, dict) and bool(part.get("text")) for part in parts)
@@ -143,7 +144,7 @@ def ends_stream(events: bytes) -> bool:
 
 
 class UnbufferedAbortDetector:
-    """Searches an unbuffered body of unknown format for the mark of an aborted choice."""
+    """Searches a body of unknown format, which is relayed without buffering, for the mark of an aborted choice."""
 
     __slots__ = ("_overlap",)
 

@@ -29,9 +29,9 @@ class ErrorReply:
 
 @dataclass(frozen=True, slots=True)
 class ApiFormat:
-    """The format of one API. `prompt_field`: the request field that is read first. `error_body`, `error_event`: make
-    the two forms of an error. `abort_detector`: detects aborted responses. `delta_mark`: bytes that each event with a
-    part of the response contains."""
+    """The format of one API. `prompt_field`: the request field in which the prompt is looked for first. `error_body`,
+    `error_event`: make the two forms of an error. `abort_detector`: detects aborted responses. `delta_mark`: bytes that
+    each event with generated text contains."""
 
     prompt_field: str
     error_body: Callable[[ErrorReply], dict[str, Any]]
@@ -64,8 +64,8 @@ def _openai_event(error: ErrorReply) -> bytes:
 
 
 def _responses_event(error: ErrorReply) -> bytes:
-    """Returns an error as an event. It has a `type`, like all events of this API, and a key `error`, because of which
-    the openai client raises an exception."""
+    """Returns an error as an event of `/v1/responses`. It has a `type`, like all events of this API, and a key `error`,
+    which makes the openai client raise an exception."""
     flat = {"code": error.code, "message": error.message, "param": error.param}
     return _named_event({"type": "error", **flat, "error": _openai_error(error)})
 

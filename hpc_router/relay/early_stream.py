@@ -1,8 +1,8 @@
-"""Starts a stream before its first event: the client gets the head of the response, then SSE comments.
+"""Starts the response to a streaming request before its first event: the client gets the head, then SSE comments.
 
 The comments say what the request waits for, and keep the connection alive at proxies with an idle limit. As long as no
-event was sent, the request can still be retried on another replica; but its status is 200, so a failure must end the
-stream with an error event.
+event was sent, the request can be retried on another replica. But the client has the status 200 already, so a failure
+can only be reported by an error event at the end of the stream.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ _NO_STREAM: Final = "the engine answered a request for a stream with a response 
 
 
 class EarlyStream:
-    """The start of one stream. `started`: whether its head was sent before the replica's. `head`: header lines of the
-    response besides `HEAD`. `ping_s`: interval in seconds between comments."""
+    """Sends the beginning of one stream to the client of `request`. `head`: header lines besides those in `HEAD`.
+    `ping_s`: interval in seconds between comments. `started`: whether it has sent the head."""
 
     __slots__ = ("_head", "_ping_s", "_request", "_said", "_timer", "started")
 
@@ -31,24 +31,24 @@ class EarlyStream:
         self.started = False
 
     def start_after(self, delay_s: float) -> None:
-        """Starts the stream after `delay_s` seconds, unless `stop` is called before."""
+        """Sends the head and a first comment after `delay_s` seconds, unless `stop` is called before."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._ping)
 
     def say(self, text: str) -> None:
-        """Sends `text` as a comment, unless it was the last comment. Starts the stream if necessary."""
+        """Sends `text` as a comment, unless it is the same as last time. Sends the head first if necessary."""
         if text != self._said:
             self._said = text
             self._send(b": %b\n\n" % text.encode())
 
     def stop(self) -> None:
-        """Sends no further comment. If the stream has not started, it is not started any more."""
+        """Sends no further comments. If the head has not been sent yet, it will not be."""
         if self._timer is not None:
             self._timer.cancel()
 
     def end_with(self, response: Response, api_format: ApiFormat) -> None:
-        """Sends the event that ends the started stream with the error in `response`, a complete response in the format
-        `api_format`. A response that is no error becomes one. Raises DownstreamGoneError."""
+        """Ends the started stream with an error event: the error in `response`, a complete response in the format
+        `api_format`. If that is a success, the error is that it is no stream. Raises DownstreamGoneError."""
         self._request.write(api_format.error_event(_error_in(response)))
 
     def _ping(self) -> None:
@@ -65,7 +65,7 @@ class EarlyStream:
 
 
 def _error_in(response: Response) -> ErrorReply:
-    """Returns the error in the body of a response. A body in another format is quoted."""
+    """Returns the error that a response's body contains; if it is in no known format, an error that quotes the body."""
     if response.status < 400:
         return ErrorReply(502, "upstream_error", "no_stream", _NO_STREAM)
     try:

@@ -1,11 +1,13 @@
 """A cache of parsed HTTP heads, by their bytes.
 
 All heads from one client are equal except for the digits of `Content-Length`, and so are all heads from one engine. The
-heads that the router sends to its replicas also differ in `x-request-id`. The key is the head without these two values,
-and the parsed head contains neither. Two kinds of message are looked up: one that is received completely in one read,
-head and body (`lookup`), and one without `Content-Length` whose head is received in one read (`lookup_start`). Every
-other message goes to the HTTP parser, which alone decides what is valid. A head is cached when it occurs for the second
-time, because many heads occur only once. The size of the cache is bounded.
+heads that the router sends to its replicas also differ in `x-request-id`. The key in the cache is the head without
+these two values, and the parsed head contains neither. A head is cached when it occurs for the second time, because
+many heads occur only once. The size of the cache is bounded.
+
+Two kinds of message are looked up: one that is received completely in one read, head and body (`lookup`), and one
+without `Content-Length` whose head is received in one read (`lookup_start`). Every other message goes to the HTTP
+parser, which alone decides what is valid.
 """
 
 import itertools
@@ -30,9 +32,9 @@ H = TypeVar("H")
 class HeadCache(Generic[H]):
     """A cache of parsed heads.
 
-    `parse` parses a head for the cache. `lookup` calls it with a complete message, `lookup_start` with a head alone. It
-    returns None if the bytes are anything else or the head must not be cached. `ids`: whether an `x-request-id` of
-    letters, digits and `-` is left out of the key and of the parsed head.
+    `parse` parses a head for the cache; it is called with a complete message by `lookup`, with a head alone by
+    `lookup_start`. It returns None for any other bytes, and for a head that must not be cached. `ids`: whether an
+    `x-request-id` of letters, digits and `-` is left out of the key and of the parsed head.
     """
 
     __slots__ = ("_heads", "_ids", "_last", "_last_whole", "_parse", "_seen_once")
@@ -46,8 +48,8 @@ class HeadCache(Generic[H]):
         self._seen_once: set[bytes] = set()
 
     def lookup(self, data: bytes) -> tuple[H, bytes, bytes] | None:
-        """Returns head, body and request id if `data` is exactly one message with a cached head. None: the HTTP parser
-        must parse it."""
+        """Returns head, body and request id if `data` is exactly one message whose head is cached; None if the HTTP
+        parser must parse it."""
         before, after, last_head = self._last
         if last_head is not None and data.startswith(before):  # the same head again, which is the usual case
             first = len(before)
@@ -88,8 +90,8 @@ class HeadCache(Generic[H]):
         return head, data[end:], request_id
 
     def lookup_start(self, data: bytes) -> tuple[H, int] | None:
-        """Returns the head and its size in bytes if `data` starts with a cached head that has no `Content-Length`.
-        None: the HTTP parser must parse it."""
+        """Returns the head and its size in bytes if `data` starts with a cached head without `Content-Length`; None if
+        the HTTP parser must parse it."""
         last, last_head = self._last_whole
         if last_head is not None and data.startswith(last):
             return last_head, len(last)
@@ -108,7 +110,7 @@ class HeadCache(Generic[H]):
 
     def _add(self, key: bytes, data: bytes) -> H | None:
         """Counts an occurrence of `key`. At the second one, parses `data`, caches the head and returns it. Returns None
-        at the first one, or if the head must not be cached."""
+        at the first one, and if the head must not be cached."""
         if key not in self._seen_once:
             if len(self._seen_once) >= MAX_HEADS:
                 self._seen_once.clear()

@@ -59,8 +59,8 @@ NOT_DOWNSTREAM: Final = HOP_BY_HOP | {
 
 
 class Headers:
-    """The fields of one message in order, names in lower case. Immutable. `cached`: results computed from these fields.
-    Messages with the same cached head share one object (see `head_cache`)."""
+    """The fields of one message in order, names in lower case. Immutable. `cached`: results that other code has
+    computed from these fields. Messages with the same cached head share one object (see `head_cache`)."""
 
     __slots__ = ("_last", "cached", "content_type", "fields")
 
@@ -99,8 +99,9 @@ def without_id(fields: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, byt
 
 
 def crossing(headers: Headers, *, drop: frozenset[bytes]) -> bytes:
-    """Returns the header lines of all fields except those in `drop` and those listed in `Connection`. `Retry-After` is
-    limited to `MAX_RETRY_AFTER_S`. If `drop` is NOT_UPSTREAM, the lines also ask for an uncompressed response."""
+    """Returns the header lines to forward: all fields except those in `drop` and those that the field `Connection`
+    names. `Retry-After` is limited to `MAX_RETRY_AFTER_S`. If `drop` is NOT_UPSTREAM, the lines also ask for an
+    uncompressed response."""
     joined: bytes | None = headers.cached.get(drop)
     if joined is None:
         joined = headers.cached[drop] = _crossing(headers, drop)
@@ -132,7 +133,7 @@ def _limited(name: bytes, value: bytes) -> bytes:
 
 
 def lines(fields: Mapping[str, str]) -> bytes:
-    """Returns these fields as header lines. Raises ValueError for control characters that would end a line."""
+    """Returns these fields as header lines. Raises ValueError for a control character that would end a line."""
     text = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
     if not text.count("\n") == text.count("\r") == len(fields) or "\0" in text:
         raise ValueError("a control character in a header")

@@ -1,4 +1,4 @@
-"""The count of the requests being served. A drain waits until the count is 0."""
+"""Counts the requests that are being served, over all processes of a service. A drain waits until the count is 0."""
 
 import asyncio
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ class Cells(Protocol):
 class InFlight:
     """The number of requests that this process serves; use `with in_flight:` around each request.
 
-    The count is written to `cells[at]` for the other processes of the service; they write their counts at the index
-    `at` of their own arrays in `peers`. `closing`: whether connections are closed after their current response.
+    The count is written to `cells[at]`, where the other processes of the service read it; `peers` are their arrays,
+    with their counts at the same index. `closing`: whether each connection is closed after its current response.
     """
 
     __slots__ = ("_at", "_cells", "_idle", "_peers", "closing", "count")
@@ -50,7 +50,7 @@ class InFlight:
 
     @property
     def total(self) -> int:
-        """The number of requests that all processes of the service serve."""
+        """The number of requests that all processes of the service are serving."""
         count = self.count
         for row in self._peers:
             count += row[self._at]

@@ -25,8 +25,8 @@ _MMAP_THRESHOLD: Final = -3
 
 
 def tune() -> None:
-    """Excludes all existing objects from later scans of the garbage collector. This also keeps their memory pages
-    shared with forked processes, because a scan would write to them."""
+    """Excludes all objects that exist now from later scans of the garbage collector. A scan writes to the objects, so
+    their memory pages would no longer be shared with forked processes."""
     gc.collect()
     gc.freeze()
 

@@ -2,9 +2,9 @@
 
 A response is committed once the client has received any of it; until then the request can be retried on another
 replica. Nothing is sent before the first body byte, except the head and comments of an `EarlyStream`, and a response
-that is not streamed is buffered until it is complete. After the commit only complete events are sent, with a comment as
-keep-alive when the stream pauses. The client can always see a later failure: as an error event in an event stream,
-otherwise as an aborted connection.
+that is not streamed is buffered until it is complete. After the commit, only complete events are sent; a comment keeps
+the connection alive when the stream pauses. The client can always see a later failure: as an error event in an event
+stream, otherwise as an aborted connection.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class ResponseRelay:
     `abort_detector`: the detector of the request's API. `stream`: whether the request asks for a stream; a body of
     unknown length is then not buffered, whatever its content type. Events that the upstream has compressed are relayed
     like any other body. `summary`: gets what is needed to count the response's tokens; None: they are not counted.
-    `early`: may have sent the head of the stream; a response that is not an event stream is then returned as
+    `early`: may have sent the head of a stream; if the response then is no event stream, it is not sent but stored in
     `response`. `on_start` is called before the first event of a stream is sent.
     """
 
@@ -91,8 +91,8 @@ class ResponseRelay:
         return self.response is not None or self._request.response_started
 
     async def relay(self, upstream: UpstreamResponse, head: bytes) -> None:
-        """Relays the complete response. `head`: its header lines. Raises DownstreamGoneError, UpstreamAbortedError, and
-        the errors of `UpstreamResponse.stream_to`."""
+        """Relays all of the upstream's response. `head`: the header lines for the client. Raises DownstreamGoneError,
+        UpstreamAbortedError, and the errors of `UpstreamResponse.stream_to`."""
         if upstream.content_type == CONTENT_TYPE and b"content-encoding" not in upstream.headers:
             self.begin_events(upstream.status, head)
             await self.relay_events(upstream)
@@ -125,8 +125,8 @@ class ResponseRelay:
             await body.drain()
 
     def begin_events(self, status: int, head: bytes) -> "EventStream":
-        """Returns the sink for the events of a stream. The caller ends the stream with `end_events` or continues it
-        with `relay_events`."""
+        """Sends the head of a stream, and returns the sink for its events. The caller then ends the stream with
+        `end_events`, or has the rest relayed by `relay_events`."""
         self.status = status
         if self._summary is not None:
             self._summary.streamed = True
@@ -167,7 +167,7 @@ class ResponseRelay:
 
     async def end_with_error(self, event: bytes) -> None:
         """Ends a committed response that cannot be completed. `event`: the error as an event, which is sent if the
-        response is an event stream."""
+        response is an event stream; otherwise the connection is aborted."""
         if self.events is None:
             self._request.abort()
         elif not self._request.write(event):
@@ -175,7 +175,8 @@ class ResponseRelay:
 
 
 class _BufferedBody:
-    """A sink that buffers up to `buffer_bytes` bytes. A longer body commits the response."""
+    """A sink that buffers up to `buffer_bytes` bytes. A longer body is sent to the client, which commits the
+    response."""
 
     def __init__(self, request: Request, status: int, head: bytes, limits: RelayLimits, *, buffer_bytes: int) -> None:
         self._request = request
@@ -194,7 +195,7 @@ class _BufferedBody:
         return len(self.buffered) <= self._buffer_bytes
 
     def chunk_writer(self) -> None:
-        """Returns None, because each chunk must be searched for the mark of an abort, without its framing."""
+        """Returns None, so that all data comes to `write`, which searches it for the mark of an abort."""
 
     async def drain(self) -> None:
         if not self._request.response_started:
@@ -208,7 +209,7 @@ class _BufferedBody:
 
 
 class EventStream:
-    """A sink that forwards only complete events. The first event commits the response."""
+    """A sink that forwards only complete events to the client. The first event commits the response."""
 
     __slots__ = (
         "_abort_detector", "_chunk_writer", "_early", "_head", "_last", "_limits", "_mark", "_on_start", "_ping_timer",
@@ -274,8 +275,8 @@ class EventStream:
         self._schedule_ping()
 
     def end(self) -> None:
-        """Sends the last event after the upstream body has ended without an error. Raises UpstreamError if that event
-        is incomplete."""
+        """Sends the last event; called after the upstream body has ended without an error. Raises UpstreamError if that
+        event is incomplete."""
         try:
             last = self._splitter.end()
         except UnfinishedEventError as error:
@@ -312,8 +313,8 @@ class EventStream:
         self._ping_timer = asyncio.get_running_loop().call_later(self._limits.ping_s, self._ping)
 
     def _ping(self) -> None:
-        """Sends a comment if the stream has paused. An event only sets a flag and restarts no timer, so a pause is
-        detected after one to two times `ping_s`."""
+        """Sends a comment if the stream has paused. An event restarts no timer but only sets a flag, so a pause is
+        noticed after one to two times `ping_s`."""
         if self._request.idle:
             try:
                 self._request.write(PING)

@@ -33,7 +33,7 @@ class UnfinishedEventError(ValueError):
 
 
 class EventSplitter:
-    """Converts the chunks of a stream to complete events. `tail`: the received part of an incomplete event."""
+    """Turns the chunks of a stream into complete events. `tail`: the received part of an incomplete event."""
 
     tail = b""
 
@@ -52,9 +52,9 @@ class EventSplitter:
         return data[:end]
 
     def end(self) -> bytes:
-        """Returns the remaining bytes at the regular end of a stream. Adds the blank line if it is missing, because
-        parsers drop an event without one. The last event is complete if its data is `[DONE]` or valid JSON, or if all
-        its lines are without content. Raises UnfinishedEventError if it is not."""
+        """Returns the bytes that are left at the regular end of a stream. Adds the last event's blank line if it is
+        missing, because parsers drop an event without one. Raises UnfinishedEventError if that event is incomplete: it
+        has lines with content, but its data is neither `[DONE]` nor valid JSON."""
         tail, self.tail = self.tail, b""
         lines = _lines(tail)
         if any(line and not line.startswith(_WITHOUT_CONTENT) for line in lines):
@@ -79,7 +79,7 @@ def payloads(events: bytes) -> Iterator[bytes]:
 
 
 def _lines(events: bytes) -> list[bytes]:
-    """Returns the lines, without the byte order mark that may start a stream."""
+    """Returns the lines of `events`, without the byte order mark that may start a stream."""
     return _LINE_END.split(events.removeprefix(_BYTE_ORDER_MARK))
 
 

@@ -1,8 +1,8 @@
-"""Finds how many tokens a response has: its `usage` states the number; without it, the events of a stream that have
-generated text are counted.
+"""Finds out how many tokens a response has. Its `usage` states the number; without it, the events of a stream that
+contain generated text are counted.
 
-The last two writes of a stream are kept, and searched for a `usage` at its end. `usage` must be a key of the response
-itself: text or arguments that a model has generated may contain the same word.
+The `usage` of a stream is near its end, so the data of the last two writes is kept and searched for it. `usage` must be
+a key of the response itself: text or arguments that a model has generated may contain the same word.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from hpc_router.relay.sse import payloads
 
 
 class TokenUsage(NamedTuple):
-    """The tokens that a response states, or of which it is known: of the prompt, generated ones, and tokens of the
-    prompt that the engine had in its prefix cache. None: unknown."""
+    """The numbers of tokens of a response, as it states them or as they are known otherwise: tokens of the prompt,
+    generated tokens, and tokens of the prompt that were in the engine's prefix cache. None: unknown."""
 
     prompt: int | None
     generated: int | None
@@ -27,12 +27,12 @@ class TokenUsage(NamedTuple):
 @dataclass(slots=True, eq=False)
 class StreamSummary:
     """The data about one response from which its tokens are counted. `accepted`: whether its status is 2xx; `streamed`:
-    whether it consists of events; `usage`: what the response states; of a stream, after `stated` was called.
-    `delta_mark`: see `ApiFormat`.
+    whether it consists of events; `usage`: the numbers that it states; for a stream only after a call of `stated`.
+    `chunks`: number of events with generated text; `delta_mark`: see `ApiFormat`.
 
-    If `exact`, the content of each event decides whether it counts in `chunks`. Otherwise an HTTP chunk that is
-    forwarded without a look at its content counts as one event, which is cheaper: `Connection.data_received` adds it to
-    `unread`, and sets `last` and `before_last`.
+    If `exact`, the content of each event decides whether it is counted. Otherwise an HTTP chunk that is forwarded
+    without a look at its content counts as one event, which is cheaper: `Connection.data_received` counts these chunks
+    in `unread`, and keeps the last two in `last` and `before_last`.
     """
 
     delta_mark: bytes
@@ -46,14 +46,14 @@ class StreamSummary:
     usage: TokenUsage | None = None
 
     def add(self, events: bytes) -> None:
-        """Counts events as they are written to the client, with or without the framing of HTTP chunks."""
+        """Counts events that are written to the client; their bytes may have the framing of HTTP chunks."""
         if self.unread:
             self.generated()
         self.chunks += events.count(self.delta_mark)
         self.before_last, self.last = self.last, events
 
     def counting(self, write: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
-        """Returns a function that counts events and passes them to `write`."""
+        """Returns a function that counts events and then passes them to `write`."""
         mark = self.delta_mark
 
         def write_counted(events: bytes) -> bool:  # as `add`, without its call
@@ -64,14 +64,14 @@ class StreamSummary:
         return write_counted
 
     def stated(self) -> TokenUsage | None:
-        """Returns the tokens that the complete response states; None if it states none."""
+        """Returns the numbers of tokens that the response states, which must be complete; None if it states none."""
         if self.usage is None and (self.last.rfind(_USAGE) >= 0 or self.before_last.rfind(_USAGE) >= 0):
             stated = [stated_usage(data) for data in payloads(self.before_last + self.last) if _USAGE in data]
             self.usage = next((usage for usage in reversed(stated) if usage is not None), None)
         return self.usage
 
     def generated(self) -> int:
-        """Returns the number of events with generated text."""
+        """Returns the number of events with generated text, which is taken as the number of generated tokens."""
         unread, mark = self.unread, self.delta_mark
         if unread:  # the end of a stream has no text
             count = unread - (mark not in self.last)
@@ -90,8 +90,8 @@ new_usage: Final = tuple.__new__  # written in C, while a named tuple's own cons
 
 
 def stated_usage(data: bytes | bytearray) -> TokenUsage | None:
-    """Returns the tokens in the `usage` of `data`, the JSON of a complete response or of an event; None if it has
-    none."""
+    """Returns the numbers of tokens in the `usage` of `data`, the JSON of a complete response or of an event; None if
+    it has no `usage`."""
     at = data.rfind(_KEY)
     if at > 0:
         # If the rest is a complete object, `usage` is a key of the response itself, and its start need not be decoded.
@@ -120,7 +120,7 @@ def stated_usage(data: bytes | bytearray) -> TokenUsage | None:
 
 
 def _usage_of(usage: dict[str, Any]) -> TokenUsage:
-    """Returns the tokens in a `usage` of any API."""
+    """Returns the numbers of tokens in `usage`, the value of that key in a response of any API."""
     prompt, details = usage.get("prompt_tokens"), usage.get("prompt_tokens_details")
     if prompt is None:
         prompt, details = usage.get("input_tokens"), usage.get("input_tokens_details")

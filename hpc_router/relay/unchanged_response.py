@@ -1,7 +1,7 @@
 """Relays a response as it arrives: its bytes are neither buffered nor searched.
 
 The agent relays its engine's responses in this way, and `connect` those of the router. An incomplete response must
-never look complete, so the caller aborts the client's connection if the upstream fails within the response.
+never look complete, so the caller must abort the client's connection if the upstream fails within the response.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from hpc_router.relay.upstream.interface import CHUNK_ENDS, ChunkWriter, Upstrea
 async def relay_unchanged(
     request: Request, upstream: UpstreamResponse, *, on_progress: Callable[[], None]
 ) -> Response | None:
-    """Returns the response to `request`; None if it was streamed to the client. `on_progress` is called for every
-    chunk. Raises UpstreamError if the upstream response breaks off."""
+    """Relays the upstream's response to the client. Returns it if it is short and complete already; None if it was
+    streamed. `on_progress` is called for every chunk. Raises UpstreamError if the response breaks off."""
     head = crossing(upstream.headers, drop=NOT_DOWNSTREAM)
     if (whole := upstream.complete_body) is not None and len(whole) <= SHORT_BYTES:
         on_progress()

@@ -1,4 +1,4 @@
-"""The router as a job: `python -m hpc_router.router --run DIR --replica router-0.g1`."""
+"""The program of the router's job: `python -m hpc_router.router --run DIR --replica router-0.g1`."""
 
 import argparse
 import sys

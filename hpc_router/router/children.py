@@ -41,8 +41,8 @@ SERVING_TIMEOUT_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """The values that are fixed before the first fork. `base`: the configured deployment; `deployment`: the same with
-    the changes of `desired.json`."""
+    """The values that are fixed before the first child process is forked. `base`: the configured deployment;
+    `deployment`: the same with the changes of `desired.json`."""
 
     run: RunDir
     base: Deployment
@@ -102,7 +102,7 @@ async def run_control(router: RouterSettings, spec: ChildSpec) -> None:
 
 
 async def run_worker(router: RouterSettings, spec: ChildSpec) -> None:
-    """Runs a worker until it has drained."""
+    """Runs a worker until the supervisor makes it drain and it has drained."""
     assert spec.worker is not None
     assert spec.listener is not None
     run, name = router.run, worker_name(spec.worker)
@@ -144,7 +144,7 @@ def _processes_changed(control: ControlProcess, message: ProcessesChanged) -> No
 def _reconcile_process(
     router: RouterSettings, control: ControlProcess, files: FileThread
 ) -> contextlib.AbstractAsyncContextManager[object]:
-    """Returns a context manager that runs the reconcile loop beside the router; without `router.reconcile`, one that
+    """Returns a context manager that runs the control loop beside the router; if `router.reconcile` is off, one that
     does nothing."""
     if router.deployment.router.reconcile:
         return ReconcileProcess(router.run, files, replica=router.job.replica, on_failure=control.task_failed)

@@ -1,7 +1,7 @@
-"""The router's main program: binds the address, runs the supervisor, and withdraws the record at the end.
+"""The router's main program: binds the address, runs the supervisor, and withdraws the router's record at the end.
 
-The address is published only once the workers listen. A router that starts again on the same node takes the port of its
-predecessor unless another process has that port, so that clients that know only the address find the router again.
+The record with the address is published only once the workers listen. A router that starts again on the same node takes
+the port of the previous router, unless another process has it, so that clients find it again by the address alone.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ _MARGIN_S: Final = 3.0
 
 
 def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
-    """Serves until a stop signal and returns the exit status of the process. Writes the job's exit record. Raises the
-    error that made the router fail."""
+    """Serves until a stop signal, writes the job's exit record and returns the exit status of the process. If the
+    router fails, raises the error."""
     job = JobDir(run, replica)
     job.claim()
     raise_file_limit()
@@ -64,16 +64,16 @@ def main(run: RunDir, deployment: Deployment, *, replica: str) -> int:
 
 @contextlib.contextmanager
 def _final_files(job: JobDir) -> Iterator[FileThread]:
-    """Opens a file thread for the last files and withdraws the router's record, in case the control process died before
-    it could. A thread is allowed here because no process is forked any more."""
+    """Yields a file thread for the files that are written last. Withdraws the router's record through it, in case the
+    control process died before it could. A thread is allowed here because no process is forked any more."""
     with file_thread(f"files of {job.replica}", log=job.agent_log) as files:
         files.post(partial(withdraw, job.run.registry, job.replica))
         yield files
 
 
 def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
-    """Serves until a stop signal; returns the number of requests that were cut off. Raises ConfigError, and LaunchError
-    if the router's processes end again and again."""
+    """Serves until a stop signal; returns the number of requests that were cut off. Raises ConfigError for an invalid
+    config, and LaunchError if the router's processes repeatedly end."""
     base, deployment = deployment, _with_desired(run, deployment)
     config = deployment.router
     policy = load_policy(run, deployment)
@@ -102,8 +102,8 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
 
 
 def _with_desired(run: RunDir, deployment: Deployment) -> Deployment:
-    """Returns the deployment with the changes of `desired.json`. Ignores an invalid file, which the control process
-    reports."""
+    """Returns the deployment with the changes of `desired.json`; without them if the file is not valid, which the
+    control process will report."""
     try:
         return with_desired(deployment, run.read_desired())
     except (ConfigError, RegistryError):
@@ -121,8 +121,8 @@ def usable_cpus(environment: Mapping[str, str], *, asked: int) -> int:
 
 
 def beside(reserved: socket.socket) -> socket.socket:
-    """Returns another socket bound to the same address. The kernel spreads connections over all sockets that listen
-    there."""
+    """Returns another socket bound to the address of `reserved`. The kernel spreads new connections over all sockets
+    that listen there."""
     sock = socket.socket(reserved.family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -135,8 +135,8 @@ def beside(reserved: socket.socket) -> socket.socket:
 
 
 def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
-    """Returns a socket bound to the configured port, else to the predecessor's port if it is free, else to any free
-    port. Raises ConfigError."""
+    """Returns a socket bound to the configured port, else to the port of the last router on this node if it is free,
+    else to any free port. Raises ConfigError if the configured port or address cannot be used."""
     config = deployment.router
     ports = [config.port] if config.port else [port for port in (_previous_port(run, node), 0) if port is not None]
     host = _fabric(deployment) if config.host is None else config.host
@@ -157,7 +157,7 @@ def bind(run: RunDir, deployment: Deployment, *, node: str) -> socket.socket:
 
 
 def _record(deployment: Deployment, replica: str, sock: socket.socket, *, nonce: str) -> Record:
-    """Returns the router's first record. Raises ConfigError if its certificate cannot be used."""
+    """Returns the router's record as first published. Raises ConfigError if its certificate cannot be used."""
     host, port = sock.getsockname()[:2]
     config, certificate = deployment.router, None
     if config.tls_cert is not None and config.tls_key is not None:

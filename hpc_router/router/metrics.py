@@ -34,7 +34,7 @@ _DECISION_S: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 2.5e-2
 
 
 class CounterCollector(Collector):
-    """A counter without the lock and the look-up by label values of the Prometheus library, which cost too much at each
+    """A Prometheus counter without two costs of the library's own: a lock and a look-up by label values at each
     increment."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ class CounterCollector(Collector):
         return self._counts.keys()
 
     def drop(self, first: str) -> None:
-        """Removes all series whose first label is `first`."""
+        """Removes all series whose first label has the value `first`."""
         for labels in [labels for labels in self._counts if labels[0] == first]:
             del self._counts[labels]
 
@@ -75,11 +75,11 @@ class CounterCollector(Collector):
 
 
 class HistogramCollector(Collector):
-    """A histogram without the locks of the Prometheus library."""
+    """A Prometheus histogram without the locks of the library's own."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], *, bounds: Sequence[float]) -> None:
-        """Creates a histogram. `bounds`: upper bounds of the buckets. An observation may have more label values than
-        `labels` has names; the exposition sums over the additional ones."""
+        """Creates a histogram. `bounds`: upper bounds of the buckets. `add` may get more label values than `labels` has
+        names; the output for Prometheus is the sum over the additional ones."""
         self._about = name, text, labels
         self._bounds = bounds
         self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and a list with only the sum
@@ -117,7 +117,7 @@ class HistogramCollector(Collector):
         yield family
 
     def totals(self) -> dict[str, list[int]]:
-        """Returns the counts of the buckets by the first label, summed over the others."""
+        """Returns the counts of the buckets by the value of the first label, summed over the other labels."""
         totals: dict[str, list[int]] = {}
         for labels, (counts, _) in self._series.items():
             before = totals.get(labels[0])
@@ -125,8 +125,8 @@ class HistogramCollector(Collector):
         return totals
 
     def fold(self, last: str) -> None:
-        """Merges the series whose last label has the value `last` into those whose last label is empty and whose other
-        labels are the same."""
+        """Takes the series whose last label has the value `last`, and adds each to the one whose last label is empty
+        and whose other labels are the same."""
         for labels in [labels for labels in self._series if labels[-1] == last]:
             counts, (added,) = self._series.pop(labels)
             self.absorb([[(*labels[:-1], ""), counts, added]])
@@ -212,7 +212,7 @@ class Metrics:
         }
 
     def forget(self, *, present: Collection[str], now: float) -> None:
-        """Drops the series of replicas that have been missing in `present` for more than `KEEP_S`. `now`: seconds of a
+        """Drops the series of replicas that have not been in `present` for more than `KEEP_S`. `now`: seconds of any
         clock, the same clock in all calls."""
         for name in {str(labels[0]) for labels in self.failovers.labels()} | self.first_byte.last_labels():
             if name in present:
@@ -228,7 +228,7 @@ class Metrics:
         return {name: each.dump() for name, each in self._counted.items()}
 
     def absorb(self, dumped: Mapping[str, Any]) -> None:
-        """Adds the dumped counts of another process."""
+        """Adds the counts of another process, as returned by its `dump`."""
         for name, each in self._counted.items():
             each.absorb(dumped.get(name, ()))
 
@@ -241,13 +241,13 @@ class Metrics:
 
 
 def departures(dumped: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the number of requests that have left each expert's queue for a replica, from dumped metrics."""
+    """Returns how many requests have left each expert's queue for a replica, from the result of `Metrics.dump`."""
     return {labels[0]: sum(counts) for labels, counts, _ in dumped.get("queued", ())}
 
 
 def text_of(families: Iterable[Metric]) -> bytes:
-    """Returns metrics in Prometheus' text format 0.0.4, as the Prometheus library does. The library examines every name
-    and label again for each sample, which would cost most of the time of a scrape."""
+    """Returns metrics in Prometheus' text format 0.0.4, with the same result as the Prometheus library. The library
+    checks every name and label again for each sample, which would take most of the time of a scrape."""
     lines = []
     for family in families:
         name = f"{family.name}_total" if family.type == "counter" else family.name
@@ -308,7 +308,7 @@ def gauges(
 
 
 def usage_metrics(usage: Usage | None) -> Iterator[Metric]:
-    """Yields the metrics of the experts' usage, as the control loop has counted it; none if it has not."""
+    """Yields the metrics of the experts' GPU time, as counted by the control loop; none if `usage` is None."""
     gpu_s = CounterMetricFamily(
         "hpc_router_gpu_seconds", "GPU time of the jobs of an expert.", labels=("expert", "state")
     )

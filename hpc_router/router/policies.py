@@ -23,7 +23,8 @@ def artefact_folders(run: RunDir, deployment: Deployment) -> tuple[Path, ...]:
 
 
 def load_policy(run: RunDir, deployment: Deployment) -> Policy:
-    """Returns the configured policy with its classifier and shadow. Raises ConfigError or ArtefactError."""
+    """Returns the configured policy with its classifier and shadow. Raises ConfigError or ArtefactError if one cannot
+    be loaded."""
     config = deployment.policy
     if config.kind != "classifier":
         return build_policy(kind=config.kind, fallback=config.fallback)
@@ -38,8 +39,8 @@ def load_policy(run: RunDir, deployment: Deployment) -> Policy:
 
 
 def _by_classifier(deployment: Deployment, folder: Path, *, shadow: Policy | None = None, own: bool = True) -> Policy:
-    """Returns the policy with the classifier in `folder`. `own`: True for the policy that decides; False for a shadow,
-    which ignores `min_confidence` and `cost_weight`, because its artefact may lack the data for them."""
+    """Returns the policy with the classifier in `folder`. `own`: True for the policy that decides, False for a shadow
+    policy. A shadow ignores `min_confidence` and `cost_weight`, because its artefact may lack the data for them."""
     config = deployment.policy
     classifier = Classifier(
         read(folder),

@@ -1,7 +1,7 @@
-"""The changes in `desired.json` that apply while a router serves, and their application to a config. No I/O.
+"""Applies the changes in `desired.json` to a config, as far as they take effect while a router serves. No I/O.
 
-`settings` has config keys and their values. The values that a process needs at its start (address, number of workers,
-access) stay until the router is restarted. `replicas` has the counts that `scale` has set.
+In `desired.json`, `settings` has config keys with their values, and `replicas` the counts that `scale` has set. The
+values that a process needs at its start (address, number of workers, access) stay until the router is restarted.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -27,7 +27,8 @@ _FIXED: Final = frozenset(
 
 
 def _keys(schema: type, at: str, *, without: Collection[str] = ()) -> Iterator[str]:
-    """Yields the keys of a section and of its sections. `at`: the section's own key."""
+    """Yields the keys of the section with this `schema`, and those of its inner sections. `at`: the section's own key;
+    `without`: names to leave out."""
     for item in fields(schema):
         if item.name in without:
             continue
@@ -78,8 +79,8 @@ def _refusal(key: str) -> str:
 
 
 def with_desired(deployment: Deployment, desired: Mapping[str, Any]) -> Deployment:
-    """Returns the deployment with the settings and replica counts of `desired.json`. Elastic experts keep their count,
-    because it follows the demand. Raises ConfigError for invalid settings."""
+    """Returns the deployment with the settings and replica counts of `desired`, the content of `desired.json`. An
+    elastic expert keeps its count, because that follows the demand. Raises ConfigError for invalid settings."""
     changed = with_settings(deployment, settings_in(desired))
     counts = desired.get("replicas")
     if not isinstance(counts, dict):
@@ -94,8 +95,8 @@ def with_desired(deployment: Deployment, desired: Mapping[str, Any]) -> Deployme
 
 
 def scaled_to_zero(deployment: Deployment) -> dict[str, str]:
-    """Returns the experts that shall have no replicas, not even on demand. The value is the expert to scale up instead:
-    for an adapter, its host."""
+    """Returns the experts whose number of replicas is 0 and is not raised on demand. For each, the value is the expert
+    to scale up before it can serve: itself, or for an adapter its host."""
     hosts = {name: host_of(deployment.experts, name) for name in deployment.experts}
     absent = {name for name, e in deployment.experts.items() if e.replicas == 0 and not is_elastic(e)}
     return {name: host for name, host in hosts.items() if host in absent}

@@ -1,4 +1,4 @@
 """Chooses an expert for a prompt: policies, the classifier and its artefact.
 
-A decision does no I/O and does not depend on replicas.
+A decision does no I/O and knows experts but not their replicas.
 """

@@ -1,13 +1,17 @@
 """A trained classifier as a folder: `artefact.json` (settings, clusters, experts) and `tables.safetensors`.
 
 Every training method writes this format, and `classifier` reads it. The value of a prompt for a cluster is
+
     sum over its terms of weights[term, cluster]  /  length  +  offset[cluster]
+
 `weights` combines all linear steps of the training in one table. With norm `terms` the length is that of the prompt's
 TF-IDF row, sqrt(sum of idf^2); with norm `space` it is that of the prompt's vector, |sum of space[term]|. Offsets are
-0, or -|centroid|^2 / 2 if the nearest centroid wins. With `soft` clusters the values only weight the measured quality
-of the experts (`classifier`). The files contain no pickles and no timestamps, so the same
-training gives the same bytes. They are read and checked completely instead of memory-mapped, because a stalled or
-replaced file on a shared file system would crash the router. This module must not know policies or deployments.
+0, or -|centroid|^2 / 2 if the nearest centroid is chosen. With `soft` clusters the values do not choose a cluster but
+weight the measured quality of the experts (`classifier`).
+
+The files contain no pickles and no timestamps, so the same training gives the same bytes. They are read and checked
+completely instead of memory-mapped, because a stalled or replaced file on a shared file system would crash the router.
+This module must not know policies or deployments.
 """
 
 import hashlib
@@ -54,7 +58,7 @@ _TENSORS: Final = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftDecision:
     """How soft clusters decide. The `nearest` clusters of a prompt count, with the weights softmax(`sharpness` *
-    value); one unit of an expert's cost is worth `cost_weight` of correctness."""
+    value). An expert whose cost is higher by one unit must be better by `cost_weight` (correctness, 0 to 1)."""
 
     sharpness: float
     nearest: int
@@ -109,7 +113,7 @@ class Artefact:
 
     @cached_property
     def quality(self) -> Quality | None:
-        """Returns the measured quality of the experts by cluster; None unless trained with method=measured."""
+        """Returns the measured quality of the experts by cluster; None without training by method=measured."""
         return stored_quality(self.training, self.clusters)
 
     @cached_property
@@ -133,7 +137,7 @@ class Artefact:
         }
 
     def write(self, folder: Path) -> None:
-        """Writes the artefact to `folder`, completely or not at all, and replaces an older one. Raises
+        """Writes the artefact to `folder`, completely or not at all. Replaces an older artefact there. Raises
         ArtefactError."""
         folder = folder.absolute()
         manifest = json.dumps({"version": self.version, **self._content()}, indent=1, ensure_ascii=False) + "\n"
@@ -268,8 +272,8 @@ def _validate_soft(artefact: Artefact, soft: SoftDecision) -> None:
 
 
 def _features_content(features: Features) -> dict[str, object]:
-    """Returns the settings as JSON values. Leaves out a `text_version` of 1, because artefacts from before this key do
-    not have it and must keep their version."""
+    """Returns the settings as JSON values. Leaves out a `text_version` of 1: artefacts from before this key do not have
+    it, and their version, a hash of the content, must not change."""
     content = asdict(features)
     if features.text_version == 1:
         del content["text_version"]
@@ -333,7 +337,7 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises ArtefactError unless `folder` is missing, empty or an artefact, so that a wrong path deletes nothing."""
+    """Raises ArtefactError if `folder` has other files than an artefact, so that a wrong path deletes nothing."""
     if folder.is_dir():
         other_files = sorted({entry.name for entry in folder.iterdir()} - {MANIFEST, TABLES})
         if other_files:

@@ -1,16 +1,15 @@
 """Classifies a prompt with an artefact: splits the prompt into terms, adds their table rows, and divides by a length.
 
 The score of a cluster is the cosine between prompt and cluster. With `distilled` features, the score is the cosine that
-the sentence encoder is predicted to give, minus the mean for that kind of text. The margin is the score's distance to
-the best cluster of another expert. Clusters of the same expert do not compete, and an expert outside the deployment
-counts as no expert.
+the sentence encoder is predicted to give, minus the mean for that kind of text. The margin of a prompt is the
+difference between the score of its best cluster and that of the best cluster of another expert. An expert that is not
+in the deployment counts as no expert.
 
 With soft clusters (`artefact.SoftDecision`), the score of an expert is its expected quality, the mean of its measured
-rates in the prompt's nearest clusters, and the margin is the distance to the next expert of the deployment.
+rates in the prompt's nearest clusters, and the margin is the difference to the next expert of the deployment.
 
-The classifier only measures; the policy decides what a small margin means. The classifier has no
-state and does no I/O. After the sum (`term_sums`) it uses Python lists, because numpy calls cost more on the request
-path.
+The classifier only measures; the policy decides what follows from a small margin. The classifier has no state and does
+no I/O. After the sum (`term_sums`) it uses Python lists, because numpy calls cost more on the request path.
 """
 
 import copy
@@ -31,10 +30,10 @@ _new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own con
 
 
 class Classification(NamedTuple):
-    """The best cluster of a prompt, and its lead over the best cluster of another expert.
+    """The best cluster of a prompt, and its margin to the best cluster of another expert.
 
-    `known_terms`: number of discriminative terms; if it is 0, the other fields say nothing about the prompt. `margin`
-    and `runner_up` (an expert) are None if all clusters belong to one expert.
+    `known_terms`: number of the prompt's discriminative terms; if it is 0, the other fields say nothing about the
+    prompt. `margin` and `runner_up`, the other expert, are None if all clusters belong to one expert.
     """
 
     cluster: str
@@ -46,14 +45,14 @@ class Classification(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A term and its contribution to the margin, `weight`. The weights of all terms add up to the margin."""
+    """A term of a prompt, and by how much it raises the margin (`weight`). All weights add up to the margin."""
 
     term: str
     weight: float
 
 
 class Classifier:
-    """A classifier for one deployment. `experts` has the expert of each cluster."""
+    """A classifier for one deployment. `experts`: the expert of each cluster; None if the deployment lacks it."""
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class Classifier:
 
         `experts`: the experts of this deployment; None: all experts of the artefact. `margin_threshold`: None: the
         threshold of the artefact. `cost_weight`: how much quality one unit of cost is worth; None: as in the training.
-        Raises ConfigError for a cost weight and an artefact without measured quality.
+        Raises ConfigError if a cost weight is given and the artefact has no measured quality.
         """
         self.artefact = artefact
         self.margin_threshold = artefact.margin_threshold if margin_threshold is None else margin_threshold
@@ -94,7 +93,7 @@ class Classifier:
 
     @property
     def choices(self) -> frozenset[str]:
-        """The experts that a prompt may get."""
+        """The experts that `classify` can choose."""
         names = self.experts if self._soft is None else self._soft.experts
         return frozenset(name for name in names if name is not None)
 
@@ -115,7 +114,7 @@ class Classifier:
         return self.artefact.version
 
     def classify(self, text: str) -> Classification:
-        """Returns the best cluster of the text and its margin."""
+        """Returns the best cluster of the text, with its expert, score and margin."""
         values, length, known = self._values(text)
         if self._soft is not None:
             cluster, expert, score, margin, runner_up = self._soft.choose(values, length)
@@ -147,12 +146,12 @@ class Classifier:
         )
 
     def scores(self, text: str) -> list[float]:
-        """Returns the score of every cluster, with offsets."""
+        """Returns the score of every cluster, including its offset."""
         values, length, _ = self._values(text)
         return values if self._offsets is not None else [value / length for value in values]
 
     def expected_quality(self, text: str) -> dict[str, float]:
-        """Returns the expected quality of each expert for the text; empty without measured quality."""
+        """Returns the expected quality of each expert for the text; empty if the artefact has no measured quality."""
         quality = self.artefact.quality
         if quality is None:
             return {}
@@ -163,9 +162,9 @@ class Classifier:
         return dict(zip(quality.experts, rates, strict=True))
 
     def explain(self, text: str, *, limit: int = 10) -> tuple[Term, ...]:
-        """Returns the terms that contributed most to the margin, the largest absolute weight first.
+        """Returns the terms that contributed most to the margin, the largest absolute weight first, at most `limit`.
 
-        With soft clusters, the weight of a term is its effect on the margin to the first order.
+        With soft clusters, the weight of a term is its effect on the margin in linear approximation.
         """
         values, length, _ = self._values(text)
         if self._soft is not None:
@@ -188,9 +187,10 @@ class Classifier:
         return tuple(sorted(terms, key=lambda term: -abs(term.weight))[:limit])
 
     def _values(self, text: str) -> tuple[list[float], float, int]:
-        """Returns the values of the clusters, the length of the prompt, and the number of its discriminative terms.
+        """Returns the clusters' values for the text, its length (see `artefact`), and its number of discriminative
+        terms.
 
-        If the artefact has no offsets, the values are not yet divided by the length.
+        The values are divided by the length only if the artefact has offsets.
         """
         sums = self._terms.sums(text)
         clusters = self._clusters

@@ -1,8 +1,8 @@
-"""The probability that a decision is right, from its score and margin; and measures of such probabilities.
+"""The probability that a decision is right, from its score and margin. Also measures how good such probabilities are.
 
-A logistic function of margin and score is fitted to held-out decisions. A higher margin or score never lowers the
-probability. The classifier's own values are no probabilities: a margin of 0.2 may be certain for one artefact and a
-guess for another.
+The classifier's own values are no probabilities: with a margin of 0.2, one artefact may be certain and another may
+guess. So a logistic function of margin and score is fitted to held-out decisions. In it, a higher margin or score never
+lowers the probability.
 """
 
 import math
@@ -24,7 +24,7 @@ _STEPS: Final = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """P(right) = 1 / (1 + exp(-(bias + by_margin * margin + by_score * score)))."""
+    """The probability that a decision is right: 1 / (1 + exp(-(bias + by_margin * margin + by_score * score)))."""
 
     bias: float
     by_margin: float
@@ -38,8 +38,8 @@ class Calibration:
 
 
 def calibrate(margins: Doubles, scores: Doubles, right: Mask, *, weight: Doubles | None = None) -> Calibration | None:
-    """Fits a calibration to decisions; returns None if there are too few. `right`: whether each decision is right.
-    `weight`: weight of each decision; None: equal weights."""
+    """Fits a calibration to decisions; returns None if there are too few. `margins`, `scores`, `right`: margin and
+    score of each decision, and whether it is right. `weight`: weight of each decision; None: equal weights."""
     if len(right) < MIN_DECISIONS:
         return None
     weights = np.ones(len(right)) if weight is None else weight * (len(right) / weight.sum())
@@ -58,7 +58,7 @@ def calibrate(margins: Doubles, scores: Doubles, right: Mask, *, weight: Doubles
 
 
 def _logistic(columns: Doubles, target: Doubles, weights: Doubles) -> tuple[Doubles, float]:
-    """Returns slopes and bias of a logistic regression with a prior on the slopes, by Newton's method."""
+    """Returns slopes and bias of a logistic regression, by Newton's method. A prior pulls the slopes to 0."""
     rows = np.column_stack([columns, np.ones(len(target))])
     prior = np.diag([_PRIOR] * columns.shape[1] + [1e-9])
     values = np.zeros(rows.shape[1])
@@ -74,7 +74,8 @@ def _logistic(columns: Doubles, target: Doubles, weights: Doubles) -> tuple[Doub
 
 
 def expected_calibration_error(probabilities: Sequence[float], right: Sequence[bool]) -> float:
-    """Returns the mean distance between probability and share of right decisions, over bins of equal width."""
+    """Returns the expected calibration error: the distance between the mean probability and the share of right
+    decisions in each bin of equal width, averaged with the number of decisions as weight."""
     stated, correct = np.array(probabilities), np.array(right, np.float64)
     bins = np.minimum((stated * ECE_BINS).astype(np.intp), ECE_BINS - 1)
     gaps = np.bincount(bins, weights=stated - correct, minlength=ECE_BINS)
@@ -82,7 +83,7 @@ def expected_calibration_error(probabilities: Sequence[float], right: Sequence[b
 
 
 def auroc(higher: Sequence[float], lower: Sequence[float]) -> float:
-    """Returns the probability that a value of `higher` exceeds one of `lower`; ties count half."""
+    """Returns the probability that a random value of `higher` exceeds a random one of `lower`; a tie counts half."""
     values = np.concatenate([np.array(higher, np.float64), np.array(lower, np.float64)])
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]

@@ -1,9 +1,9 @@
 """Measures a classifier on labelled prompts: accuracy, balance, coverage, latency, and accuracy for a given cost.
 
-A discovered cluster has no label of its own, so it is evaluated as its most frequent label. If that label comes from
-the evaluated prompts themselves, small clusters look better than they are, so callers can take it from other prompts.
-Confidence intervals are bootstraps over prompts, from the 2.5 to the 97.5 % quantile. The results are printed as JSON.
-Uses only numpy; no I/O.
+A discovered cluster has no label of its own, so its most frequent label is used. If that label comes from the evaluated
+prompts themselves, small clusters look better than they are, so callers can take it from other prompts. Confidence
+intervals are bootstraps over prompts, from the 2.5 to the 97.5 % quantile. The results can be printed as JSON. Uses
+only numpy; no I/O.
 """
 
 import math
@@ -44,7 +44,7 @@ def nmi(clusters: Sequence[str], labels: Sequence[str]) -> float:
 
 
 def confusion(decided: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Returns the number of prompts for each label and decision: label -> decision -> number."""
+    """Returns the number of prompts by their label and by what was decided for them: label -> decision -> number."""
     table: dict[str, dict[str, int]] = {}
     for (label, name), count in sorted(Counter(zip(labels, decided, strict=True)).items()):
         table.setdefault(label, {})[name] = count
@@ -52,15 +52,16 @@ def confusion(decided: Sequence[str], labels: Sequence[str]) -> dict[str, dict[s
 
 
 def balance(decided: Sequence[str], names: Sequence[str]) -> tuple[dict[str, float], float]:
-    """Returns the share of each name, and the balance 1 / (k x largest share). The balance is 1 if all k shares are
-    equal."""
+    """Returns the share of each of the k `names` in `decided`, and the balance 1 / (k x largest share), which is 1 if
+    all shares are equal."""
     counts = Counter(decided)
     shares = {name: counts[name] / len(decided) for name in names}
     return shares, 1 / (len(names) * max(shares.values()))
 
 
 def coverage(margins: Sequence[float | None], right: Sequence[bool], *, threshold: float) -> list[dict[str, float]]:
-    """Returns the share and the accuracy of the prompts whose margin is at least m, for several m around `threshold`.
+    """Returns, for several limits around `threshold`, the share of the prompts whose margin is at least the limit, and
+    the accuracy on these prompts.
 
     A margin of None counts as infinite.
     """
@@ -75,8 +76,8 @@ def coverage(margins: Sequence[float | None], right: Sequence[bool], *, threshol
 
 
 def latency(decide: Callable[[str], object], texts: Sequence[str]) -> dict[str, Any]:
-    """Measures the duration of `decide`. Returns p50 and p99 in microseconds by prompt length, for prompts cut from
-    `texts`.
+    """Measures how long `decide` takes. Returns p50 and p99 in microseconds for several prompt lengths; the prompts are
+    cut from `texts`.
 
     A fixed loop of Python code is measured too, as a reference for the speed of the machine.
     """
@@ -103,7 +104,7 @@ def _quantiles(calls: Sequence[Callable[[], object]]) -> dict[str, float]:
 
 
 def bootstrap_interval(statistic: Callable[[Ids], float], *, rows: int, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95 % interval of `statistic`, a function of the row numbers in a bootstrap sample."""
+    """Returns the 95 % bootstrap interval of `statistic`, which is called with row numbers of random samples."""
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(rows, size=rows)) for _ in range(BOOTSTRAP_SAMPLES)]
     return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
@@ -117,8 +118,8 @@ def cost_quality(
 
     `right[prompt, expert]`: correctness. `gain[prompt]`: predicted gain from the expensive expert. At each share, the
     prompts with the largest predicted gain go to the expensive expert; ties are broken at random. For comparison,
-    `random` selects the same number of prompts at random, and `oracle` those with the largest real gain. `low` and
-    `high`: interval of the accuracy above `random`.
+    `random` is the accuracy if the same number of prompts is selected at random, and `oracle` if those with the largest
+    real gain are. `low` and `high`: confidence interval of the difference to `random`.
     """
     expensive, cheap = int(np.argmax(cost)), int(np.argmin(cost))
     rng = np.random.default_rng(seed)

@@ -1,8 +1,8 @@
 """Trains an artefact from exemplars, about 20 prompts per expert: one centroid of TF-IDF rows per expert.
 
-In tests with exemplars of one source and prompts of others, no settings were better than these: single terms with
-five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df), which
-nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
+The settings are those of the best results in tests with exemplars of one source and prompts of others: single terms
+with five-character prefixes (20 prompts rarely repeat a pair of words), folded digits, and idf = ln((n + 1) / df),
+which nearly removes a word that occurs in every exemplar. The margin threshold comes from cross-validation over the
 exemplars. A term is discriminative if it has a letter and occurs in the exemplars of at most half of the experts,
 rounded up: digits and punctuation alone say nothing of a topic. The training uses neither randomness nor BLAS, so the
 same prompts give the same bits. A generalist fallback expert needs no exemplars and is not part of the artefact.
@@ -31,8 +31,8 @@ MAX_FOLDS: Final = 200
 
 
 def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None = None) -> Artefact:
-    """Trains an artefact with one cluster per expert, which has the expert's name. Raises ConfigError as
-    `usable_exemplars` does."""
+    """Trains an artefact with one cluster per expert, named after the expert. Raises ConfigError if the exemplars are
+    not usable (see `usable_exemplars`)."""
     features = features or Features()
     usable = usable_exemplars(exemplars, features=features)
     names = tuple(usable)
@@ -70,8 +70,8 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
 
 
 def margin_threshold(margins: Doubles) -> float:
-    """Returns the margin threshold that rejects at most the share `FALSE_REJECTION_RATE` of correctly classified
-    held-out prompts, which have these margins; 0 if there are none."""
+    """Returns the margin threshold below which at most the share `FALSE_REJECTION_RATE` of `margins` lies, the margins
+    of correctly classified held-out prompts; 0 if there are none."""
     return float(np.quantile(margins, FALSE_REJECTION_RATE)) if margins.size else 0.0
 
 
@@ -79,8 +79,8 @@ def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Featur
     """Returns the prompts for the training, by expert in sorted order. Leaves out duplicates and prompts without a
     term.
 
-    Raises ConfigError, with expert and position, for a value that is not text, a prompt of two experts, an expert
-    without a usable prompt, or fewer than two experts.
+    Raises ConfigError, with expert and position, for a value that is not text, a prompt that two experts have, an
+    expert without a usable prompt, or fewer than two experts.
     """
     usable: dict[str, list[str]] = {}
     seen: dict[str, tuple[str, int]] = {}
@@ -120,15 +120,15 @@ def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Featur
 
 
 def _without_texts(counts: TermCounts, removed: Mask) -> TermCounts:
-    """Returns the counts without the entries of the removed texts. Their rows stay, empty, so that the row numbers do
-    not change."""
+    """Returns the counts without the entries of the texts in the mask `removed`. Their rows stay, empty, so that the
+    row numbers do not change."""
     kept = ~removed[counts.text]
     return replace(counts, text=counts.text[kept], term=counts.term[kept], count=counts.count[kept])
 
 
 def _idf(counts: TermCounts, *, prompts: int) -> Doubles:
-    """Returns ln((prompts + 1) / df) for each term; 0 for a term without entries. `prompts`: number of texts with
-    entries."""
+    """Returns ln((prompts + 1) / df) for each term, where df is the number of texts that contain it; 0 for a term
+    without entries. `prompts`: number of texts with entries."""
     df = np.bincount(counts.term, minlength=counts.terms)
     idf: Doubles = np.where(df > 0, np.log((prompts + 1) / np.maximum(df, 1)), 0.0)
     return idf

@@ -2,12 +2,14 @@
 
 Kind `lexical`: a token is a lower-cased word or number, or a single symbol. Digits, one-letter words and operators are
 kept because mathematics and code consist of them. In scripts without spaces, every two neighbouring characters are a
-token. Combining marks belong to the word of their letter. Each token counts once per text, because repetition carries
-little information. A term is a token, a token prefix (`diabe*`) or a pair of neighbouring words (`a b`). No token
-contains a space or mixes letters with `*`, so terms are unambiguous. Kind `cbtm`: words of two or more characters with
-their counts, as in c-BTM (arXiv 2303.14177). Of a text longer than the window, both ends are read. `text_version` 1
-keeps the rules that older artefacts were trained with. Splitting uses functions written in C (translate, split). This
-module must not know weights, clusters or experts.
+token. A combining mark belongs to the word that it stands in. Each token counts once per text, because repetition
+carries little information. A term is a token, a token prefix (`diabe*`) or a pair of neighbouring words (`a b`). No
+token contains a space or mixes letters with `*`, so terms are unambiguous.
+
+Kind `cbtm`: words of two or more characters with their counts, as in c-BTM (arXiv 2303.14177).
+
+Of a text longer than the window, both ends are read. `text_version` 1 keeps the rules that older artefacts were trained
+with. Splitting uses functions written in C (translate, split). This module must not know weights, clusters or experts.
 """
 
 import re
@@ -67,8 +69,8 @@ class Features:
 
     `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: a token with at least this number of characters also
     gives the term of its first `prefix` characters (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm`
-    ignores these three. `text_version`: 1 reads the start of a text only, takes single characters in scripts without
-    spaces, and splits words at combining marks.
+    ignores these three. `text_version`: with 1, only the start of a text is read, tokens in scripts without spaces are
+    single characters, and combining marks split words.
     """
 
     kind: str = "lexical"
@@ -129,7 +131,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The terms that have a row in a table, in row order."""
+    """The terms that have a row in a table, in the order of the rows."""
 
     terms: tuple[str, ...]
     features: Features
@@ -147,8 +149,8 @@ def clip(text: str, *, window_bytes: int) -> str:
 
 
 def clip_ends(text: str, *, window_bytes: int) -> str:
-    """Returns the text without lone surrogates; if it does not fit into `window_bytes` of UTF-8, its start and its end,
-    half of the window each, with a space between them."""
+    """Returns the text without lone surrogates. A text that does not fit into `window_bytes` of UTF-8 is cut to its
+    start and its end, half of the window each, with a space between them."""
     text = ends_of(text, window_bytes)
     if text.isascii():
         return text
@@ -169,8 +171,8 @@ def ends_of(text: str, size: int) -> str:
 
 
 def _spaced(text: str, *, symbols: bool) -> str:
-    """Returns the text with each run of an unspaced script replaced by its pairs of neighbouring characters. Each
-    symbol beyond ASCII gets spaces around it if `symbols` is true, else a space replaces it."""
+    """Returns the text with each run of a script without spaces replaced by its pairs of neighbouring characters. If
+    `symbols` is true, each symbol beyond ASCII gets spaces around it; otherwise it becomes a space."""
 
     def pairs(run: re.Match[str]) -> str:
         characters = run[0]
@@ -188,8 +190,8 @@ def _spaced(text: str, *, symbols: bool) -> str:
 
 
 def _normalised(text: str, *, text_version: int) -> str:
-    """Returns the text in lower case and NFKC. All spaces are ASCII, and symbols beyond ASCII and the tokens of
-    unspaced scripts have spaces around them."""
+    """Returns the text in lower case and NFKC. All spaces become ASCII spaces. Symbols beyond ASCII, and the tokens of
+    scripts without spaces, get spaces around them."""
     for character, replacement in _TYPOGRAPHIC:
         text = text.replace(character, replacement)
     if text.isascii():

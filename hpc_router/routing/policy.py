@@ -5,7 +5,7 @@ replicas, and it never waits. `select` may return an expert that is not ready; t
 `order`. `explain` makes the same decision without changing the policy's state.
 
 Reasons of a decision: `low_margin`, `out_of_domain` (the probability that the decision is right is too small) and
-`no_known_terms` describe the prompt, whichever expert gets it (the fallback, else the best expert). `unavailable`: the
+`no_known_terms` describe the prompt; the fallback gets it, or without a fallback the best expert. `unavailable`: the
 prompt's cluster has no expert in this deployment, or no expert is ready. `policy`: the prompt had no influence. Only
 the router sets `named` (the request names the expert) and `spilled` (the best expert is busy, so the runner-up gets the
 request).
@@ -25,7 +25,7 @@ KINDS = ("classifier", "least_in_flight", "model_field", "round_robin")
 
 
 class RouteReason(StrEnum):
-    """The reason of a routing decision."""
+    """Why a request goes to its expert (see the module)."""
 
     __hash__ = str.__hash__  # written in C, while the hash of an enum is Python code
 
@@ -43,8 +43,8 @@ _CLASSIFIED: Final = RouteReason.CLASSIFIED  # a global name is faster than a lo
 
 
 class Decision(NamedTuple):
-    """The decision for one prompt. `expert` is None if no expert can take the prompt. `margin`: lead over the expert
-    `runner_up`."""
+    """The decision for one prompt. `expert` is None if no expert can take the prompt. `margin`: by how much the
+    prompt's score exceeds that of the expert `runner_up`."""
 
     expert: str | None
     reason: RouteReason
@@ -54,8 +54,8 @@ class Decision(NamedTuple):
     runner_up: str | None = None
 
     def to_dict(self, *, id: str | int | None) -> dict[str, object]:
-        """Returns the JSON form for `POST /route`, `hpc-router route` and `classify predict`. The keys are fixed,
-        because other programs read them."""
+        """Returns the decision as JSON values for `POST /route`, `hpc-router route` and `classify predict`; `id`: the
+        prompt's id. The keys must not change, because other programs read them."""
         return {
             "id": id,
             "cluster": self.cluster,
@@ -88,8 +88,7 @@ class Policy(Protocol):
 
     @property
     def shadow(self) -> "Policy | None":
-        """The shadow: a second policy that also decides for each prompt, or None. Its decisions are counted and have no
-        other effect."""
+        """The shadow: a second policy, whose decisions for the same prompts are only counted. None without one."""
 
     @property
     def version(self) -> str | None:
@@ -103,23 +102,23 @@ class Policy(Protocol):
         state."""
 
     def order(self, decision: Decision) -> tuple[str, ...]:
-        """Returns the experts to try one after the other: the chosen expert, then its substitutes."""
+        """Returns the experts to try one after the other: the chosen one, then others in case it is not ready."""
 
     def limited_to(self, experts: Collection[str]) -> "Policy":
         """Returns a policy that chooses in the same way among these experts only."""
 
 
 def versions(policy: Policy) -> tuple[str | None, str | None]:
-    """Returns the artefact versions of a policy and of its shadow."""
+    """Returns the versions of the artefacts of a policy and of its shadow."""
     return policy.version, None if policy.shadow is None else policy.shadow.version
 
 
 class ClassifierPolicy:
-    """A policy that chooses the expert of the prompt's cluster. It chooses the fallback if the margin is low or the
-    cluster has no expert.
+    """A policy that chooses the expert of the prompt's cluster; the fallback if the margin is low or the cluster has no
+    expert.
 
-    With `min_confidence`, it chooses the fallback if the probability that the decision is right is smaller, whatever
-    the margin is. Raises ConfigError if the artefact has no calibration.
+    With `min_confidence`, the margin does not decide: the fallback is chosen if the decision is right with a smaller
+    probability than that. Raises ConfigError if the artefact then has no calibration.
     """
 
     weighs_load = False
@@ -234,8 +233,8 @@ class LeastInFlight(RoundRobin):
 
 
 class ModelField:
-    """The policy for clients that name the expert. A request for `auto` gets the fallback; if there is no fallback, the
-    router responds with 404."""
+    """The policy for clients that always name the expert. A request for `auto` gets the fallback; without a fallback,
+    the router responds with 404."""
 
     version = None
     weighs_load = False
@@ -265,7 +264,8 @@ def build_policy(
     shadow: Policy | None = None,
     min_confidence: float | None = None,
 ) -> Policy:
-    """Returns the policy of a configured `kind`. Raises ConfigError for an unknown kind or a missing classifier."""
+    """Returns the policy of the configured `kind`. Raises ConfigError if that is unknown or needs a missing
+    classifier."""
     match kind:
         case "classifier":
             if classifier is None:
@@ -298,8 +298,8 @@ def _log_odds(probability: float) -> float:
 
 
 def _next(names: list[str], *, after: str) -> str | None:
-    """Returns the first of the sorted names that is greater than `after`, else the first name; None if there are no
-    names."""
+    """Returns the first of the sorted `names` that comes after the name `after`; the first name if none does; None if
+    there are no names."""
     return next((name for name in names if name > after), names[0] if names else None)
 
 

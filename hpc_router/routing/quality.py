@@ -11,8 +11,8 @@ from hpc_router.routing.features import Doubles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """The estimated quality. `rate[c, e]`: share of correct answers of expert e in cluster c. `cost[e]`: mean cost of
-    expert e."""
+    """Measured quality. `rate[c, e]`: share of correct answers of expert e in cluster c. `cost[e]`: mean cost of expert
+    e."""
 
     experts: tuple[str, ...]
     rate: Doubles
@@ -33,7 +33,7 @@ class Quality:
 
 
 def stored_quality(training: Mapping[str, Any], clusters: Sequence[str]) -> Quality | None:
-    """Returns the quality in an artefact's training record; None unless it was trained with method=measured."""
+    """Returns the quality in an artefact's record of its training; None if that was not done with method=measured."""
     stored = training.get("quality")
     if not isinstance(stored, dict):
         return None

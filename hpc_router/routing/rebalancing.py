@@ -1,10 +1,10 @@
 """Moves clusters between experts until no expert has more load than its limit.
 
 The load of a cluster is its share of the traffic. The limit of an expert is its share of the total capacity, times a
-factor. Moving a cluster costs score: its load times the difference between the two experts' scores. Each step takes the
-most overloaded expert and makes the cheapest move that brings this expert under its limit. If no single move does that,
-it makes the move with the least loss per load. If the remaining moves would exceed the permitted total loss, the result
-recommends more replicas instead. Pure functions.
+factor. Moving a cluster loses score: its load times the difference between the two experts' scores. Each step takes the
+most overloaded expert and makes the move with the smallest loss that brings this expert under its limit. If no single
+move does that, it makes the move with the least loss per load. If the remaining moves would exceed the permitted total
+loss, the result recommends more replicas instead. Pure functions.
 """
 
 import math
@@ -18,8 +18,8 @@ from hpc_router.routing.features import Doubles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalancedTable:
-    """The result of rebalancing. `table`: expert of each cluster. `shares`: load of each expert. `loss`: mean loss of
-    score.
+    """The result of rebalancing. `table`: expert of each cluster. `shares`: load of each expert. `loss`: total loss of
+    score. `moves`: the moved clusters, as texts.
 
     `replicas`: for each expert that stays overloaded, the factor by which its number of replicas has to grow.
     """
@@ -41,10 +41,11 @@ def rebalance(
     limit: float,
     max_loss: float,
 ) -> RebalancedTable:
-    """Returns the table of experts after clusters were moved from overloaded experts to others.
+    """Returns the result of moving clusters from overloaded experts to others.
 
     `table[c]`, `load[c]`: expert and load of cluster c. `score[c, e]`: score of cluster c at the e-th expert of
-    `capacity`, whose values add up to 1. `limit`: factor on the capacity. `max_loss`: maximum total loss of score.
+    `capacity`, whose values add up to 1. `limit`: factor on the capacity, up to which load is allowed. `max_loss`:
+    maximum total loss.
     """
     names = list(capacity)
     max_load = np.array([capacity[name] for name in names]) * limit
@@ -74,8 +75,8 @@ def rebalance(
 def _next_move(
     assignment: Sequence[int], loads: Doubles, max_load: Doubles, load: Doubles, score: Doubles, *, budget: float
 ) -> tuple[int, int, float] | None:
-    """Returns cluster, target expert and loss of the next move; None if no move is needed, or if none is within
-    `budget`."""
+    """Returns cluster, target expert and loss of the next move; None if no expert is overloaded, or if every move loses
+    more than `budget`."""
     source = int(np.argmax(loads / max_load))
     excess = loads[source] - max_load[source]
     if excess <= 1e-12:

@@ -13,8 +13,8 @@ _new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own con
 
 
 class SoftChoice(NamedTuple):
-    """`cluster`: number of the nearest cluster. `score`: expected quality of `expert`, minus what its cost is worth.
-    `margin` and `runner_up` are None if no other expert can be chosen."""
+    """The expert chosen for a prompt. `cluster`: number of the nearest cluster. `score`: expected quality of `expert`,
+    minus what its cost is worth. `margin` and `runner_up` are None if no other expert can be chosen."""
 
     cluster: int
     expert: str | None
@@ -24,8 +24,8 @@ class SoftChoice(NamedTuple):
 
 
 class SoftScores:
-    """The expected quality of the experts that a deployment has. `experts`: names of the deployment's experts; None:
-    all experts of the artefact."""
+    """Computes the expected quality of the experts that a deployment has. `experts`: their names; None: all experts of
+    the artefact."""
 
     def __init__(
         self, quality: Quality, soft: SoftDecision, *, experts: Collection[str] | None, cost_weight: float | None
@@ -89,8 +89,8 @@ class SoftScores:
         }
 
     def gradient(self, values: Sequence[float], length: float) -> dict[int, float]:
-        """Returns for each of the nearest clusters the derivative of the margin with respect to the cluster's value
-        divided by `length`. Without a runner-up, it is the derivative of the score."""
+        """Returns, by nearest cluster, the derivative of the margin with respect to (value of the cluster / `length`).
+        Without a runner-up, it is the derivative of the score."""
         choice, shares = self.choose(list(values), length), self._shares(values, length)
         if choice.expert is None:
             return {}

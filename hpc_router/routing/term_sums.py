@@ -1,10 +1,10 @@
 """Adds the rows of a terms x columns table for the terms of a text.
 
 Every token maps to one Python integer that holds its whole row in fixed-point numbers: one lane of 32 or 64 bits per
-column. One `sum` of integers, in C, therefore adds all columns of all tokens. The result is exact and does not depend
-on the order of the terms or on the machine. The code and data that a decision loads into the CPU caches dominate its
-cost on the request path, and this representation needs the least of both. The row of a word includes the row of its
-prefix. This module must not know what the columns mean.
+column. So one `sum` of integers, in C, adds all columns of all tokens. The result is exact and does not depend on the
+order of the terms or on the machine. On the request path, most of a decision's cost is loading its code and data into
+the CPU caches; integers need the least of both. The row of a word includes the row of its prefix. This module must not
+know what the columns mean.
 """
 
 import struct
@@ -24,15 +24,14 @@ MAX_TOKEN_CHARS: Final = 40
 
 
 class TermSums:
-    """A packed table, and the function that sums its rows for a text."""
+    """A table with packed rows, whose rows it adds for a text."""
 
     def __init__(self, terms: Sequence[str], table: Floats, *, features: Features, wide_lanes: bool = False) -> None:
-        """Packs `table`, which has the shape terms x columns. Terms sorted by falling frequency let common rows share
-        cache lines.
+        """Packs `table`, which has the shape terms x columns. If the terms are sorted by falling frequency, frequent
+        rows share cache lines.
 
         With a window of 2 KiB, the rounding error of a value is at most about 2^-20 of the largest value in its column.
-        With `wide_lanes` (64 bits per column) the error is 2^-52, for sums whose exact value matters even close to
-        zero.
+        With `wide_lanes` (64 bits per column) it is 2^-52, for sums whose exact value matters even close to zero.
         """
         self._features = features
         self._counts_repeats = features.kind == "cbtm"
@@ -87,8 +86,8 @@ class TermSums:
     def by_term(self, text: str) -> dict[str, list[float]]:
         """Returns, for each term of the text, its contribution to each column of `sums`.
 
-        The contribution of a word includes its prefix. An unknown word appears as its prefix (`diabe*`), or not at all
-        if the prefix is unknown too.
+        The contribution of a word includes that of its prefix. A word without a row appears as its prefix (`diabe*`);
+        if that has none either, it is left out.
         """
         words, symbols = self._features.split(text)
         words = words[: self._max_words]
@@ -109,8 +108,8 @@ class TermSums:
 
 
 class _TokenRows(dict[bytes | int, int]):
-    """A map from a token to its packed row: the row of the word or symbol, else the row of its prefix, else 0. Every
-    look-up is cached."""
+    """Maps a token to its packed row: the row of the word or symbol, else the row of its prefix, else 0. The result of
+    every look-up is kept."""
 
     def __init__(self, known: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int) -> None:
         super().__init__(known)
@@ -137,7 +136,8 @@ class _TokenRows(dict[bytes | int, int]):
 
 
 def _add_prefixes(table: Floats, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, size: int) -> Floats:
-    """Returns the table with the row of each word's prefix added to the row of the word."""
+    """Returns the table with the row of each word's prefix, its first `size` characters, added to the word's own row.
+    `words`, `prefixes`: row numbers."""
     pairs = [
         (row, prefixes[prefix])
         for word, row in words.items()

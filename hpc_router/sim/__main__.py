@@ -1,4 +1,4 @@
-"""The simulated engine as a process: parses arguments, loads, listens, and serves until a signal.
+"""The simulated engine as a process: parses arguments, simulates loading, listens, and serves until a signal.
 
 Exit status: 0 stopped by SIGTERM or SIGINT, 1 failed (it cannot listen, or an injected load failure), 2 invalid
 arguments. Both signals stop it as SIGTERM stops vLLM (see `server`). A second SIGINT closes the remaining connections.
@@ -165,7 +165,7 @@ def _adapter(text: str) -> str:
 
 
 def _roofline(text: str | None) -> Roofline | None:
-    """Returns the roofline options of the command line; None if it has none."""
+    """Returns the options of the roofline model, which are JSON on the command line; None if there are none."""
     if text is None:
         return None
     try:
@@ -244,7 +244,7 @@ async def _serve_http(config: SimConfig, arguments: argparse.Namespace, stop: as
 
 
 async def _stopped_within(stop: asyncio.Event, time_s: float) -> bool:
-    """Returns whether `stop` is set within `time_s` seconds."""
+    """Waits until `stop` is set, for at most `time_s` seconds. Returns whether it is set."""
     if not time_s:
         return stop.is_set()
     try:
@@ -255,7 +255,7 @@ async def _stopped_within(stop: asyncio.Event, time_s: float) -> bool:
 
 
 def _load_failure(config: SimConfig) -> str | None:
-    """Returns the failure reason that this start has to simulate; None for a normal start."""
+    """Returns the reason of the failure that this start has to simulate; None for a normal start."""
     for rule in config.faults:
         if rule.fault.kind is FaultKind.LOAD_FAIL and fails_this_start(rule.fault, times=rule.times):
             return rule.fault.reason
@@ -263,8 +263,8 @@ def _load_failure(config: SimConfig) -> str | None:
 
 
 def _die(exit_code: int | None) -> None:
-    """Ends the process at once without cleanup: with `exit_code` like a crash, or by SIGKILL like the OOM killer if it
-    is None."""
+    """Ends the process at once, without cleanup: with the status `exit_code`, like a crash; if that is None, by
+    SIGKILL, as the OOM killer does."""
     if exit_code is not None:
         os._exit(exit_code)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,10 +1,10 @@
 """Admits requests: at most `capacity` requests run at the same time, and the others wait in order of arrival, or of
 priority.
 
-One context manager (`admit`) holds a request from arrival to end and counts how it ended. The gauges therefore return
-to zero for any end (a disconnected client, a fault, an error). When the engine stops, `EngineStopped` is raised in a
-request that waits for its next token. A request that waits for admission is then admitted at once, and gets
-`EngineStopped` before its first token. This module does not know HTTP.
+One context manager (`admit`) surrounds the work on a request and counts how the request ended, so that the numbers of
+running and waiting requests are right after any end (a disconnected client, a fault, an error). When the engine stops,
+a request that waits for its next token gets `EngineStopped`. A request that waits for admission is then admitted at
+once, and gets `EngineStopped` before its first token. This module does not know HTTP.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from hpc_router.sim.metrics import Outcome, RequestCounts, RequestPhase
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """The admission of one request. `outcome` is an error unless another outcome is set."""
+    """The admission of one request. `outcome`: how the request ended; an error until something else is set."""
 
     phase: RequestPhase = RequestPhase.QUEUED
     outcome: Outcome = Outcome.ERROR
@@ -50,8 +50,8 @@ class EngineStopped(Exception):
 
 
 class Places:
-    """A limited number of places. A free place goes to the waiting request with the lowest priority value, and among
-    equal ones to the first."""
+    """A limited number of places. A free place goes to the waiting request with the lowest priority value; of several
+    with the same value, to the one that came first."""
 
     def __init__(self, count: int) -> None:
         self._free = count
@@ -106,12 +106,12 @@ class AdmissionQueue:
             ticket.stop()
 
     async def idle(self) -> None:
-        """Waits until no request runs or waits."""
+        """Waits until no request is running or waiting."""
         await self._idle.wait()
 
     @asynccontextmanager
     async def admit(self, *, prompt_tokens: int, priority: int = 0) -> AsyncIterator[Ticket]:
-        """Waits until the request may run, yields its ticket, and counts its outcome at the end."""
+        """Yields the ticket of a request once it may run. At the end of the block, counts the ticket's outcome."""
         ticket = Ticket(stopped=self._stopping)
         self._tickets.add(ticket)
         self._idle.clear()

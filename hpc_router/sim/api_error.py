@@ -31,7 +31,7 @@ def error_of(message: str, *, status: int, param: str | None = None) -> dict[str
 
 
 def messages_error_body(message: str, *, kind: str) -> bytes:
-    """Returns an error body in Anthropic's format, with the error types that vLLM uses."""
+    """Returns an error body in Anthropic's format. `kind`: the error type, one of those that vLLM uses."""
     return json.dumps({"type": "error", "error": {"type": kind, "message": message}, "simulated": True}).encode()
 
 

@@ -1,7 +1,7 @@
 """Runs a batch step by step. Each step takes the predicted time, and then its requests get their tokens.
 
-Each step starts at the scheduled end of the previous one. If a step ends late, the next one is shorter. Delay that
-cannot be made up is counted, so that a benchmark can tell whether this machine was too slow for the simulation.
+Each step starts at the scheduled end of the previous one. If a step ends late, the next one is shortened by the delay.
+A delay that cannot be made up is counted, so that a benchmark shows whether this machine was too slow to simulate.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from hpc_router.sim.roofline import RooflineEngine
 
 @dataclass(slots=True, eq=False)
 class BatchSlot:
-    """The token schedule of one request in the batch. `produced`: number of tokens produced. `awaited`: number of
-    tokens for which the request has waited."""
+    """The token schedule of one request in the batch. `produced`: number of tokens that the batch has produced for it.
+    `awaited`: number of tokens for which the request has called `first` or `next`."""
 
     sequence: Sequence
     produced: int = 0
@@ -44,8 +44,8 @@ class BatchSlot:
 
 
 class BatchLoop:
-    """The loop that runs the steps. `step_s`: sum of the predicted durations of all steps. `lost_s`: sum of the delays
-    that later steps did not make up. Both in seconds."""
+    """Runs the steps of a batch. `step_s`: sum of the predicted durations of all steps, in seconds. `lost_s`: sum of
+    the delays that later steps did not make up, in seconds."""
 
     def __init__(self, engine: RooflineEngine, clock: Clock, pool: BlockPool, *, by_priority: bool = False) -> None:
         self._engine, self._clock = engine, clock

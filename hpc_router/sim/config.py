@@ -59,8 +59,7 @@ class SimConfig:
 
     @property
     def model(self) -> str:
-        """Returns the model name in responses: the first served name, also if the request uses another one, as in
-        vLLM."""
+        """Returns the first served model name. As in vLLM, responses have it even if the request uses another name."""
         return self.served_model_names[0]
 
     @property
@@ -69,6 +68,6 @@ class SimConfig:
         return (*self.served_model_names, *self.adapters)
 
     def answering(self, asked: str | None) -> str:
-        """Returns the model name in the response to a request for `asked`: `asked` if it is an adapter, else the name
-        of `model`."""
+        """Returns the model name in the response to a request that names `asked`: `asked` if it is an adapter, else
+        `model`."""
         return asked if asked in self.adapters else self.model

@@ -32,7 +32,7 @@ class Sequence:
 
     @property
     def needed(self) -> int:
-        """Returns the number of tokens that must be in the cache before the next token of the answer."""
+        """Returns the number of tokens that must be in the cache to produce the next token of the answer."""
         return self.prompt + self.produced
 
 
@@ -59,8 +59,8 @@ class Batch:
         return not self.running and not self.waiting
 
     def add(self, prompt_tokens: int, hashes: Values[int] = (), *, reads: bool = True, priority: int = 0) -> Sequence:
-        """Adds a sequence with a prompt of this length. A prompt larger than the whole cache is cut, so that the
-        sequence can run. `hashes`, `reads`: see `SequenceBlocks`."""
+        """Adds a sequence with a prompt of `prompt_tokens` tokens. A prompt larger than the whole cache is cut, so that
+        the sequence can run. `hashes`, `reads`: see `SequenceBlocks`."""
         most = self.pool.tokens - self.pool.block_size
         self._arrived += 1
         blocks = SequenceBlocks(self.pool, hashes, reads)
@@ -69,7 +69,7 @@ class Batch:
         return one
 
     def remove(self, one: Sequence) -> None:
-        """Removes a sequence that is complete, or whose client has disconnected."""
+        """Removes a sequence from the batch, because it is complete or its client has disconnected."""
         if one.running:
             self.running.remove(one)
             self._free(one)
@@ -77,7 +77,7 @@ class Batch:
             self.waiting.remove(one)
 
     def plan(self) -> list[SequenceStep]:
-        """Plans the next step and returns its work; empty if no sequence can compute anything."""
+        """Plans the next step. Returns the work of each sequence in it; empty if no sequence can compute anything."""
         self._step = []
         budget = self.max_tokens
         for one in list(self.running):
@@ -115,8 +115,8 @@ class Batch:
         return produced
 
     def _make_room(self, one: Sequence, new: int) -> bool:
-        """Takes blocks for `new` more tokens of a running sequence, and preempts the last sequences while too few
-        blocks are free. Returns False if the sequence itself was preempted."""
+        """Takes blocks for `new` more tokens of the running sequence `one`. While too few blocks are free, preempts the
+        last sequence. Returns False if `one` itself was preempted."""
         while not one.blocks.fits(one.computed + new):
             last = max(self.running, key=_order)
             self._preempt(last)

@@ -36,7 +36,7 @@ class StreamFault(Exception):
 
 
 async def inject(fault: Fault, request: web.BaseRequest, *, crash: Crash, clock: Clock) -> None:
-    """Applies the fault to a request. `crash`: ends the engine."""
+    """Applies the fault to a request. `crash`: function that ends the engine with an exit status."""
     # Yields once, because uvloop sends earlier output at the end of the loop's iteration.
     await clock.sleep(0.0)
     match fault.kind:

@@ -48,8 +48,8 @@ class FaultSchedule:
         ]
 
     def load(self, rules: object) -> None:
-        """Replaces the rules by those in a JSON list, given as text or decoded. Used by tests and `POST
-        /sim/faults`."""
+        """Replaces the rules by those in a JSON list, given as text or decoded. Tests and `POST /sim/faults` call
+        this."""
         parsed = parse_rules(rules)
         if any(rule.fault.kind is FaultKind.LOAD_FAIL for rule in parsed):
             raise ConfigError("load_fail is injected at the start only: give it to --faults")
@@ -60,12 +60,12 @@ class FaultSchedule:
         return [{**active.rule.source, "seen": active.seen, "hits": active.hits} for active in self._active]
 
     def at_connect(self) -> bool:
-        """Returns whether to reset the connection that was just accepted."""
+        """Returns whether a rule says that the connection which was just accepted is reset."""
         return any(active.hits_next() for active in self._active if active.rule.fault.at == CONNECT)
 
     def select(self, path: str, *, model: str | None, answer: ResponseForm) -> tuple[float, Fault | None]:
-        """Returns the factor that slows this request down, and its fault or None. `answer`: the form of its
-        response."""
+        """Returns the factor by which this request is slowed down, and the fault that it gets or None. `answer`: the
+        form of its response, in which only some faults are possible."""
         factor = 1.0
         for active in self._active:
             if not _matches(active.rule, path=path, model=model, answer=answer) or not active.hits_next():

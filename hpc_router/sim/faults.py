@@ -33,7 +33,7 @@ class FaultKind(StrEnum):
 
 
 class ResponseForm(StrEnum):
-    """The form of the response that a request would get, which decides the possible faults."""
+    """The form of the response that a request would get. It decides which faults are possible."""
 
     STREAM = "stream"
     BODY = "body"
@@ -111,10 +111,10 @@ def parse_rules(value: object) -> tuple[Rule, ...]:
 
 def parse_fault(value: object, *, where: str) -> Fault:
     """Parses the fault that a request specifies for itself, given as JSON text or decoded. Raises ConfigError. `where`:
-    name of the field or header, for error messages.
+    name of the field or header that has it, for error messages.
 
-    Such a fault has no selectors. At `connect` it becomes a fault at `headers`, because the connection is accepted
-    before the request is read.
+    The fault applies to this request, so it must not have `path` or other keys that select requests. The connection is
+    accepted before the request is read, so `connect` is changed to `headers`.
     """
     source = _object(_decoded(value, where=where), where=where)
     fault = _fault(source, where=where, extra=())

@@ -1,4 +1,4 @@
-"""A parsed request in one form for every API. Parsing returns it, and the simulation takes it as input."""
+"""The forms of a parsed request, the same for every API. Parsing returns them, and the simulation gets them."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -34,13 +34,13 @@ class Tool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """One request for text, which gets `n` choices for each prompt.
+    """One request for text. It gets `n` choices for each prompt.
 
     `limit_name`: name of the field that set `max_tokens`. `literal`: the answer's text if the request determines it:
-    JSON for a schema, or the arguments of the forced `tool`. `top_logprobs`, `prompt_logprobs`: number of alternatives,
-    None if no log probabilities are requested. `previous_response_id`: id of the response that this one continues.
-    `store`: whether a later request can continue this response. `cache_salt`: separates prefixes in the prefix cache.
-    `priority`: the lowest value is served first if the engine orders requests by it.
+    JSON for a schema, or the arguments of the forced `tool`. `top_logprobs`, `prompt_logprobs`: number of alternatives
+    per token, None if no log probabilities are requested. `previous_response_id`: id of the response that this one
+    continues. `store`: whether a later request can continue this response. `cache_salt`: requests with different values
+    share no cached prefixes. `priority`: the lowest value is served first if the engine orders requests by it.
     """
 
     api: Api

@@ -1,7 +1,7 @@
-"""Handlers of the paths that generate: each checks a request, chooses answer and fault, waits for admission, and
-responds.
+"""Handlers of the paths for texts, embeddings and scores: each checks a request, chooses answer and fault, waits for
+admission, and responds.
 
-A `status` fault is injected before the queue, like the refusal of an overloaded engine. Every other fault applies to an
+A `status` fault is injected before admission, like the refusal of an overloaded engine. Every other fault applies to an
 admitted request. The answer is chosen before the first token is due, so `streaming` handles only time and faults.
 """
 
@@ -106,8 +106,8 @@ class InferenceHandlers:
     async def _pool(
         self, request: web.Request, asked: Embedding | Scoring, *, prefix: str, body: Callable[[Envelope], bytes]
     ) -> web.StreamResponse:
-        """Responds to a request for embeddings or scores, which generates no tokens. `prefix`: start of the response's
-        id. `body`: makes the response's body."""
+        """Responds to a request for embeddings or scores, for which no tokens are generated. `prefix`: start of the
+        response's id. `body`: makes the response's body."""
         factor, fault = await self._fault(request, asked, answer=ResponseForm.BODY)
         made = body(self._envelope(request, asked, prefix=prefix))
         async with (
@@ -140,8 +140,8 @@ class InferenceHandlers:
         return json_answer(body)
 
     async def cancel_response(self, request: web.Request) -> web.StreamResponse:
-        """Refuses to cancel a response. Only background responses can be cancelled, and the simulated engine creates
-        none."""
+        """Refuses to cancel a response, as vLLM does if it is no background response; the simulated engine makes none
+        of those."""
         self._stored_body(request)
         raise ApiError("Cannot cancel a synchronous response.", param="response_id")
 
@@ -196,7 +196,8 @@ class InferenceHandlers:
     async def _fault(
         self, request: web.Request, asked: Generation | Embedding | Scoring, *, answer: ResponseForm
     ) -> tuple[float, Fault | None]:
-        """Returns the factor that slows this request down, and its fault: the request's own, else the schedule's."""
+        """Returns the factor by which this request is slowed down, and the fault that it gets or None: those that the
+        request specifies for itself, else those of the schedule."""
         context = self._context
         own = request.headers.get(FAULT_HEADER, asked.fault)
         if own is None:
@@ -250,8 +251,8 @@ class InferenceHandlers:
     def _envelope(
         self, request: web.Request, asked: Generation | Embedding | Scoring, *, prefix: str, own: bool = False
     ) -> Envelope:
-        """Returns the common fields of a response. As in vLLM, the id is a prefix and the client's x-request-id. The id
-        is random if that header is missing or `own` is true."""
+        """Returns the common fields of a response. As in vLLM, its id is `prefix` followed by the client's
+        x-request-id. Without that header, or if `own` is true, random text replaces it."""
         given = None if own else request.headers.get("x-request-id")
         name = given or f"{self._context.ids.getrandbits(128):032x}"
         created = int(self._context.clock.unix_s())
@@ -263,8 +264,8 @@ class InferenceHandlers:
         )
 
     def _block_hashes(self, generation: Generation, choice: Choice) -> list[int]:
-        """Returns the hashes of the request's blocks. The request is one sequence: all of its prompts, then its first
-        choice. Roles count as no tokens, so they are not hashed either."""
+        """Returns the hashes of the request's cache blocks. The request is one sequence: all of its prompts, then its
+        first choice. Roles count as no tokens, so they are not hashed either."""
         if not self._config.enable_prefix_caching:
             return []
         tokens = [
@@ -280,8 +281,8 @@ class InferenceHandlers:
     async def _schedule(
         self, prompt_tokens: int, factor: float, *, hashes: Sequence[int] = (), reads: bool = True, priority: int = 0
     ) -> AsyncIterator[TokenSchedule]:
-        """Yields the token schedule of one request. `factor` has no effect in a batch, because all requests share its
-        steps. `hashes`, `reads`: see `SequenceBlocks`."""
+        """Yields the token schedule of one request. `factor` multiplies its latencies, except in a batch, where all
+        requests share the steps. `hashes`, `reads`: see `SequenceBlocks`."""
         context = self._context
         if context.batch is not None:
             async with context.batch.slot(prompt_tokens, hashes, reads=reads, priority=priority) as slot:

@@ -64,7 +64,7 @@ def make_app(context: EngineContext) -> web.Application:
 
 
 class EngineHttpApi:
-    """The middleware that turns errors into responses, and the handlers of paths that generate nothing."""
+    """The middleware that turns errors into responses, and the handlers of paths that generate no text."""
 
     def __init__(self, context: EngineContext) -> None:
         self._context = context

@@ -56,7 +56,7 @@ def example(schema: object) -> object:
 
 
 class _Examples:
-    """One traversal of a schema that generates a value. `_open`: the references that are being resolved."""
+    """Generates a value for one schema. `_open`: the references that are being resolved, to detect endless ones."""
 
     def __init__(self, root: object) -> None:
         self._root = root
@@ -102,8 +102,8 @@ class _Examples:
         return found
 
     def _resolved(self, schema: object) -> dict[str, object]:
-        """Returns the schema with its reference replaced by the referenced schema. Other keywords in the schema are
-        kept."""
+        """Returns the schema with its `$ref` replaced by the keywords of the schema to which it refers. Other keywords
+        stay."""
         resolved, followed = _mapping(schema), set[str]()
         while isinstance(reference := resolved.get("$ref"), str):
             if reference in followed:
@@ -113,7 +113,7 @@ class _Examples:
         return resolved
 
     def _merged(self, schema: Mapping[str, object]) -> dict[str, object]:
-        """Merges `schema` with the schemas of its `allOf`. Properties and required names are united."""
+        """Returns `schema` merged with the schemas of its `allOf`: their properties and required names are united."""
         merged: dict[str, object] = {}
         alternatives = schema["allOf"]
         rest = {key: value for key, value in schema.items() if key != "allOf"}
@@ -129,8 +129,8 @@ class _Examples:
         return merged
 
     def _any_of(self, alternatives: object, keyword: str) -> object:
-        """Returns a value for the first alternative for which one can be generated; null alternatives are tried
-        last."""
+        """Returns a value for the first of the `alternatives` for which one can be generated; null alternatives are
+        tried last."""
         if not isinstance(alternatives, list) or not alternatives:
             raise SchemaError(f"'{keyword}' of a JSON schema must be a list that is not empty")
         failure: SchemaError | None = None

@@ -1,10 +1,10 @@
 """The blocks of the KV cache, and the prefixes that can be found in them. No I/O, no time, no requests.
 
-Follows vLLM 0.32 (vllm/v1/core/block_pool.py, kv_cache_manager.py): only full blocks are found, by a hash of their
-tokens and of all tokens before them. A block can be found as soon as its computation is planned, so running requests
-share blocks. The last token of a prompt is always computed. If a prompt ends with a full block, that whole block is
-therefore computed, even if it is cached. Blocks without users stay in the cache until their space is needed. The least
-recently used is evicted first, and of one prefix the end before the beginning.
+Follows vLLM 0.32 (vllm/v1/core/block_pool.py, kv_cache_manager.py). A block is found by a hash of its tokens and of all
+tokens before them; only full blocks can be found. This is possible as soon as the computation of the block is planned,
+so running requests share blocks. The last token of a prompt is always computed; if it ends a full block, the whole
+block is computed, even if it is cached. Blocks without users stay in the cache until their space is needed. The least
+recently used one is evicted first; within one prefix, the last block.
 """
 
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from hpc_router.sim.roofline import BLOCK
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """A block. `hash`: None until it is full. `users`: number of sequences that use it."""
+    """A block of the cache. `hash`: None until it is full. `users`: number of sequences that use it."""
 
     hash: int | None = None
     users: int = 0
@@ -24,7 +24,7 @@ class Block:
 
 @dataclass(slots=True)
 class BlockPool:
-    """All blocks of one engine. `queries`, `hits`: number of tokens that were looked up and that were found."""
+    """All blocks of one engine. `queries`, `hits`: number of tokens that were looked up, and that were found."""
 
     total: int
     block_size: int = BLOCK
@@ -63,15 +63,15 @@ class BlockPool:
         return found
 
     def share(self, blocks: Sequence[Block]) -> None:
-        """Adds a user to blocks that `find` has returned."""
+        """Adds one user to each of the blocks that `find` has returned."""
         for block in blocks:
             if not block.users:
                 del self._evictable[block]
             block.users += 1
 
     def take(self, count: int) -> list[Block]:
-        """Returns empty blocks with one user each, and evicts cached blocks if there are no others. `count`: at most
-        `free`."""
+        """Returns `count` (at most `free`) empty blocks with one user each. Evicts cached blocks if there are too few
+        others."""
         unused = min(count, self._empty)
         self._empty -= unused
         for _ in range(count - unused):
@@ -80,13 +80,12 @@ class BlockPool:
         return [Block(users=1) for _ in range(count)]
 
     def keep(self, block: Block, value: int) -> None:
-        """Caches a full block under its hash `value`. Several blocks can have the same hash; `find` returns the first
-        one."""
+        """Caches a full block under its hash `value`. If several blocks have it, `find` returns the first one."""
         block.hash = value
         self._by_hash.setdefault(value, []).append(block)
 
     def release(self, blocks: Sequence[Block]) -> None:
-        """Removes a user from the blocks of one sequence, given in the order of their tokens."""
+        """Takes one user from each of a sequence's blocks, which are given in the order of their tokens."""
         for block in reversed(blocks):
             block.users -= 1
             if block.users:
@@ -119,20 +118,20 @@ class SequenceBlocks:
     _counted: bool = False
 
     def find(self, tokens: int) -> list[Block]:
-        """Returns the cached blocks that a sequence of `tokens` tokens can use, without a block of the last token,
-        which is always computed."""
+        """Returns the cached blocks that a sequence of `tokens` tokens can use. The block of the last token is never
+        among them, because that token is always computed."""
         if not self.pool.caching or not self.reads:
             return []
         return self.pool.find(self.hashes[: (tokens - 1) // self.pool.block_size])
 
     def fits(self, tokens: int, found: Sequence[Block] = ()) -> bool:
-        """Returns whether the sequence can grow to `tokens` tokens, beginning with the blocks of `find`."""
+        """Returns whether enough blocks are free for `tokens` tokens, of which those in `found` are cached."""
         from_free = sum(not block.users for block in found)
         return self._more(tokens) - len(found) + from_free <= self.pool.free
 
     def begin(self, tokens: int, found: Sequence[Block]) -> int:
-        """Begins with the blocks of `find`, and returns the number of their tokens. Only the first call counts
-        `queries` and `hits`: as in vLLM, those after a preemption are not counted."""
+        """Begins with the blocks `found`, and returns the number of their tokens. As in vLLM, only the first call adds
+        to `queries` and `hits`, and not those after a preemption."""
         self.pool.share(found)
         self._blocks = list(found)
         self._kept = len(found)
@@ -145,7 +144,7 @@ class SequenceBlocks:
         return cached
 
     def grow(self, tokens: int) -> None:
-        """Takes blocks for `tokens` tokens in all, as far as blocks are free, and caches those that are full."""
+        """Takes blocks for `tokens` tokens in all, or as many as are free, and caches those that are full."""
         self._blocks += self.pool.take(min(max(0, self._more(tokens)), self.pool.free))
         if not self.pool.caching:
             return

@@ -27,7 +27,7 @@ class Clock(Protocol):
     """The source of time, which tests can replace."""
 
     def now_s(self) -> float:
-        """Returns monotonic seconds."""
+        """Returns the time of a monotonic clock in seconds."""
 
     def unix_s(self) -> float:
         """Returns the wall-clock time in Unix seconds, for the `created` fields."""
@@ -77,7 +77,7 @@ class JitteredLatency:
 
 
 class TokenSchedule(Protocol):
-    """The times at which the tokens of one request are due."""
+    """Decides when the tokens of one request are due."""
 
     @property
     def cached_tokens(self) -> int:
@@ -92,7 +92,7 @@ class TokenSchedule(Protocol):
 
 class LatencySchedule:
     """A token schedule from a latency model. `factor` multiplies every latency. `blocks`: the cache blocks of the
-    request. The request never waits for a free block; its tokens without a block are not cached."""
+    request. If no block is free, the request does not wait for one; its further tokens are then not cached."""
 
     def __init__(self, latency: LatencyModel, *, clock: Clock, factor: float, blocks: SequenceBlocks) -> None:
         self._latency, self._clock, self._factor, self._blocks = latency, clock, factor, blocks

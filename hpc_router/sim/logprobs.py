@@ -61,7 +61,8 @@ def token_id(token: str) -> int:
 
 
 def completion_logprobs(entries: Sequence[TokenLogprobs], *, offset: int = 0) -> dict[str, object]:
-    """Formats the log probabilities of a text completion. `offset`: characters of the text before the first token."""
+    """Returns the log probabilities in the format of a text completion. `offset`: characters of the text before the
+    first token."""
     offsets = []
     for entry in entries:
         offsets.append(offset)
@@ -75,8 +76,8 @@ def completion_logprobs(entries: Sequence[TokenLogprobs], *, offset: int = 0) ->
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], *, top: int) -> list[dict[str, object]]:
-    """Formats the `content` of chat's log probabilities, with `top` alternatives per token. /v1/responses uses the same
-    list."""
+    """Returns the log probabilities in the format of a chat response's `logprobs.content`, with `top` alternatives per
+    token. /v1/responses has the same list."""
     return [
         {**_chat_entry(*entry.values[0]), "top_logprobs": [_chat_entry(*value) for value in entry.values[:top]]}
         for entry in entries
@@ -88,7 +89,8 @@ def _chat_entry(token: str, logprob: float) -> dict[str, object]:
 
 
 def prompt_logprobs_json(entries: Sequence[TokenLogprobs]) -> list[dict[str, object] | None]:
-    """Formats the log probabilities of a prompt, one object per token: token id -> log probability, rank and text."""
+    """Returns the log probabilities of a prompt as JSON values, one object per token: token id -> log probability,
+    rank, text."""
     return [
         {
             str(token_id(token)): {"logprob": logprob, "rank": rank, "decoded_token": token}

@@ -66,7 +66,7 @@ class MessagesFormat:
         return encode(self._message(choices[0].completion))
 
     def _block(self, completion: Completion | None) -> dict[str, object]:
-        """Returns the block of a message; an empty block if `completion` is None, at the start of a stream."""
+        """Returns the block of a message; with None, at the start of a stream, an empty block."""
         tool = self._generation.tool
         if tool is None:
             return {"type": "text", "text": "" if completion is None else completion.text}

@@ -1,4 +1,4 @@
-"""Parses the prompts of request bodies: returns the text and the number of tokens of messages, items and inputs.
+"""Parses the prompts of request bodies: chat messages, `input` items and texts become a text with a number of tokens.
 
 Errors are those of vLLM, with status 400 and a message that names the key.
 """
@@ -16,7 +16,7 @@ _ITEM_TYPES = frozenset({"reasoning", "function_call", "function_call_output", "
 
 
 def chat_prompt(turns: list[Turn], *, echo: bool = False) -> ParsedPrompt:
-    """Returns the prompt of a chat. With `echo`, the answer repeats the last message if it is the assistant's, as in
+    """Returns the prompt of a chat. With `echo`, the answer repeats the last message if the assistant wrote it, as in
     vLLM."""
     tokens = sum(count_tokens(content) for _, content in turns)
     return ParsedPrompt(
@@ -34,8 +34,8 @@ def messages(value: object) -> list[Turn]:
 
 
 def items(value: object) -> list[Turn]:
-    """Parses the input of a response. Items other than messages add no text. Raises ApiError for types that vLLM does
-    not know."""
+    """Parses the `input` of a request for /v1/responses. Items other than messages add no text. Raises ApiError for
+    types that vLLM does not know."""
     if isinstance(value, str):
         return [("user", value)]
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):

@@ -18,8 +18,8 @@ PEER_LOST: Final = "RuntimeError: simulated: connection closed by peer"
 
 @dataclass
 class Rendezvous:
-    """The listener of rank 0. `complete`: set when all other ranks are connected. `lost`: set when any rank has
-    disconnected."""
+    """Rank 0's listener for the other ranks. `complete`: set when all of them are connected. `lost`: set when one of
+    them has disconnected."""
 
     others: int
     address: str
@@ -57,7 +57,7 @@ class Rendezvous:
 
 
 async def follow_master(address: str, port: int, stop: asyncio.Event) -> bool:
-    """Runs a rank other than 0 until `stop`. Returns False if the master disconnected before that."""
+    """Runs a rank other than 0. Returns True once `stop` is set; False if the master disconnects before that."""
     stopped = asyncio.create_task(stop.wait())
     connection = asyncio.create_task(_stay_connected(address, port))
     try:

@@ -12,7 +12,7 @@ _WORDS: Final = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict
 
 
 class RequestFields:
-    """The fields of one request body. Each method returns the value of a field, and raises ApiError if its type is
+    """The fields of one request body. The methods return the value of a field, and raise ApiError if its type is
     wrong."""
 
     def __init__(self, raw: bytes) -> None:
@@ -34,7 +34,7 @@ class RequestFields:
         return value
 
     def flag(self, key: str) -> bool:
-        """Returns the truth value of the field `key`. As in vLLM, it may be written as a number or a word."""
+        """Returns the field `key` as a truth value. As in vLLM, it may be given as a number or a word."""
         value = self._body.get(key)
         if isinstance(value, str):
             value = _WORDS.get(value.lower(), value)

@@ -144,7 +144,7 @@ def parse_message(raw: bytes) -> Generation:
 
 
 def parse_count_tokens(raw: bytes) -> tuple[str | None, int]:
-    """Returns the model, and the number of tokens in the prompt of a message request."""
+    """Parses a request to count a message's tokens. Returns the model, and the number of tokens in the prompt."""
     fields = RequestFields(raw)
     return fields.text("model"), _message_prompt(fields).tokens
 

@@ -49,8 +49,8 @@ def around_placeholder(event: bytes) -> tuple[bytes, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The fields that all chunks, or the body, of one response have in common. `prompt_details`: whether `usage` says
-    how many prompt tokens were cached."""
+    """The fields that are the same in the body, or in all chunks, of one response. `prompt_details`: whether its
+    `usage` says how many prompt tokens were cached."""
 
     id: str
     created: int
@@ -82,7 +82,7 @@ class Choice:
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
     def aborted(self, tokens: int) -> "Choice":
-        """Returns the choice as it ends when the engine stops after this number of tokens."""
+        """Returns the choice cut after `tokens` tokens, because the engine has stopped."""
         return replace(
             self,
             completion=self.completion.aborted(tokens),
@@ -109,13 +109,13 @@ class ResponseFormat(Protocol):
     def events(self, index: int, choice: Choice) -> ChoiceEvents: ...
 
     def end(self, choices: Sequence[Choice]) -> bytes:
-        """Returns the end of a stream, after every choice has ended."""
+        """Returns the bytes that end a stream after every choice has ended."""
 
     def error(self, message: str) -> bytes:
-        """Returns the end of a stream that failed."""
+        """Returns the bytes that end a stream that has failed."""
 
     def body(self, choices: Sequence[Choice]) -> bytes:
-        """Returns the response in one piece."""
+        """Returns the body of a response that is not streamed."""
 
 
 class CompletionsFormat:
@@ -168,8 +168,7 @@ class CompletionsFormat:
 
 
 class CompletionEvents:
-    """The events of one choice of a completion. `_sent`: number of tokens so far. `_offset`: number of characters so
-    far."""
+    """The events of one choice of a completion. `_sent`, `_offset`: number of tokens and of characters sent so far."""
 
     def __init__(self, envelope: Envelope, generation: Generation, index: int, choice: Choice) -> None:
         self._envelope, self._generation, self._index, self._choice = envelope, generation, index, choice
@@ -183,7 +182,7 @@ class CompletionEvents:
         return self._event(self._delta(text), entries=self._choice.logprobs[self._sent - 1 : self._sent])
 
     def opening(self) -> bytes:
-        """Returns the events before the first content: chat streams name the role, and the tool of a tool call."""
+        """Returns the events before the first content: in chat, one with the role and the tool of a tool call."""
         echo = self._choice.echo
         if self._generation.api is Api.TEXT:
             prompt = self._choice.prompt_logprobs if self._generation.top_logprobs is not None else None
@@ -197,8 +196,8 @@ class CompletionEvents:
         return role + self._event({"tool_calls": [call]})
 
     def closing(self, choice: Choice) -> bytes:
-        """Returns the last event, with the finish reason, and the log probabilities of tokens that a stop string
-        removed."""
+        """Returns the last event. It has the finish reason, and the log probabilities of the tokens that belong to a
+        stop string and are therefore not in the text."""
         completion = choice.completion
         entries = None if choice.logprobs is None else choice.logprobs[self._sent :] or None
         content = "" if self._generation.api is Api.TEXT else {}
@@ -242,8 +241,8 @@ def _logprobs(
     offset: int = 0,
     prompt: bool = False,
 ) -> dict[str, object] | None:
-    """Returns the log probabilities of a choice or of an event. With `prompt`, the list begins with those of the echoed
-    prompt."""
+    """Returns the log probabilities of a choice or of an event, made from `entries`. With `prompt`, those of the
+    prompt, which the answer repeats, come first."""
     if entries is None or generation.top_logprobs is None:
         return None
     if generation.api is Api.CHAT:

@@ -14,8 +14,7 @@ MAX_RESPONSES = 1024
 
 
 class ResponseStore:
-    """A map from a response id to the conversation up to the end of that response, and to the function that makes its
-    body."""
+    """Maps the id of a response to the conversation up to its end, and to the function that makes its body."""
 
     def __init__(self, *, max_responses: int = MAX_RESPONSES) -> None:
         self._max_responses = max_responses

@@ -104,7 +104,7 @@ class ResponsesFormat:
 
 
 class ResponseEvents:
-    """The events of the only item of a response. The last field of every event is its sequence number."""
+    """Makes the events of the only item of a response. The last field of every event is its sequence number."""
 
     def __init__(self, format_: ResponsesFormat, choice: Choice) -> None:
         self._format, self._choice = format_, choice

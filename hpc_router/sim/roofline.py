@@ -99,8 +99,8 @@ class TransformerShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Returns the parameters per layer: query, key, value, output, and three matrices of the gated feed-forward
-        network."""
+        """Returns the number of parameters per layer, in the matrices for query, key, value and output, and in the
+        three of the gated feed-forward network."""
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * self.head
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
@@ -158,15 +158,15 @@ def _model_name(model: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class SequenceStep:
-    """The work of one sequence in a step: `new` tokens after a context of `context` tokens."""
+    """What one sequence computes in a step: `new` tokens, which follow `context` tokens."""
 
     new: int
     context: int
 
 
 class RooflineEngine:
-    """The prediction for one replica: a model in one precision on a number of GPUs. Raises ConfigError if the model
-    does not fit."""
+    """Predicts step durations for one replica: a model in one precision on a number of GPUs. Raises ConfigError if the
+    model does not fit."""
 
     def __init__(self, options: Roofline) -> None:
         if options.gpu not in GPUS:
@@ -187,8 +187,8 @@ class RooflineEngine:
         self.kv_tokens = self._kv_tokens()
 
     def _kv_tokens(self) -> int:
-        """Returns the number of context tokens that fit on all GPUs in addition to the weights. The weights of the
-        embedding and the output layer are stored once, not once per GPU."""
+        """Returns the number of context tokens that fit into the GPUs' memory beside the weights. The embedding and the
+        output layer take memory once, not once per GPU."""
         gpus = self.tp * self.pp
         weights = self.linear_bytes + 2 * self.output_bytes
         free = gpus * (self.gpu.memory_gb * GB * MEMORY_USED - ACTIVATIONS_GB * GB) - weights
@@ -227,8 +227,8 @@ class RooflineEngine:
         return (linear / peak_linear + rest / peak) / (self.tp * COMPUTE_EFFICIENCY)
 
     def _memory_s(self, reached: float) -> float:
-        """Returns the seconds of memory traffic in one step: all weights, and the keys and values of the `reached`
-        tokens of all contexts, are read once (Pope et al., arXiv 2211.05102)."""
+        """Returns the seconds of memory traffic in one step: all weights are read once, and so are the keys and values
+        of all contexts, which have `reached` tokens in all (Pope et al., arXiv 2211.05102)."""
         moved = self.linear_bytes + self.output_bytes + reached * self.shape.kv_bytes
         return moved / (self.tp * self.gpu.bandwidth * MEMORY_EFFICIENCY)
 

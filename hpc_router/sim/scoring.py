@@ -17,8 +17,8 @@ _DIMENSIONS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """A request to score pairs of a query and a document. `top_n`: number of results of a rerank, 0 for all; None for a
-    request that is not a rerank."""
+    """A request to score pairs of a query and a document. `top_n`: number of results of a request to `/rerank`, 0 for
+    all; None for a request to `/score`."""
 
     model: str | None
     pairs: tuple[tuple[str, str], ...]
@@ -86,7 +86,7 @@ def scores_body(envelope: Envelope, scoring: Scoring, *, seed: int) -> bytes:
 
 
 def _score(query: str, document: str, *, model: str, seed: int) -> float:
-    """Returns a number between 0 and 1; 1 for equal texts."""
+    """Returns a number between 0 and 1 that the two texts, the model and the seed determine; 1 for equal texts."""
     first, second = (unit_vector(text, model=model, seed=seed, dimensions=_DIMENSIONS) for text in (query, document))
     return round((1 + sum(a * b for a, b in zip(first, second, strict=True))) / 2, 6)
 

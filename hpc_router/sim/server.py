@@ -87,7 +87,7 @@ class SimServer:
 
     @property
     def url(self) -> str:
-        """Returns the base URL for clients. For a unix socket, the host in the URL has no meaning."""
+        """Returns the base URL for clients. For a unix socket, its host is only a placeholder."""
         return "http://localhost" if self.uds is not None else self.address
 
     @property
@@ -103,7 +103,7 @@ class SimServer:
         return self._context.requests
 
     async def idle(self) -> None:
-        """Waits until no request runs or waits."""
+        """Waits until no request is running or waiting."""
         await self._context.admission.idle()
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
-"""The log lines of a vLLM that cannot start, by failure reason. Tests use them to check that the agent recognises
+"""The log lines of a vLLM that cannot start, by failure reason. Tests check with them that the agent recognises the
 reasons.
 
 The texts are shortened from those of vLLM, PyTorch and CUDA. The first line says that it is simulated.

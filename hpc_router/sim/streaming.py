@@ -1,8 +1,8 @@
-"""Serves an admitted request until its last byte: waits for each token, injects the fault, counts, and sends.
+"""Serves an admitted request until its last byte: waits for each token, injects the request's fault, counts, and sends.
 
 Streams and bodies share `RunningRequest.step`. When it returns, either token k was produced, or the fault due at k was
-injected instead. As in vLLM, a body is sent only after its last token. When the engine stops, a response ends regularly
-after the tokens that it has, with the finish reason `abort`, as in vLLM.
+injected instead. A body is sent only after its last token, as in vLLM. When the engine stops, a response ends regularly
+after the tokens that it has, with the finish reason `abort`, again as in vLLM.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ class RunningRequest:
         self.counts.generation_tokens += choices
 
     async def end(self, steps: int) -> None:
-        """Injects a fault that is due after the last token (at k = `steps`) and before the regular end, then stores the
+        """If a fault is due after the last token (at k = `steps`), injects it before the regular end. Then stores the
         answer."""
         await self._inject_at(steps)
         if self.store is not None:
@@ -124,12 +124,12 @@ def _steps(choices: Sequence[Choice]) -> int:
 
 
 def _unfinished(choices: Sequence[Choice], k: int) -> int:
-    """Returns the number of choices that have a token k."""
+    """Returns how many of the choices have a token with the number k."""
     return sum(k < choice.completion.tokens for choice in choices)
 
 
 def _token(events: Sequence[ChoiceEvents], choices: Sequence[Choice], k: int) -> bytes:
-    """Returns the events of token k of all choices; empty if a stop string removed that token from all of them."""
+    """Returns the events of token k of all choices; empty if it is part of a removed stop string in each of them."""
     if len(events) == 1 and 0 < k < len(choices[0].completion.pieces):
         return events[0].token(choices[0].completion.pieces[k])
     made = [] if k else [one.opening() for one in events]

@@ -18,10 +18,10 @@ _KINDS: Final = ("json", "regex", "choice", "grammar", "json_object", "structura
 def constrained_text(
     *, response_format: object, structured_outputs: object, key: str = "response_format"
 ) -> str | None:
-    """Returns the text that the answer must have; None if the request has no constraint.
+    """Returns the text that the answer must be; None if the request does not constrain it.
 
-    `key`: name of the field that has `response_format`, for error messages. If both parameters have a constraint of the
-    same kind, that of `response_format` counts.
+    `key`: name of the field that has `response_format`, for error messages. If both parameters set a constraint of the
+    same kind, that of `response_format` applies.
     """
     constraints = _constraints(structured_outputs)
     constraints |= _of_format(response_format, key=key)

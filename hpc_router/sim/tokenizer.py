@@ -39,7 +39,7 @@ def parse_tokenize(raw: bytes) -> TokenizeRequest:
 
 
 def parse_detokenize(raw: bytes) -> tuple[str | None, list[int]]:
-    """Returns the model and the token ids."""
+    """Parses a request for `/detokenize`. Returns the model and the token ids."""
     fields = RequestFields(raw)
     tokens = fields.value("tokens")
     if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):

@@ -34,8 +34,9 @@ def split_tokens(text: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One choice. `pieces`: the texts that are sent, one per token. `generated`: these texts, with those that a stop
-    string removed. `tokens`: number of computed tokens, which can be greater than `len(pieces)`."""
+    """The text of one choice. `pieces`: its parts as they are sent, one per token. `generated`: the parts of all
+    computed tokens, before a stop string was cut off. `tokens`: number of computed tokens, which can be greater than
+    `len(pieces)`."""
 
     pieces: tuple[str, ...]
     tokens: int
@@ -48,7 +49,7 @@ class Completion:
         return "".join(self.pieces)
 
     def aborted(self, tokens: int) -> "Completion":
-        """Returns the completion as it ends when the engine stops after this number of tokens."""
+        """Returns the completion cut after `tokens` tokens, because the engine has stopped."""
         if tokens >= self.tokens:
             return self
         return replace(
@@ -87,7 +88,7 @@ def complete_text(
 
 
 def complete_literal(text: str, *, limit: int, finish_reason: str) -> Completion:
-    """Returns an answer with the given text, cut at `limit` tokens."""
+    """Returns an answer that has the given text, cut after `limit` tokens."""
     pieces = tuple(split_tokens(text))[:limit]
     whole = len("".join(pieces)) == len(text)
     return Completion(pieces, len(pieces), finish_reason if whole else "length", generated=pieces)
@@ -104,7 +105,7 @@ def unit_vector(text: str, *, model: str, seed: int, dimensions: int) -> tuple[f
 
 
 def json_bytes(piece: str) -> bytes:
-    """Encodes a piece as a JSON string. Results are cached, because the vocabulary is small."""
+    """Returns a piece of text as a JSON string. Results are cached, because the vocabulary is small."""
     return _short_json_bytes(piece) if len(piece) <= 64 else json.dumps(piece).encode()
 
 

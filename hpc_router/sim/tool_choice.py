@@ -58,8 +58,8 @@ def _tool(entry: object, schema: str, *, index: int, inner: str = "") -> Tool:
 
 
 def _chosen(offered: list[Tool], name: object, *, named: bool, required: str) -> Tool | None:
-    """Returns the forced tool; None if the request forces none. `named`: whether `name` is the name of a tool;
-    otherwise it is a word such as `none`. `required`: the API's word that forces the first tool."""
+    """Returns the tool among `offered` that the request forces; None if it forces none. `named`: whether `name` is the
+    name of a tool; otherwise it is a word such as `none`. `required`: the API's word that forces the first tool."""
     if not named and name in (None, "none", "auto"):
         return None
     if not offered:

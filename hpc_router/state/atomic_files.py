@@ -21,8 +21,8 @@ MAX_FILE_BYTES: Final = 2**20
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds `path` to an OSError that is raised inside the block and names no file, such as that of `fsync` on a full
-    disk."""
+    """Context manager: if the block raises an OSError that names no file, such as that of `fsync` on a full disk, adds
+    `path` to it."""
     try:
         yield
     except OSError as error:
@@ -123,7 +123,7 @@ def refresh_folder(folder: Path) -> None:
 
 
 def exists_now(path: Path) -> bool:
-    """Returns whether `path` exists, ignoring what the NFS client has cached about missing files."""
+    """Returns whether `path` exists according to the server, even if the NFS client has cached that it does not."""
     with suppress(OSError):
         refresh_folder(path.parent)
     return path.exists()

@@ -1,7 +1,7 @@
-"""The demand that a router measures, in `demand/ROUTER.json`: written by the router's control process, read by the
-control loop, which decides the number of replicas, and by the commands.
+"""The demand at a router, in `demand/ROUTER.json`. The router's control process writes it. The commands read it, and so
+does the control loop, which decides the number of replicas by it.
 
-Each router writes its own file, so that the sum over the live routers is the demand of the run, also while one router
+Each router writes a file of its own. The sum over the live routers is the demand of the run, also while one router
 hands over to another.
 """
 
@@ -16,8 +16,8 @@ from hpc_router.state.run_directory import RunDir
 
 @dataclass(frozen=True, slots=True)
 class ExpertDemand:
-    """The requests for one expert with jobs of its own, with those for its adapters. `wait_s`: expected wait of a new
-    request in seconds. `last_request_at`: Unix time of the last request; None if there was none."""
+    """The requests for one expert and its adapters. `in_flight`, `waiting`: number of requests. `wait_s`: expected wait
+    of a new request in seconds. `last_request_at`: Unix time of the last request; None if there was none."""
 
     in_flight: int = 0
     waiting: int = 0
@@ -36,7 +36,8 @@ class ExpertDemand:
 
 @dataclass(frozen=True, slots=True)
 class RouterDemand:
-    """The demand at one router. `replicas`: requests in flight by replica."""
+    """The demand at one router. `experts`: the demand by expert, without adapters, which count for their host.
+    `replicas`: number of requests in flight by replica."""
 
     experts: Mapping[str, ExpertDemand] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class RouterDemand:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Parses the content of the file. Raises ValueError if it is not valid."""
+        """Parses the content of a demand file. Raises ValueError if it is not valid."""
         try:
             experts = {str(name): ExpertDemand(**entry) for name, entry in value["experts"].items()}
             return cls(experts, {str(name): int(count) for name, count in value["replicas"].items()})
@@ -55,7 +56,7 @@ class RouterDemand:
 
 
 def demand_path(run: RunDir, router: str) -> Path:
-    """Returns the path of the file of a router."""
+    """Returns the path of the demand file of a router."""
     return run.demand / f"{router}.json"
 
 

@@ -1,8 +1,8 @@
-"""Lets one process at a time read, change and write a file, on file systems without locks.
+"""Lets only one process at a time read, change and write a file, on file systems without locks.
 
-The lock is a folder, here called a claim, because creating a folder is atomic everywhere. A process that dies leaves
-its claim behind, so a waiting process removes a claim that has not changed for STALE_S. It measures this time with its
-own clock, because the clocks of two hosts differ.
+A folder serves as the lock, because creating a folder is atomic everywhere. A process that dies leaves its folder
+behind, so a waiting process removes a folder that has not changed for STALE_S. It measures this time with its own
+clock, because the clocks of two hosts differ.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ POLL_S: Final = 0.02
 def exclusive(
     claim: Path, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[None]:
-    """Creates the folder `claim` and removes it after the block; first waits until no other process has it. Raises
-    OSError if the folder cannot be created."""
+    """Creates the folder `claim` as the lock before the block, and removes it after the block. While another process
+    has it, waits. Raises OSError if the folder cannot be created."""
     seen, since = None, clock()
     while True:
         try:

@@ -25,9 +25,9 @@ ON_DEMAND: Final = "scaled to zero, starts on demand"
 
 @dataclass(frozen=True, slots=True)
 class StartForecast:
-    """What is known of the start of an expert's next replica. `state`: what it waits for, as text. `ready_at`: when it
-    is expected to be ready, in Unix seconds; None if unknown. `until_ready_s`: for an expert that is scaled to zero,
-    the expected seconds from the first request to a ready replica. `hopeless`: whether no replica will start."""
+    """The expected start of an expert's next replica. `state`: what the start waits for, as text. `ready_at`: when the
+    replica is expected to be ready, in Unix seconds; None if unknown. `until_ready_s`: for an expert that is scaled to
+    zero, the expected seconds from the first request to a ready replica. `hopeless`: whether no replica will start."""
 
     state: str
     ready_at: float | None = None
@@ -35,14 +35,15 @@ class StartForecast:
     hopeless: bool = False
 
     def expected_ready_at(self, now: float) -> float | None:
-        """Returns the expected time in Unix seconds; None if unknown. `now`: Unix seconds."""
+        """Returns when a replica is expected to be ready, in Unix seconds, if a request comes at `now` (Unix seconds);
+        None if that is unknown."""
         if self.ready_at is not None or self.until_ready_s is None:
             return self.ready_at
         return now + self.until_ready_s
 
     def text(self, now: float) -> str:
-        """Returns the state with the expected time, for a client: `queued in Slurm (Resources), expected at 09:40`. The
-        time is local, with a date if it is on another day, and is left out if it has passed. `now`: Unix seconds."""
+        """Returns the state and the expected time as a text: `queued in Slurm (Resources), expected at 09:40`. The time
+        is local, has a date if it is not on the day of `now` (Unix seconds), and is left out if it has passed."""
         ready_at = self.expected_ready_at(now)
         if ready_at is None or ready_at <= now:
             return self.state
@@ -52,15 +53,15 @@ class StartForecast:
 
 
 class ForecastReader:
-    """A reader of `forecast.json`. `experts`: by expert without a ready replica, the forecast of its next replica; as
-    of the last `read`."""
+    """Reads `forecast.json`. `experts`: the forecasts at the last `read`, by expert; only experts without a ready
+    replica have one."""
 
     def __init__(self, run: RunDir) -> None:
         self._file = StampedFile(run.forecast_json, _forecasts)
         self.experts: Mapping[str, StartForecast] = {}
 
     def read(self) -> None:
-        """Reads the file if it has changed. Raises OSError if the file system fails."""
+        """Reads `forecast.json` if it has changed. Raises OSError if the file system fails."""
         self.experts = self._file.read() or {}
 
 
@@ -83,7 +84,7 @@ def _forecast(entry: Mapping[str, Any]) -> StartForecast:
 
 
 def _state(reason: object) -> str:
-    """Returns the text for a reason in `forecast.json`: a phase of the job, or Slurm's reason why the job waits."""
+    """Returns the text for a `reason` in `forecast.json`: a phase of the job, or Slurm's reason why it waits."""
     if not isinstance(reason, str) or reason in (JobPhase.STARTING, "None"):
         return "starting"
     if reason == SCALED_TO_ZERO:

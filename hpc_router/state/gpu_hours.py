@@ -1,5 +1,5 @@
-"""The GPU time that experts have used, in `gpu_hours.json`: written by the leading control loop, read by the router for
-its metrics and by `status`."""
+"""The GPU time that experts have used, in `gpu_hours.json`. The leading control loop writes it; the router, for its
+metrics, and the command `status` read it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +12,7 @@ HOUR_S = 3600.0
 
 
 class GpuState(StrEnum):
-    """What the GPUs of a replica are held for."""
+    """What a replica does while it holds its GPUs."""
 
     STARTING = "starting"  # its job runs and it is not ready yet
     BUSY = "busy"  # ready, with requests in flight
@@ -30,27 +30,27 @@ class ExpertUsage:
     last_request_at: float | None = None
 
     def plus(self, gpus: Mapping[GpuState, int], seconds: float) -> "ExpertUsage":
-        """Returns the usage after further `seconds` in which the expert held `gpus` GPUs by state."""
+        """Returns the usage after another `seconds` seconds, in which the expert held `gpus` GPUs in each state."""
         gpu_s = {str(state): spent for state, spent in self.gpu_s.items()}
         for state, count in gpus.items():
             gpu_s[state] = gpu_s.get(state, 0.0) + count * seconds
         return replace(self, gpu_s=gpu_s)
 
     def hours(self, *states: GpuState) -> float:
-        """Returns the GPU hours in these states; without any, in all."""
+        """Returns the GPU hours in the given states; without an argument, in all states."""
         return sum(self.gpu_s.get(state, 0.0) for state in states or GpuState) / HOUR_S
 
     @property
     def tokens_per_gpu_hour(self) -> float | None:
-        """Returns the generated tokens per GPU hour, of all hours; None without tokens or GPUs."""
+        """Returns the generated tokens divided by the GPU hours in all states; None without tokens or hours."""
         hours = self.hours()
         return None if self.tokens is None or not hours else self.tokens / hours
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The content of the file. `at`: Unix time up to which it counts. `seen`: by replica, the tokens that its engine
-    had counted when they were added last."""
+    """The content of `gpu_hours.json`. `at`: Unix time up to which the usage is counted. `seen`: by replica, the number
+    of tokens that its engine had counted at that time; only a later increase is added."""
 
     at: float
     experts: Mapping[str, ExpertUsage] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Usage:
 
 
 def parse_usage(value: Mapping[str, Any]) -> Usage:
-    """Parses the content of the file. Raises RegistryError if it is not valid."""
+    """Parses the content of `gpu_hours.json`. Raises RegistryError if it is not valid."""
     try:
         experts = {
             str(name): ExpertUsage(

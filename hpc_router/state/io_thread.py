@@ -32,7 +32,7 @@ LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class FileThread:
-    """A thread that runs functions one after another."""
+    """A thread that runs functions one after another, in the order in which they were passed to it."""
 
     def __init__(self, name: str) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -40,8 +40,8 @@ class FileThread:
         self._thread.start()
 
     async def run(self, action: Callable[[], _T]) -> _T:
-        """Runs `action` in the thread. Returns its result or raises its exception. If the caller is cancelled, `action`
-        runs nevertheless, and its exception is logged."""
+        """Runs `action` in the thread. Returns its result or raises its exception. If the caller is cancelled while it
+        waits, `action` runs nevertheless, and its exception is logged."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[_T] = loop.create_future()
 
@@ -64,7 +64,8 @@ class FileThread:
         return await done
 
     async def run_within_limit(self, action: Callable[[], _T]) -> _T | None:
-        """Returns the result of `action`; None after an OSError or after `WRITE_TIMEOUT_S`."""
+        """Runs `action` in the thread and returns its result; None after an OSError, or if it takes longer than
+        `WRITE_TIMEOUT_S`."""
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 return await self.run(action)
@@ -92,7 +93,7 @@ class FileThread:
 
 
 def _log_failure(error: BaseException) -> None:
-    """Logs the exception of an action whose caller does not wait. An OSError is logged without a traceback."""
+    """Logs the exception of an action on which no caller waits. An OSError is logged without a traceback."""
     if isinstance(error, OSError):
         logger.warning("cannot write: %s", error)
     else:
@@ -117,7 +118,7 @@ class FileThreadHandler(QueueHandler):
 
 
 class OutputLog:
-    """A copier that writes the output of a process from its pipe to a log file, through the file thread.
+    """Copies the output of a process from a pipe to a log file, through the file thread.
 
     The process never waits for the file system, and the size of its log is bounded. `tail` holds the last `tail_bytes`
     bytes of the output.
@@ -131,7 +132,7 @@ class OutputLog:
         self.tail = b""
 
     async def copy(self, stream: asyncio.StreamReader) -> None:
-        """Copies until the end of `stream`."""
+        """Copies `stream` to the log until the stream ends."""
         try:
             while data := await stream.read(_READ_BYTES):
                 self._append(data)
@@ -156,9 +157,9 @@ class OutputLog:
 
 @contextmanager
 def file_thread(name: str, *, log: Path, label: str = "") -> Iterator[FileThread]:
-    """Yields a thread for all writes of a service, and writes the service's log through that thread. Also logs to
-    stderr if that is a terminal. `log`: the log file, which only this process writes. `label`: name of the process in
-    each line."""
+    """Yields a file thread for all writes of a service. Also makes this process write its log through the thread to the
+    file `log`, which no other process writes, and to stderr if that is a terminal. `label`: name of the process in each
+    line."""
     files = FileThread(name)
     to_file = FileThreadHandler(files, LogFileHandler(LogFile(log)))
     to_file.addFilter(RateLimit())

@@ -1,7 +1,7 @@
-"""Finds the time at which this process's Slurm job ends, for the record of its service.
+"""Finds the time at which this process's Slurm job ends, which the service publishes in its record.
 
-Slurm 24.11 and later set SLURM_JOB_END_TIME, which does not change when the time limit is changed later. The
-deployment's `squeue.json` shows such changes, and is the only source on older releases.
+Slurm 24.11 and later set SLURM_JOB_END_TIME at the start of the job. If the time limit is changed later, only the
+deployment's `squeue.json` shows it; on older releases, that file is the only source.
 """
 
 import math
@@ -18,8 +18,8 @@ seconds."""
 
 
 class JobExpiry:
-    """A reader of the job's end in Unix seconds. The end is None if this process runs in no Slurm job, and while the
-    end is unknown."""
+    """Reads the end of the job in Unix seconds. The end is None if this process runs in no Slurm job, and while it is
+    unknown."""
 
     def __init__(self, run: RunDir, environment: Mapping[str, str]) -> None:
         self._job_id = current_job_id(environment)

@@ -1,8 +1,8 @@
 """Reads all records of a job at once, and reads them again only after the job's folder has changed.
 
-Each record is replaced by a rename, which changes the folder's modification time. That time has a limited resolution,
-so a change could be missed; a folder is therefore read again until its time has not changed for SETTLED_S. Opening the
-folder makes an NFS client ask the server for the current time stamp.
+A record is replaced by a rename, which changes the folder's modification time. Two changes may get the same time, since
+its resolution is limited; so a folder is also read again until its time is older than SETTLED_S. Opening the folder
+makes an NFS client ask the server for the present modification time.
 """
 
 import os
@@ -45,8 +45,8 @@ _FIELDS: Final[Mapping[str, type]] = {
 @dataclass(frozen=True, slots=True)
 class JobRecords:
     """The records of one job. `claimed_at`: Unix seconds at which its submission began, from the submitter's record.
-    Without that record it is the modification time of the job's folder, which changes with every record that the job
-    writes."""
+    Without that record it is the modification time of the job's folder, which is later, because each new record changes
+    it."""
 
     replica: str
     claimed_at: float
@@ -61,7 +61,7 @@ class JobRecords:
 
 @dataclass(slots=True)
 class _Cached:
-    """The records of a job, and the state of the folder at the last read."""
+    """The records of a job, and the modification time of its folder when they were read."""
 
     records: JobRecords
     stamp: Stamp
@@ -71,7 +71,7 @@ class _Cached:
 
 
 class JobReader:
-    """A reader that caches the records of jobs."""
+    """Reads the records of jobs, and caches them."""
 
     def __init__(self, run: RunDir, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = str(run.jobs)
@@ -109,12 +109,12 @@ class JobReader:
         return records
 
     def keep_only(self, replicas: Iterable[str]) -> None:
-        """Drops the cached records of all other jobs."""
+        """Drops the cached records of all jobs except those of `replicas`."""
         self._cached = {name: self._cached[name] for name in replicas if name in self._cached}
 
 
 def _submitted_at(path: str) -> float | None:
-    """Returns when the submission began, in Unix seconds; None if that is not recorded."""
+    """Returns when the submission of the job at `path` began, in Unix seconds; None if that is not recorded."""
     try:
         return Path(path, FILES[Submitter]).stat().st_mtime
     except FileNotFoundError:
@@ -122,8 +122,8 @@ def _submitted_at(path: str) -> float | None:
 
 
 def _read(folder: int, path: Path) -> dict[str, Any]:
-    """Returns the records in the folder by field, with None for one that is not valid. Lists the folder first, so that
-    missing records are not looked up."""
+    """Returns the records in the job's folder by field of `JobRecords`; None for a record that is not valid. Lists the
+    folder first, so that files that do not exist are not opened."""
     found: dict[str, Any] = {}
     names = frozenset(os.listdir(folder))
     for field, kind in _FIELDS.items():

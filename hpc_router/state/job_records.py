@@ -30,7 +30,7 @@ class JobPhase(StrEnum):
 
 
 class FailureReason(StrEnum):
-    """The reason why an engine or a job failed."""
+    """Why an engine or a job failed."""
 
     OUT_OF_MEMORY = "out_of_memory"
     WEIGHTS = "weights"
@@ -95,8 +95,8 @@ class JobInfo:
     """A submitted job, as recorded by the submitter on `host`.
 
     The id of a local job is a process id; `start_ticks` shows whether that id now belongs to another process. `shared`:
-    whether the Slurm job also runs other replicas, so that this replica is one of its steps. `after`: id of the job for
-    whose end this job had to wait. `revision`: revision of the config with which it was submitted (`config.revision`).
+    whether the Slurm job runs several replicas, each as one of its steps. `after`: id of the job for whose end this job
+    had to wait. `revision`: revision of the config with which it was submitted (`config.revision`).
     """
 
     job_id: str
@@ -113,7 +113,7 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True)
 class Submitter:
-    """The process that submits a claimed job. Read only while `job.json` does not exist."""
+    """The process that submits a claimed job. The record is of interest only until `job.json` exists."""
 
     pid: int
     start_ticks: int
@@ -134,8 +134,8 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a batch script, recorded by the script. `status`: exit status of the service, or of the line of
-    `cluster.setup` that failed."""
+    """The end of a batch script, recorded by the script itself. `status`: exit status of the service that it ran; if a
+    line of `cluster.setup` failed, that of this line."""
 
     status: int
     at: float
@@ -144,10 +144,10 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """The progress of a job. `url`, `node`: a router's address, from which a later router on the same node takes its
-    port; the registry record is removed before that. `load_s`: seconds from the last start of the engine until it was
-    ready. `stage_s`: seconds until the models were on the node's disk; `stage_bytes`: bytes that this job copied to
-    that disk. Both are None if `cluster.stage_to` is not set."""
+    """The progress of a job. `url`, `node`: the address of a router; a later router on the same node takes its port
+    from here, because the registry record has been removed by then. `load_s`: seconds from the last start of the engine
+    until it was ready. `stage_s`: seconds until the models were on the node's disk; `stage_bytes`: bytes that this job
+    copied to that disk. Both are None if `cluster.stage_to` is not set."""
 
     phase: JobPhase
     reason: FailureReason | None = None  # reason of the last engine failure
@@ -166,7 +166,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The end of a job. `cut`: number of responses that were still in progress at the end of the drain time."""
+    """The end of a job. `cut`: number of responses that were cut off because the time limit of the drain had passed."""
 
     ok: bool
     reason: FailureReason
@@ -176,16 +176,17 @@ class Exit:
 
     @classmethod
     def drained(cls, message: str, *, cut: int) -> Self:
-        """Returns the exit record of a service that stopped on request. `cut`: see the class; it is added to the
-        message."""
+        """Returns the exit record of a service that stopped on request. `cut`: as in the class; `message` gets its
+        number."""
         suffix = f"; {cut} answer{'s were' if cut > 1 else ' was'} cut off" if cut else ""
         return cls(ok=True, reason=FailureReason.DRAINED, message=f"{message}{suffix}", cut=cut)
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The requests to stop a job, in Unix seconds. `drain_at`: drain call over HTTP; `cancel_at`: SIGTERM; `kill_at`:
-    the last SIGKILL. `until_at`: time at which the drain must end, if that is later than `cluster.drain_s` allows."""
+    """When a job was or will be asked to stop, in Unix seconds. `drain_at`: the drain call over HTTP; `cancel_at`:
+    SIGTERM; `kill_at`: the last SIGKILL. `until_at`: time at which the drain must end, if that is later than
+    `cluster.drain_s` allows."""
 
     drain_at: float | None = None
     cancel_at: float | None = None
@@ -225,7 +226,8 @@ class JobDir:
         return self.run.logs / f"{self.replica}.engine.log"
 
     def claim(self) -> bool:
-        """Creates the folder. Returns True for the one caller that created it, and False for all others."""
+        """Creates the job's folder, which claims the job. Returns True to the caller that created it, False to all
+        others."""
         try:
             with private_umask():
                 self.path.mkdir()
@@ -240,13 +242,13 @@ class JobDir:
         replace_json(self.path / FILES[type(value)], asdict(value))
 
     def report_handover(self) -> bool:
-        """Records that the handover to this job is reported. Returns True for the first caller, and False for all
-        others."""
+        """Records that the handover to this job was reported as an event. Returns True to the first caller, which then
+        reports it, and False to all others."""
         return create_text(self.path / "handover.json", json.dumps({"reported_at": round(time.time(), 3)}) + "\n")
 
     def write_exit(self, end: Exit) -> None:
-        """Writes the exit record. Does not overwrite an exit record that another process wrote, because the control
-        loop has already acted on it."""
+        """Writes the exit record. If another process has written one already, keeps that, because the control loop may
+        have acted on it."""
         if self.exit() is None:
             self.write(end)
 

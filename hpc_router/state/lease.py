@@ -1,4 +1,4 @@
-"""Keeps a record in the registry that counts as live only while its owner renews it.
+"""Publishes a record in the registry, and renews it until the end; without renewals, it no longer counts as live.
 
 Every `beat_s` seconds the owner increases the beat counter in the record; readers measure the time between changes with
 their own clocks. A failed or hanging write only causes a warning, so a stalled file system neither takes a service out
@@ -28,9 +28,9 @@ GONE_BEATS: Final = 5
 class Lease:
     """A context manager that owns one registry file: it publishes the record, renews it, and removes it at the end.
 
-    `expires_at`: called in the file thread at each renewal; returns the end of the owner's job in Unix seconds, or
-    None. `on_gone`: called once, in the event loop, when the folder was removed. `on_failure`: as in
-    `background_tasks`.
+    `expires_at`: returns the end of the owner's job in Unix seconds, or None; called in the file thread at each
+    renewal. `on_gone`: called once, in the event loop, if the registry folder was removed. `on_failure`: called if the
+    renewing task fails, before it is started again (see `background_tasks`).
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Lease:
         await self._write_within_limit(partial(publish, self._folder, self._record), "published")
 
     def change(self, **changes: Any) -> None:
-        """Changes fields of the record and publishes it without waiting."""
+        """Changes fields of the record and publishes it, without waiting for the write."""
         self._record = replace(self._record, **changes)
         self._files.post(partial(publish, self._folder, self._record))
 
@@ -102,14 +102,14 @@ class Lease:
                     self._on_gone()
 
     def _renew(self, record: Record) -> None:
-        """Writes the record, then reads the end of the job, which the next renewal publishes. Runs in the file
+        """Writes `record`, then finds out when the job ends; the next renewal publishes that time. Runs in the file
         thread."""
         publish(self._folder, record)
         self._ends_at = self._expires_at()
 
     async def _write_within_limit(self, action: Callable[[], None], done: str) -> OSError | None:
-        """Runs a write in the file thread and waits for it, for at most `WRITE_TIMEOUT_S`. Returns the error, if any.
-        `done`: past participle for the warning, such as "renewed"."""
+        """Runs `action`, a write, in the file thread, and waits for it at most `WRITE_TIMEOUT_S`. Returns the error, if
+        any. `done`: past participle for the warning, such as "renewed"."""
         self._write = write = asyncio.ensure_future(self._files.run(action))
         write.add_done_callback(lambda late: late.cancelled() or late.exception())  # the write may end after the limit
         await asyncio.wait({write}, timeout=WRITE_TIMEOUT_S)

@@ -21,7 +21,7 @@ REFILL_PER_S: Final = 1.0
 
 
 def rotated_path(path: Path) -> Path:
-    """Returns the path of the older part of a rotated log."""
+    """Returns the path of the older part of the log at `path`, which was rotated."""
     return path.with_name(f"{path.name}.1")
 
 
@@ -52,7 +52,7 @@ class LogFile:
             self.close()
 
     def skip(self, count: int) -> None:
-        """Counts bytes that a caller dropped; the next write reports them as lost."""
+        """Counts `count` bytes that the caller has dropped. The next write notes their number in the log."""
         self._lost += count
 
     def close(self) -> None:
@@ -90,8 +90,8 @@ class LogFileHandler(logging.Handler):
 
 
 class RateLimit(logging.Filter):
-    """A log filter that limits the lines of each log statement in the code: `BURST` at once, then `REFILL_PER_S` per
-    second. The next line of the statement states how many of its lines were left out."""
+    """Limits the log lines of each logging statement in the code: `BURST` lines at once, then `REFILL_PER_S` lines per
+    second. The next line of the statement says how many lines were left out."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

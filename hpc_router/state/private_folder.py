@@ -17,7 +17,7 @@ def user_folder(scratch: Path) -> Path:
 
 
 def own_folder(path: Path) -> os.stat_result | None:
-    """Returns the status of `path` (as `os.lstat`) if it is a folder that this user owns; None for a link or anything
+    """Returns the status of `path` (as `os.lstat`) if it is a folder that this user owns; None for a link and anything
     else."""
     try:
         status = path.lstat()

@@ -1,9 +1,9 @@
 """The registry: one small file per endpoint on the shared file system, written only by its owner.
 
 Rules: a writer replaces its file atomically, without locks. A reader skips files that are missing, incomplete or of
-another user, and keeps the last valid content of a file that it cannot read at the moment. This module does not decide
-whether the owner of a record is alive; readers do, from the beat counter and their own clock, because wall clocks of
-hosts differ.
+another user, and keeps the last valid content of a file that it cannot read at the moment. Whether the owner of a
+record is alive is not decided here: readers decide it by the changes of the beat counter and their own clock, because
+the clocks of hosts differ.
 """
 
 import os
@@ -173,8 +173,8 @@ def withdraw(folder: Path, replica: str) -> None:
 
 
 class RegistryReader:
-    """A reader of the registry folder. It can be used repeatedly, and parses only files that changed after the last
-    snapshot."""
+    """Reads the registry folder, as often as `snapshot` is called. Parses only files that have changed since the last
+    call."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -192,8 +192,7 @@ class RegistryReader:
 
 
 def record_file(path: Path) -> StampedFile[Record]:
-    """Returns a reader of the record at `path`. A record is not valid if the replica in it differs from the file's
-    name."""
+    """Returns a reader of the record at `path`. The record is valid only if the file is named after its replica."""
 
     def parse(content: Mapping[str, Any]) -> Record:
         record = Record.from_json(content)

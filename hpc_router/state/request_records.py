@@ -1,10 +1,11 @@
 """The records of requests: files of JSON lines in `records/` of the run directory.
 
 Each worker of a router writes files of its own, `records/<router>.worker<N>-<date>.jsonl` (UTC), so no lock is needed.
-A file that is large enough is followed by `...-<date>.2.jsonl` and so on. A line has the key `kind`: `request` (how one
-request ended) or `feedback` (the score that a client gave to an earlier request). Prompts that `router.sample_prompts`
-selects are in files with the same names in `samples/`. The oldest files of both folders are removed beyond
-`router.records_gb`. Writing blocks while the file system hangs, so it belongs in a file thread.
+After a full file, the next one is `...-<date>.2.jsonl`, and so on. A line has the key `kind`: `request` (how one
+request ended) or `feedback` (the score that a client gave to an earlier request). The prompts that
+`router.sample_prompts` selects are in files with the same names in `samples/`. When the files of both folders exceed
+`router.records_gb`, the oldest ones are removed. A write blocks while the file system hangs, so it must be made in a
+file thread.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ def part_bytes(limit_bytes: int) -> int:
 
 
 class LineFile:
-    """The files of one writer in one folder. `write` appends whole lines to the present one, which has mode 0600."""
+    """The files of one writer in one folder, with mode 0600. `write` appends whole lines to the last one."""
 
     def __init__(self, folder: Path, writer: str) -> None:
         self._folder, self._writer = folder, writer
@@ -44,8 +45,8 @@ class LineFile:
         self._day, self._part, self._size = "", 1, 0
 
     def write(self, lines: bytes, *, at: float, max_bytes: int) -> None:
-        """Appends `lines`, all or none of them. `at`: Unix time, which gives the date in the file's name; `max_bytes`:
-        size beyond which the next file is begun. Raises OSError."""
+        """Appends `lines`; after an error, none of them. `at`: the present Unix time, whose date is in the file's name.
+        `max_bytes`: maximum size of a file, beyond which a new one is begun. Raises OSError."""
         day = time.strftime("%Y-%m-%d", time.gmtime(at))
         if self._descriptor is not None and (
             day != self._day
@@ -73,7 +74,7 @@ class LineFile:
             self._descriptor = None
 
     def _open(self, day: str, max_bytes: int) -> None:
-        """Opens the first file of the day that is not full."""
+        """Opens the first file of the day that is less than half full; creates it if necessary."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
         part = self._part if day == self._day else 1
         while True:
@@ -92,15 +93,14 @@ class LineFile:
 
 
 def record_files(run: RunDir, *, since: float = 0.0) -> list[Path]:
-    """Returns the files that may have records of requests that arrived after `since` (Unix seconds), the newest
-    first."""
+    """Returns the files that may have records written after `since` (Unix seconds), the newest file first."""
     found = [(status.st_mtime, path) for path, status in _files(run.records) if status.st_mtime >= since]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def read_records(run: RunDir, *, since: float) -> Iterator[dict[str, Any]]:
-    """Yields the records of both kinds since `since` (Unix seconds), in no certain order. Leaves out lines that are no
-    JSON objects, and files that are removed meanwhile."""
+    """Yields the records of both kinds whose time is `since` (Unix seconds) or later, in no particular order. Skips
+    lines that are not JSON objects, and files that are removed meanwhile."""
     for path in record_files(run, since=since):
         for line in _lines(path):
             record = _parsed(line)
@@ -109,8 +109,8 @@ def read_records(run: RunDir, *, since: float) -> Iterator[dict[str, Any]]:
 
 
 def find_records(run: RunDir, request_id: str) -> list[dict[str, Any]]:
-    """Returns all records with this id, the oldest first: those of the request, and of feedback to it. Clients may use
-    an id for several requests."""
+    """Returns all records of the request with this id and of the feedback to it, the oldest first. They may belong to
+    several requests, because a client may use an id again."""
     mark = b'"id":' + orjson.dumps(request_id)
     lines = (line for path in record_files(run) for line in _lines(path) if mark in line)
     found = [record for line in lines if (record := _parsed(line)) is not None and record.get("id") == request_id]
@@ -118,8 +118,8 @@ def find_records(run: RunDir, request_id: str) -> list[dict[str, Any]]:
 
 
 def remove_oldest(run: RunDir, limit_bytes: int) -> int:
-    """Removes the oldest files of records and samples until all of them have at most `limit_bytes`. Returns the number
-    of removed files. Raises OSError if a file cannot be removed."""
+    """Removes the oldest files of records and samples until the rest together has at most `limit_bytes`. Returns the
+    number of removed files. Raises OSError if a file cannot be removed."""
     files = [(s.st_mtime, s.st_size, path) for folder in (run.records, run.samples) for path, s in _files(folder)]
     total, removed = sum(size for _, size, _ in files), 0
     for _, size, path in sorted(files):

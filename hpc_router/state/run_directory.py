@@ -1,7 +1,7 @@
 """The run directory: all files of one deployment, in one folder of mode 0700 on the shared file system.
 
-`config.yaml` does not change after the first launch; later changes (`scale`, `down`, `set`) go to `desired.json`.
-Secrets are files of mode 0600, created by the first of `up`, `register` and `launch.router`.
+`config.yaml` has the config of the launch, or of the last `apply`; what `scale`, `down` and `set` change is in
+`desired.json`. Secrets are files of mode 0600, created by whichever of `up`, `register` and `launch.router` runs first.
 """
 
 import contextlib
@@ -104,25 +104,24 @@ class RunDir:
 
     @property
     def estimates_json(self) -> Path:
-        """Returns the path of the file with each expert's measured times: in Slurm's queue, for loading, and for
+        """Returns the path of the file with each expert's measured times in Slurm's queue, for loading, and for
         draining."""
         return self.path / "estimates.json"
 
     @property
     def forecast_json(self) -> Path:
-        """Returns the path of the file that says when experts without a ready replica will have one, and which
-        handovers are due."""
+        """Returns the path of the file that says when experts without a ready replica are expected to have one, and
+        which handovers will happen next."""
         return self.path / "forecast.json"
 
     @property
     def demand(self) -> Path:
-        """Returns the folder with the demand that each router measures (see `demand`)."""
+        """Returns the folder with the demand at each router (see `state.demand`)."""
         return self.path / "demand"
 
     @property
     def elastic_json(self) -> Path:
-        """Returns the path of the file with the number of replicas of each elastic expert, and why it is that
-        number."""
+        """Returns the path of the file with the number of replicas that each elastic expert should have, and why."""
         return self.path / "elastic.json"
 
     @property
@@ -136,8 +135,8 @@ class RunDir:
         return self.path / "classifier"
 
     def space_error(self) -> str | None:
-        """Returns an error text if the file system of the run directory is full or cannot be read; else None. A quota
-        is not detected."""
+        """Returns why no files can be written to the run directory's file system: it is full, or it cannot be read.
+        Returns None if neither is so. Does not notice an exhausted quota."""
         try:
             space = os.statvfs(self.path)
         except OSError as error:
@@ -150,7 +149,7 @@ class RunDir:
         return None
 
     def is_removed(self) -> bool:
-        """Returns whether the run directory was removed. Returns False if the file system does not respond properly."""
+        """Returns whether the run directory was removed; False if the file system does not give a clear answer."""
         try:
             self.registry.lstat()
         except OSError as error:
@@ -175,7 +174,8 @@ class RunDir:
         _write_secret(self.path / "tokens" / replica, token)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Appends a line to `events.jsonl`. Only control loops, commands and the router's control process call this."""
+        """Appends an event of this kind, with `facts` as further keys, to `events.jsonl`. Only control loops, commands
+        and the router's control process call this."""
         line = json.dumps({"at": round(time.time(), 3), "event": kind, "kind": kind, **facts}, sort_keys=True) + "\n"
         with naming(self.events), private_umask():
             descriptor = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -188,8 +188,8 @@ class RunDir:
             self._rotate_events()
 
     def _rotate_events(self) -> None:
-        """Renames `events.jsonl` if it is too long. Several writers may try this at once; only the one that creates a
-        lock folder renames the file."""
+        """Renames `events.jsonl` if it is too long. Of several processes that try this at once, only the one that
+        creates a lock folder renames the file."""
         claim = self.path / ".events.rotating"
         try:
             claim.mkdir()
@@ -215,9 +215,9 @@ class RunDir:
             raise RegistryError(f"cannot read {self.desired}: {why} (repair or remove it)") from error
 
     def change_desired(self, changes: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-        """Calls `changes` with the content of `desired.json` and writes the keys that it returns into the file. Other
-        processes that want to change the file wait meanwhile. Raises RegistryError if the file cannot be read, and the
-        exceptions of `changes`."""
+        """Calls `changes` with the content of `desired.json`, and writes the keys that it returns into the file.
+        Meanwhile other processes wait before they change the file. Raises RegistryError if the file cannot be read, and
+        what `changes` raises."""
         with exclusive(self.desired_claim):
             desired = self.read_desired()
             self.write_desired({**desired, **changes(desired)})
@@ -227,7 +227,7 @@ class RunDir:
 
 
 def make_run(path: Path) -> RunDir:
-    """Creates the run directory at `path`, or only its missing parts, with mode 0700 regardless of the umask."""
+    """Creates the run directory at `path`, or what is missing of it, with mode 0700 regardless of the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     run = RunDir(path.absolute())
     make_private_folder(run.path)
@@ -252,7 +252,8 @@ def open_run(path: Path) -> RunDir:
 
 
 def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
-    """Returns the run directory for a command: `--run` (`given`), else `$HPC_ROUTER_RUN`, else `runs/latest`."""
+    """Returns the run directory that a command works on: `given` (from `--run`), else `$HPC_ROUTER_RUN`, else `latest`
+    in the folder `runs`."""
     if given is not None:
         return open_run(given)
     named = os.environ.get("HPC_ROUTER_RUN")
@@ -260,12 +261,12 @@ def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
 
 
 def new_run_path(runs: Path, name: str) -> Path:
-    """Returns an unused path in `runs`: `<name>-<date>-<time>-<random>`."""
+    """Returns a path in the folder `runs` that does not exist yet: `<name>-<date>-<time>-<random>`."""
     return runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def point_latest(runs: Path, run: RunDir) -> None:
-    """Makes the link `runs/latest` point to `run`, atomically."""
+    """Makes the link `latest` in the folder `runs` point to `run`, atomically."""
     link = runs / "latest"
     temporary = link.with_name(f".latest.{secrets.token_hex(4)}")
     temporary.symlink_to(run.path.name)
@@ -306,8 +307,8 @@ def _check_owner(path: Path) -> None:
 
 
 def _write_secret(path: Path, value: str) -> None:
-    """Creates a file of mode 0600 with a secret. Does not overwrite an existing file, so that concurrent writers agree
-    on one value."""
+    """Creates a file of mode 0600 with a secret. Keeps an existing file, so that all processes that try this use one
+    value."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with private_umask():
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

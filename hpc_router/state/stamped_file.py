@@ -1,7 +1,7 @@
 """JSON files that are read often, but parsed again only after they were replaced.
 
-A file's stamp consists of its modification time, inode and size. A writer that replaces a file atomically changes the
-inode. Only regular files of this user are read, because other users could put files into a shared folder.
+A file's stamp consists of its modification time, inode and size. A file that was replaced atomically has another inode.
+Only regular files of this user are read, because other users could put files into a shared folder.
 """
 
 import logging
@@ -35,7 +35,7 @@ def stamp_at(path: Path) -> Stamp | None:
 
 @dataclass(slots=True)
 class StampedFile(Generic[T]):
-    """A JSON file and its parsed content. `parse` may raise RegistryError.
+    """A JSON file and its parsed content. `parse` makes the content from the JSON object, and may raise RegistryError.
 
     `value` is the content at the last `read`; None while there is no valid file.
     """
@@ -46,8 +46,8 @@ class StampedFile(Generic[T]):
     _stamp: Stamp | None = None
 
     def read(self) -> T | None:
-        """Returns the current content; the last known content if the file cannot be read now. Raises OSError if the
-        file's status cannot be read."""
+        """Returns the present content; None if there is no valid file. If the file exists but cannot be read now,
+        returns the last known content. Raises OSError if the file's status cannot be read."""
         try:
             status = self.path.lstat()
         except FileNotFoundError:
@@ -58,7 +58,7 @@ class StampedFile(Generic[T]):
         return self.value
 
     def _load(self, status: os.stat_result) -> None:
-        """Reads and parses the file. Logs a warning if it is not valid, which happens once per version of the file."""
+        """Reads and parses the file. If it is not valid, logs a warning, once per version of the file."""
         value, self._stamp = None, stamp_of(status)
         if status.st_uid != os.getuid():
             logger.warning("%s belongs to uid %d: refused", self.path, status.st_uid)

@@ -1,7 +1,7 @@
 """The tokens of other users: `tokens.json` in the run directory, which the verb `token` writes and the router reads.
 
 A token is `hpcr-ID-SECRET`. The file has only its SHA-256 digest, which is enough because the secret has 256 random
-bits. The ID finds the entry, so that digests are compared in constant time. Every token has a number of its own,
+bits. The ID finds the entry, so only one digest has to be compared, in constant time. Every token has a number, its
 `slot`: the index of its counters in the memory that the router's workers share. Slots are assigned in a circle, so that
 a new token does not get the counters of one that was just revoked.
 """
@@ -35,8 +35,8 @@ _NO_DIGEST: Final = hashlib.sha256(b"").hexdigest()
 
 @dataclass(frozen=True, slots=True)
 class TokenLimits:
-    """The limits of one token; None: no limit. `requests`: requests per minute; `tokens`: generated tokens per minute;
-    `concurrency`: requests in flight."""
+    """The limits of one token. `requests`: requests per minute; `tokens`: generated tokens per minute; `concurrency`:
+    requests in flight. None: no limit."""
 
     requests: int | None = None
     tokens: int | None = None
@@ -49,7 +49,7 @@ LIMITS: Final = tuple(item.name for item in fields(TokenLimits))
 
 @dataclass(frozen=True, slots=True)
 class UserToken:
-    """One token. `digest`: SHA-256 of the token, in hex. `created_at`, `expires_at`: Unix seconds; the latter is None
+    """One token. `digest`: SHA-256 of its text, in hex. `created_at`, `expires_at`: Unix seconds; `expires_at` is None
     for a token that does not expire. `experts`: the experts that it may use; None: all."""
 
     id: str
@@ -69,8 +69,8 @@ class UserToken:
 
 
 def find_token(text: str, by_id: Mapping[str, UserToken]) -> UserToken | None:
-    """Returns the entry of the token `text`; None if there is none. The time of the search depends neither on the
-    secret nor on whether the ID exists."""
+    """Returns the entry of the token whose text is `text`; None if there is none. The duration depends neither on the
+    secret nor on whether the ID exists, so that it reveals nothing."""
     match = _TOKEN.fullmatch(text)
     found = None if match is None else by_id.get(match[1])
     equal = hmac.compare_digest(_digest(text), _NO_DIGEST if found is None else found.digest)
@@ -104,7 +104,7 @@ def create_token(
     limits: TokenLimits = TokenLimits(),
     experts: Sequence[str] | None = None,
 ) -> tuple[UserToken, str]:
-    """Adds a token. Returns its entry, and the token itself, which cannot be read again.
+    """Adds a token for `user`. Returns its entry, and the text of the token, which is stored nowhere.
 
     Raises ConfigError for a wrong user name, LaunchError if there are `MAX_TOKENS` already, and RegistryError if the
     file cannot be read or changed.
@@ -138,8 +138,8 @@ def create_token(
 
 
 def revoke_tokens(run: RunDir, *, by: str, ids: Collection[str] = (), user: str | None = None) -> list[UserToken]:
-    """Removes the tokens with these IDs, or all of `user`; returns them. `by`: the revoking user, for the event in
-    `events.jsonl`.
+    """Removes the tokens with these IDs, or all tokens of `user`, and returns them. `by`: the user who revokes them,
+    for the event in `events.jsonl`.
 
     Raises ConfigError if an ID or the user has no token, and RegistryError if the file cannot be read or changed.
     """
@@ -173,8 +173,8 @@ def _stored(token: UserToken) -> dict[str, Any]:
 
 
 def _entry(name: str, value: Mapping[str, Any]) -> UserToken:
-    """Returns the token with the ID `name` from its JSON object. Raises KeyError, TypeError or ValueError if that is
-    not valid."""
+    """Returns the token with the ID `name` from its JSON object `value`. Raises KeyError, TypeError or ValueError if
+    that is not valid."""
     limits = TokenLimits(**{key: value["limits"].get(key) for key in LIMITS})
     experts = value["experts"]
     if not isinstance(experts, list | None):
@@ -204,8 +204,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _change(run: RunDir, apply: Callable[[dict[str, Any]], None]) -> None:
-    """Reads `tokens.json`, lets `apply` change the content, and writes it. No other process can change the file
-    meanwhile."""
+    """Reads `tokens.json`, lets `apply` change its content, and writes it. Meanwhile no other process can change the
+    file."""
     path = run.tokens_json
     with exclusive(path.with_name(".tokens.changing")):
         content = _read(path)

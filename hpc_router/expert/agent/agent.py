@@ -56,7 +56,7 @@ _MIB: Final = 2**20
 
 
 class Agent:
-    """Runs a replica's job. `run` returns when the job may end. `drain` can be called at any time, also repeatedly."""
+    """Runs a replica's job. `run` returns when the job is over. `drain` can be called at any time, also repeatedly."""
 
     def __init__(
         self, run: RunDir, replica: str, deployment: Deployment, *, files: FileThread, environment: Mapping[str, str]
@@ -103,9 +103,9 @@ class Agent:
         self.drain(number.name, by_signal=number is not signal.SIGINT)
 
     def drain(self, why: str, *, by_signal: bool = False, until_at: float | None = None) -> None:
-        """Refuses new requests, and lets `run` return when those in flight have ended. Later calls have no effect.
-        `why`: for the log and the exit record. `by_signal`: whether a signal from outside is the cause. `until_at`: in
-        a handover, the Unix time until which the drain may last."""
+        """Refuses new requests, and makes `run` return when the requests in flight have ended. Later calls have no
+        effect. `why`: reason for the log and the exit record. `by_signal`: whether a signal from outside is the cause.
+        `until_at`: in a handover, the Unix time until which the drain may last."""
         if not self._draining.is_set():
             logger.info("draining: %s", why)
             failure = self._lifecycle.failure
@@ -118,7 +118,8 @@ class Agent:
     def phase_changed(
         self, phase: JobPhase, *, failure: EngineFailure | None = None, engine_pid: int | None = None
     ) -> None:
-        """Enters a phase; updates the HTTP API, the record and the progress file. Does nothing once the job drains."""
+        """Enters a phase: updates the HTTP API, the record and the progress file. Does nothing once the agent drains.
+        `failure`: why the engine's last process ended; `engine_pid`: process id of the present one."""
         if self._draining.is_set():
             return
         self._lifecycle.move(phase, failure=failure, engine_pid=engine_pid)
@@ -191,8 +192,8 @@ class Agent:
         return await self._drained()
 
     async def _drained(self) -> Exit:
-        """Returns the exit record after a drain. It says "failed" if the engine was never ready and a signal caused the
-        drain, unless a command had ordered the job to stop; else it says "drained"."""
+        """Returns the exit record after a drain. It is "failed" if a signal caused the drain and the engine had never
+        been ready, unless a command had ordered the job to stop; otherwise it is "drained"."""
         requested = self._lifecycle.ready_at is not None or not self._by_signal
         if requested or await self._files.run_within_limit(self._job.stop) is not None:
             return Exit.drained(f"drained after {self._drain_reason}", cut=self._aborted)
@@ -203,8 +204,8 @@ class Agent:
         return Exit(ok=False, reason=FailureReason.CANCELLED, message=message)
 
     async def _serve(self, supervisor: EngineSupervisor, http_api: AgentHttpApi) -> EngineFailure | None:
-        """Serves until the engine fails permanently (returns the failure) or the drain is complete (returns None). In
-        both cases the engine has ended."""
+        """Serves until the engine fails permanently or the drain is complete. Returns the failure, or None after a
+        drain. The engine has ended by then."""
         supervision = asyncio.create_task(self._start_and_supervise(supervisor), name="supervisor")
         draining = asyncio.create_task(self._draining.wait(), name="drain")
         removal = restarting("wanted", self._watch_for_removal, self._failures.note)
@@ -230,7 +231,7 @@ class Agent:
             await asyncio.gather(supervision, draining, watching, return_exceptions=True)
 
     def _drain_limit_s(self) -> float:
-        """Returns the time limit of the drain in seconds: `cluster.drain_s`, or in a handover the rest of the walltime
+        """Returns the time limit of the drain in seconds: `cluster.drain_s`; in a handover, the time until `until_at`
         if that is longer."""
         left_s = 0.0 if self._drain_until_at is None else self._drain_until_at - time.time()
         return max(self._deployment.cluster.drain_s, left_s)
@@ -241,15 +242,15 @@ class Agent:
 
     def _command(self, ranks: Ranks | None = None) -> Command:
         """Returns the command of the engine's next start. `ranks`: the rank to start; None for an engine on one node.
-        If the engine crashed before it was ever ready, the command uses an empty compile cache."""
+        If the engine has crashed before it was ever ready, the command uses an empty compile cache."""
         failure = self._lifecycle.failure
         if failure is not None and failure.reason is FailureReason.CRASHED and self._lifecycle.ready_at is None:
             self._place = self._staging.without_cache(self._place)
         return self._commands.at(replace(self._place, ranks=ranks), version=self._version)
 
     async def _watch_for_removal(self) -> None:
-        """Checks regularly whether this replica was removed, and then drains. If the file system hangs, only this check
-        waits for it."""
+        """Checks repeatedly whether this replica was removed, and drains if so. If the file system hangs, nothing but
+        this check waits for it."""
         why = None
         while why is None:
             await asyncio.sleep(REMOVAL_CHECK_BEATS * self._deployment.cluster.beat_s)

@@ -2,7 +2,7 @@
 
 If the engine fails before its response begins, an exception is raised, which the HTTP API turns into an error response.
 If it fails during the response, the client's connection is closed, so that a response that was cut never looks
-complete. If this client is the router, it then sends its own client an error event.
+complete. If that client is the router, the router sends an error event to its own client.
 """
 
 import logging
@@ -33,8 +33,8 @@ ENGINE: Final = address_of("http://engine")
 
 
 class FastRelay(PendingResponse, ResponseCallback):
-    """A request to the engine that runs without an asyncio task as long as its response is received in one read.
-    Otherwise `respond` continues it in a task."""
+    """A request to the engine that is relayed without an asyncio task if its response is received in one read.
+    Otherwise a task continues it (`respond`)."""
 
     __slots__ = ("_in_flight", "_on_progress", "_relayed", "_request", "_respond", "started")
 
@@ -55,7 +55,8 @@ class FastRelay(PendingResponse, ResponseCallback):
         self._on_progress = on_progress
 
     def begin(self, client: Upstream, body: bytes) -> bool:
-        """Sends the request with this body. Returns False if that would have to wait; the request then needs a task."""
+        """Sends the request with this body to the engine. Returns False, and sends nothing, if it would have to wait
+        for a connection; the request then needs a task."""
         request = self._request
         start = request_line(request.method, ENGINE, request.target) + _head(request)
         started = client.start(ENGINE, b"%bcontent-length: %d\r\n\r\n%b" % (start, len(body), body), self)
@@ -96,11 +97,11 @@ class FastRelay(PendingResponse, ResponseCallback):
 async def relay_request(
     request: Request, client: Upstream, *, on_progress: Callable[[], None], started: PendingRequest | None = None
 ) -> Response | None:
-    """Returns the response to `request`; None if it was streamed to the client.
+    """Returns the engine's response to `request`; None if it was streamed to the client.
 
     `on_progress` is called for every chunk of the response. `started`: the request, if `FastRelay` has already sent it.
     Raises the errors of `Request.read`, and UpstreamError if the engine sends no response or fails during the response.
-    In the latter case, the client's connection is closed first.
+    In the last case, the client's connection is closed first.
     """
     body = request.complete_body()
     if body is None:

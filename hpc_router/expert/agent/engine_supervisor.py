@@ -1,7 +1,7 @@
-"""Keeps one engine running: starts it, waits until it serves, waits for its end, finds the cause, starts it again.
+"""Keeps one engine running: starts it, waits until it serves, waits for its end, finds the cause, and starts it again.
 
-It reports every step to one observer, and returns when another start cannot help. Cancelling it ends the engine. It
-does not handle requests.
+It reports every step to one observer. It returns when starting the engine again cannot help. Cancelling it ends the
+engine. It does not handle requests.
 """
 
 import asyncio
@@ -41,8 +41,8 @@ HUNG_MISSES: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """The properties of an engine that has loaded. A value is None if the engine does not report it or has not answered
-    yet. `load_s`: seconds from the start of the engine until it was ready."""
+    """The properties of an engine that has loaded its model. None: the engine does not report the value, or not yet.
+    `load_s`: seconds from the start of the engine until it was ready."""
 
     load_s: float
     max_model_len: int | None
@@ -70,10 +70,11 @@ class EngineObserver(Protocol):
 class EngineSupervisor:
     """Starts and watches one engine.
 
-    `progress` returns a count of received chunks: while it changes, an engine that misses its checks does not count as
-    hung. `engine_lost` is set by the HTTP API when the engine did not accept a request, and cleared here when the
-    engine answers. `break_off` is called before an engine is stopped and after one has ended by itself. `on_loaded` is
-    called before each READY, and again when a busy engine reports values that were missing then.
+    `progress` returns the number of received chunks: while it grows, an engine that does not answer health checks does
+    not count as hung. `engine_lost` is set by the HTTP API when the engine did not accept a request, and cleared here
+    when the engine answers again. `break_off` is called before an engine is stopped and after one has ended by itself.
+    `on_loaded` is called each time before the phase READY, and again when the engine reports values that it had not
+    reported then.
     """
 
     engine: Engine
@@ -93,8 +94,8 @@ class EngineSupervisor:
     _facts: _Facts = field(default_factory=_Facts)
 
     async def run(self) -> EngineFailure:
-        """Runs the engine. Returns the failure after which the engine is not started again, because no restart can
-        repair it or because too many starts have failed."""
+        """Runs the engine, and starts it again after a failure. Returns the last failure once another start cannot help
+        or too many starts have failed."""
         while True:
             command = await self.strategy.next_command()
             if isinstance(command, EngineFailure):
@@ -126,7 +127,8 @@ class EngineSupervisor:
             await self.sleep(delay_s)
 
     async def _until_ready(self, process: EngineProcess) -> EngineFailure | None:
-        """Returns None once the engine serves; a failure if it ends before that, or exceeds `startup_timeout_s`."""
+        """Waits until the engine serves, and returns None. Returns a failure if the engine ends before that, or is not
+        ready within `startup_timeout_s`."""
         try:
             async with asyncio.timeout(self.startup_timeout_s), asyncio.TaskGroup() as group:
                 answers = group.create_task(self._until_serving())
@@ -141,8 +143,8 @@ class EngineSupervisor:
         return answers.result() if end.cancelled() else end.result()
 
     async def _until_end(self, process: EngineProcess) -> EngineFailure:
-        """Waits until the process ends or the strategy finds that the engine cannot serve any more. Returns the
-        reason."""
+        """Waits until the process ends, or until the start strategy reports that the engine cannot serve any more.
+        Returns why."""
         ended = asyncio.create_task(process.failure(self.engine.signs))
         wait_broken = asyncio.create_task(self.strategy.wait_broken())
         try:
@@ -154,8 +156,8 @@ class EngineSupervisor:
             await asyncio.gather(ended, wait_broken, return_exceptions=True)
 
     async def _until_serving(self) -> EngineFailure | None:
-        """Waits until the engine's HTTP API is ready. Returns a failure if the engine has not loaded all adapters,
-        because otherwise the registry would list them as served; else None."""
+        """Waits until the engine's HTTP API is ready, and returns None. Returns a failure if the engine has not loaded
+        all its adapters, because the registry would otherwise list them as served."""
         while not await self._is_ready(timeout_s=POLL_TIMEOUT_S):
             await asyncio.sleep(POLL_S)
         facts = self._facts = _Facts()
@@ -172,8 +174,8 @@ class EngineSupervisor:
         )
 
     async def _ask(self) -> bool:
-        """Asks the engine for its list of models and its metrics, unless it has already sent them. Returns whether both
-        are known now. For an engine that does not list its models, always returns True."""
+        """Asks the engine for its list of models and its metrics, if it has not sent them yet. Returns whether both are
+        known now; always True for an engine that does not list its models."""
         facts = self._facts
         if facts.listed is None:
             facts.listed = await self._served_models()
@@ -189,9 +191,8 @@ class EngineSupervisor:
         return not self.engine.lists_models or (self._facts.listed is not None and self._facts.metrics_read)
 
     async def _ask_again(self, load_s: float) -> None:
-        """Repeats `_ask` until the engine has reported its models and metrics, then calls `on_loaded`. If it has
-        reported both already, returns at once without a call. `load_s`: time in seconds that the engine took to
-        load."""
+        """If models or metrics of the engine are unknown, repeats `_ask` until both are known, then calls `on_loaded`;
+        otherwise does nothing. `load_s`: time in seconds that the engine took to load."""
         while not self._told:
             await asyncio.sleep(WATCH_S)
             if await self._ask():

@@ -1,9 +1,9 @@
 """The agent's HTTP API, through which every request reaches the engine.
 
-`/health` needs no token and answers the challenge; every other path needs the replica's key. API paths are relayed
-while the replica is ready; otherwise the response says whether it is starting or draining. The router limits the
-requests in flight to the replica's capacity; for other clients, the API refuses more than `HEADROOM` times that. This
-module does not run the engine and does not access files.
+`/health` needs no token and answers the challenge; every other path needs the replica's key. Requests on API paths are
+relayed while the replica is ready; otherwise the response says whether it is starting or draining. The router limits
+the requests in flight to the replica's capacity. Other clients do not, so the API refuses requests beyond `HEADROOM`
+times the capacity. This module does not run the engine and does not access files.
 """
 
 import asyncio
@@ -50,9 +50,9 @@ class AgentHttpApi:
 
     The agent sets `state` and `models`. `on_drain` is called for `POST /drain`, with the reason and `until_at`.
     `progress` counts the chunks that the engine sent, `unfinished` the requests to which it sent no complete response.
-    For an engine with several ranks, `on_rank` is called with their reports, which carry `rank_token`; it may raise
-    ValueError. `engine_lost` is set when the engine refuses a connection or drops a request, and the supervisor clears
-    it once the engine answers; while it is set, a ready replica counts as starting.
+    For an engine with several ranks, `on_rank` is called with the ranks' reports; it may raise ValueError. The reports
+    carry `rank_token`. `engine_lost` is set when the engine refuses a connection or drops a request, and the supervisor
+    clears it once the engine answers; while it is set, a ready replica counts as starting.
     """
 
     replica: str
@@ -85,12 +85,14 @@ class AgentHttpApi:
         }
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
-        """Serves a request: sends it to the engine at once if it can be served without a task, else returns a coroutine
-        for a task. The coroutine returns the response, or None if the response was already streamed to the client."""
+        """Serves a request. If that needs no task, sends it to the engine and returns it as a `PendingResponse`.
+        Otherwise returns a coroutine for a task, whose result is the response, or None if the response was streamed to
+        the client."""
         return self._start(request) or self._respond(request)
 
     async def _respond(self, request: Request, started: PendingRequest | None = None) -> Response | None:
-        """Returns the response, also for errors. `started`: this request, if it was already sent to the engine."""
+        """Returns the response to the request, which may be an error; None if it was streamed. `started`: this request,
+        if it was already sent to the engine."""
         try:
             if started is not None:
                 return await self._relay(request, started=started)
@@ -124,7 +126,7 @@ class AgentHttpApi:
             )
 
     def _stored_response(self, request: Request) -> Callable[[Request], Awaitable[Response | None]] | None:
-        """Returns the handler of a request about a response that the engine stores; None for any other request."""
+        """Returns the handler of a request about a response that is stored in the engine; None for any other."""
         stored = protocol.STORED_RESPONSE.fullmatch(request.path)
         return self._generate if stored and request.method in protocol.STORED_METHODS[stored[2]] else None
 
@@ -137,7 +139,7 @@ class AgentHttpApi:
         return relay if relay.begin(self.client, body) else None
 
     def break_off(self) -> None:
-        """Closes the connection of every request in the engine, and accepts no request until the agent is ready again.
+        """Closes the connections of all requests in the engine, and refuses requests until the agent is ready again.
 
         Called before the engine is stopped. Otherwise an engine that is stopped may end its running responses as if
         they were complete, as vLLM does.
@@ -192,11 +194,11 @@ class AgentHttpApi:
         return json_response({"object": "list", "data": cards})
 
     async def _relay(self, request: Request, *, started: PendingRequest | None = None) -> Response | None:
-        """Relays a request to the engine in every state of the replica, because metrics are always needed.
+        """Relays a request to the engine whatever the state of the replica is, because metrics are always needed.
 
-        If no connection to the engine could be made, the response is 503, as from a starting replica. If the engine got
-        the request but sent no response, it is 502, with the header of a starting replica. Returns None if the response
-        was streamed to the client, even if it was cut.
+        The response is 503, as from a starting replica, if no connection to the engine could be made. It is 502, with
+        the header of a starting replica, if the engine got the request but sent no response. Returns None if the
+        response was streamed to the client, even if it was cut.
         """
         self._in_engine.add(request)
         try:
@@ -224,7 +226,7 @@ class AgentHttpApi:
         self.progress += 1
 
     def _refuse(self, request: Request, state: State) -> Response:
-        """Returns the 503 response of a replica in this state."""
+        """Returns the 503 response with which a replica in this state refuses a request."""
         response = error_response(
             503,
             kind="service_unavailable",

@@ -1,4 +1,4 @@
-"""Decides whether and when a failed engine is started again. Time and randomness are arguments."""
+"""Decides whether and when a failed engine is started again. Callers pass the times and a random number."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -13,7 +13,7 @@ MAX_PAUSE_S: Final = 60.0
 
 @dataclass(slots=True)
 class RestartPolicy:
-    """Decides about restarts from the number of consecutive failures. `total`: number of all restarts so far."""
+    """Decides about restarts by the number of failures in a row. `total`: number of all restarts so far."""
 
     max_in_a_row: int
     in_a_row: int = 0
@@ -22,8 +22,9 @@ class RestartPolicy:
     def after_failure(self, reason: FailureReason, *, ready_s: float, chance: float) -> float | None:
         """Returns the seconds to wait before the next start: 1, 2, 4, ...; None if the engine is not started again.
 
-        `ready_s`: seconds for which the engine was ready; from STABLE_S on, the wait begins at 1 again. `chance` (0 to
-        1) shortens the wait by up to a half, so that replicas that failed together do not start together.
+        `ready_s`: seconds for which the engine was ready; if at least STABLE_S, the wait is 1 again. `chance`: random
+        number from 0 to 1 that shortens the wait by up to a half, so that replicas do not start together after a common
+        failure.
         """
         if reason in PERMANENT:
             return None

@@ -20,7 +20,8 @@ RANK_GRACE_S: Final = 3.0
 
 
 def drain_limit_s(cluster: ClusterConfig) -> int:
-    """Returns the seconds that an engine has for its responses after SIGTERM: `cluster.drain_s` plus ENGINE_GRACE_S."""
+    """Returns the time in seconds that an engine has for its responses after SIGTERM: `cluster.drain_s` +
+    ENGINE_GRACE_S."""
     return math.ceil(cluster.drain_s + ENGINE_GRACE_S)
 
 

@@ -1,10 +1,10 @@
 """The process between agent and engine. It ends the engine's whole process tree when the agent ends, for any reason.
 
-It uses only the standard library and one thread, is run by path, and has a session of its own. Its stdin is a pipe
-whose other end only the agent holds, so end of file means that the agent is dead. The engine dies with the guard
-(PDEATHSIG). As child subreaper, the guard inherits the processes that the engine leaves behind, even those in other
-sessions. It kills only its own descendants. It prints the engine's process id and ends with the engine's exit status
-(as a shell: 128 + N for signal N, 127 if there is no program to run).
+It uses only the standard library and one thread, is started by the path of this file, and has a session of its own. Its
+stdin is a pipe whose other end only the agent holds, so end of file means that the agent is dead. The engine dies with
+the guard (PDEATHSIG). As child subreaper, the guard becomes the parent of processes that the engine leaves behind, even
+of those in other sessions. It kills only its own descendants. It prints the engine's process id and ends with the
+engine's exit status (as a shell: 128 + N for signal N, 127 if there is no program to run).
 """
 
 import argparse
@@ -49,7 +49,8 @@ def main() -> int:
 
 
 def start(argv: list[str]) -> int:
-    """Starts the engine in its own process group, without stdin, with all output to our stderr. Returns its process id.
+    """Starts the engine in its own process group, without stdin, with all output to the guard's stderr. Returns its
+    process id.
 
     The engine and its descendants ignore SIGUSR1 and SIGUSR2. Slurm sends one of them before the walltime ends; it is
     meant for the agent, but at some sites (proctrack/linuxproc) every process of the job gets it.
@@ -76,9 +77,9 @@ def start(argv: list[str]) -> int:
 
 
 def watch(engine: int, wakeups: int, *, grace_s: float) -> int | None:
-    """Waits until the engine has ended. Returns its exit status, or None if the agent died first. When the guard gets
-    SIGTERM, the engine gets it too, and SIGKILL `grace_s` seconds later. `wakeups`: a descriptor to read, with one byte
-    per signal that the guard got."""
+    """Waits until the engine has ended. Returns its exit status; None if the agent has died before that. When the guard
+    gets SIGTERM, it sends SIGTERM to the engine, and SIGKILL `grace_s` seconds later. `wakeups`: a descriptor from
+    which one byte can be read per signal that the guard gets."""
     kill_at = float("inf")
     while True:
         left_s = kill_at - time.monotonic()
@@ -176,7 +177,7 @@ def _wake_on_signals() -> int:
 
 
 def become_subreaper() -> None:
-    """Makes orphans among our descendants our children, so that none escapes."""
+    """Makes this process the new parent of every descendant whose own parent ends, so that none escapes."""
     _prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
 
 

@@ -27,8 +27,8 @@ KILL_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """The command line of an engine's process, the place where it runs, and the log of its output. The guard removes
-    `place` if the agent dies."""
+    """The command line of an engine's process, the place where it runs, and the log of its output. If the agent dies,
+    the guard removes the folder of `place`."""
 
     argv: Sequence[str]
     environment: Mapping[str, str]
@@ -78,7 +78,7 @@ class EngineProcess:
         await self.stop()
 
     async def wait(self) -> int:
-        """Waits for the end of the process. Returns its exit status; 128 + N for signal N."""
+        """Waits for the end of the process. Returns its exit status; 128 + N if signal N has killed it."""
         code = await self._guard.wait()
         if code >= 0:
             return code
@@ -87,14 +87,14 @@ class EngineProcess:
         return 128 - code
 
     async def failure(self, signs: Sequence[Sign]) -> EngineFailure:
-        """Waits until the process ends. Returns the cause, from its exit status and the `signs` in its last log
-        lines."""
+        """Waits until the process ends. Returns the cause, which follows from its exit status and from log lines that
+        match one of `signs`."""
         status = await self.wait()
         await self._copied()
         return classify(status, self.tail(), signs)
 
     async def stop(self) -> None:
-        """Sends SIGTERM. After the grace time, the guard kills the whole process tree."""
+        """Sends SIGTERM and waits for the engine's end. The guard kills the whole process tree after the grace time."""
         with suppress(ProcessLookupError):
             self._guard.terminate()
         try:

@@ -1,9 +1,9 @@
 """The agent's folder on its node: `<scratch>/hpc-router-<uid>/<random>/`, mode 0700, short enough for a socket path.
 
-All users share the scratch folder, so the parent `hpc-router-<uid>` must be a real folder that we own and that is
-closed to others. If another user has taken its name, the agent's folder is `<scratch>/hpc-router-<uid>-<random>/`.
-`owner.json` names the process that a folder belongs to. The next agent on this host removes the folders of processes
-that have ended.
+All users share the scratch folder, so the parent `hpc-router-<uid>` must be a real folder that this user owns and that
+others cannot access. If another user has taken its name, the agent's folder is `<scratch>/hpc-router-<uid>-<random>/`.
+`owner.json` names the process that a folder belongs to. When an agent starts, it removes the folders of processes on
+its host that have ended.
 """
 
 import logging
@@ -37,7 +37,8 @@ _UNFINISHED_S: Final = 60.0
 
 
 def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster.scratch") -> Path:
-    """Returns the value of `key` with the job's variables replaced. Raises ConfigError for an unset variable."""
+    """Returns the path `folder` with the job's variables replaced by their values. Raises ConfigError for a variable
+    that is not set, and names the config `key` that has the path."""
     try:
         path = Path(Template(folder).substitute({name: value for name, value in environment.items() if value}))
     except KeyError as error:
@@ -48,7 +49,7 @@ def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster
 
 
 def path_error(scratch: Path) -> str | None:
-    """Returns why a socket in this scratch folder would have an unsuitable path; None if its path is suitable."""
+    """Returns why this scratch folder is unsuitable for a socket: its path is too long or not absolute; else None."""
     folder = user_folder(scratch) / ("x" * 8)
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         most = len(os.fsencode(scratch)) - (length - MAX_FOLDER_BYTES)
@@ -72,7 +73,8 @@ def usage_error(scratch: Path) -> str | None:
 
 @contextmanager
 def scratch_folder(scratch: str | Path) -> Iterator[Place]:
-    """Creates a folder for this process, and removes it at the end. Raises ConfigError or LaunchError."""
+    """Creates a folder for this process in `scratch`, and removes it at the end of the block. Raises ConfigError or
+    LaunchError."""
     fault = path_error(Path(scratch)) or usage_error(Path(scratch))
     if fault is not None:
         raise ConfigError(f"cluster.scratch={scratch}: {fault}", key="cluster.scratch")
@@ -107,7 +109,8 @@ def sweep(parent: Path) -> None:
 
 def _owner_has_ended(folder: Path, *, made_at: float) -> bool:
     """Returns whether the process that owns a folder has ended. A process that cannot be checked from here counts as
-    alive. A folder without `owner.json` counts as abandoned _UNFINISHED_S after `made_at` (Unix seconds)."""
+    alive. A folder without `owner.json` counts as abandoned _UNFINISHED_S after it was made (`made_at`, Unix
+    seconds)."""
     try:
         owner = load_json(folder / _OWNER)
     except FileNotFoundError:  # being created, or never finished
@@ -130,12 +133,12 @@ def _this_process() -> dict[str, Any]:
 
 
 def _pid_namespace() -> str:
-    """Returns the namespace of process ids. Containers may share /tmp without sharing this namespace."""
+    """Returns the id of the namespace of process ids. Containers may share /tmp without sharing this namespace."""
     return str(Path("/proc/self/ns/pid").readlink())
 
 
 def _make_parent(parent: Path) -> bool:
-    """Creates the parent, or closes it to other users. Returns False if another user owns it."""
+    """Creates the folder `parent`, or removes other users' access to it. Returns False if another user owns it."""
     try:
         return make_private(parent)
     except OSError as error:

@@ -28,7 +28,7 @@ _NONE: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 def build_engine(expert: str, config: ExpertConfig, *, adapters: Mapping[str, str] = _NONE) -> Engine:
-    """Returns the engine of `expert` and its adapters (name -> model). Raises ConfigError for invalid options."""
+    """Returns the engine for `expert` and its `adapters` (name -> model). Raises ConfigError for invalid options."""
     options = options_of(expert, config.engine)
     engine: Engine
     match options:

@@ -29,9 +29,9 @@ INSIDE: Final = Path(__file__).with_name("inside")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """One rank of an engine on `nodes` nodes. All ranks connect to rank 0, the master.
+    """One rank of an engine that runs on `nodes` nodes. All ranks connect to rank 0, the master.
 
-    `address`: the address of the rank's node on the fabric. `interface`: the network interface of that address.
+    `address`: the address of the rank's node on the fabric. `interface`: the network interface that has this address.
     """
 
     rank: int
@@ -74,15 +74,15 @@ class Place:
 
 
 class Engine(Protocol):
-    """The description of the engine of one expert and its adapters. `build_engine` creates it."""
+    """Describes the engine of one expert and its adapters. `build_engine` creates it."""
 
     @property
     def python(self) -> str:
-        """Returns the Python interpreter that runs the engine."""
+        """Returns the path of the Python interpreter that runs the engine."""
 
     @property
     def ready_path(self) -> str:
-        """Returns the path that answers GET with status 200 when the engine can serve."""
+        """Returns the HTTP path at which the engine answers a GET with status 200 once it can serve."""
 
     @property
     def lists_models(self) -> bool:
@@ -90,8 +90,8 @@ class Engine(Protocol):
 
     @property
     def packages(self) -> Sequence[str]:
-        """Returns Python packages that can provide the engine. The first installed one determines the engine's
-        version."""
+        """Returns the Python packages that may provide the engine. The version of the first one that is installed is
+        the engine's version."""
 
     @property
     def models(self) -> Sequence[str]:
@@ -99,17 +99,17 @@ class Engine(Protocol):
 
     @property
     def signs(self) -> Sequence[Sign]:
-        """Returns log lines that show why the engine failed, the most specific first."""
+        """Returns patterns of log lines that show why the engine failed, the most specific first."""
 
     @property
     def grace_s(self) -> float:
-        """Returns the seconds from SIGTERM to SIGKILL when no request is in flight."""
+        """Returns the seconds from SIGTERM to SIGKILL for an engine without requests in flight."""
 
     def serves(self) -> Mapping[str, str]:
-        """Returns for each expert the model name that a request for it must have when it reaches the engine."""
+        """Returns, by expert, the model name that a request for this expert must have when it reaches the engine."""
 
     def names(self) -> Sequence[str]:
-        """Returns every model name that the engine accepts."""
+        """Returns every model name that the engine accepts in requests."""
 
     def info(self) -> EngineInfo:
         """Returns the engine's part of the registry record, without the values that only the running engine knows."""
@@ -121,20 +121,20 @@ class Engine(Protocol):
     def argv(self, place: Place) -> list[str]: ...
 
     def drain_flags(self, drain_s: int, *, version: str | None) -> list[str]:
-        """Returns flags that let the engine finish responses for `drain_s` after SIGTERM. Empty for versions without
-        such flags."""
+        """Returns flags that let the engine finish its responses for `drain_s` seconds after SIGTERM. Empty for a
+        `version` without such flags."""
 
     def environment(self, place: Place) -> dict[str, str]:
-        """Returns variables that are added to the job's environment."""
+        """Returns variables to add to the job's environment for the engine's process."""
 
     def check_command(self, place: Place) -> list[str] | None:
-        """Returns a command that checks the flags in the engine's own interpreter without loading a model. The command
-        exits with status 2 and a message if a flag is invalid. None if the engine has no such check."""
+        """Returns a command that checks the flags in the engine's own interpreter without loading a model; None if the
+        engine has no such check. The command exits with status 2 and a message if a flag is invalid."""
 
 
 def ranks_at(place: Place, *, nodes: int) -> Ranks | None:
-    """Returns the rank of the engine's process at `place`; None for an engine on one node. For an engine on several
-    nodes whose `place` has no rank, returns rank 0 with placeholder addresses."""
+    """Returns the rank of the engine's process at `place`; None for an engine on one node. If `place` has no rank
+    although the engine has several nodes, returns rank 0 with placeholder addresses."""
     return None if nodes == 1 else place.ranks or Ranks(0, nodes)
 
 
@@ -173,8 +173,8 @@ class AdapterEngine:
 
 
 def own_names(expert: str, adapters: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the names under which an engine serves its own model: the expert's name, and `auto` if it has no
-    adapters. With adapters, `auto` would be ambiguous."""
+    """Returns the names under which an engine serves its own model: the expert's name, and `auto` if there are no
+    adapters, since with adapters `auto` would be ambiguous."""
     return (expert,) if adapters else (expert, "auto")
 
 
@@ -213,9 +213,9 @@ def engine_environment(
     inherited: Mapping[str, str],
     cluster: ClusterConfig | None = None,
 ) -> dict[str, str]:
-    """Returns the environment of the engine's process. `engine.env` takes precedence over `cluster.env`, and that over
-    all other values. `inherited`: the job's environment. With `cluster.offline` (default: if all models are local
-    folders), the engine does not use the hub and gets no proxy variables."""
+    """Returns the environment of the engine's process: `inherited`, the job's environment, with changes. Variables in
+    `engine.env` take precedence over those in `cluster.env`, and these over all others. With `cluster.offline`
+    (default: if all models are local folders), the engine does not use the hub and gets no proxy variables."""
     cluster = cluster or ClusterConfig()
     offline = all(map(is_local, engine.models)) if cluster.offline is None else cluster.offline
     environment = {k: v for k, v in without_job_variables(inherited).items() if not (offline and k.lower() in _PROXIES)}
@@ -258,13 +258,13 @@ def flag_name(name: str) -> str:
 
 
 def orders_by_priority(extra: Mapping[str, Any]) -> bool:
-    """Returns whether vLLM or the simulated engine serves requests by their `priority` with these further options."""
+    """Returns whether vLLM or the simulated engine, with the options `extra`, orders requests by their `priority`."""
     return {flag_name(name): value for name, value in extra.items()}.get("scheduling-policy") == "priority"
 
 
 def checked_flags(extra: Mapping[str, Any], *, at: str, reserved: Mapping[str, str]) -> dict[str, Any]:
-    """Returns `extra` with names normalised by `flag_name`. Raises ConfigError for a flag in `reserved`, which gives
-    for each flag the reason. `at`: the config key that has `extra`, for the error."""
+    """Returns `extra` with its names normalised by `flag_name`. Raises ConfigError for a flag in `reserved`, whose
+    value is the reason why it cannot be set. `at`: the config key of `extra`, for the error."""
     named = {flag_name(name): value for name, value in extra.items()}
     for name in named:
         if name in reserved:

@@ -18,7 +18,7 @@ CANNOT_RUN: Final = 127
 
 @dataclass(frozen=True, slots=True)
 class EngineFailure:
-    """The reason of an engine's end, and the log line that shows it."""
+    """Why an engine ended, and the log line that shows it."""
 
     reason: FailureReason
     message: str
@@ -76,9 +76,9 @@ _PREFIX: Final = re.compile(r"^(\(\w+ pid=\d+\) )?(\w+ ([\d-]+ [\d:]+ )?\[\S+:\d
 
 
 def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineFailure:
-    """Returns why an engine ended: the reason of the first sign in `table` that matches any line of `tail`; else a
-    reason from the exit status `status` (128 + N for signal N). After SIGKILL, only the status counts, because the
-    process could not log it."""
+    """Returns why an engine ended: the reason of the first sign in `table` that matches any line of `tail`, the end of
+    its log; without a match, a reason derived from the exit status `status` (128 + N for signal N). After SIGKILL only
+    the status counts, because the process had no time to log the cause."""
     if status == 128 + 9:
         return EngineFailure(FailureReason.KILLED, "killed by signal 9: by hand, or by the kernel for lack of memory")
     for sign in table:
@@ -96,5 +96,5 @@ def classify(status: int, tail: Sequence[str], table: Iterable[Sign]) -> EngineF
 
 
 def _shorten(line: str) -> str:
-    """Returns the line without log prefix or box frame, cut to MESSAGE_LENGTH."""
+    """Returns the log line without the prefix of the logger or the frame of a box, cut to MESSAGE_LENGTH characters."""
     return _PREFIX.sub("", line.strip(" │\t")).strip()[:MESSAGE_LENGTH]

@@ -52,7 +52,7 @@ _RESERVED_FLAGS: Final = {
 
 @dataclass(frozen=True)
 class SimEngine(AdapterEngine):
-    """The description of a simulated engine."""
+    """Describes a simulated engine."""
 
     expert: str
     config: ExpertConfig
@@ -114,5 +114,5 @@ class SimEngine(AdapterEngine):
         return {}
 
     def check_command(self, place: Place) -> list[str] | None:
-        """Returns a command that checks the flags in `extra`; None if it is empty, as the schema checks the rest."""
+        """Returns a command that checks the flags in `extra`; None if it is empty, as the schema checks all else."""
         return [*self.argv(place), "--check"] if self.options.extra else None

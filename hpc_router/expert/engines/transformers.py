@@ -1,8 +1,8 @@
 """`transformers serve`, started through `serve_transformers.py`, which makes it listen on a unix socket.
 
-It serves only one model name, `MODEL` or `MODEL@REVISION` as configured, so the router writes that name into the
-request. A copy of the model is loaded under the same name. The engine's `/v1/models` lists the models in the hub's
-cache, and not those that it serves.
+It accepts only one model name, `MODEL` or `MODEL@REVISION` as configured, so the router writes that name into the
+request. A copy of the model on the node's disk has the same name. The engine's `/v1/models` lists all models in the
+hub's cache instead of those that it serves.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ _RESERVED_FLAGS: Final = {
 
 @dataclass(frozen=True)
 class TransformersEngine:
-    """The description of a `transformers serve` engine."""
+    """Describes a `transformers serve` engine."""
 
     expert: str
     config: ExpertConfig

@@ -1,8 +1,8 @@
 """vLLM for GPUs and CPUs: `vllm serve`, started through `serve_vllm.py`, which works with both builds.
 
-Only this command supports ranks without an HTTP server, and only it obeys the variable that chooses the Rust front end.
-With aliases the engine accepts the expert's name and `auto`, so the client's bytes can go upstream unchanged. What the
-Rust front end does not do is in docs/rust-frontend.md.
+Other ways to start vLLM neither support ranks without an HTTP server nor obey the variable that chooses the Rust front
+end. The engine gets aliases so that it accepts the expert's name and `auto`; the client's bytes can then go upstream
+unchanged. What the Rust front end does not do is in docs/rust-frontend.md.
 """
 
 import re
@@ -109,7 +109,7 @@ _RESERVED_FLAGS: Final = {
 
 @dataclass(frozen=True)
 class VllmEngine(AdapterEngine):
-    """The description of a vLLM engine."""
+    """Describes a vLLM engine."""
 
     expert: str
     config: ExpertConfig
@@ -193,8 +193,8 @@ class VllmEngine(AdapterEngine):
         ]
 
     def _lora_rank(self) -> int:
-        """Returns the value for `--max-lora-rank`: the configured one, else the smallest that vLLM permits and that
-        fits all adapters. Raises ConfigError for an adapter with a larger LoRA rank."""
+        """Returns the value for `--max-lora-rank`: the configured one, else the smallest permitted by vLLM that fits
+        all adapters. Raises ConfigError for an adapter whose LoRA rank is larger."""
         ranks = {name: self._rank_of(name, model) for name, model in self.adapters.items()}
         key, chosen = f"experts.{self.expert}.engine.options.max_lora_rank", self.options.max_lora_rank
         limit = LORA_RANKS[-1] if chosen is None else chosen

@@ -46,8 +46,7 @@ _MAX_ORDER_BYTES: Final = 64 * 1024
 
 
 class Follower:
-    """The runner of one rank. `run` lasts until the rank ends. `signalled` can be called at any time, also
-    repeatedly."""
+    """Runs one rank. `run` lasts until the rank ends. `signalled` can be called at any time and more than once."""
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class Follower:
             self._leaving = True
 
     async def run(self) -> Exit:
-        """Runs the rank and returns how it ended. If rank 0 is alive, rank 0 writes the replica's exit record."""
+        """Runs the rank and returns how it ended. The replica's exit record is written by rank 0 if that is alive."""
         try:
             end = await self._serve()
         except ConfigError as error:
@@ -103,8 +102,8 @@ class Follower:
         return end
 
     async def _failed(self, reason: FailureReason, message: str) -> Exit:
-        """Writes an exit record with this failure, and returns it. It is written at once, because rank 0 ends when this
-        rank does and does not know the cause."""
+        """Writes an exit record with this failure, and returns it. Writes it at once, because rank 0 ends when this
+        rank does, and does not know the cause."""
         end = Exit(ok=False, reason=reason, message=f"rank {self._rank} on {socket.gethostname()}: {message}")
         await self._files.run_within_limit(partial(self._job.write_exit, end))
         return end
@@ -127,7 +126,7 @@ class Follower:
 
     async def _stage(self, place: Place) -> None:
         """Copies the models to this node's disk, while rank 0 does the same on its node. If rank 0 begins an attempt
-        first, the engine of this rank starts when its copies are ready."""
+        before the copies are ready, the engine of this rank starts as soon as they are."""
         version = None if self._cluster.stage_to is None else await self._commands.version(place)
         self._place = await self._staging.prepare(place, version=version)
 
@@ -162,8 +161,8 @@ class Follower:
             self._engine.start(order.attempt, self._commands.at(replace(self._place, ranks=ranks)))
 
     async def _request_order(self, client: Upstream) -> RankOrder | None:
-        """Reports to rank 0 and returns its order. Returns None without a valid response; the next call then reads rank
-        0's record again, because rank 0 may have a new address."""
+        """Reports to rank 0 and returns its order; None if there is no valid response. After that, the next call reads
+        rank 0's record again, because rank 0 may have a new address."""
         if self._leader is None:
             records = await self._files.run_within_limit(self._reader.snapshot)
             self._leader = (records or {}).get(self._job.replica)
@@ -203,7 +202,7 @@ class Follower:
         )
 
     async def _leader_lost(self, silent_s: float) -> Exit:
-        """Returns and writes the replica's exit record, because rank 0 is gone. `silent_s`: time without an order."""
+        """Writes and returns the replica's exit record, as rank 0 is gone. `silent_s`: seconds without an order."""
         message = f"rank 0 gave no order for {silent_s:.0f} s to rank {self._rank} on {socket.gethostname()}"
         end = Exit(ok=False, reason=FailureReason.RANK_LOST, message=message)
         self._files.post(partial(self._job.write, end))

@@ -1,8 +1,8 @@
 """Authenticates the ranks of an engine to each other, with a key that is used only for this and is never sent.
 
-A report contains a token and a challenge, and the response must contain a proof for the challenge. A process that has
+A report contains a token and a challenge, and rank 0's order must contain a proof for the challenge. A process that has
 taken over rank 0's port learns only the token, which is useless elsewhere, and cannot give orders. Orders need this
-protection, because they name the address to which an engine connects without authentication. Anyone can send a
+protection, because they name the address to which an engine connects without authentication. Anyone can send the same
 challenge to `/health`, but its answer is computed with another key, so it is never a valid proof.
 """
 
@@ -20,7 +20,7 @@ def rank_key(secret: str, nonce: str) -> str:
 
 
 def report_token(key: str) -> str:
-    """Returns the bearer token of a rank's reports."""
+    """Returns the bearer token of a rank's reports, derived from the rank key."""
     return challenge_answer(key, _REPORT)
 
 

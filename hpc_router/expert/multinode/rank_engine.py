@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 class RankEngine:
     """The engine process of one rank. `attempt`: number of the current or last attempt. `failure`: why the process
-    ended, if nothing had ordered its end."""
+    ended; None if it runs or was ended by `end`."""
 
     def __init__(self, engine: Engine, files: FileThread) -> None:
         self._engine = engine
@@ -28,7 +28,7 @@ class RankEngine:
 
     @property
     def running(self) -> bool:
-        """Returns whether the process runs, including while it is being ended."""
+        """Returns whether there is a process, including one that is being ended."""
         return self._task is not None and not self._task.done()
 
     @property

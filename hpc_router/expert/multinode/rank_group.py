@@ -1,9 +1,9 @@
 """The ranks of an engine on several nodes, as seen by rank 0. Decisions only: no I/O, and time is an argument.
 
-An attempt begins when every other rank has reported and runs no engine. Each attempt uses another port, so a port that
-is in use costs only one attempt. The attempt ends as soon as any rank is silent, was restarted, or reports that its
-engine ended, because an engine without one of its ranks cannot serve. Between attempts the ranks get the order to wait,
-and at the end the order to stop.
+An attempt begins when every other rank has reported that it runs no engine. Each attempt uses another port, so that a
+port that is in use makes only one attempt fail. The attempt ends as soon as any rank is silent, was restarted, or
+reports that its engine ended, because an engine without one of its ranks cannot serve. Between attempts the ranks get
+the order to wait, and at the end the order to stop.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ GPU)."""
 
 @dataclass(slots=True)
 class _LastReport:
-    """The last report of a rank, and when it arrived."""
+    """The last report of a rank, when it arrived, and the order that the rank got."""
 
     at: float
     report: RankReport
@@ -73,7 +73,7 @@ class RankGroup:
         ]
 
     def begin(self, address: str, port: int) -> None:
-        """Begins the next attempt, in which the ranks connect to each other at this address."""
+        """Begins the next attempt. `address`, `port`: where its ranks connect to each other."""
         self.attempt += 1
         self._rendezvous = (address, port)
         self._members = {rank: last.report.instance for rank, last in self._reports.items()}
@@ -100,10 +100,11 @@ class RankGroup:
         return None
 
     def find_cause(self, own: EngineFailure, *, ended_at: float, now: float) -> EngineFailure | None:
-        """Returns why an attempt ended after rank 0's engine ended with the failure `own`: `own` if its reason is
-        specific; else another rank's failure with a specific reason; else `own`.
+        """Returns why an attempt ended, after rank 0's engine ended with the failure `own`. If the reason in `own` is
+        specific, that is `own`; else the failure of another rank with a specific reason; without one, `own`.
 
-        Instead of an unspecific `own`, returns None until all other ranks have reported after `ended_at`.
+        As long as an unspecific `own` may have a better reason elsewhere, returns None: until all other ranks have
+        reported after `ended_at`.
         """
         if own.reason not in _UNSPECIFIC:
             return own
@@ -117,7 +118,7 @@ class RankGroup:
         return all(last.action is Action.STOP or self._is_silent(rank, now=now) for rank, last in self._reports.items())
 
     def missing_rank(self) -> EngineFailure | None:
-        """Returns the failure of a rank that was lost before it received the order to stop; None if no rank was."""
+        """Returns a failure that names a rank which was lost before it got the order to stop; None if no rank was."""
         for rank, last in self._reports.items():
             if last.action is not Action.STOP:
                 return EngineFailure(
@@ -139,5 +140,5 @@ class RankGroup:
 
 
 def _reason(name: str | None) -> FailureReason:
-    """Parses a failure reason. An unknown reason, from an agent of another version, counts as a crash."""
+    """Returns the failure reason with this name. An unknown one, from another version, counts as a crash."""
     return FailureReason(name) if name in list(FailureReason) else FailureReason.CRASHED

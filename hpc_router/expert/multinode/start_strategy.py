@@ -1,6 +1,6 @@
 """The ways in which the supervisor starts an engine: on one node, or on several.
 
-`SingleNode` has one command. For an engine on several nodes, `MultiNodeLeader` runs on rank 0: it makes each attempt
+`SingleNode` starts one command. For an engine on several nodes, `MultiNodeLeader` runs on rank 0: it makes each attempt
 with all ranks, ends the attempt when a rank is lost, and stops the ranks at the end. `RankGroup` makes the decisions.
 """
 
@@ -37,7 +37,8 @@ class StartStrategy(Protocol):
         reason."""
 
     async def resolve_failure(self, own: EngineFailure) -> EngineFailure:
-        """Returns the cause of a failure that rank 0 sees as `own`, for example the failure of another rank."""
+        """Returns the actual cause of a failure that rank 0's engine shows as `own`: `own` itself, or the failure of
+        another rank."""
 
 
 @dataclass(slots=True)
@@ -58,8 +59,8 @@ class SingleNode:
 
 @dataclass(slots=True)
 class MultiNodeLeader:
-    """The strategy of rank 0, for an engine on `nodes` nodes. `key`: authenticates its orders. `command`: returns rank
-    0's own command."""
+    """The strategy of rank 0, for an engine on `nodes` nodes. `key`: the key that authenticates its orders. `command`:
+    returns the command of rank 0's own engine process."""
 
     nodes: int
     key: str
@@ -77,8 +78,8 @@ class MultiNodeLeader:
         self.group = RankGroup(self.nodes, silence_s=SILENCE_BEATS * self.beat_s)
 
     def on_report(self, report: RankReport) -> RankOrder:
-        """Returns the order for the rank that sent `report`, and drains if that rank has received a signal. Raises
-        ValueError for an unknown rank."""
+        """Returns the order for the rank that sent `report`. Makes the agent drain if that rank has received a signal.
+        Raises ValueError for an unknown rank."""
         order = self.group.on_report(report, now=self.clock())
         if report.leaving and not self.group.stopping:
             self.on_drain(f"rank {report.rank} on {report.node} received a signal to stop")
@@ -111,7 +112,7 @@ class MultiNodeLeader:
 
     async def stop_ranks(self) -> EngineFailure | None:
         """Orders all ranks to stop, and waits until they have the order, for at most STOP_BEATS. Returns the failure of
-        a rank that was lost before the order, because this loss may be the reason why Slurm ended this job."""
+        a rank that was lost before that (else None), because its loss may be why Slurm has ended this job."""
         self.group.stop()
         deadline = self.clock() + STOP_BEATS * self.beat_s
         while not self.group.all_stopped(now=self.clock()) and self.clock() < deadline:

@@ -1,8 +1,8 @@
 """Copies one file and checks the copy by its SHA-256.
 
-The expected hash is the hash that is recorded for the file, or else the hash of the bytes that were read. The copy is
-read back from the disk, which also leaves it in the page cache for the engine. The pages of the source are dropped
-during the copy, so that the page cache does not hold the model twice.
+The copy must have the hash that is recorded for the file; without a record, the hash of the bytes that were read. To
+check it, the copy is read back from the disk, which also leaves it in the page cache for the engine. The pages of the
+source are dropped during the copy, so that the page cache does not hold the model twice.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ CHUNK_BYTES: Final = 8 * 2**20
 
 
 class CopyProgress:
-    """A thread-safe counter of copied bytes that can also stop the copy. After `stop`, every `add` raises
-    StagingError."""
+    """Counts the copied bytes, and can end the copying. All threads that copy share it. After `stop`, every `add`
+    raises StagingError."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,8 +28,8 @@ class CopyProgress:
         self.size = 0
 
     def add(self, size: int) -> None:
-        """Counts `size` bytes as copied. Called after they are read and before they are written. Raises StagingError
-        once `stop` was called, so that the copy ends."""
+        """Counts `size` bytes, which were read and are about to be written. Raises StagingError once `stop` was called,
+        so that the copying ends."""
         with self._lock:
             if self._stopped:
                 raise StagingError("the copy was stopped")
@@ -41,8 +41,8 @@ class CopyProgress:
 
 
 def copy_file(files: ModelFiles, file: ModelFile, target: Path, progress: CopyProgress) -> str:
-    """Copies a file to the new file `target` and returns its SHA-256 in hex. Raises StagingError if the source changed
-    after it was listed, or if the copy has another hash. Raises OSError."""
+    """Copies `file` to the new file `target` and returns its SHA-256 in hex. Raises StagingError if the source has
+    changed since it was listed, if the copy has another hash, or after `progress.stop`; and OSError."""
     path, recorded = files.source / file.path, files.recorded_sha256(file)
     with path.open("rb", buffering=0) as reading, target.open("xb", buffering=0) as writing:
         read = _copy(reading, writing, progress, hashing=recorded is None)
@@ -60,7 +60,7 @@ def copy_file(files: ModelFiles, file: ModelFile, target: Path, progress: CopyPr
 
 
 def _copy(reading: FileIO, writing: FileIO, progress: CopyProgress, *, hashing: bool) -> str | None:
-    """Copies the bytes. Returns the SHA-256 of the bytes that were read if `hashing` is true, else None."""
+    """Copies all bytes. Returns the SHA-256 of the bytes that were read if `hashing` is true, else None."""
     digest, buffer, at = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES)), 0
     os.posix_fadvise(reading.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
     while size := reading.readinto(buffer):

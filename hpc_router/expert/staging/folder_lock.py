@@ -20,8 +20,8 @@ class FolderLock:
 
     @classmethod
     def take(cls, folder: Path, *, shared: bool) -> Self | None:
-        """Locks the folder without waiting. Returns None if another process holds a lock that excludes this one, or if
-        the folder is missing. Raises OSError."""
+        """Locks the folder without waiting. `shared`: whether others may hold shared locks at the same time. Returns
+        None if the folder is missing or another process holds a lock that excludes this one. Raises OSError."""
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -36,8 +36,8 @@ class FolderLock:
         return None
 
     def make_exclusive(self) -> bool:
-        """Turns a shared lock into an exclusive one. Returns False if another process shares the lock; the shared lock
-        may then be lost."""
+        """Turns a shared lock into an exclusive one. Returns False if another process also has a shared lock; this
+        process may then have lost its own."""
         return _lock(self._descriptor, fcntl.LOCK_EX)
 
     def touch(self) -> None:
@@ -57,8 +57,8 @@ def _lock(descriptor: int, kind: int) -> bool:
 
 
 def _is_at(descriptor: int, folder: Path) -> bool:
-    """Returns whether the open folder is still at its path. Another process may have renamed or removed it before it
-    was locked."""
+    """Returns whether the open folder is still the one at the path `folder`. Another process may have renamed or
+    removed it before it was locked."""
     try:
         there, here = folder.lstat(), os.fstat(descriptor)
     except FileNotFoundError:

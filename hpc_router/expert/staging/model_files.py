@@ -1,4 +1,4 @@
-"""The files of a model: selects the files to copy, identifies their content, and finds the SHA-256 recorded for a
+"""The files of a model: which ones are copied, how their content is identified, and which SHA-256 is recorded for a
 file."""
 
 import hashlib
@@ -52,7 +52,7 @@ class ModelFiles:
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def are_at(self, target: Path) -> bool:
-        """Returns whether the folder `target` has all files with the right sizes."""
+        """Returns whether the folder `target` has all files of the model, by their names and sizes."""
         with suppress(OSError):
             return all((target / file.path).stat().st_size == file.size for file in self.files)
         return False

@@ -63,13 +63,13 @@ class NodeDisk:
         return cls(folder, limit)
 
     def has(self, model: Path) -> bool:
-        """Returns whether the model is already on the file system of this folder, so that a copy would not help. Raises
+        """Returns whether the model is on the same file system as this folder, so that a copy would not help. Raises
         OSError."""
         return model.stat().st_dev == self.folder.stat().st_dev
 
     def find(self, files: ModelFiles) -> StagedModel | None:
-        """Returns the complete copy with a shared lock; None if there is none. Removes a copy that lacks files. Raises
-        StagingError if another process uses such a copy."""
+        """Returns the complete copy of the model, with a shared lock; None if there is none. Removes a copy in which
+        files are missing; raises StagingError if another process uses that copy."""
         folder = self.folder / f"{_MODEL}{files.key}"
         lock = FolderLock.take(folder, shared=True)
         if lock is None:
@@ -83,8 +83,8 @@ class NodeDisk:
         return None
 
     def begin(self, files: ModelFiles) -> StagedModel | None:
-        """Creates and locks the folders of a new copy, after making room for it. Returns None if another process
-        is copying this model or making room. Raises StagingError if there is no room, and OSError."""
+        """Makes room for a new copy, and creates and locks its folder. Returns None if another process is copying this
+        model or making room. Raises StagingError if there is no room, and OSError."""
         whole = FolderLock.take(self.folder, shared=False)
         if whole is None:
             return None
@@ -108,22 +108,23 @@ class NodeDisk:
             whole.release()
 
     def finish(self, part: StagedModel, files: ModelFiles, hashes: dict[str, str]) -> None:
-        """Publishes a complete copy, so that `find` returns it, and releases the lock of `part`."""
+        """Renames a copy that is complete, so that `find` returns it, and releases the lock of `part`. `hashes`:
+        SHA-256 by file."""
         about = {"source": str(files.source), "bytes": files.size, "at": time.time(), "sha256": hashes}
         replace_json(part.folder / MANIFEST, about)
         part.folder.rename(self.folder / f"{_MODEL}{files.key}")
         part.lock.release()
 
     def discard(self, part: StagedModel) -> None:
-        """Removes an incomplete copy. A thread that still copies to it gets FileNotFoundError at its next file."""
+        """Removes a copy in progress. A thread that still copies to it gets FileNotFoundError at its next file."""
         try:
             self._move_away(part.folder)
         finally:
             part.lock.release()
 
     def cache(self, key: str) -> StagedModel | None:
-        """Returns the compile cache of this key with a shared lock, and creates it if needed; None while it is being
-        removed."""
+        """Returns the compile cache with this key, with a shared lock; creates it if needed. Returns None while another
+        process is removing it."""
         folder = self.folder / f"{_CACHE}{key}"
         folder.mkdir(mode=0o700, exist_ok=True)
         lock = FolderLock.take(folder, shared=True)
@@ -160,7 +161,7 @@ class NodeDisk:
         raise StagingError(f"no room for {size / GB:.1f} GB: {lack}")
 
     def _lack(self, size: int) -> str | None:
-        """Returns why `size` more bytes do not fit; None if they do. A copy in progress counts with its final size."""
+        """Returns why `size` more bytes do not fit; None if they do. A copy in progress counts with its full size."""
         parts = {folder: _manifest(folder).get("bytes", 0) for folder in self._folders(_PART)}
         copies = sum(_manifest(folder).get("bytes", 0) for folder in self._folders(_MODEL)) + sum(parts.values())
         if self.limit is not None and copies + size > self.limit:
@@ -182,8 +183,8 @@ class NodeDisk:
         return True
 
     def _move_away(self, folder: Path) -> None:
-        """Renames a locked folder and then removes it, so that its name is free at once, even if this process is killed
-        in between."""
+        """Renames a locked folder and then removes it. Its name is free from the renaming on, even if this process is
+        killed before the removal."""
         gone = folder.rename(self.folder / f"{_GONE}{secrets.token_hex(8)}")
         shutil.rmtree(gone, ignore_errors=True)
 

@@ -52,7 +52,8 @@ class StageReport:
 
 
 class NodeStaging:
-    """A context manager that holds the copies and the cache for an engine until the block ends.
+    """Copies models for an engine within `async with`, and keeps the copies and the compile cache locked until the
+    block ends.
 
     `limit_s`: time limit for all copies together, in seconds. `environment`: the job's variables, which may occur in
     `cluster.stage_to`. `on_report`: called after every change of `report`.
@@ -96,8 +97,8 @@ class NodeStaging:
         self._local.close(timeout_s=RELEASE_S)
 
     async def prepare(self, place: Place, *, version: str | None) -> Place:
-        """Copies the models and returns `place` with the paths of the copies and of the compile cache. `version`: the
-        engine's version; None: no cache is kept."""
+        """Copies the models to the disk of the node. Returns `place` with the paths of the copies and of the compile
+        cache. `version`: the engine's version; None: no cache is kept."""
         if self._cluster.stage_to is None:
             return place
         began = time.monotonic()
@@ -122,8 +123,8 @@ class NodeStaging:
         return replace(place, copies=copies)
 
     def without_cache(self, place: Place) -> Place:
-        """Returns `place` with a new cache folder, for an engine that failed, because a damaged cache may be the cause.
-        Removes the kept cache if no other engine uses it."""
+        """Returns `place` with a new, empty cache folder, for an engine that failed perhaps because its cache is
+        damaged. Removes the old cache if no other engine uses it."""
         if self._cache is not None and self._disk is not None:
             logger.warning("the engine starts with an empty compile cache, in case the kept one is damaged")
             self._local.post(partial(self._disk.drop, self._cache))
@@ -140,7 +141,7 @@ class NodeStaging:
             self._held.clear()
 
     async def _open(self, stage_to: str) -> NodeDisk:
-        """Returns the folder on the node's disk after a sweep."""
+        """Returns this user's folder on the node's disk, after removing what is no longer used from it."""
         folder = expanded(stage_to, self._environment, key="cluster.stage_to")
         limit = self._cluster.stage_gb
         opening = partial(NodeDisk.open, folder, limit=None if limit is None else int(limit * GB))
@@ -149,7 +150,7 @@ class NodeStaging:
         return disk
 
     async def _path_of(self, disk: NodeDisk, model: str) -> tuple[Path | None, str]:
-        """Returns the path of the copy of a model, None if there is no copy, and a text that says what was done."""
+        """Returns the path of the copy of `model` (None if there is no copy), and a text that says what was done."""
         before = self.report.copied
         began = time.monotonic()
         try:
@@ -178,7 +179,7 @@ class NodeStaging:
         return copy
 
     async def _copy(self, disk: NodeDisk, part: StagedModel, files: ModelFiles, model: str) -> None:
-        """Copies all files of a model with several threads and publishes the copy."""
+        """Copies all files of a model to `part` with several threads, and then publishes the copy."""
         progress, hashes, left = CopyProgress(), dict[str, str](), iter(files.files)
 
         async def copy_with(copier: FileThread) -> None:
@@ -213,7 +214,7 @@ class NodeStaging:
         return place if self._cache is None else replace(place, kept_cache=self._cache.path)
 
     def _say(self, text: str | None) -> None:
-        """Sets and reports `report.text`, unless it is unchanged; writes it to the log at most every LOG_S."""
+        """Sets `report.text` and calls `on_report`, unless the text is the same. Also logs it, at most every LOG_S."""
         if text == self.report.text:
             return
         self.report.text = text

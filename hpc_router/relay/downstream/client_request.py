@@ -25,7 +25,7 @@ def _date(at: int) -> bytes:
 
 
 class ClientRequest(ParsedRequest, Request):
-    """A parsed request whose response is written to `connection`."""
+    """A parsed request of a client, and the methods that write its response to `connection`."""
 
     connection: "ClientConnection"
     response_started = False
@@ -59,7 +59,8 @@ class ClientRequest(ParsedRequest, Request):
         self.send(status, head, length)
 
     def send(self, status: int, head: bytes, length: int | None, body: bytes = b"") -> None:
-        """Sends the head and the known part of the body. `length`: length of the body; None if it is unknown."""
+        """Sends the head and the first part of the body, `body`, which may be all of it. `length`: length of the whole
+        body; None if it is unknown."""
         self.response_started = True
         if not self.complete:
             self.keep_alive = False
@@ -134,8 +135,8 @@ class ClientRequest(ParsedRequest, Request):
         self.connection.run_pending()
 
     def finish(self, response: Response | None) -> None:
-        """Completes the response after the handler has returned. `response`: the handler's result, which is None if it
-        has streamed the response."""
+        """Completes the response after the handler has returned. `response`: what the handler returned; None if it has
+        streamed the response."""
         if response is not None:
             if self.response_started:
                 raise AssertionError("the handler has returned a second response")

@@ -1,9 +1,9 @@
 """One connection of a client, which serves one request after another.
 
 A connection is either idle (then `_deadline` is set) or serves a request: first by callbacks (`pending`), and in a task
-(`task`) if something has to be awaited. When an idle connection receives a request, it calls the handler at once,
-without a task. The handler returns a `PendingResponse`, which gets a task only when it is resumed, or a coroutine,
-which gets a task at once. The connection keeps reading while it serves a request: a disconnect cancels the request, and
+(`task`) once something has to be awaited. When an idle connection receives a request, it calls the handler at once,
+without a task. If the handler returns a coroutine, a task is started for it at once; if it returns a `PendingResponse`,
+only when that is resumed. The connection keeps reading while it serves a request: a disconnect cancels the request, and
 further requests wait in the parser, up to a limit.
 """
 
@@ -59,16 +59,16 @@ class ClientConnection(asyncio.Protocol):
     # Called by the server.
 
     def stop(self) -> None:
-        """Closes the connection at once if it is idle. Otherwise it closes after its current request
-        (`Server.stopping`)."""
+        """Closes the connection at once if it is idle. Otherwise it closes itself after its current request, because
+        `Server.stopping` is set."""
         if self._deadline is not None and self._transport is not None:
             self._transport.close()  # after the last response has been sent
 
     # From one request to the next.
 
     def _start_next(self) -> None:
-        """Starts the next request if one has been received; else sets the deadline by which it must arrive. Called
-        while the connection serves no request."""
+        """Starts the next request if it has been received; else sets the deadline by which it must arrive. Called while
+        the connection serves no request."""
         waiting = self._parser.waiting
         if waiting:
             self._deadline = None
@@ -102,8 +102,8 @@ class ClientConnection(asyncio.Protocol):
         await self._end(request)
 
     def responded(self, request: ClientRequest) -> None:
-        """Called when the response to a pending request has been sent. Starts the next request or waits for it. If the
-        client reads slowly or the connection is not kept alive, a task does `_end` first."""
+        """Called when the response to a pending request has been sent. Starts the next request or waits for it. Before
+        that, if the client reads slowly or the connection is to be closed, a task runs `_end`."""
         if not request.keep_alive or not self._writable:
             self._run(self._end, request)
         elif self._parser.waiting or self._refusal is not None:
@@ -120,7 +120,7 @@ class ClientConnection(asyncio.Protocol):
             await self._close(linger=not request.complete)
 
     async def _refuse(self, error: RefusedError) -> None:
-        """Responds to bytes that are not a request, and closes the connection."""
+        """Responds with `error` to bytes that are not a request, and closes the connection."""
         response = error_response(error.status, kind="invalid_request_error", code="bad_request", message=str(error))
         if self.cross_origin.origins:
             response.head += self.cross_origin.lines(self._parser.partial_headers)
@@ -131,8 +131,8 @@ class ClientConnection(asyncio.Protocol):
         await self._close(linger=True)
 
     async def _close(self, *, linger: bool) -> None:
-        """Closes the connection after the response. `linger`: whether the client is still sending. Closing at once
-        would then reset the connection and could discard the response."""
+        """Closes the connection after the response. `linger`: whether the client may still be sending; the rest is then
+        read first, because closing at once would reset the connection, so that the client could lose the response."""
         if self._transport is None or self._transport.is_closing():
             return
         if linger:
@@ -146,8 +146,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport.close()
 
     async def _to_end(self, step: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
-        """Runs `step(*args)`, the connection's current work, as the body of its task; then starts the next request. An
-        error closes the connection."""
+        """Runs `step(*args)` as the connection's task, then starts the next request. An error closes the connection."""
         try:
             await step(*args)
         except DownstreamGoneError:
@@ -169,7 +168,7 @@ class ClientConnection(asyncio.Protocol):
         return waiter
 
     def write(self, data: bytes) -> bool:
-        """Sends `data`. Returns False if `drain` must be called before the next part. Raises DownstreamGoneError."""
+        """Sends `data`. Returns False if `drain` must be called before the next `write`. Raises DownstreamGoneError."""
         transport = self._transport
         if transport is None or transport.is_closing():
             raise DownstreamGoneError("the client has gone")
@@ -215,8 +214,8 @@ class ClientConnection(asyncio.Protocol):
             self._start_next()
 
     def eof_received(self) -> None:
-        """Called when the client sends no more data. During a request, this counts as a disconnect, and the connection
-        is aborted. Otherwise the transport closes itself after writing its buffer."""
+        """Called when the client has ended its side of the connection. During a request, this counts as a disconnect,
+        and the connection is aborted. Otherwise the transport closes the connection after writing its buffer."""
         if self._deadline is None and not self._lingering:
             self.abort()
 
@@ -248,8 +247,8 @@ class ClientConnection(asyncio.Protocol):
             waiter.set_result(None)
 
     def _check_deadline(self) -> None:
-        """Closes an idle connection after its deadline. Every request only stores a new deadline; a timer that fires
-        too early is scheduled again."""
+        """Closes the connection if it is still idle at its deadline. A new request only stores another deadline; if the
+        timer then fires too early, it is scheduled again."""
         now = self._loop.time()
         if self._deadline is not None and now >= self._deadline:
             self.abort()

@@ -1,7 +1,8 @@
-"""The rules for which web pages may read responses: cross-origin resource sharing (CORS), as in the Fetch standard.
+"""Decides which web pages may read responses: cross-origin resource sharing (CORS), as in the Fetch standard.
 
-A browser sends the origin of the page in each request of the page's scripts. It lets them read a response that allows
-this origin, and sends a preflight before it sends a token. Cookies are never allowed; the router has none.
+When a script of a page sends a request, the browser adds the page's origin. The script may read the response only if
+the response allows this origin. Before a request with a token, the browser asks by a request of its own, a preflight.
+Cookies are never allowed; the router has none.
 """
 
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ _REQUEST_METHOD: Final = b"access-control-request-method"
 
 @dataclass(slots=True, eq=False)
 class CrossOrigin:
-    """The allowed origins. `origins`: the origins as browsers write them; CORS is off if there are none. They may
-    change at any time."""
+    """The origins whose pages may read responses. `origins`: as browsers write them; CORS is off if there are none.
+    `allow` changes them at any time."""
 
     origins: frozenset[bytes] = frozenset()
 
@@ -33,14 +34,14 @@ class CrossOrigin:
         self.origins = frozenset(origin.encode() for origin in origins)
 
     def lines(self, headers: Headers) -> bytes:
-        """Returns the header lines for the response to a request with these headers."""
+        """Returns the CORS header lines of the response to a request with these headers."""
         if ANY in self.origins:
             return _allowing(ANY)
         origin = headers.get(b"origin", b"")
         return _VARY + _allowing(origin) if origin in self.origins else _VARY
 
     def is_preflight(self, method: str, headers: Headers) -> bool:
-        """Returns whether CORS is on and the request is a preflight, a browser's question before a page's request."""
+        """Returns whether CORS is on and the request is a preflight, which a browser sends before a page's request."""
         return bool(self.origins) and method == "OPTIONS" and _REQUEST_METHOD in headers
 
     def preflight_lines(self, headers: Headers) -> bytes | None:

@@ -56,7 +56,7 @@ class Request(ABC):
     """A request of a client, and the methods that send its response.
 
     `path` is decoded; `target` is path and query as received; neither has doubled slashes in the path. `request_id`:
-    the value of `x-request-id`, which is not among the headers, so that heads that differ only in this value share one
+    the value of `x-request-id`. It is not among the headers, so that heads that differ only in this value share one
     `Headers` object. `keep_alive`: whether the connection stays open after the response; a handler may set it to False
     before it responds.
 
@@ -77,13 +77,13 @@ class Request(ABC):
     """Whether nothing was written since a caller set this to True. Each write sets it to False."""
 
     def complete_body(self) -> bytes | None:
-        """Returns the body if all of it has been received, else None; then the handler calls `read`."""
+        """Returns the body if all of it has been received. If it returns None, the handler must await `read`."""
         return None
 
     @abstractmethod
     async def read(self, *, limit_s: float | None = None) -> bytes:
-        """Waits for the complete body and returns it. Raises BadRequestError or BodyTooLargeError, and
-        RequestTimeoutError after `limit_s` seconds."""
+        """Waits for the complete body and returns it. Raises BadRequestError or BodyTooLargeError if it is not valid,
+        and RequestTimeoutError after `limit_s` seconds."""
 
     def respond(self, status: int, head: bytes, body: bytes) -> None:
         """Sends the complete response of a `PendingResponse`. The arguments are those of `Response`."""
@@ -94,13 +94,13 @@ class Request(ABC):
         raise NotImplementedError
 
     def resume(self) -> None:
-        """Continues a `PendingResponse` in a task."""
+        """Starts the task in which a `PendingResponse` continues."""
         raise NotImplementedError
 
     @abstractmethod
     def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
-        """Sends the head of the response. `length`: length of the body; None if it is unknown, and the body is
-        chunked."""
+        """Sends the head of the response. `length`: length of the body; None if it is unknown: the body is then sent in
+        HTTP chunks."""
 
     @abstractmethod
     def write(self, data: bytes) -> bool:
@@ -109,8 +109,8 @@ class Request(ABC):
 
     @property
     def write_chunk(self) -> Callable[[bytes], bool] | None:
-        """Returns a function like `write` for data that already has the framing of HTTP/1.1 chunks; None if the
-        response is not chunked."""
+        """Returns a function that sends data which is already framed as HTTP/1.1 chunks, and otherwise behaves like
+        `write`. Returns None if the response is not sent in chunks."""
         return None
 
     @abstractmethod
@@ -120,7 +120,7 @@ class Request(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Aborts the connection. This shows the client that the body is incomplete, if no error event can be sent."""
+        """Aborts the connection, by which the client sees that the body is incomplete if it can get no error event."""
 
 
 class PendingResponse:
@@ -137,8 +137,8 @@ class PendingResponse:
         raise NotImplementedError
 
     async def run(self) -> Response | None:
-        """Continues the request in a task, like the coroutine of a `Handler`: returns the response or None, and is
-        cancelled when the client disconnects."""
+        """Continues the request in a task. Returns what the coroutine of a `Handler` returns: the response, or None if
+        it was streamed. Is cancelled when the client disconnects."""
         raise NotImplementedError
 
 
@@ -163,7 +163,7 @@ def json_response(value: Any, *, status: int = 200) -> Response:
 def error_response(
     status: int, *, kind: str, code: str, message: str, param: str | None = None, path: str = ""
 ) -> Response:
-    """Returns an error in the format of the API at `path`, or in OpenAI's format for any other path."""
+    """Returns an error response in the format of the API at `path`; for any other path, in OpenAI's format."""
     response = json_response(
         api_format_of(path).error_body(ErrorReply(status, kind, code, message, param)), status=status
     )
@@ -175,6 +175,6 @@ def error_response(
 
 
 def unreadable_response(error: BadRequestError | BodyTooLargeError | RequestTimeoutError, *, path: str) -> Response:
-    """Returns the response to a request whose body `Request.read` could not return because of `error`."""
+    """Returns the response to a request whose body could not be read. `error`: what `Request.read` has raised."""
     status, code = next(answer for kind, answer in _UNREADABLE.items() if isinstance(error, kind))
     return error_response(status, kind="invalid_request_error", code=code, message=str(error), path=path)

@@ -1,8 +1,8 @@
 """Parses requests: bytes to head, body chunks and end. No I/O.
 
-llhttp (through httptools) does the parsing. It is strict by default: bare LF, two lengths, a length with chunks, folded
-or malformed headers and bad chunk sizes are errors. This module also rejects other protocol versions and transfer
-codings, and limits the size of heads and bodies and the number of pipelined requests.
+llhttp (through httptools) does the parsing. It is strict by default and refuses bare LF, two lengths, a length together
+with chunks, folded or malformed headers, and bad chunk sizes. This module also rejects other protocol versions and
+transfer codings, and limits the size of heads and bodies and the number of pipelined requests.
 """
 
 import re
@@ -29,8 +29,8 @@ _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
 
 class RefusedError(BadRequestError):
-    """The bytes are not a request that any handler could serve. The connection ends with a response of status
-    `status`."""
+    """The received bytes are not a request that any handler could serve. The client gets a response with the status
+    `status`, and the connection is closed."""
 
     def __init__(self, message: str, *, status: int = 400) -> None:
         super().__init__(message)
@@ -62,7 +62,7 @@ class RequestHead:
 
 
 class ParsedRequest:
-    """One request, which may not be completely received. `failure`: why its body will never be complete."""
+    """One request, whose body may not be complete yet. `failure`: why it never will be; None otherwise."""
 
     __slots__ = (
         "chunks", "complete", "failure", "head", "headers", "keep_alive", "method", "path", "query", "request_id",
@@ -115,7 +115,8 @@ class RequestParser(Generic[R]):
         self._parser: httptools.HttpRequestParser | None = None  # created when needed
 
     def feed(self, data: bytes) -> None:
-        """Parses the next received bytes. Raises RefusedError once; earlier requests remain in `waiting`."""
+        """Parses the next received bytes. Raises RefusedError once, for bytes that are no request; earlier requests
+        remain in `waiting`."""
         if self._ended:
             return
         if (
@@ -166,14 +167,14 @@ class RequestParser(Generic[R]):
         self.parse(b"%b%b\r\n%b" % (line, b"".join(fields), rest))
 
     def _refuse(self, refusal: RefusedError) -> None:
-        """Marks the request whose body is being received as failed. If no body is being received, raises `refusal`."""
+        """Ends the request whose body is being received with an error. If there is none, raises `refusal`."""
         self._ended = True
         if self._current is None:
             raise refusal
         self._fail(BadRequestError("the body cannot be read"))
 
     def _fail(self, error: RoutingError) -> None:
-        """Marks the request whose body is being received as failed."""
+        """Stores `error` as the reason why the request whose body is being received will never be complete."""
         assert self._current is not None
         self._current.failure = error
         self._current.keep_alive = False
@@ -183,7 +184,7 @@ class RequestParser(Generic[R]):
 
     @property
     def partial_headers(self) -> Headers:
-        """Returns those headers of the last request that have been received."""
+        """Returns the headers received so far of the request whose head is not complete."""
         return Headers(self._fields)
 
     def release(self) -> None:
@@ -265,7 +266,7 @@ class RequestParser(Generic[R]):
 
 
 def origin_form(target: str) -> str:
-    """Returns path and query of an absolute-form target."""
+    """Returns path and query of a request target, also if the target is a whole URL (absolute form)."""
     parts = urlsplit(target)
     return f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
 

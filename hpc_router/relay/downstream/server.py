@@ -23,7 +23,7 @@ SHUTDOWN_S: Final = 1.0
 
 
 class Server:
-    """The state that all client connections of one handler share."""
+    """The state that all client connections of one server share."""
 
     def __init__(self, handler: Handler, *, max_body: int, keep_alive_s: float, cross_origin: CrossOrigin) -> None:
         self.handler = handler

@@ -33,8 +33,8 @@ class Connections(Protocol):
 
 
 class AwaitedExchange(asyncio.Protocol):
-    """A connection whose exchanges are awaited by a task. For each exchange, the task calls `begin`, `send` and
-    `wait_for_head`, then either `chunk` until the result is empty, or `stream_to`, and at the end `Connection.end`."""
+    """A connection whose exchanges (request and response) a task awaits. In each, the task calls `begin`, `send` and
+    `wait_for_head`; then `stream_to`, or `chunk` until it returns nothing; at the end `Connection.end`."""
 
     __slots__ = (
         "_buffered_bytes", "_callback", "_chunk_ends", "_failure", "_loop", "_mark", "_owner", "_parser", "_reading",
@@ -67,11 +67,12 @@ class AwaitedExchange(asyncio.Protocol):
         self.usable_until = 0.0  # in time.monotonic(), while the connection is in the pool; else 0
 
     def on_timeout(self) -> None:
-        """Fails the exchange; called when the idle timer has expired."""
+        """Called when the idle timer has expired: makes the exchange fail with a timeout."""
         raise NotImplementedError
 
     def begin(self, limits: UpstreamTimeouts, *, head_only: bool) -> None:
-        """Starts an exchange, and the timer for the first byte of the response."""
+        """Starts an exchange, and the timer for the first byte of its response. `head_only`: whether the response has
+        no body, as after HEAD."""
         assert self._parser is None
         self._parser = ResponseParser(head_only=head_only)
         self.idle_s = limits.idle_s
@@ -79,8 +80,8 @@ class AwaitedExchange(asyncio.Protocol):
         self._failure, self._sent = None, False
 
     async def send(self, head: bytes, body: bytes | None) -> None:
-        """Sends the request. Stops if the response starts before the whole request is sent; the connection is then not
-        used again."""
+        """Sends the request. Stops sending when the response starts before that; the connection is then not used
+        again."""
         if self._transport is None:
             self._failure = UpstreamError("the replica had closed the connection")
         elif not body or len(body) <= MAX_SINGLE_WRITE_BYTES:
@@ -107,7 +108,7 @@ class AwaitedExchange(asyncio.Protocol):
         return self._parser
 
     async def wait_for_head(self) -> None:
-        """Waits until status and headers of the response are known. Raises UpstreamError."""
+        """Waits until status and headers of the response are received. Raises UpstreamError."""
         while not self.parser.status:
             self._raise_failure()
             await self._wait_for_event()
@@ -130,7 +131,7 @@ class AwaitedExchange(asyncio.Protocol):
         return self._take_buffered()
 
     async def stream_to(self, sink: Sink) -> None:
-        """Writes the rest of the body to `sink`. Raises UpstreamError and the errors of the sink."""
+        """Writes the rest of the body to `sink`. Raises UpstreamError and what the sink raises."""
         assert self._parser is not None
         if self._sink_full:  # the sink became full before the task ran
             await self._drain(sink)

@@ -2,7 +2,7 @@
 
 aiohttp's client is not used because it costs more CPU than all other work of a relayed request. Here the events of a
 stream go from the upstream socket to the sink in one step, without waking a task. Every failure is raised as an
-`UpstreamError`, whether it occurs before the response, at its start or within it. This module does not know replicas.
+`UpstreamError`, whether it occurs before the response, in its head or in its body. This module does not know replicas.
 """
 
 import asyncio
@@ -39,10 +39,9 @@ class UpstreamClient:
     """An HTTP client that pools its connections between requests.
 
     `socket_path`: path of a Unix socket that all connections use instead of the address. `tls`: the context for https;
-    None: the system's certificates, loaded at first use;
-    a change applies to later connections. `resend`: whether a request is sent again if the server had
-    closed its pooled connection; otherwise the caller decides. `socket_options`: options of each TCP connection, as
-    arguments of `setsockopt`.
+    None: one with the system's certificates, loaded at first use; a change applies to later connections. `resend`:
+    whether the client itself sends a request again if the server had closed the pooled connection; if not, the caller
+    gets the error. `socket_options`: options of each TCP connection, as arguments of `setsockopt`.
     """
 
     def __init__(
@@ -106,8 +105,8 @@ class UpstreamClient:
 
     async def response_started(self, call: "Exchange") -> Connection:
         """Sends the request of `call`, waits for the head of the response, and returns the connection. If a pooled
-        connection ends at once, without a byte of the response, the server had probably closed it before it received
-        the request. The request is then sent again over a new connection, unless `resend` is off."""
+        connection ends without a byte of the response, the server had probably closed it before it received the
+        request; the request is then sent again over a new connection, unless `resend` is off."""
         pooled = call.started or self._pooled(self._socket_path or call.address)
         if pooled is not None:
             try:
@@ -137,8 +136,8 @@ class UpstreamClient:
         return connection
 
     async def connect(self, address: Address, *, watch: Callable[[IdleTimer], None] | None = None) -> Connection:
-        """Returns a new connection. `watch` is called with its idle timer. Raises UpstreamConnectError, and
-        UpstreamTimeoutError if a caller has shortened the timer (`IdleTimer.tighten`) and it has expired."""
+        """Returns a new connection. `watch` is called with its idle timer. Raises UpstreamConnectError if it cannot be
+        made, and UpstreamTimeoutError if the timer was shortened meanwhile (`IdleTimer.tighten`) and has expired."""
         loop = asyncio.get_running_loop()
         made = Connection(self, self._socket_path or address)
         idle_timer = made.idle_timer
@@ -172,9 +171,9 @@ class UpstreamClient:
         return sum(map(len, self._pool.values()))
 
     def _pooled(self, address: Address | str) -> Connection | None:
-        """Returns the idle connection to `address`, the most recently used one, because the server is least likely to
-        have closed it; None if there is none. Connections that the load does not need therefore stay unused and
-        expire."""
+        """Removes the idle connection to `address` that was used last from the pool and returns it; None if there is
+        none. The server is least likely to have closed that one. Connections beyond those that the load needs stay
+        unused and expire."""
         idle = self._pool.get(address)
         while idle:
             connection = idle.pop()
@@ -220,7 +219,7 @@ class UpstreamClient:
 
 
 def request_head(method: str, address: Address, target: str, head: bytes, body: bytes | None) -> bytes:
-    """Returns the request line and all header lines. Raises ValueError for a target that would end the request line."""
+    """Returns the request line and all header lines. Raises ValueError for a `target` that would end its line."""
     line = request_line(method, address, target)
     if body is None and method not in _WITH_BODY:
         return b"%b%b\r\n" % (line, head)

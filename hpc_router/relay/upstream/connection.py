@@ -1,11 +1,11 @@
 """One connection to an upstream server, with one exchange (request and response) after another.
 
-Received bytes are parsed at once. Body data goes to the exchange's sink in the same step, or is buffered until the task
-reads it; the connection stops reading when the buffer is full. A failure is stored and raised in the task, after the
-data received before it.
+Received bytes are parsed at once. Body data goes to the exchange's sink in the same step; without a sink it is buffered
+until the task reads it, and the connection stops reading when the buffer is full. A failure is stored, and raised in
+the task once the data received before it is read.
 
 An exchange may also be started without a task. Then a `ResponseCallback` gets the complete response, or the head and
-later the end; if it accepts neither, it continues the request in a task.
+later the end; if it accepts neither, it starts a task that continues the request.
 """
 
 import asyncio
@@ -23,9 +23,9 @@ MAX_BUFFERED_BYTES: Final = 2**16
 class Connection(AwaitedExchange, PendingRequest):
     """A connection to one upstream server. An exchange on it is driven by a task or by callbacks.
 
-    `AwaitedExchange` describes an exchange in a task, which always calls `end` or `finish`. `start` begins an exchange
-    by callbacks: its `ResponseCallback` gets the response and either takes it, which ends the exchange, or declines it;
-    then a task continues the exchange with `wait_for_head`.
+    An exchange in a task follows the steps of `AwaitedExchange`, and always ends with `end` or `finish`. `start` begins
+    an exchange by callbacks: its `ResponseCallback` either takes the response, which ends the exchange, or declines it;
+    then a task continues with `wait_for_head`.
     """
 
     __slots__ = ()
@@ -156,7 +156,7 @@ class Connection(AwaitedExchange, PendingRequest):
         self._wake()
 
     def _accepted(self, callback: ResponseCallback, parser: ResponseParser) -> bool:
-        """Returns whether the response is complete and the callback has accepted it. If so, the exchange has ended."""
+        """Returns whether the response is complete and `callback` has accepted it; the exchange has then ended."""
         if not parser.complete or len(parser.chunks) != 1:
             return False
         if not callback.on_response(parser.status, parser.headers, parser.chunks[0]):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Exchange(AbstractAsyncContextManager[UpstreamResponse]):
-    """The context manager of one request and its response."""
+    """Sends one request when it is entered as a context manager, and yields the response."""
 
     __slots__ = ("_client", "_connection", "address", "body", "head", "head_only", "limits", "started", "watch")
 

@@ -23,7 +23,7 @@ from hpc_router.relay.upstream.timeouts import IdleTimer
 
 @dataclass(frozen=True, slots=True)
 class UpstreamTimeouts:
-    """The timeouts in seconds: for a connection, for the first byte of the response, and between two chunks of its
+    """Timeouts in seconds: for making a connection, for the first byte of the response, and between two chunks of its
     body."""
 
     connect_s: float
@@ -52,7 +52,7 @@ def address_of(url: str) -> Address:
 
 
 def request_line(method: str, address: Address, target: str) -> bytes:
-    """Returns the request line and the `Host` header. Raises ValueError for a target that would end the request
+    """Returns the request line and the `Host` header line. Raises ValueError for a target that would end the request
     line."""
     return (_cached_request_line if len(target) <= _SHORT_TARGET else _cached_request_line.__wrapped__)(
         method, address, target
@@ -75,11 +75,11 @@ CHUNK_ENDS: Final = (CHUNK_END,)
 
 
 class ChunkWriter(NamedTuple):
-    """A function that forwards one complete HTTP/1.1 chunk including its framing.
+    """A function, `write`, that forwards one complete HTTP/1.1 chunk including its framing; it behaves like
+    `Sink.write`.
 
     It may be called only for a chunk that ends with one of `ends` (each includes the chunk's final line break) and does
-    not contain `mark`. `write` behaves like `Sink.write`. `summary`: gets each chunk after it is forwarded, as one
-    event; None: nothing is counted.
+    not contain `mark`. `summary`: counts each forwarded chunk as one event; None: nothing is counted.
     """
 
     write: Callable[[bytes], bool]
@@ -97,8 +97,8 @@ class Sink(Protocol):
         `write`."""
 
     def chunk_writer(self) -> ChunkWriter | None:
-        """Returns a writer that may be used until the next `write` or `drain`; None if all data must go to `write`.
-        Called after a `write`."""
+        """Called after a `write`. Returns a writer for the following chunks, which may be used until the next `write`
+        or `drain`; None if all data must go to `write`."""
 
     async def drain(self) -> None:
         """Waits until the sink accepts more data. The upstream's idle timer is paused meanwhile."""
@@ -128,7 +128,7 @@ class UpstreamResponse:
         raise NotImplementedError
 
     async def stream_to(self, sink: Sink) -> None:
-        """Writes the body to `sink`. Raises the errors of `chunks` and of the sink."""
+        """Writes the body to `sink`. Raises what `chunks` and the sink raise."""
         async for chunk in self.chunks():
             if not sink.write(chunk):
                 await sink.drain()
@@ -144,29 +144,29 @@ class UpstreamResponse:
 
 
 class ResponseCallback(ABC):
-    """Receives the response to a request that `Upstream.start` sent and no task awaits."""
+    """Receives the response to a request that was sent by `Upstream.start`, so that no task awaits it."""
 
     __slots__ = ()
 
     @abstractmethod
     def on_response(self, status: int, headers: Headers, body: bytes) -> bool:
-        """Handles a complete response that was received in one read. Returns whether the callback has accepted it; if
+        """Called with a complete response that was received in one read. Returns whether the callback accepts it; if
         not, `on_head` is called next."""
 
     def on_head(self, status: int, headers: Headers) -> "Sink | None":
-        """Handles the head of a response. Returns the sink for its body; None if the response needs a task, and
+        """Called with the head of a response. Returns the sink for its body; None if the response needs a task: then
         `on_incomplete` is called next."""
         return None
 
     def on_end(self) -> None:
-        """Handles the end of a response whose complete body the sink has received. If this raises an error,
-        `on_incomplete` is called next."""
+        """Called when the sink has received the complete body. If this raises an error, `on_incomplete` is called
+        next."""
         raise NotImplementedError
 
     @abstractmethod
     def on_incomplete(self) -> None:
-        """Continues the request in a task, because the callback does not accept the response, the sink is full, or the
-        exchange has failed. The task calls `Upstream.request` with the request as `started`."""
+        """Called if the callback does not accept the response, if the sink is full, or if the exchange has failed.
+        Starts a task, which calls `Upstream.request` with this request as `started`."""
 
 
 class PendingRequest(Protocol):
@@ -186,8 +186,9 @@ class Upstream(Protocol):
     def start(
         self, address: Address, message: bytes, callback: ResponseCallback, limits: UpstreamTimeouts | None = None
     ) -> PendingRequest | None:
-        """Sends a complete request, from its `request_line` to its body, at once over a pooled connection. Returns None
-        and sends nothing if no connection is pooled or the message is long. `limits` replace those of the client."""
+        """Sends a complete request, from its `request_line` to its body, at once over a pooled connection. `callback`
+        gets the response. Returns None and sends nothing if no connection is pooled or the message is long. `limits`
+        replace those of the client."""
 
     def request(
         self,
@@ -201,13 +202,14 @@ class Upstream(Protocol):
         started: PendingRequest | None = None,
         limits: UpstreamTimeouts | None = None,
     ) -> AbstractAsyncContextManager[UpstreamResponse]:
-        """Returns the context manager that sends a request and yields its response.
+        """Returns a context manager that sends a request and yields its response.
 
         Raises UpstreamConnectError, UpstreamTimeoutError or UpstreamError, also from within the block.
 
-        `target`: path and query. `head`: header lines without those of framing (see `headers.lines`). `watch` is called
-        with the idle timer of each attempt, so that the timeout can be shortened when the replica is lost. `started`: a
-        request that `start` returned, to continue it. `limits` replace the client's own, except for `connect_s`.
+        `target`: path and query. `head`: header lines, without those for framing (see `headers.lines`). `watch` is
+        called with the idle timer of each connection that is tried, so that its timeout can be shortened when the
+        replica is lost. `started`: a request that `start` returned, to continue it. `limits` replace the client's own,
+        except for `connect_s`.
 
         If the block is left early, the connection is closed, which tells the engine that the client has disconnected.
         """

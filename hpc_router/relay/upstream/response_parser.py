@@ -1,8 +1,8 @@
 """Parses one response: bytes to head, body chunks and end. No I/O.
 
-llhttp (through httptools) does the parsing. It is strict by default: bare LF, two lengths, a length with chunks, folded
-or malformed headers and bad chunk sizes are errors. This module also rejects other protocol versions, other transfer
-codings and protocol switches, and limits the size of heads, trailers and chunk extensions.
+llhttp (through httptools) does the parsing. It is strict by default and refuses bare LF, two lengths, a length together
+with chunks, folded or malformed headers, and bad chunk sizes. This module also rejects other protocol versions, other
+transfer codings and protocol switches, and limits the size of heads, trailers and chunk extensions.
 """
 
 from functools import lru_cache
@@ -73,7 +73,7 @@ class ResponseParser:
         self.parse(data)
 
     def take(self, head: "CachedHead", body: bytes, _id: bytes = b"") -> None:
-        """Stores a complete response whose head was found in the cache."""
+        """Stores a complete response: its `head`, which was found in the cache, and its `body`."""
         self.status, self.headers, self.keep_alive = head
         self.length = len(body)
         if body:
@@ -91,8 +91,8 @@ class ResponseParser:
         return data[size:]
 
     def _take_chunk(self, data: bytes) -> bool:
-        """Stores the data after a cached head if it is a complete chunk, the last chunk, or both; this needs no HTTP
-        parser. Returns False for any other data."""
+        """Stores the data after a cached head, without the HTTP parser, if it is one complete chunk, the last chunk, or
+        both. Returns False, and stores nothing, for any other data."""
         size = len(data)
         if data.endswith(_LAST_CHUNK) and (size == len(_LAST_CHUNK) or data[size - 7 : size - 5] == b"\r\n"):
             size -= len(_LAST_CHUNK)
@@ -130,7 +130,8 @@ class ResponseParser:
                 raise UpstreamError(f"the replica sent more than {MAX_HEAD_BYTES} bytes of headers")
 
     def feed_eof(self) -> None:
-        """Handles the end of the connection. Raises UpstreamError if the response is incomplete."""
+        """Handles the end of the connection, which may end the body. Raises UpstreamError if the response is
+        incomplete."""
         if self.complete:
             return
         if not self.status:
@@ -245,8 +246,8 @@ cached_response: Final = _HEADS.lookup
 
 @lru_cache(maxsize=2**14)
 def chunk_prefix(length: int) -> bytes:
-    """Returns the size line of an HTTP chunk that has `length` bytes in all, with its size line and line breaks. The
-    size is never 0, so the last chunk of a body is not recognised by such a line."""
+    """Returns the size line of the HTTP chunk that has `length` bytes in all: size line, data and line breaks. No chunk
+    with data has the size 0, so this line is never that of a body's last chunk."""
     for digits in range(1, 8):
         size = length - digits - 4
         prefix = b"%x\r\n" % max(0, size)

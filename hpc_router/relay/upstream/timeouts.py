@@ -1,9 +1,9 @@
 """Idle timer of an exchange with an upstream server.
 
 The timer runs only while data from the upstream is awaited, so that a slow client does not cause a timeout. Every event
-of a stream restarts the timer, which must be cheap: a restart only stores the new deadline, and a timer that fires too
-early is scheduled again. Setting `activity` instead is even cheaper; the timeout then occurs after one to two times the
-limit.
+of a stream restarts the timer. A restart must therefore be cheap: it only stores the new deadline, and a timer that
+fires too early is scheduled again. Setting `activity` instead of a restart is even cheaper; the timeout then comes
+after one to two times the limit.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 
 class IdleTimer:
-    """A timer that calls `on_timeout` when the upstream has sent nothing for longer than the limit.
+    """Calls `on_timeout` when the upstream has sent nothing for longer than the limit.
 
     One object serves all exchanges of a connection (`begin`), and most of them reuse the scheduled timer. `expired`:
     whether the timeout has occurred in this exchange.
@@ -57,14 +57,14 @@ class IdleTimer:
         self._deadline = None
 
     def end(self) -> None:
-        """Cancels the timer. There will be no other exchange."""
+        """Cancels the timer for good, because the connection has no further exchange."""
         self._deadline = None
         self.on_timeout = _ignore
         if self._timer is not None:
             self._timer.cancel()
 
     def tighten(self, limit_s: float) -> None:
-        """Sets the deadline to `limit_s` seconds from now. A later restart in this exchange gets this limit at most."""
+        """Sets the deadline to `limit_s` seconds from now. For the rest of the exchange, this is the longest limit."""
         self._max_s = limit_s
         self.activity = False
         if self._deadline is not None and not self.expired:
@@ -91,4 +91,4 @@ class IdleTimer:
 
 
 def _ignore() -> None:
-    """Does nothing. It replaces the old callback, to drop the reference to it."""
+    """Does nothing. `end` sets it as `on_timeout`, so that the timer no longer refers to its owner."""

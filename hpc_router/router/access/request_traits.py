@@ -1,5 +1,5 @@
-"""The properties of a request that its user's limits and the scheduling depend on. They are read from its path and
-body, and only where a limit uses them."""
+"""The properties of a request on which its user's limits and the scheduling depend. They are read from the request's
+path and body, and only where a limit needs them."""
 
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -23,7 +23,8 @@ class RequestTraits(NamedTuple):
 
 
 def traits_of(path: str, fields: Mapping[str, Any], *, user: str) -> RequestTraits:
-    """Returns the traits of a request. `fields`: its body. Values that an engine would refuse count as missing."""
+    """Returns the traits of a request by `user`. `fields`: its body; a value that an engine would refuse counts as
+    missing."""
     if path not in _GENERATE:
         return RequestTraits(user, False)
     choices = 1

@@ -1,9 +1,9 @@
 """What a user's token allows: its experts, and the limits of its requests over all workers. No I/O.
 
-A request is charged before it gets a place: it counts as one request of the present minute, as one in flight, and
-reserves the tokens that it may generate. At its end, the reservation is replaced by the tokens that it has generated.
-One `Charge` ends once, however the request ends. The counts of the workers are in shared memory (see `window_count`);
-they start at 0 when a router starts.
+A request is charged before it gets a place on a replica: it counts as one request of the present minute, as one in
+flight, and reserves the number of tokens that it may generate. At its end, the number that it has generated replaces
+the reserved one. A `Charge` ends exactly once, however the request ends. The counts of the workers are in shared memory
+(see `window_count`); they start at 0 when a router starts.
 """
 
 import time
@@ -31,7 +31,7 @@ _TOKENS: Final = 2 * SLOTS
 
 
 class TokenSource(StrEnum):
-    """Where the number of generated tokens comes from."""
+    """How the number of a response's generated tokens is known."""
 
     __hash__ = str.__hash__  # written in C, while the hash of an enum is Python code
 
@@ -41,7 +41,8 @@ class TokenSource(StrEnum):
 
 
 class OutputLengths:
-    """The median number of generated tokens of each expert's last responses, as this worker saw them."""
+    """By expert, the median number of generated tokens of the last responses that this worker relayed. It is reserved
+    for a request without `max_tokens`."""
 
     __slots__ = ("_medians", "_samples")
 
@@ -66,8 +67,8 @@ class OutputLengths:
 
 
 class Charge:
-    """What one request has taken of its token's limits. `reserved`: tokens reserved in `window`, for `choices`
-    responses. `counted`: whether the generated tokens count, because the token has a limit for them."""
+    """What one request has taken of its token's limits. `reserved`: number of tokens reserved in the minute `window`,
+    for `choices` responses. `counted`: whether the token has a limit for generated tokens, so that they are counted."""
 
     __slots__ = ("_access", "_choices", "_window", "counted", "expert", "reserved")
 
@@ -82,8 +83,8 @@ class Charge:
         self.counted = counted
 
     def end(self, generated: int | None) -> None:
-        """Gives the place back, and replaces the reservation by `generated` tokens; None: the reservation stays. Later
-        calls have no effect."""
+        """Counts the request as no longer in flight, and replaces the reserved number of tokens by `generated`; with
+        None, the reserved number stays charged. Later calls have no effect."""
         access, self._access = self._access, None
         if access is None:
             return
@@ -96,7 +97,8 @@ class Charge:
 
 class UserAccess:
     """What one user's token allows, and its counts in one worker. `expires_at`: Unix seconds; 0 once the token is
-    revoked. The worker writes its counts to `cells` and reads those of the other workers from `peers`."""
+    revoked. The worker writes its counts to `cells` and reads those of the other workers from `peers`. `lengths`:
+    lengths of responses, from which the tokens to reserve are estimated."""
 
     __slots__ = (
         "_in_flight", "_in_flight_at", "_left", "_mean_s", "_requests_at", "_since", "cells", "clock", "experts",
@@ -112,7 +114,7 @@ class UserAccess:
         self.renew(token)
 
     def renew(self, token: UserToken) -> None:
-        """Takes over experts, limits and expiry from a newer entry of the same token. The counts stay."""
+        """Takes experts, limits and expiry from `token`, a newer entry of the same token. The counts stay."""
         self.token = token
         self.revoked = False
         self.expires_at = float("inf") if token.expires_at is None else token.expires_at
@@ -131,11 +133,12 @@ class UserAccess:
             )
 
     def allowed(self, experts: Collection[str]) -> Collection[str]:
-        """Returns those of the experts that the token may use."""
+        """Returns those of `experts` that the token may use."""
         return experts if self.experts is None else self.experts.intersection(experts)
 
     def charge(self, path: str, fields: Mapping[str, Any], expert: str) -> Charge:
-        """Counts a request to the expert. Raises RateLimitedError, and counts nothing, if that would exceed a limit."""
+        """Counts a request to the expert, and returns its charge. `fields`: the request's body. Raises
+        RateLimitedError, and counts nothing, if a limit would be exceeded."""
         cells, peers, limits, now = self.cells, self.peers, self.token.limits, self.clock()
         self._in_flight = in_flight = self._in_flight + 1
         cells[self._in_flight_at] = in_flight
@@ -174,8 +177,8 @@ class UserAccess:
         self._left += 1
 
     def _wait_s(self, now: float) -> float:
-        """Returns the expected time in seconds until a request of this token ends: the mean time between two ends in
-        the present interval of `RATE_WINDOW_S`, or in an earlier one if none has ended in it."""
+        """Returns the expected time in seconds until one of the token's requests in flight ends: the mean time between
+        two ends in the present interval of `RATE_WINDOW_S` or, if none has ended in it, in an earlier interval."""
         elapsed_s = now - self._since
         if self._left:
             self._mean_s = elapsed_s / self._left
@@ -242,7 +245,7 @@ class UserTokens:
         return self._by_id.get(token_id)
 
     def find(self, text: str) -> UserAccess | None:
-        """Returns the access of the token whose text is `text`, even if the token has expired; None if there is no such
+        """Returns what the token with the text `text` allows, even if it has expired; None if there is no such
         token."""
         found = find_token(text, self._entries)
         return None if found is None else self._by_id[found.id]

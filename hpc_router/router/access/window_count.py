@@ -1,10 +1,10 @@
 """Counts per minute that the workers of a router share without a lock.
 
 Each worker has one cell per count, which only it writes; the count is the sum over all workers. A cell holds the number
-of its minute and the count within that minute, so that a cell of an earlier minute counts as 0 and is never cleared. A
-worker first adds to its own cell and then reads those of the others, which see its addition long before it has read
-them. If the sum exceeds the limit, the worker takes its addition back. When several workers compete for the last place,
-at most one gets it: the limit is never exceeded, but sometimes all of them are refused.
+of a minute (the window) and the count within it, so a cell of an earlier minute counts as 0 and need not be cleared. A
+worker first adds to its own cell and then reads those of the others; so of two workers that add at the same time, at
+least one sees the other's addition. If the sum exceeds the limit, the worker takes its addition back. When several
+workers compete for the last place, at most one gets it: the limit is never exceeded, but sometimes all are refused.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ MAX_COUNT: Final = 2**_SHIFT - 1
 
 
 def window_at(now: float) -> int:
-    """Returns the number of the window at `now` (seconds of the monotonic clock, which all processes of a node
-    share)."""
+    """Returns the number of the window (minute) at `now`, in seconds of the monotonic clock, which all processes of a
+    node share."""
     return int(now // WINDOW_S)
 
 
@@ -31,9 +31,9 @@ def left_s(now: float) -> float:
 
 
 def try_add(cells: Cells, peers: Sequence[Cells], at: int, window: int, amount: int, limit: int) -> int | None:
-    """Adds `amount` to this worker's cell `at` if the sum over all workers stays within `limit`, else nothing. Returns
-    the window to which it was added: `window`, or a later one if another worker has already counted in a later one.
-    Returns None if nothing was added."""
+    """Adds `amount` to this worker's cell with the index `at` if the sum over all workers stays within `limit`.
+    `window`: the present window. Returns the window to which the amount was added, which is a later one if another
+    worker has already counted in that; None if nothing was added."""
     while True:
         cell = cells[at]
         own = cell & MAX_COUNT if cell >> _SHIFT == window else 0
@@ -57,9 +57,9 @@ def try_add(cells: Cells, peers: Sequence[Cells], at: int, window: int, amount: 
 
 
 def settle(cells: Cells, at: int, added_in: int, window: int, difference: int) -> None:
-    """Adds `difference` to an amount that `try_add` has added in the window `added_in`. `window`: the present window.
-    If that is a later one, a positive difference is added there, and a negative one has no effect, because the amount
-    has expired with its window."""
+    """Corrects an amount that `try_add` has added in the window `added_in`: adds `difference`. `window`: the present
+    window. If it is a later one, a positive difference is added to it, and a negative one has no effect, because the
+    amount has expired with its own window."""
     cell = cells[at]
     of = max(window, cell >> _SHIFT)
     if difference < 0 and of != added_in:

@@ -27,8 +27,8 @@ CHECK_S: Final = 1.0
 
 @dataclass(slots=True)
 class CertificateWatcher:
-    """A watcher that calls `on_change` with a new certificate, in PEM. `certificate`: the present one, from the
-    router's record; with None, the router serves HTTP, and nothing is watched."""
+    """Calls `on_change` with the new certificate, in PEM, when it has been renewed. `certificate`: the present one, as
+    in the router's record; None if the router serves HTTP, so that nothing is watched."""
 
     config: RouterConfig
     certificate: str | None
@@ -39,7 +39,7 @@ class CertificateWatcher:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Checks the files within the block."""
+        """Checks the files repeatedly within the block."""
         if self.certificate is None or self.config.tls_cert is None or self.config.tls_key is None:
             yield
             return
@@ -59,8 +59,8 @@ class CertificateWatcher:
             await asyncio.sleep(CHECK_S)
 
     def _changed(self) -> str | None:
-        """Returns the certificate if the files have changed and fit together. Raises ConfigError, once per change, if
-        they do not."""
+        """Returns the new certificate if the files have changed and fit together, else None. If they do not fit, raises
+        ConfigError, once per change."""
         assert self.config.tls_cert is not None
         assert self.config.tls_key is not None
         cert, key = Path(self.config.tls_cert), Path(self.config.tls_key)

@@ -32,8 +32,8 @@ CHECK_S: Final = 1.0
 
 @dataclass(slots=True)
 class ConfigWatcher:
-    """A watcher of the files that calls `on_change` with the new deployment and its policy. `base`: the deployment that
-    the router was started with. `trouble`: why the last change was not applied; None if it was."""
+    """Calls `on_change` with the new deployment and its policy when one of the watched files has changed. `base`: the
+    deployment that the router was started with. `trouble`: why the last change was not applied; None if it was."""
 
     run: RunDir
     base: Deployment
@@ -52,7 +52,7 @@ class ConfigWatcher:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Checks the files within the block."""
+        """Checks the files repeatedly within the block."""
         async with background("config watcher", self._check_forever, self.on_failure):
             yield
 
@@ -80,8 +80,8 @@ class ConfigWatcher:
         self.on_change(deployment, policy)
 
     def _load(self) -> tuple[Deployment, Policy]:
-        """Loads the deployment and its policy. The stamps are taken before the files are read, so that no change is
-        missed."""
+        """Returns the deployment and its policy, loaded from the files. Notes the files' stamps before it reads them,
+        so that a change during the reading is found by the next check."""
         desired = stamp_at(self.run.desired)
         deployment = with_desired(self.base, self.run.read_desired())
         self._folders = artefact_folders(self.run, deployment)

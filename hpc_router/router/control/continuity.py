@@ -1,8 +1,8 @@
-"""Measures how long experts have no ready replica, and counts how often a successor was ready when a replica reached
-the end of its walltime, and how often not.
+"""Measures how long experts have no ready replica. Also counts the replicas that reached the end of their walltime, by
+whether a successor was ready then.
 
-`update` is called after changes of the replica table, once for all changes in one step of the event loop. An expert is
-measured from the first time that it was ready in this router. No I/O.
+`update` is called after changes of the replica table, once for all changes in one step of the event loop. The
+measurement of an expert begins when it is ready for the first time in this router. No I/O.
 """
 
 import time
@@ -21,8 +21,8 @@ MAX_COUNTED: Final = 200
 
 @dataclass(slots=True)
 class Continuity:
-    """The measurements by expert. A replica that stops being ready with at most `near_end_s` seconds of walltime left
-    counts as having reached its end."""
+    """The measurements by expert. A replica has reached its end if it stops being ready with at most `near_end_s`
+    seconds of walltime left, or with a successor ready."""
 
     near_end_s: float
     clock: Callable[[], float] = time.monotonic
@@ -40,7 +40,7 @@ class Continuity:
 
     def update(self, table: ReplicaTable, *, unwanted: Collection[str] = ()) -> None:
         """Updates the measurements to the present states in `table`. `unwanted`: experts that should have no replica;
-        their time without one does not count."""
+        their time without a replica is not measured."""
         now = self.clock()
         ready = {r.name: r for r in table.all() if r.state is RoutingState.READY}
         experts = {expert for replica in ready.values() for expert in replica.record.serves}
@@ -57,12 +57,12 @@ class Continuity:
         self._ready = ready
 
     def unready_s(self, expert: str) -> float:
-        """Returns the seconds that the expert was without a ready replica, up to now."""
+        """Returns for how many seconds the expert has had no ready replica so far, in total."""
         since = self._unready_since.get(expert)
         return self._unready_s.get(expert, 0.0) + (0.0 if since is None else self.clock() - since)
 
     def dump(self) -> dict[str, Any]:
-        """Returns the counts as JSON values, for the router that replaces this one."""
+        """Returns the counts as JSON values, for the successor of this router."""
         return {
             "unready_s": {expert: self.unready_s(expert) for expert in self._unready_s},
             "handovers": [[*labels, count] for labels, count in self.handovers.items()],
@@ -70,8 +70,8 @@ class Continuity:
         }
 
     def absorb(self, dumped: Mapping[str, Any]) -> None:
-        """Adds all counts of a predecessor, from its `dump`. Called once; `follow` adds what the predecessor counts
-        afterwards."""
+        """Adds all counts of this router's predecessor, as returned by its `dump`. Called once; `follow` adds what the
+        predecessor counts afterwards."""
         for expert, seconds in dumped.get("unready_s", {}).items():
             self._unready_s[expert] = self._unready_s.get(expert, 0.0) + seconds
         for expert, outcome, count in dumped.get("handovers", ()):
@@ -82,8 +82,8 @@ class Continuity:
         self._remember(counted)
 
     def follow(self, dumped: Mapping[str, Any]) -> None:
-        """Adds the handovers in a predecessor's `dump` that were not counted here yet, neither by an earlier call nor
-        by this router."""
+        """Adds those handovers in a predecessor's `dump` that neither an earlier call nor this router itself has
+        counted."""
         counted: Mapping[str, list[list[str]]] = dumped.get("counted", {})
         new = {replica: labels for replica, labels in counted.items() if replica not in self.counted}
         self.handovers.update((expert, outcome) for labels in new.values() for expert, outcome in labels)
@@ -114,9 +114,9 @@ class Continuity:
         yield from (unready, handovers, expires)
 
     def _count_handover(self, replica: Replica, ready: dict[str, Replica], *, left: bool) -> None:
-        """Counts the end of a replica that is not ready any more, if it drains or has left the table, and a successor
-        is ready or its walltime is nearly over. `ready`: the ready replicas by name; `left`: whether the replica has
-        left the table."""
+        """Counts a handover for a replica that is not ready any more, under two conditions: the replica drains or has
+        left the table (`left`), and a successor is ready or the replica's walltime is nearly over. `ready`: the ready
+        replicas by name."""
         expires_at = replica.record.expires_at
         if expires_at is None or not (left or replica.state is RoutingState.DRAINING) or replica.name in self.counted:
             return

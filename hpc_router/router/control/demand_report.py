@@ -1,7 +1,7 @@
-"""Writes the demand at this router for the control loop (`state.demand`).
+"""Writes the demand for each expert at this router to a file, which the control loop reads (`state.demand`).
 
-A request counts as demand for the expert that it was meant for: in flight or waiting, and also if it was refused or
-another expert served it because this one had no replica.
+A request counts as demand for the expert that was chosen for it, while it waits or is in flight. It also counts if no
+replica of that expert was ready, so that it was refused or another expert served it.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DemandCounts:
-    """What the workers have counted. `requests`: by expert, a number that grows with every request for it. `rates`: the
-    rates at which requests leave the experts' queues."""
+    """What all workers have counted. `requests`: by expert, a number that grows with every request for it; `rates`: the
+    rates at which requests leave the experts' queues for a replica."""
 
     requests: Mapping[str, int]
     rates: Mapping[str, DepartureRate]
 
 
 def counts_by_expert(dumps: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Returns the number of finished requests and of cold starts by expert, from dumped metrics."""
+    """Returns, by expert, the number of finished requests plus that of cold starts. `dumps`: the workers' metrics."""
     counts: dict[str, int] = {}
     for dump in dumps:
         for key in ("requests", "cold_starts"):
@@ -48,7 +48,7 @@ def counts_by_expert(dumps: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 @dataclass(slots=True)
 class DemandReport:
-    """The report of one router. `counts` is called at each report."""
+    """Measures and writes the demand at one router. `router`: its name. `counts`: returns the counts of the workers."""
 
     run: RunDir
     router: str
@@ -61,7 +61,7 @@ class DemandReport:
     _written: RouterDemand | None = None
 
     async def report_forever(self) -> None:
-        """Writes the file whenever the demand has changed, at most once per `cluster.reconcile_s`."""
+        """Writes the demand to the router's file whenever it has changed, at most once per `cluster.reconcile_s`."""
         before = await self.files.run(partial(read_json, demand_path(self.run, self.router)))
         self._resume(before)
         await self.files.run(partial(_remove_old, self.run, self.router))
@@ -76,7 +76,7 @@ class DemandReport:
             await asyncio.sleep(self.deployment.cluster.reconcile_s)
 
     def measure(self, now: float) -> RouterDemand:
-        """Returns the demand now. `now`: Unix seconds."""
+        """Returns the present demand. The requests of adapters count for their host. `now`: Unix seconds."""
         counted, table = self.counts(), self.table
         table.refresh_peer_counts(table.all())
         experts: dict[str, ExpertDemand] = {}
@@ -97,7 +97,8 @@ class DemandReport:
         return RouterDemand(experts, replicas)
 
     def _resume(self, before: Mapping[str, Any] | None) -> None:
-        """Continues the report of a control process that has ended."""
+        """Takes over the times of the last requests from the router's file (`before`), which an earlier control process
+        of this router has written; None if there is no file."""
         try:
             last = None if before is None else RouterDemand.from_json(before)
         except ValueError:
@@ -108,13 +109,13 @@ class DemandReport:
 
 
 def _write(run: RunDir, router: str, demand: RouterDemand) -> None:
-    """Writes the file. Creates the folder in a run that an earlier version has made."""
+    """Writes the demand to the file of `router`. Creates the folder if the run was made by a version without it."""
     make_private_folder(run.demand)
     replace_json(demand_path(run, router), demand.to_json())
 
 
 def _remove_old(run: RunDir, router: str) -> None:
-    """Removes the files of earlier routers, except the last one, which may still serve."""
+    """Removes the demand files of earlier routers, except that of the last one before this, which may still serve."""
     generation = split_replica(router)[2]
     for path in run.demand.glob("*.json"):
         with suppress(RegistryError, OSError):

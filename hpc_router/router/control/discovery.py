@@ -2,8 +2,8 @@
 
 The registry says which replicas exist. A probe says whether the process there answers and is the expected one: an agent
 proves its key (`prober`). An external endpoint counts as alive after any HTTP response, to a probe or to a request. If
-it takes connections but sends no response, it may be slow or hang; it is used as long as no other replica serves its
-experts.
+it accepts connections but sends no response, it may be slow or hang; it is then used only while no other replica serves
+its experts.
 
 A replica whose heartbeats stop is not ejected while its probes succeed, because then only its file system has stalled.
 A replica leaves the table when its owner withdraws its record. This module does not know the workers.
@@ -59,9 +59,9 @@ class Beats:
 class _ReplicaWatch:
     """The probe task of one endpoint, and the data that it uses.
 
-    `recheck` is set to request a probe now. `served_at`: time at which the replica last answered a request.
-    `answer_s`: duration in seconds of its last answer to a probe.
-    `task_failures`: for each background task of its agent, the number of failures at the last probe.
+    `recheck` is set to make the task probe now. `served_at`: time at which the replica last answered a request.
+    `answer_s`: duration in seconds of the last probe that the replica answered. `task_failures`: by background task of
+    the replica's agent, the number of its failures that the last probe reported.
     """
 
     task: asyncio.Task[None]
@@ -74,8 +74,8 @@ class _ReplicaWatch:
 
 @dataclass(slots=True)
 class Discovery:
-    """Discovers and probes the replicas within `async with`. It owns one background task for the registry and one per
-    endpoint. `on_snapshot` is called with all records after each read of the registry."""
+    """Discovers and probes the replicas within `async with`. It runs one background task for the registry and one per
+    endpoint. `on_snapshot` is called with all records after each reading of the registry."""
 
     run: RunDir
     config: RouterConfig
@@ -142,7 +142,7 @@ class Discovery:
         self.recheck(replica)
 
     def request_failed(self, replica: Replica, trouble: str) -> None:
-        """Records that a request got an error or no response from the replica, and probes it soon."""
+        """Records that a request got an error response or none from the replica, and probes the replica soon."""
         replica.recent_error, replica.trouble = True, trouble
         self._record(replica, Incident.ERROR)
         self.recheck(replica)
@@ -158,8 +158,7 @@ class Discovery:
         self.recheck(replica)
 
     def served(self, name: str) -> None:
-        """Records that the replica `name` has answered at least one request since the last call of this method for
-        it."""
+        """Records that the replica `name` has answered requests recently. The caller counts them in intervals."""
         if watch := self._watches.get(name):
             watch.served_at = self.clock()
 
@@ -169,7 +168,7 @@ class Discovery:
             watch.recheck.set()
 
     def is_silent(self, replica: Replica) -> bool:
-        """Returns whether the replica's beats have stopped. An endpoint without beats is never silent."""
+        """Returns whether the replica's heartbeats have stopped. False for an endpoint that sends none."""
         watch = self._watches.get(replica.name)
         if watch is None or replica.record.beat_s is None:
             return False
@@ -252,9 +251,9 @@ class Discovery:
         return base * random.uniform(0.8, 1.2)  # spreads the probes of many replicas
 
     async def _judge(self, replica: Replica) -> None:
-        """Probes the replica and applies the result to its state. For an external endpoint, an unanswered probe has no
-        effect if the endpoint has answered requests since the start of the probe. An external endpoint that takes the
-        connection but sends no response can be ejected only if each of its experts has another ready replica."""
+        """Probes the replica and applies the result to its state. External endpoints are judged more mildly: an
+        unanswered probe has no effect if the endpoint has answered requests since the probe began, and one that accepts
+        the connection but sends no response is ejected only if each of its experts has another ready replica."""
         started_at, watch = self.clock(), self._watches[replica.name]
         assert self._prober is not None
         result = await self._prober.probe(replica, external_s=self._external_limit_s(replica, watch))
@@ -282,8 +281,8 @@ class Discovery:
 
     def _external_limit_s(self, replica: Replica, watch: _ReplicaWatch) -> float:
         """Returns how long a probe waits for the response of an external endpoint, in seconds: `EXTERNAL_PROBE_S`, or
-        twice the duration of the last response if that is longer. An endpoint that is not ready gets more time if each
-        of its experts has another ready replica."""
+        twice the duration of the last answered probe if that is longer. The limit is larger for an endpoint that is not
+        ready while each of its experts has another ready replica."""
         slow = replica.state is not RoutingState.READY and self._is_dispensable(replica)
         return max(EXTERNAL_PROBE_S * (_SLOW if slow else 1), 2 * watch.answer_s)
 
@@ -305,7 +304,7 @@ class Discovery:
                 self.on_agent_failure(replica, task, more, error)
 
     def _record(self, replica: Replica, incident: Incident) -> None:
-        """Counts the incident in the replica's health; ejects or excludes the replica if the verdict says so."""
+        """Counts the incident for the replica's health; ejects or excludes the replica if that is the verdict."""
         now = self.clock()
         spare = incident is Incident.ERROR and all(self._can_spare(replica, e, now) for e in replica.record.serves)
         match replica.health.record(incident, now=now, rules=self._rules, spare=spare):

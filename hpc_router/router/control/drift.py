@@ -20,7 +20,8 @@ _UNCERTAIN: Final = (RouteReason.LOW_MARGIN.value, RouteReason.OUT_OF_DOMAIN.val
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """The measured drift. A value is None if the training record lacks the value that it would be compared with."""
+    """The measured drift. `cluster_distance`, `trained_low_margin_share`: None if the artefact's record of its training
+    lacks the value that they need."""
 
     decisions: int
     cluster_distance: float | None
@@ -47,8 +48,8 @@ class Drift:
 
 
 def drift(counted: Counted, *, artefact: str, training: Mapping[str, Any]) -> Drift | None:
-    """Returns the drift of the counted decisions of `artefact` from its `training` record; None before the first
-    decision."""
+    """Returns how far the decisions of `artefact` differ from its training; None if it has made none. `counted`: number
+    of decisions by artefact, cluster and reason; `training`: the artefact's record of its training."""
     clusters: dict[str, int] = {}
     low = total = 0
     for (version, cluster, reason), count in counted:
@@ -70,7 +71,7 @@ def drift(counted: Counted, *, artefact: str, training: Mapping[str, Any]) -> Dr
 
 
 def _distance(counts: Mapping[str, int], total: int, trained: Mapping[str, float]) -> float:
-    """Returns the total variation distance between the counts, of which `total` is the sum, and the shares in
-    `trained`."""
+    """Returns the total variation distance between the shares in `trained` and those in `counts`, whose sum is
+    `total`."""
     names = counts.keys() | trained.keys()
     return 0.5 * sum(abs(counts.get(name, 0) / total - trained.get(name, 0.0)) for name in names)

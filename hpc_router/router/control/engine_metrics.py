@@ -1,8 +1,8 @@
-"""Reads the metrics of the engines, once for the whole router, every `READ_S` seconds.
+"""Reads the metrics of the engines every `READ_S` seconds, once for the whole router.
 
-The agents pass their engine's metrics through. The load of each engine is stored on its replica, from where it reaches
-`/metrics`, `/status` and, with the replica snapshot, the workers. External endpoints are not asked: they may belong to
-others. All engines are read one after another in a burst, so that the workers get one snapshot for all of them.
+The agents pass their engine's metrics through. The load of each engine is stored on its `Replica`, from where it
+reaches `/metrics`, `/status` and, with the replica snapshot, the workers. External endpoints are not asked, because
+they may belong to other people. All engines are read in one burst, so that the workers get one snapshot with all loads.
 """
 
 import asyncio
@@ -32,8 +32,9 @@ AT_ONCE: Final = 8
 
 @dataclass(slots=True)
 class EngineLoads:
-    """The readings of all engines, and the tokens that their prefix caches had, by expert. An expert is the owner of
-    the job; adapters count for their host. `on_read` is called after each burst that has changed a load."""
+    """Reads the loads of all engines, and adds up what their prefix caches did, by expert. The expert of an engine is
+    the one that owns its job, so that adapters count for their host. `on_read` is called after each burst that changed
+    a load. `prefix_queries`, `prefix_hits`: number of prompt tokens, and how many of them were in a prefix cache."""
 
     table: ReplicaTable
     on_read: Callable[[], None]
@@ -49,7 +50,7 @@ class EngineLoads:
                 await asyncio.sleep(READ_S)
 
     async def read(self, client: aiohttp.ClientSession) -> None:
-        """Reads all ready engines once."""
+        """Reads the metrics of all ready engines once, `AT_ONCE` engines at a time."""
         asked = [r for r in self.table.all() if r.record.kind is RecordKind.EXPERT and r.state is RoutingState.READY]
         before = [replica.engine_load for replica in asked]
         places = asyncio.Semaphore(AT_ONCE)
@@ -76,9 +77,9 @@ class EngineLoads:
         self.learn(replica, load)
 
     def learn(self, replica: Replica, load: EngineLoad | None) -> None:
-        """Stores the load of the replica's engine, and adds what its prefix cache had since the last reading. A
-        counter that has become smaller is that of a new engine process. What an engine counted before the first reading
-        does not count, since an earlier router may have counted it."""
+        """Stores the load of the replica's engine; None if it could not be read. Adds the increase of its prefix
+        cache's counters to the sums of its expert. The first reading adds nothing, as an earlier router may have
+        counted that. A counter that has become smaller belongs to a new engine process, and is added in full."""
         replica.engine_load = load
         if load is None:
             return
@@ -93,7 +94,7 @@ class EngineLoads:
                 sums[expert] = sums.get(expert, 0.0) + (new if old is None or new < old else new - old)
 
     def metrics(self) -> Iterator[Metric]:
-        """Yields the sums of each expert's engines."""
+        """Yields metrics with the loads and the sums of each expert's engines, for `/metrics`."""
         running = GaugeMetricFamily(
             "hpc_router_engine_requests_running", "Requests that the expert's engines compute.", labels=("expert",)
         )

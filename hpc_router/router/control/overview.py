@@ -38,8 +38,8 @@ Requests = Mapping[tuple[str, str, str], int]
 
 @dataclass(frozen=True, slots=True)
 class CounterSample:
-    """The counters at one time. `first_byte`, `queued` and `token_time`: the counts of each bucket of the histograms,
-    by expert."""
+    """The values of the router's counters at one time. `first_byte`, `queued`, `token_time`: the histograms of these
+    times, by expert, as one count per bucket."""
 
     at: float
     requests: Requests
@@ -61,13 +61,13 @@ EMPTY: Final = CounterSample(0.0, {}, {}, {}, {}, {})
 
 @dataclass(slots=True)
 class Traffic:
-    """The samples of the last `WINDOW_S` seconds, the oldest first."""
+    """Rates and latencies over the last `WINDOW_S` seconds, from samples of the counters."""
 
     _samples: deque[CounterSample] = field(default_factory=deque)
 
     def add(self, sample: CounterSample) -> None:
-        """Adds a sample. First drops the older samples if the last one is more than `WINDOW_S` old, or if a counter has
-        become smaller because a worker's counts were lost."""
+        """Adds a sample. First drops all earlier samples if the last one is more than `WINDOW_S` old, or if a counter
+        has become smaller because a worker's counts were lost."""
         if self._samples:
             before = self._samples[-1]
             if sample.at - before.at > WINDOW_S or _shrank(before, sample):
@@ -83,7 +83,7 @@ class Traffic:
         return elapsed_s or None
 
     def of_expert(self, expert: str) -> dict[str, Any]:
-        """Returns the rates per second and the latencies in seconds; null if they are unknown."""
+        """Returns the expert's request rates per second and latencies in seconds; None for an unknown value."""
         first, last = self._ends()
         answered = failed = 0
         for key, count in last.requests.items():
@@ -101,8 +101,8 @@ class Traffic:
         }
 
     def routes(self) -> list[dict[str, Any]]:
-        """Returns the number of requests for each expert and reason of its choice, the largest first. They are counted
-        in the window; with only one sample, since the start of the router."""
+        """Returns the number of requests by expert and by the reason why it was chosen, the largest number first. They
+        are counted within the window; with only one sample, since the start of the router."""
         first, last = self._ends()
         counts: dict[tuple[str, str], int] = {}
         for key, count in last.requests.items():
@@ -125,8 +125,8 @@ def _shrank(before: CounterSample, now: CounterSample) -> bool:
 def _quantiles(
     before: Sequence[int] | None, now: Sequence[int] | None, bounds: Sequence[float] = LATENCY_BOUNDS_S
 ) -> dict[str, float] | None:
-    """Returns the median and the 99th percentile in seconds of the values that a histogram with these bucket `bounds`
-    got between two states of its buckets, `before` and `now`; None if it got none."""
+    """Returns the median and the 99th percentile in seconds of the values that were added to a histogram; None if there
+    were none. `before`, `now`: the counts of its buckets before and after; `bounds`: the bounds of the buckets."""
     if now is None:
         return None
     added = [b - a for a, b in zip(before or [0] * len(now), now, strict=True)]
@@ -136,8 +136,8 @@ def _quantiles(
 
 
 def _quantile(counts: Sequence[int], share: float, bounds: Sequence[float]) -> float:
-    """Returns a quantile in seconds. Values are taken as evenly spread within a bucket, as Prometheus's
-    `histogram_quantile` does; those above the last bound count as the last bound."""
+    """Returns the quantile `share` (0 to 1) in seconds of a histogram. Values count as evenly spread within a bucket,
+    as in Prometheus's `histogram_quantile`; those above the last bound count as the last bound."""
     ranks = list(accumulate(counts))
     wanted = share * ranks[-1]
     at = bisect_left(ranks, wanted)
@@ -150,15 +150,16 @@ def _quantile(counts: Sequence[int], share: float, bounds: Sequence[float]) -> f
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What the overview takes from the run directory. `forecast`: the content of `forecast.json`; `events`: the last
-    events, the newest first."""
+    """What the overview shows of files in the run directory. `forecast`: the content of `forecast.json`; `events`: the
+    last events of the run, the newest first."""
 
     forecast: Mapping[str, Any] = field(default_factory=dict)
     events: Sequence[Mapping[str, Any]] = ()
 
 
 def read_run_files(forecast_json: Path, events_jsonl: Path) -> RunFiles:
-    """Reads both files; a missing or damaged one counts as empty. Raises OSError if the file system fails."""
+    """Returns what the overview shows of these two files; a missing or damaged one counts as empty. Raises OSError if
+    the file system fails."""
     try:
         forecast = load_json(forecast_json)
     except (FileNotFoundError, ValueError):
@@ -267,6 +268,6 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _settings(deployment: Deployment) -> Iterable[tuple[str, Any]]:
-    """Yields the keys that `hpc-router set` changes, with their values."""
+    """Yields the keys that `hpc-router set` can change, with their present values."""
     for key in LIVE:
         yield key, value_at(deployment, key)

@@ -1,8 +1,8 @@
 """Copies the session turns and the counts of `continuity` from an older router of the run while both routers run.
 
-An older router still serves when this one becomes the leader, and clients move over one by one. So the turns are copied
-before this router is ready, then every second, and whenever a request names a session that this router does not know.
-The older router proves its identity first. The calls carry its replica key, which is valid at no other server.
+The older router still serves when this one becomes the leader, and clients move over one by one. So this router copies
+the turns before it is ready, then every second, and whenever a request names a session that it does not know. The older
+router must prove its identity first. The calls carry that router's replica key, which is valid at no other server.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ PAGE: Final = 2000
 
 
 def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> dict[str, Any]:
-    """Returns the response to a successor: the counts of `continuity`, and a page of session turns, the newest first.
-    `skip`: number of newest turns that earlier pages had."""
+    """Returns the response of this router to its successor: the counts of `continuity`, and a page of session turns,
+    the newest first. `skip`: number of turns to leave out, because earlier pages had them."""
     now = time.monotonic()
     newest_first = list(sessions)[::-1]
     turns = [[name, {**asdict(turn), "at": now - turn.at}] for name, turn in newest_first[skip : skip + PAGE]]
@@ -39,8 +39,8 @@ def handover_page(sessions: Sessions, continuity: Continuity, *, skip: int) -> d
 
 @dataclass(slots=True)
 class Predecessor:
-    """The older router from which turns and counts are copied: the newest router with a lower generation than this one.
-    `replica`: name of this router. `secret`: the run's secret, from which the replica keys are derived."""
+    """Copies turns and counts from an older router, the newest one with a lower generation than this one. `replica`:
+    name of this router. `secret`: the run's secret, from which the replica keys are derived."""
 
     replica: str
     secret: str
@@ -52,8 +52,7 @@ class Predecessor:
     _fetching: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def found(self, records: Mapping[str, Record]) -> None:
-        """Takes the records of the registry, and chooses the predecessor among them: the newest router that is older
-        than this one."""
+        """Chooses the predecessor among the records of the registry: the newest router that is older than this one."""
         generation = split_replica(self.replica)[2]
         older = [r for r in records.values() if r.kind is RecordKind.ROUTER and r.generation < generation]
         self._record = max(older, key=lambda r: r.generation, default=None)
@@ -64,8 +63,8 @@ class Predecessor:
             await asyncio.sleep(POLL_S)
 
     async def fetch(self) -> None:
-        """Fetches the turns and counts that are new since the last call. If the older router does not answer, this is
-        logged and changes nothing."""
+        """Fetches the turns and counts that the older router has added since the last call. If it does not answer, logs
+        this and changes nothing."""
         record = self._record
         if record is None:
             return
@@ -98,7 +97,7 @@ class Predecessor:
                 logger.info("%s does not answer: %s", record.replica, error)
 
     def _learn(self, page: Mapping[str, Any]) -> bool:
-        """Stores a page of turns; returns whether the next page may have turns that are new here."""
+        """Stores the turns and counts of a page. Returns whether the next page may have turns that are unknown here."""
         counts = page.get("continuity") or {}
         if self._inherited:
             self.continuity.follow(counts)

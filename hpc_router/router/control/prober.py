@@ -1,8 +1,9 @@
 """Probes one endpoint: whether it answers, whether it is the expected process, and which state it reports.
 
 An agent proves its key by the response to a challenge (`auth`), and reports its state and models. An external endpoint
-gets a GET of its record's `probe` path, or only a connection; any HTTP response means that it is alive. A probe stores
-what it learns on the `Replica` (models, key, text of the failure), but changes no state and decides nothing.
+gets a GET of its record's `probe` path, to which any HTTP response means that it is alive; without such a path, the
+probe only opens a connection. What a probe learns is stored on the `Replica` (models, key, text of the failure), but
+the probe does not change the replica's state.
 """
 
 import asyncio
@@ -40,8 +41,8 @@ def _new_session() -> aiohttp.ClientSession:
 
 @dataclass(slots=True)
 class Prober:
-    """The client that sends the probes. `timeout_s`: `router.probe_timeout_s`. `on_task_failures` is called with a
-    replica and, for each background task of its agent, the number of failures and the last error."""
+    """Sends the probes. `timeout_s`: `router.probe_timeout_s`. `on_task_failures` is called with a replica and, for
+    each background task of its agent, the number of failures and the last error."""
 
     run: RunDir
     files: FileThread
@@ -50,8 +51,8 @@ class Prober:
     session: aiohttp.ClientSession = field(default_factory=_new_session)
 
     async def probe(self, replica: Replica, *, external_s: float) -> Event | Incident:
-        """Returns the state that the endpoint reports, or how the probe failed. `external_s`: timeout in seconds of the
-        response, if the endpoint is an external one."""
+        """Returns the state that the endpoint reports, or how the probe failed. `external_s`: if the endpoint is an
+        external one, the timeout for its response in seconds."""
         external, url = replica.record.kind is RecordKind.EXTERNAL, replica.record.url
         path = replica.record.probe if external else protocol.HEALTH
         probed = f"connection to {url}" if path is None else f"GET {protocol.url_at(url, path)}"
@@ -106,7 +107,7 @@ class Prober:
         return Event.SAYS_READY
 
     async def _probe_port(self, replica: Replica) -> Event:
-        """Opens a connection and sends nothing. Raises OSError or TimeoutError."""
+        """Probes an endpoint by a connection, without sending data. Raises OSError or TimeoutError if it fails."""
         address = replica.address
         async with asyncio.timeout(self.timeout_s):
             _, writer = await asyncio.open_connection(address.host, address.port)

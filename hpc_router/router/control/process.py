@@ -68,7 +68,8 @@ class ControlProcess:
     """The parts of the control process and the connections between them.
 
     `base`: the deployment that the router was started with; `deployment`: the same with the settings made since then.
-    `started_at`: start of the router in Unix seconds. `processes`: the supervisor's status of each process, by name.
+    `artefact`, `shadow`: versions of the classifiers in use. `started_at`: start of the router in Unix seconds.
+    `processes`: the supervisor's status of each process, by name.
     """
 
     run: RunDir
@@ -159,18 +160,18 @@ class ControlProcess:
                 self.workers.close()
 
     def leave(self) -> None:
-        """Writes `registry.json` without this router and tells the workers, after the router's record was withdrawn, so
-        that no new clients come."""
+        """Called after the router's record was withdrawn, so that no new clients come: writes `registry.json` without
+        this router, and tells the workers."""
         self.registry_file.leave()
         self.workers.release()
 
     def task_failed(self, task: str, error: str) -> None:
-        """Counts and records a background task of this process that failed and is started again."""
+        """Counts a failure of this process's background task, which is then started again, and records an event."""
         self.own_metrics.task_failures.add(task)
         self._record_failure(task, error)
 
     def worker_task_failed(self, task: str, error: str) -> None:
-        """Records the failure of a worker's background task as an event. The worker counts it."""
+        """Records a failure of a worker's background task as an event. The worker itself counts the failure."""
         self._record_failure(task, error)
 
     def _agent_task_failed(self, replica: Replica, task: str, times: int, error: str) -> None:
@@ -186,7 +187,7 @@ class ControlProcess:
         )
 
     def answer(self, call: messages.Message) -> Awaitable[Any]:
-        """Returns the awaitable reply to a worker's call."""
+        """Returns an awaitable whose result is the reply to a worker's call."""
         match call:
             case messages.GetStatus():
                 return self.status()
@@ -199,14 +200,14 @@ class ControlProcess:
         raise ValueError(f"the control process does not handle {type(call).__name__}")
 
     async def handover(self, skip: int) -> dict[str, Any]:
-        """Returns the body of `GET /handover`. `skip`: number of newest session turns to leave out, which earlier calls
-        returned."""
+        """Returns the body of `GET /handover`. `skip`: number of the newest session turns to leave out, because the
+        caller has got them by earlier calls."""
         await self.workers.informed.wait()
         return handover_page(self.workers.sessions, self.continuity, skip=skip)
 
     async def take_over(self) -> None:
-        """Fetches the session turns and counts of an older router of the run, for at most `TAKE_OVER_S` seconds. Called
-        before this router is ready."""
+        """Before this router is ready, fetches the session turns and counts of an older router of the run. Takes at
+        most `TAKE_OVER_S` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TAKE_OVER_S):
                 self.predecessor.found(await self.files.run(RegistryReader(self.run.registry).snapshot))
@@ -227,8 +228,8 @@ class ControlProcess:
             return self._overview[1]
 
     async def _read_run_files(self) -> None:
-        """Updates what the overview shows of the run directory. If the file system hangs or fails, the last content
-        stays."""
+        """Reads the files of the run directory that the overview shows. If the file system hangs or fails, keeps what
+        was read last."""
         if self._reading is None:
             read = partial(read_run_files, self.run.forecast_json, self.run.events)
             self._reading = asyncio.ensure_future(self.files.run(read))
@@ -239,7 +240,7 @@ class ControlProcess:
             self._reading = None
 
     async def status(self, counted: Metrics | None = None) -> dict[str, Any]:
-        """Returns the body of `GET /status`. `counted`: the counts of all workers if they are known already."""
+        """Returns the body of `GET /status`. `counted`: the counts of all workers; None: ask the workers for them."""
         await self.workers.informed.wait()
         policy = self.deployment.policy
         counted = counted or await self._counted()
@@ -303,8 +304,8 @@ class ControlProcess:
         return counted.exposition((*read, *others)).decode()
 
     async def _read_usage(self) -> Usage | None:
-        """Returns the usage of the experts; the last known one if the file system fails, or does not answer within
-        `READ_S`."""
+        """Returns the experts' use of GPU time. If the file system fails or does not answer within `READ_S`, returns
+        what was read last."""
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(READ_S):
                 return await self.files.run(self._usage.read)
@@ -318,8 +319,8 @@ class ControlProcess:
         return counted
 
     async def _drift(self, counted: Metrics) -> Drift | None:
-        """Returns the drift of the current artefact; None if the policy has no artefact, or if its training record
-        cannot be read."""
+        """Returns the drift of the classifier in use. Returns None if the policy uses none, if it has decided nothing
+        yet, or if the record of its training cannot be read."""
         if self.artefact is None:
             return None
         if self._training[0] != self.artefact:
@@ -332,8 +333,8 @@ class ControlProcess:
         return drift(counted.decided.items(), artefact=version, training=training)
 
     def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Updates the departure rates of the queues and the statistics of the replicas from one worker's counts.
-        `before`, `now`: the worker's dumped metrics at its previous report and at this one."""
+        """Takes one worker's report of its counts into the departure rates of the queues and the statistics of the
+        replicas. `before`, `now`: the worker's dumped metrics at its previous report and at this one."""
         earlier, at = departures(before), asyncio.get_running_loop().time()
         for expert, count in departures(now).items():
             rate, more = self._departure_rates.setdefault(expert, DepartureRate()), count - earlier.get(expert, 0)
@@ -353,7 +354,8 @@ class ControlProcess:
         return DemandCounts(counts_by_expert(dumps), self._departure_rates)
 
     def observed(self, observation: messages.ReplicaObservation) -> None:
-        """Records what a worker's request observed of a replica."""
+        """Passes on to `discovery` what a worker's request observed of a replica, unless the replica has restarted
+        since then."""
         replica, trouble = self.table.get(observation.replica), observation.trouble or ""
         if replica is None or replica.record.nonce != observation.nonce:
             return
@@ -404,9 +406,9 @@ class ControlProcess:
         self.workers.publish_changes()
 
     def _table_changed(self) -> None:
-        """Schedules the measurement of continuity and the next snapshot for the end of the present step of the event
-        loop. One read of the registry may show both that a replica drains and that its successor is ready, and the two
-        must be seen together."""
+        """Schedules the update of `continuity` and the next snapshot for the end of the present step of the event loop.
+        So all changes of one read of the registry, such as a draining replica and its ready successor, are handled
+        together."""
         if self._measuring is None:
             self._measuring = asyncio.get_running_loop().call_soon(self._measure)
         self.workers.publish_soon()

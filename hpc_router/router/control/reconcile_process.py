@@ -1,4 +1,4 @@
-"""Runs the reconcile loop (`hpc-router reconcile --loop`) beside the router, in a process of its own.
+"""Runs the control loop (`hpc-router reconcile --loop`) beside the router, in a process of its own.
 
 Because it is a separate process, requests never wait for a file system or Slurm, and a crash of the loop does not end
 the router. The loop ends when its router ends, because that closes the loop's standard input.
@@ -27,14 +27,14 @@ OUTPUT_S: Final = 2.0
 
 
 def control_argv(run: RunDir, replica: str) -> list[str]:
-    """Returns the command line of the loop. `replica`: name of the router that it belongs to."""
+    """Returns the command line of the control loop. `replica`: name of the router beside which it runs."""
     verb = ["reconcile", "--loop", "--tied", "--while-leading", replica, "--run", str(run.path)]
     return [sys.executable, "-m", "hpc_router.cli", *verb]
 
 
 class ReconcileProcess:
-    """A context manager that keeps the loop running. It restarts the loop after the same pauses as the supervisor
-    restarts its children (`pause_s`)."""
+    """Keeps the control loop running within `async with`. Restarts it after a pause that grows with the failures in a
+    row (`pause_s`)."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class ReconcileProcess:
             await self._sleep(pause_s(in_a_row))
 
     async def _run_once(self) -> int:
-        """Runs the loop until it ends and returns its exit status. Stops the loop if cancelled."""
+        """Runs the loop until it ends and returns its exit status. If this task is cancelled, stops the loop."""
         process = await asyncio.create_subprocess_exec(
             *self._argv,
             stdin=asyncio.subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Keeps the records of requests and the sampled prompts within `router.records_gb`, by removing their oldest files."""
+"""Keeps the files of request records and sampled prompts within `router.records_gb`, by removing the oldest ones."""
 
 import asyncio
 import logging
@@ -17,8 +17,8 @@ CHECK_S: Final = 10.0
 
 
 async def limit_records_forever(run: RunDir, files: FileThread, records_gb: Callable[[], float]) -> None:
-    """Checks the size of the files every `CHECK_S` seconds. `records_gb` returns the present limit; with 0, no records
-    are written, and those that exist stay."""
+    """Removes the oldest files beyond the limit every `CHECK_S` seconds. `records_gb` returns the present limit; 0
+    means that no records are written, and then no files are removed either."""
     while True:
         await asyncio.sleep(CHECK_S)
         limit_bytes = int(records_gb() * 1e9)

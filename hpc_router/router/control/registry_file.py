@@ -15,7 +15,7 @@ from hpc_router.state.run_directory import RunDir
 
 
 class RegistryFile:
-    """The writer of both files, which is active while this router leads. `replica`: name of this router."""
+    """Writes both files while this router leads. `replica`: name of this router."""
 
     def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
         self._run, self._replica, self._files = run, replica, files
@@ -24,8 +24,8 @@ class RegistryFile:
         self._left = False
 
     def keep(self, snapshot: Mapping[str, Record]) -> None:
-        """Writes the files in the background, if this router leads and their content has changed since the last write.
-        `snapshot`: the records of the registry."""
+        """If this router leads and the content of the files has changed, writes them in the background. `snapshot`: the
+        records of the registry."""
         leader = leading_router(snapshot)
         if leader is None or leader.replica != self._replica or self._left:
             return
@@ -39,8 +39,8 @@ class RegistryFile:
             self._files.post(partial(replace_text, self._run.prometheus_sd_json, targets))
 
     def leave(self) -> None:
-        """Writes the files once more without this router, whose record was withdrawn, unless its successor writes
-        them."""
+        """Writes the files once more, without this router, after its record was withdrawn. Does nothing if a successor
+        leads, which then writes them."""
         self._left = True
         if self._content is not None:
             self._files.post(self._write_last)
@@ -54,13 +54,13 @@ class RegistryFile:
 
 
 def registry_file(records: Mapping[str, Record]) -> dict[str, Any]:
-    """Returns the content of `registry.json`."""
+    """Returns the content of `registry.json` for the registry's `records`."""
     return {"schema": SCHEMA, "records": [records[name].to_json() for name in sorted(records)]}
 
 
 def prometheus_targets(router: Record | None, run: str) -> str:
-    """Returns the content of `prometheus_sd.json`, in the format of Prometheus' `file_sd_configs`: the address of
-    `router`; None: no target. `run`: name of the run directory, for the label `run`."""
+    """Returns the content of `prometheus_sd.json`, in the format of Prometheus' `file_sd_configs`. Its only target is
+    the address of `router`; with None, it has no target. `run`: name of the run directory, for the label `run`."""
     if router is None:
         return "[]\n"
     parts = urlsplit(router.url)

@@ -1,8 +1,8 @@
 """Recent statistics of each replica, and which ready replicas are degraded. No I/O, no clock.
 
 Counts decay with the half-life `HALF_LIFE_S`. A replica is degraded if its share of errors is higher than that of the
-expert's other replicas, or if its first bytes arrive much later. It is not degraded if it has too few responses, or no
-replica to compare it with.
+expert's other replicas, or if its responses begin much later than theirs. It is not called degraded if it has too few
+responses. It is not called slow if no other replica of the expert has enough responses to compare with.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ Totals = Mapping[str, tuple[int, float, int]]
 
 @dataclass(slots=True)
 class ReplicaStats:
-    """The decayed counts of one replica. `seconds`: sum of the times to the first byte."""
+    """The decayed counts of one replica's responses and errors. `seconds`: sum of the times to the first byte."""
 
     answered: float = 0.0
     seconds: float = 0.0
@@ -41,8 +41,8 @@ class ReplicaStats:
     _at: float = 0.0
 
     def add(self, answered: int, seconds: float, errors: int, *, now: float) -> None:
-        """Adds `answered` responses, the sum `seconds` of their times to the first byte, and `errors`, at the time
-        `now`; the older counts first decay until then."""
+        """Adds counts at the time `now`: `answered` responses, `seconds`, the sum of their times to the first byte, and
+        `errors`. Before that, the older counts decay until `now`."""
         decay = 0.5 ** ((now - self._at) / HALF_LIFE_S)
         self._at = now
         self.answered = self.answered * decay + answered
@@ -79,8 +79,8 @@ def degradation(one: ReplicaStats, others: Sequence[ReplicaStats]) -> str | None
 
 def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, int]]:
     """Returns, by replica, the number of responses, the sum of their times to the first byte in seconds, and the number
-    of errors, from a worker's dumped metrics. The times begin when the request was sent to this replica, so that
-    neither the queue nor an earlier attempt on another replica counts."""
+    of errors. `dumped`: a worker's metrics. A time begins when the request was sent to this replica, so that waiting in
+    a queue and earlier attempts on other replicas are not part of it."""
     by_replica: dict[str, tuple[int, float, int]] = {}
     for (_, replica), counts, seconds in dumped.get("first_byte", ()):
         answered, before_s, errors = by_replica.get(replica, (0, 0.0, 0))
@@ -96,8 +96,8 @@ def totals_by_replica(dumped: Mapping[str, Any]) -> dict[str, tuple[int, float, 
 
 
 def increase(now: Totals, before: Totals) -> dict[str, tuple[int, float, int]]:
-    """Returns, by replica, the increase of the three totals of `totals_by_replica` from `before` to `now`. Leaves out a
-    replica whose totals have not changed, or have restarted at zero."""
+    """Returns, by replica, how much the three totals of `totals_by_replica` have grown from `before` to `now`. Leaves
+    out a replica whose totals have not changed, or have become smaller because counting started again."""
     increases = {}
     for replica, (answered, seconds, errors) in now.items():
         then = before.get(replica, (0, 0.0, 0))

@@ -23,8 +23,9 @@ def status(
     now: float,
     **router: object,
 ) -> dict[str, Any]:
-    """Returns the body of `GET /status`. `experts`: the configured experts, and all that have a replica.
-    `departure_rates`: the rates of the experts' queues. `router`: further fields of the `router` section."""
+    """Returns the body of `GET /status`. `experts`: the configured experts, and all others that have a replica.
+    `policy`: the section on the policy. `departure_rates`, `stats`: by expert the rate of its queue, by replica its
+    statistics. `router`: further fields of the section on the router."""
     return {
         "router": {"version": __version__, "registry_age_s": round(discovery.registry_age_s(), 3), **router},
         "policy": policy,
@@ -47,15 +48,16 @@ def status(
 
 
 def _queue(rate: DepartureRate | None, waiting: int, now: float) -> dict[str, float | None]:
-    """Returns two values for the JSON: the departures per second (null if there was no recent departure) and the
-    expected wait in seconds (null if the queue is empty)."""
+    """Returns the departures per second from a queue (None if there was none recently) and the expected wait in it in
+    seconds (None if it is empty). `waiting`: number of requests in it."""
     per_s = None if rate is None else rate.per_s(now)
     wait_s = None if rate is None or not waiting else round(rate.wait_s(waiting, now), 3)
     return {"pace_per_s": None if per_s is None else round(per_s, 3), "wait_s": wait_s}
 
 
 def _recent(replica: Replica, all_of_expert: Sequence[Replica], stats: Mapping[str, ReplicaStats]) -> dict[str, Any]:
-    """Returns the recent statistics of the replica; a value is null if there were too few responses."""
+    """Returns the recent statistics of the replica; a value is None if there were too few responses. `all_of_expert`:
+    all replicas of its expert, for the comparison."""
     one = stats.get(replica.name) or ReplicaStats()
     others = [known for r in all_of_expert if r is not replica and (known := stats.get(r.name)) is not None]
     return {

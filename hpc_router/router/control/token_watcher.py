@@ -1,7 +1,8 @@
 """Reads `tokens.json` every `CHECK_S` seconds, so that a new or a revoked token takes effect within a second.
 
-The folder is opened first: an NFS client would otherwise not notice a replaced file for some seconds. While the file
-cannot be read, the last tokens stay. A file with wrong content gives no tokens.
+The run directory is opened before the file, because an NFS client would otherwise not notice for some seconds that the
+file was replaced. While the file cannot be read, the last tokens stay valid. If its content is wrong, no token is
+valid.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ FIRST_READ_S: Final = 2.0
 
 @dataclass(slots=True)
 class TokenWatcher:
-    """A watcher of the file that calls `on_change` with all tokens, after the first read and after each change."""
+    """Calls `on_change` with all tokens in the file, after the first read and after each change."""
 
     run: RunDir
     files: FileThread
@@ -43,7 +44,7 @@ class TokenWatcher:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Reads the file once, in at most `FIRST_READ_S` seconds, and then checks it within the block."""
+        """Reads the file once, in at most `FIRST_READ_S` seconds, and then reads it repeatedly within the block."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_READ_S):
                 await self._check()

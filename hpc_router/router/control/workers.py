@@ -1,9 +1,9 @@
 """The control process's connections to its workers.
 
 Each worker gets the settings and, after each change, the snapshot of all replicas. It reports its observations of
-replicas, its session turns and its counts. The counts and turns are kept here for the worker's successor. A control
-process that has just started gets the states of the replicas from the workers. The owner (`WorkerEvents`) decides how
-to react to observations and counts.
+replicas, its session turns and its counts. Counts and turns are kept here, so that a worker that replaces a dead one
+gets them back. A control process that has just started gets the states of the replicas from the workers. The owner of
+the connections (`WorkerEvents`) decides how to react to observations and counts.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 class WorkerEvents(Protocol):
-    """The functions by which the owner handles the workers' reports."""
+    """What the owner of the connections does with the workers' reports. Implemented by `ControlProcess`."""
 
     def observed(self, observation: messages.ReplicaObservation) -> None: ...
     def counted(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None: ...
@@ -44,8 +44,8 @@ class WorkerConnection:
     """The connection to one worker.
 
     `greeted` is set by the worker's `Hello`. `applied`: whether the worker has applied the snapshot that was last sent
-    to it; `stale`: whether the worker needs a newer snapshot. `observed`: number of its last observation. `metrics`:
-    its last known counts, including those of its predecessors.
+    to it; `stale`: whether it needs a newer snapshot. `observed`: number of the last observation that the worker has
+    reported. `metrics`: its last known counts, including those of earlier processes with its number.
     """
 
     worker: int
@@ -77,9 +77,9 @@ class Workers:
     """The connections to all workers, and the data that the workers have sent.
 
     `experts`: the configured experts, which have a queue column even without a replica. `seeds`: the replicas that the
-    workers knew when this process started. `tokens`: the users' tokens; until they are read it is None, and the workers
-    keep the tokens that they have. `informed` is set when the first snapshot is sent. `on_unknown_session` is awaited
-    when a session is looked up that no worker has served.
+    workers knew when this process started. `tokens`: the users' tokens; None until they are read: the workers then keep
+    the tokens that they have. `informed` is set when the first snapshot is sent. `on_unknown_session` is awaited when a
+    request names a session of which no worker has served a turn.
     """
 
     table: ReplicaTable
@@ -102,7 +102,7 @@ class Workers:
         self.all = [WorkerConnection(worker) for worker in range(self.counters.workers)]
 
     async def attach(self, worker: int, sock: socket.socket) -> None:
-        """Connects to a worker that has just started, or that has lost its control process."""
+        """Connects over `sock` to a worker that has just started, or that has lost its control process."""
         connection = self.all[worker]
         if connection.channel is not None:
             connection.channel.close()
@@ -149,9 +149,9 @@ class Workers:
         return [connection.metrics for connection in self.all]
 
     async def find_turn(self, session: str) -> Turn | None:
-        """Returns the session's last turn, whichever worker served it; None if it is unknown. A worker reports a turn
-        before it answers its client. So once each worker has answered a `Sync`, this process knows every turn whose
-        response a client has received."""
+        """Returns the session's last turn, whichever worker served it; None if it is unknown. Asks each worker for the
+        reply to a `Sync` first: since a worker reports a turn before it answers its client, this process then knows
+        every turn whose response a client has received."""
         await self.informed.wait()
         await asyncio.gather(*(connection.call(messages.Sync()) for connection in self.all))
         if self.sessions.find(session) is None and self.on_unknown_session is not None:
@@ -164,7 +164,7 @@ class Workers:
             self._publishing = asyncio.get_running_loop().call_soon(self._publish)
 
     def publish_changes(self) -> None:
-        """Sends the snapshot now if a replica or the forecast differs from what was sent last."""
+        """Sends the snapshot to the workers now if a replica or a forecast differs from what was sent last."""
         if self._snapshot != self._take_snapshot() or self._forecasts != self.table.forecasts:
             self._publish()
 
@@ -183,8 +183,8 @@ class Workers:
         return snapshot_of(self.table)
 
     def _send_snapshot(self, connection: WorkerConnection) -> None:
-        """Sends the current snapshot if the worker has applied the previous one. Otherwise the worker gets the newest
-        snapshot as soon as it has applied the previous one, and those in between are skipped."""
+        """Sends the current snapshot to a worker if the worker has applied the previous one. Otherwise does it once the
+        worker has applied that, so that the worker skips the snapshots in between."""
         if self._snapshot is None or not connection.greeted.is_set():
             return
         connection.stale = not connection.applied
@@ -219,8 +219,8 @@ class Workers:
         return None
 
     def _greet(self, connection: WorkerConnection, hello: messages.Hello) -> None:
-        """Handles a worker's `Hello`: sends it the settings and snapshot. A worker that replaces another continues with
-        the counts and turns of its predecessor."""
+        """Handles a worker's `Hello`: sends the worker the settings and the snapshot. If it replaces a worker that has
+        ended, it gets that worker's counts and turns to continue with."""
         replaced = connection.pid not in (None, hello.pid)
         connection.pid = hello.pid
         if replaced:
@@ -242,8 +242,8 @@ class Workers:
         self._send_snapshot(connection)
 
     def _seed(self, snapshot: Iterable[ReplicaSnapshot]) -> None:
-        """Adds the replicas that one worker knows to `seeds`. If the workers know different states of a replica and one
-        of them is ejected, that state is kept."""
+        """Adds the replicas that one worker knows (`snapshot`) to `seeds`. If workers know different states of a
+        replica and one of these is ejected, the replica stays ejected."""
         known = ReplicaTable()
         apply_snapshot(known, snapshot)
         for replica in known.all():
@@ -276,7 +276,7 @@ class Workers:
 
 
 def assign_columns(table: ReplicaTable, counters: Counters, *, experts: Iterable[str] = ()) -> None:
-    """Assigns a column of the counters to each replica and each expert's queue that has none yet."""
+    """Assigns a column of the shared counters to each replica, and to the queue of each expert, that has none yet."""
     used = {replica.column for replica in table.all()} | set(table.queue_columns.values())
     for replica in table.all():
         if replica.column == NO_COLUMN:

@@ -1,9 +1,9 @@
 """The messages between the router's processes, one frozen dataclass each, and their encoding.
 
 The supervisor sends commands to its children; the control process and the workers send notifications and calls to each
-other. The peer answers a `Call[R]` with a `Reply` whose value has type `R`, or with a `Failure`. On the wire, a message
-is a JSON list of its class name, the call's number (null for a notification) and its fields; `decode` restores the
-field types from their annotations. All processes are forked from one program, so the encoding has no versions.
+other. The receiver of a `Call[R]` answers with a `Reply` whose value has type `R`, or with a `Failure`. A message is
+sent as a JSON list of its class name, the call's number (null for a notification) and its fields; `decode` restores the
+types of the fields from their annotations. All processes are forked from one program, so the encoding has no versions.
 """
 
 import json
@@ -42,7 +42,7 @@ class Message:
 
 
 class Call(Message, Generic[R]):
-    """A message that the peer answers with a value of type `R`."""
+    """A message that the receiver answers with a value of type `R`."""
 
     __slots__ = ()
 
@@ -62,21 +62,21 @@ class EndCommand(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReloadCommand(Message):
-    """The command to check the settings and artefacts for changes now."""
+    """The command to check at once whether settings or artefacts have changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttachCommand(Message):
-    """The command that brings a child the socket of a channel to another process: to this worker, or to the control
-    process if `worker` is None."""
+    """The command that brings a child a socket to another process: to the worker with the number `worker`, or to the
+    control process if `worker` is None."""
 
     worker: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """The status of one child process. `pid`: None if the process is not running. `last_end`: text on how it ended the
-    last time."""
+    """The status of one child process. `pid`: None if the process is not running. `last_end`: how it ended last, as
+    text."""
 
     restarts: int
     last_end: str | None
@@ -85,7 +85,7 @@ class ProcessStatus:
 
 @dataclass(frozen=True, slots=True)
 class ProcessesChanged(Message):
-    """The report of the status of all child processes by name. `notice`: text for the log on what has happened."""
+    """Reports the status of all child processes by name. `notice`: text for the log on what has happened."""
 
     processes: dict[str, ProcessStatus]
     notice: str | None
@@ -96,8 +96,8 @@ class ProcessesChanged(Message):
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """The first message of a worker on a channel: what the worker knows and a newly started control process does not.
-    `replicas`: None if the worker has not received any yet."""
+    """The first message of a worker to a control process: what the worker knows and a control process that was just
+    started does not. `replicas`: None if the worker has not received any yet."""
 
     pid: int
     serving: bool
@@ -109,15 +109,15 @@ class Hello(Message):
 
 @dataclass(frozen=True, slots=True)
 class Serving(Message):
-    """The report that the worker accepts connections."""
+    """Reports that the worker accepts connections."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaObservation(Message):
-    """The report of what a request observed of a replica.
+    """Reports what a worker's request observed of a replica.
 
     `incident`: a failure or success; `event`: the state that the replica reported. If both are None, the control
-    process probes the replica. `number` counts the observations of this worker, from 1 on each channel.
+    process probes the replica. `number`: number of this observation, counted from 1 on each connection.
     """
 
     number: int
@@ -130,12 +130,12 @@ class ReplicaObservation(Message):
 
 @dataclass(frozen=True, slots=True)
 class SnapshotApplied(Message):
-    """The report that the worker is ready for the next `Snapshot`."""
+    """Reports that the worker has applied the last `Snapshot` and can take the next one."""
 
 
 @dataclass(frozen=True, slots=True)
 class TurnAnswered(Message):
-    """The report that a replica answered a turn of the session."""
+    """Reports that a replica has answered a turn of the session."""
 
     session: str
     turn: Turn
@@ -143,14 +143,14 @@ class TurnAnswered(Message):
 
 @dataclass(frozen=True, slots=True)
 class MetricsReport(Message):
-    """The report of the worker's counts."""
+    """Reports the worker's counts, at regular intervals."""
 
     metrics: MetricsDump
 
 
 @dataclass(frozen=True, slots=True)
 class TaskFailed(Message):
-    """The report that a background task failed and is started again."""
+    """Reports that a background task of the worker failed and is started again."""
 
     task: str
     error: str
@@ -158,32 +158,32 @@ class TaskFailed(Message):
 
 @dataclass(frozen=True, slots=True)
 class FindTurn(Call[Turn | None]):
-    """The call for the session's last turn, whichever worker served it."""
+    """Asks for the session's last turn, whichever worker served it."""
 
     session: str
 
 
 @dataclass(frozen=True, slots=True)
 class GetStatus(Call[dict[str, Any]]):
-    """The call for the body of `GET /status`."""
+    """Asks for the body of `GET /status`."""
 
 
 @dataclass(frozen=True, slots=True)
 class GetOverview(Call[dict[str, Any]]):
-    """The call for the body of `GET /overview`."""
+    """Asks for the body of `GET /overview`."""
 
 
 @dataclass(frozen=True, slots=True)
 class GetHandover(Call[dict[str, Any]]):
-    """The call for the session turns and the counts that the router's successor takes over. `skip`: number of turns,
-    newest first, to leave out."""
+    """Asks for the session turns and the counts that the router's successor takes over. `skip`: number of turns, newest
+    first, to leave out."""
 
     skip: int
 
 
 @dataclass(frozen=True, slots=True)
 class GetExposition(Call[str]):
-    """The call for the body of `GET /metrics`."""
+    """Asks for the body of `GET /metrics`."""
 
 
 # From the control process to a worker
@@ -191,8 +191,8 @@ class GetExposition(Call[str]):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Message):
-    """The state of all replicas. `observed`: number of the worker's last `ReplicaObservation` that the snapshot
-    includes. `forecasts`: as in `ReplicaTable`."""
+    """The state of all replicas. `observed`: number of the last `ReplicaObservation` of the receiving worker that the
+    snapshot takes into account. `forecasts`: as in `ReplicaTable`."""
 
     observed: int
     replicas: tuple[ReplicaSnapshot, ...]
@@ -202,7 +202,7 @@ class Snapshot(Message):
 
 @dataclass(frozen=True, slots=True)
 class Settings(Message):
-    """The settings in force and the versions of the artefacts to load. `scaled_to_zero`: as in `ReplicaTable`."""
+    """The present settings, and the versions of the artefacts to load. `scaled_to_zero`: as in `ReplicaTable`."""
 
     policy: PolicyConfig
     router: RouterConfig
@@ -220,12 +220,12 @@ class UserTokensChanged(Message):
 
 @dataclass(frozen=True, slots=True)
 class CertificateChanged(Message):
-    """The report that the files of `router.tls_cert` and `router.tls_key` have a new certificate and its key."""
+    """Reports that the files of `router.tls_cert` and `router.tls_key` have a new certificate and its key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inherit(Message):
-    """The counts and the session turns of the worker's predecessor, which the worker continues."""
+    """The counts and the session turns of an ended worker, with which the worker that replaces it continues."""
 
     metrics: MetricsDump
     turns: tuple[tuple[str, Turn], ...]
@@ -233,25 +233,25 @@ class Inherit(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWell(Message):
-    """The report that a probe found the replica ready. The worker then offers it to all waiting requests, even those
-    that avoid it because it failed them."""
+    """Reports that a probe found the replica ready. The worker then offers it to all waiting requests, even to those
+    that avoid it because it has failed them."""
 
     replica: str
 
 
 @dataclass(frozen=True, slots=True)
 class Release(Message):
-    """The report that the router's record is withdrawn, so that no new clients come."""
+    """Reports that the router's record is withdrawn, so that no new clients come."""
 
 
 @dataclass(frozen=True, slots=True)
 class GetMetrics(Call[MetricsDump]):
-    """The call for the worker's counts."""
+    """Asks for the worker's counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sync(Call[None]):
-    """The call whose reply arrives after all messages that the worker sent before."""
+    """Asks for a reply without a value. When it arrives, all messages that the worker sent before have arrived."""
 
 
 # Answers to calls
@@ -272,14 +272,14 @@ class Failure(Message):
 
 
 def encode(message: Message, number: int | None = None) -> bytes:
-    """Returns the message as JSON. `number`: the number of the call that it makes or answers; None for a
+    """Returns the message as JSON. `number`: number of the call that the message makes or answers; None if it is a
     notification."""
     content = [type(message).__name__, number, message]
     return json.dumps(content, separators=(",", ":"), default=_fields).encode()
 
 
 def decode(data: bytes | bytearray) -> tuple[Message, int | None]:
-    """Returns the message and the number of the call that it makes or answers; None for a notification."""
+    """Returns the message, and the number of the call that it makes or answers; None for a notification."""
     name, number, value = json.loads(data)
     message: Message = _restore(Message.types[name], value)
     return message, number
@@ -296,7 +296,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _restore(kind: Any, value: Any) -> Any:
-    """Returns a decoded JSON value as an object of the annotated type `kind`."""
+    """Returns `value`, a decoded JSON value, as an object of the type `kind`, which is the annotation of a field."""
     origin, of = get_origin(kind), get_args(kind)
     if value is None:
         return None

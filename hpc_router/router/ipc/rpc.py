@@ -1,8 +1,8 @@
 """Notifications and calls between the control process and one worker, over a pair of connected sockets.
 
-A frame is a length and a message of `messages`. A peer that does not read loses notifications once `MAX_UNREAD_BYTES`
-are buffered; it gets the current state when it is attached again. This module does not know the meaning of the
-messages.
+Each message (`messages`) is sent after its length. If the receiver does not read, further notifications to it are
+dropped once `MAX_UNREAD_BYTES` are buffered; it gets the current state when it is attached again. This module does not
+know the meaning of the messages.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ awaitable."""
 
 
 class RpcPeer(asyncio.Protocol):
-    """One end of a channel. `on_end` is called when the connection is lost. No message arrives before `open` is called,
-    so the owner can first store this object where its handler finds it."""
+    """One end of the connection. `on_end` is called when the connection is lost. No message arrives before `open` is
+    called, so the owner can first store this object where the handler of its messages finds it."""
 
     def __init__(self, handler: Handler, on_end: Callable[[], None]) -> None:
         self._handler, self._on_end = handler, on_end

@@ -1,14 +1,14 @@
 """Counters that the router's processes share: one table in shared memory, without a lock.
 
 Each worker writes only its own row, and only aligned cells of 8 bytes, which a processor stores and loads as a whole.
-No decision combines two cells, so the order in which stores become visible (aarch64) does not matter. The supervisor
-clears the row of a worker that has ended. The control process assigns the columns; it reuses a column only after it has
-used all others, and only when every worker's cell in that column is zero.
+No decision needs two cells to be consistent, so the order in which stores become visible (aarch64) does not matter. The
+supervisor clears the row of a worker that has ended. The control process assigns the columns; it reuses a column only
+after it has used all others, and only when every worker's cell in that column is zero.
 
 The order of waiting requests (`replicas.fair_order`) has a table of its own, in which an expert's queue has the same
 column as in the table of counters. The counts of users' tokens are in a third table, whose columns follow from a
-token's slot. There only the requests in flight of a worker that has ended are cleared; its counts of the present minute
-remain for its successor.
+token's slot. In that table, only an ended worker's numbers of requests in flight are cleared; its counts of the present
+minute stay, and the worker that replaces it continues them.
 """
 
 import mmap
@@ -36,8 +36,8 @@ TOKEN_COUNTS: Final = 3
 
 
 class Counters:
-    """The table of counters: a row per worker, and a row of the control process. It is created before the processes are
-    forked, so that all of them map it. Pages that are never written take no memory."""
+    """The tables: each has a row per worker, and the first one also a row of the control process. They are created
+    before the processes are forked, so that all of them share the memory. Pages that are never written take none."""
 
     def __init__(self, *, workers: int) -> None:
         self.workers = workers
@@ -56,8 +56,8 @@ class Counters:
         return tuple(self._row(other) for other in range(self.workers) if other != worker)
 
     def token_row(self, worker: int) -> Cells:
-        """Returns the worker's row of the counts of users' tokens: first one cell per token for its requests in flight,
-        then the cells of the other counts."""
+        """Returns the worker's row of the counts of users' tokens: first the number of requests in flight of each
+        token, then the other counts."""
         return self._token_row(worker)
 
     def token_others(self, worker: int) -> Sequence[Cells]:
@@ -70,7 +70,7 @@ class Counters:
         return SharedOrder(self._order_row(worker), peers, worker)
 
     def order_of_all(self) -> SharedOrder:
-        """Returns the order of waiting requests as the control process sees it, which has no queue of its own."""
+        """Returns the order of waiting requests for the control process, which only reads that of all workers."""
         return SharedOrder(peers=tuple(map(self._order_row, range(self.workers))))
 
     def all(self) -> Sequence[Cells]:
@@ -80,15 +80,15 @@ class Counters:
         return sum(row[column] for row in self.all())
 
     def clear(self, worker: int) -> None:
-        """Clears the row of a worker that has ended, its queues, and its numbers of requests in flight by user's
-        token."""
+        """Clears what a worker that has ended had in flight and in its queues: its rows, except the counts per minute
+        of users' tokens."""
         self._row(worker)[:] = memoryview(bytes(_ROW * _CELL)).cast("q")
         self._order_row(worker)[:] = memoryview(bytes(_ORDER_CELLS * _CELL)).cast("q")
         self._token_row(worker)[:SLOTS] = memoryview(bytes(SLOTS * _CELL)).cast("q")
 
     def allocate(self, used: Collection[int]) -> int:
-        """Returns a column that is not in `used` and has only zeros. Only the control process calls this; its successor
-        continues at the next column."""
+        """Returns a column that is not in `used` and has only zeros. Only the control process calls this. The next
+        column to try is in shared memory, so that a control process that replaces another continues there."""
         for _ in range(COLUMNS):
             column = self._own[NO_COLUMN]
             self._own[NO_COLUMN] = column + 1 if column + 1 < COLUMNS else _FIRST
@@ -101,7 +101,7 @@ class Counters:
         return self._row(worker).tolist()[NO_COLUMN + 1 :]
 
     def nonzero(self) -> int:
-        """Returns the number of cells in all workers' rows that are not zero."""
+        """Returns the number of cells of all workers that are not zero; 0 if nothing is in flight or waits."""
         return sum(1 for worker in range(self.workers) for count in self.counts(worker) if count)
 
     def _token_row(self, worker: int) -> memoryview:

@@ -55,9 +55,9 @@ def worker_name(worker: int) -> str:
 class ChildSpec:
     """The arguments of a child process. `worker`: its number; None for the control process.
 
-    `commands`: the socket for commands from the supervisor. `channels`: for the control process, the sockets to the
-    running workers by their number; for a worker, the socket to the control process under its own number. `processes`:
-    the status of all children. `notices`: texts for the log that no control process has received yet.
+    `commands`: the socket for commands from the supervisor. `channels`: sockets by number of a worker; for the control
+    process those to the running workers, for a worker the one to the control process, under its own number.
+    `processes`: the status of all children. `notices`: texts for the log that no control process has received yet.
     """
 
     worker: int | None
@@ -71,8 +71,8 @@ class ChildSpec:
 @dataclass(slots=True)
 class Child:
     """The supervisor's state of one child. `worker`: its number; None for the control process. `pid`: 0 if the child is
-    not running; it is then started at `due_at`. `in_a_row`: number of its ends in a row; an end after a run of at least
-    `STABLE_S` seconds starts again at 1."""
+    not running; it is then started at `due_at`. `in_a_row`: number of its early ends in a row; after a run of at least
+    `STABLE_S` seconds, the count starts again at 1."""
 
     name: str
     worker: int | None
@@ -86,8 +86,8 @@ class Child:
     last_end: str | None = None
 
     def died(self, why: str, now: float) -> None:
-        """Records the end of the process and sets the time of its restart: at once after the first end in a row, then
-        after pauses that double."""
+        """Records the end of the process, with the reason `why`, and sets the time of its restart: at once for the
+        first end in a row, then after pauses that double."""
         self.in_a_row = 1 if now - self.started_at >= STABLE_S else self.in_a_row + 1
         self.due_at = now + pause_s(self.in_a_row)
         self.pid, self.last_end = 0, why
@@ -107,12 +107,11 @@ def pause_s(in_a_row: int) -> float:
 
 @dataclass(slots=True)
 class RouterSupervisor:
-    """The supervisor that starts the router's child processes, restarts those that end, and stops all of them after a
-    stop signal.
+    """Starts the router's child processes, restarts those that end, and stops all of them after a stop signal.
 
-    `control`, `worker`: the functions that the children run. `listen`: makes a worker's socket. `stop_s`: seconds after
-    the signal until the remaining children are killed. `cut`: number of requests that the workers had not finished at
-    their end.
+    `control`, `worker`: the functions that the children run. `listen`: makes a worker's socket. `stop_s`: seconds from
+    the signal until the remaining children are killed. `cut`: number of requests that the workers had not finished when
+    they ended.
     """
 
     control: Callable[[ChildSpec], None]
@@ -128,7 +127,7 @@ class RouterSupervisor:
     _undelivered: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        """Runs until all children have ended after a stop signal. Raises LaunchError when its children end again and
+        """Runs until all children have ended after a stop signal. Raises LaunchError if its children end again and
         again."""
         self._wakeups = reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -205,8 +204,8 @@ class RouterSupervisor:
             self._send(self.children[0], messages.EndCommand())
 
     def _check_failures(self, child: Child) -> None:
-        """Raises LaunchError if this child and all others of its kind have ended `MAX_FAILURES_IN_A_ROW` times in a
-        row."""
+        """Raises LaunchError if this child, and every other child of its kind (control process or worker), has ended at
+        least `MAX_FAILURES_IN_A_ROW` times in a row."""
         kind = [c for c in self.children if (c.worker is None) == (child.worker is None)]
         if all(c.in_a_row >= MAX_FAILURES_IN_A_ROW for c in kind):
             raise LaunchError(
@@ -250,9 +249,9 @@ class RouterSupervisor:
         self._report_processes(None)
 
     def _descriptors(self, ours: socket.socket, more: Iterable[socket.socket]) -> set[int]:
-        """Returns the descriptors that a new child must close, because a copy would keep a connection open after the
-        end of the process that owns it: those of the supervisor, of its other children, of `ours` (its end of the
-        command socket), and of `more`."""
+        """Returns the descriptors of the supervisor that a new child must close: those of the supervisor itself, of its
+        other children, of `ours` (the supervisor's end of the new command socket), and of `more`. A copy in the child
+        would keep a connection open after its owner has ended."""
         descriptors = {*self._wakeups, ours.fileno(), *(sock.fileno() for sock in more)}
         for child in self.children:
             descriptors |= {s.fileno() for s in (child.listener, child.commands) if s is not None and s.fileno() >= 0}

@@ -37,8 +37,8 @@ def receive_command(sock: socket.socket) -> tuple[messages.Message, socket.socke
 
 @dataclass(slots=True)
 class CommandReader:
-    """A child's end of the command socket, used as `async with`. A DrainCommand sets `drain`, an EndCommand sets `end`,
-    and each other command calls its callback. If the supervisor ends, both are set."""
+    """A child's end of the command socket, used with `async with`. A DrainCommand sets `drain`, an EndCommand sets
+    `end`, and any other command is passed to its callback. When the supervisor ends, `drain` and `end` are set."""
 
     sock: socket.socket
     on_attach: Callable[[int | None, socket.socket], Awaitable[None]]

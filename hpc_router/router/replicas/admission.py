@@ -1,8 +1,8 @@
 """Admission limits, and the Retry-After of a rejected request. No I/O, no clock.
 
-Three numbers have a limit, each over all workers: requests in the router, requests in flight on an expert's replicas
-(each replica also has its own capacity), and requests that wait for one expert. Retry-After is the queue length divided
-by the recent departure rate.
+Three counts are limited, each summed over all workers: requests in the router, requests in flight on an expert's
+replicas (each replica also has its own capacity), and requests that wait for one expert. Retry-After is the queue
+length divided by the recent departure rate.
 """
 
 from collections import deque
@@ -30,9 +30,10 @@ DEFAULT_WAIT_S: Final = 2.0
 class QueueLimits:
     """The limits of requests per expert.
 
-    `waiting`: maximum number of requests that wait for one expert. `in_flight`: maximum number of requests in flight by
-    expert, for the experts that have a limit besides the capacity of their replicas. `classes`: for each class of
-    requests, the maximum number in flight per expert, None without a limit. `weights`: the weight of each class.
+    `waiting`: maximum number of requests that wait for one expert. `in_flight`: by expert, the maximum number of
+    requests in flight; an expert that is not in it is limited by the capacity of its replicas only. `classes`: for each
+    class of requests, the maximum number in flight per expert; None without a limit. `weights`: for each class, its
+    share of the places relative to the other classes.
     """
 
     waiting: int
@@ -49,7 +50,7 @@ class QueueLimits:
 
 
 def queue_limits(deployment: Deployment) -> QueueLimits:
-    """Returns the configured limits. Experts that share one engine share the engine's `max_in_flight`."""
+    """Returns the configured limits. An adapter shares its host's `max_in_flight`, because they have one engine."""
     experts = deployment.experts
     limits = {name: experts[host_of(experts, name)].max_in_flight for name in experts}
     classes = [getattr(deployment.router.classes, of.label) for of in CLASSES]
@@ -62,34 +63,35 @@ def queue_limits(deployment: Deployment) -> QueueLimits:
 
 
 def should_spill(*, margin: float, wait_s: float, per_s: float) -> bool:
-    """Returns whether the wait costs more than the next best expert's lower score. `margin`: by how much its score is
-    lower. `wait_s`: expected wait in seconds. `per_s`: score lost per second of waiting."""
+    """Returns whether a request should go to the next best expert, because the wait for the best one costs more than
+    the lower score. `margin`: by how much the next best expert's score is lower. `wait_s`: expected wait in seconds.
+    `per_s`: loss of score that one second of waiting is worth."""
     return wait_s * per_s > margin
 
 
 @dataclass(slots=True)
 class DepartureRate:
-    """The rate, in requests per second, at which requests leave a queue for a replica, over the last
-    `RATE_WINDOW_S`."""
+    """Measures the rate, in requests per second, at which requests leave a queue because they got a replica. It covers
+    the last `RATE_WINDOW_S`."""
 
     _since: float = 0.0
     _departures: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=256))
 
     def began(self, now: float) -> None:
-        """Records that an empty queue got a request. Discards the recorded departures if the last one is more than
-        `MAX_EMPTY_S` ago."""
+        """Records that a request has joined an empty queue. If the last departure is more than `MAX_EMPTY_S` ago,
+        forgets all departures."""
         if not self._departures or now - self._departures[-1][0] > MAX_EMPTY_S:
             self._departures.clear()
             self._since = now
 
     def left(self, now: float, count: int = 1) -> None:
-        """Records that `count` requests left the queue for a replica at the time `now`."""
+        """Records that `count` requests left the queue at the time `now`, because they got a replica."""
         if len(self._departures) == self._departures.maxlen:
             self._since = self._departures[0][0]
         self._departures.append((now, count))
 
     def per_s(self, now: float) -> float | None:
-        """Returns the departures per second; None if the window has no departure."""
+        """Returns the departures per second; None if there was none within the window."""
         while self._departures and self._departures[0][0] < now - RATE_WINDOW_S:
             self._since = self._departures.popleft()[0]
         count = sum(count for _, count in self._departures)

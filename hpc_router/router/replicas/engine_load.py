@@ -1,4 +1,4 @@
-"""The load of an engine by its own metrics, and how it is read from their text. No I/O."""
+"""The load of an engine, read from the text of its metrics. No I/O."""
 
 import contextlib
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ _QUERIES: Final = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_q
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """The load of one engine at its last reading, summed over its data-parallel parts. `running`, `waiting`: requests
-    in the engine. `kv_use`: share of the KV cache in use, 0 to 1, the mean of the parts. `prefix_queries`,
-    `prefix_hits`: tokens of prompts since the engine's start, and those of them that its prefix cache had. None: the
-    engine does not tell."""
+    """The load of one engine when its metrics were read last, the sum over its data-parallel parts. `running`,
+    `waiting`: number of requests that the engine computes, and that wait in it. `kv_use`: share of the KV cache in use,
+    0 to 1, the mean of the parts. `prefix_queries`: number of prompt tokens since the engine's start; `prefix_hits`:
+    how many of them were in its prefix cache. None: not in the metrics."""
 
     running: float | None = None
     waiting: float | None = None
@@ -26,7 +26,7 @@ class EngineLoad:
 
     @classmethod
     def read(cls, text: bytes) -> Self | None:
-        """Returns the load in an engine's metrics in Prometheus' text format; None if it has none of them."""
+        """Returns the load in `text`, an engine's metrics in Prometheus' format; None if it is not in them."""
         kv = _values(text, _KV_USE)
         load = cls(
             running=_sum(text, _RUNNING),
@@ -44,7 +44,8 @@ def _sum(text: bytes, names: tuple[bytes, ...]) -> float | None:
 
 
 def _values(text: bytes, names: tuple[bytes, ...]) -> list[float]:
-    """Returns the values of all series of the first of these metrics that occurs."""
+    """Returns the values of all series of one metric: the first of `names` that occurs in `text`, since its name
+    differs between versions of vLLM."""
     for name in names:
         values = []
         at = text.find(b"\n" + name) if not text.startswith(name) else 0

@@ -1,14 +1,16 @@
-"""The fair order of waiting requests: classes share by weight, the users of a class equally. No I/O, no clock.
+"""The fair order of waiting requests: classes get places in proportion to their weights, and the users of a class get
+equal shares. No I/O, no clock.
 
-Each request that waits for an expert gets a tag when it joins the queue: its virtual finish time. The tags of one
-user's requests follow each other at a distance of one request, and the first one follows the virtual time, which is the
-tag of the request that got the last place (self-clocked fair queueing, Golestani, INFOCOM 1994). So a user's first
-request is next after at most one request of each other user, however many these have sent before.
+A request that waits for an expert gets a number, its tag, when it joins the expert's queue; the lowest tag is next.
+This is self-clocked fair queueing (Golestani, INFOCOM 1994): the tag is the request's virtual finish time. The present
+virtual time is the tag of the request that got a place last. A user's first waiting request gets the virtual time plus
+the length of one request (`UNIT`), and each further one gets the previous tag plus `UNIT`. So a user's first request
+waits for at most one request of each other user, however many requests these have sent before.
 
-The order is one over all workers of the router: each worker publishes, per expert and class, the lowest tag among its
-waiting requests and the virtual time that it knows. All of these are cells of shared memory with one writer each; a
-reader takes the lowest tag and the highest time of all workers. A user's requests count over all workers: if a worker
-has a third of them, their tags there lie three requests apart.
+All workers of the router keep one order. Each worker publishes in shared memory, per expert and class, the lowest tag
+among its waiting requests and the virtual time that it knows; only that worker writes these cells. A reader takes the
+lowest tag and the highest virtual time of all workers. If a worker has only a third of a user's waiting requests, it
+spaces their tags three times as far apart, as the user's other requests wait at other workers.
 """
 
 from collections import defaultdict
@@ -25,7 +27,7 @@ UNIT: Final = 2**20
 
 
 class RequestClass(IntEnum):
-    """The class of a request, highest first. The value is also the `priority` that an engine gets."""
+    """The class of a request, most important first. The value is the request's `priority` for engines that obey it."""
 
     INTERACTIVE = 0
     BATCH = 1
@@ -44,7 +46,8 @@ OWNER_SLOT: Final = SLOTS
 
 
 class Flow(NamedTuple):
-    """Whose request it is. `slot`: the number of the user's token (see `state.user_tokens`)."""
+    """The class and the user of a request, whose waiting requests share one sequence of tags. `slot`: the number of the
+    user's token (see `state.user_tokens`)."""
 
     request_class: RequestClass
     user: str
@@ -65,8 +68,8 @@ _QUEUES: Final = OWNER_SLOT + 2
 
 
 def cells_for(columns: int) -> int:
-    """Returns the number of cells of one worker with this number of queues: first one per user with the number of
-    his waiting requests, one with the number of all, then those of each queue."""
+    """Returns the number of cells that one worker needs for `columns` queues: numbers of waiting requests, by user and
+    in all, and then the state of each queue."""
     return _QUEUES + columns * _CELLS
 
 
@@ -75,8 +78,8 @@ def _cell(column: int, cell: int, of: RequestClass) -> int:
 
 
 class QueueHead(NamedTuple):
-    """The lowest tag that another worker has published, and the number of that worker. The order of heads with equal
-    tags is that of the workers."""
+    """The first waiting request of the other workers: its tag, and the number of its worker. Of two with the same tag,
+    that of the worker with the lower number is first."""
 
     tag: int
     worker: int
@@ -86,8 +89,9 @@ class QueueHead(NamedTuple):
 class SharedOrder:
     """The shared state of all queues of the router, as one worker sees it.
 
-    `cells`: the worker's own row; `peers`: the rows of the other workers; `worker`: its number. A queue is addressed by
-    its column. Column 0 is that of an expert to which the control process has assigned none yet; others do not read it.
+    `cells`: the worker's own cells in shared memory; `peers`: the cells of the other workers; `worker`: its number. A
+    queue is addressed by the number of its column, which is the same in all workers. An expert has column 0 until the
+    control process has assigned it another one; workers do not read each other's column 0.
     """
 
     cells: Cells = field(default_factory=lambda: defaultdict[int, int](int))
@@ -102,7 +106,7 @@ class SharedOrder:
         self.cells[_cell(column, _IN_FLIGHT, of)] = count
 
     def head(self, column: int, of: RequestClass) -> QueueHead | None:
-        """Returns the first request of the other workers; None if none of them waits."""
+        """Returns the first request of class `of` that waits in this queue at another worker; None if there is none."""
         lowest, at = None, _cell(column, _HEAD, of)
         for index, row in enumerate(self.peers if column else ()):
             tag = row[at]
@@ -111,40 +115,42 @@ class SharedOrder:
         return lowest
 
     def others_waiting(self, column: int, of: RequestClass) -> int:
-        """Returns the number of requests of the class that wait at the other workers."""
+        """Returns the number of requests of class `of` that wait in this queue at the other workers."""
         return self._sum_of_others(column, _cell(column, _WAITING, of))
 
     def others_in_flight(self, column: int, of: RequestClass) -> int:
-        """Returns the number of requests of the class that the other workers have in flight."""
+        """Returns the number of requests of class `of` that other workers have in flight on the column's expert."""
         return self._sum_of_others(column, _cell(column, _IN_FLIGHT, of))
 
     def count_user(self, slot: int, change: int) -> None:
-        """Adds `change` to the number of the user's requests that wait at this worker."""
+        """Adds `change` to the number of requests that wait here for the user whose token has the number `slot`."""
         self.cells[slot] += change
 
     def next_tag(self, column: int, of: RequestClass, *, last: int, slot: int) -> int:
-        """Returns the tag of a request that joins a queue. `last`: the tag of the last waiting request of its user at
-        this worker, 0 if none waits; `slot`: that of the user, whose waiting requests are counted already."""
+        """Returns the tag of a request of class `of` that joins a queue of this worker. `last`: the tag of its user's
+        last waiting request there, 0 if none waits. `slot`: number of the user's token; the request is counted there
+        already."""
         own = self.cells[slot]
         total = own + sum(row[slot] for row in self.peers)
         return max(last, self._highest(column, _cell(column, _TIME, of))) + UNIT * total // max(1, own)
 
     def turn(self, columns: Collection[int], of: RequestClass, weight: float) -> int:
-        """Returns the virtual time of the class's next turn at a replica that serves these queues. The class with the
-        earliest turn is next. A class that had no request for some time is due at once, and does not catch up on
-        earlier turns."""
+        """Returns the virtual time at which class `of` next gets a place on a replica that serves the queues `columns`.
+        Of all classes, the one with the earliest such time is next. A class that had no request for some time is due at
+        once, but does not get the places that it did not use meanwhile."""
         last = max(self._highest(column, _cell(column, _TURN, of)) for column in columns)
         now = max(self._highest(column, _cell(column, _TURN, other)) for column in columns for other in CLASSES)
         return max(last + int(UNIT / weight), now)
 
     def granted(self, columns: Collection[int], of: RequestClass, *, tag: int, turn: int) -> None:
-        """Advances the virtual time of these queues, whose replica has taken a request with this tag and turn."""
+        """Advances the virtual time of the queues `columns` after their replica has taken a request of class `of`.
+        `tag`: the tag of the request; `turn`: the virtual time at which its class was due."""
         for column in columns:
             for at, value in ((_cell(column, _TIME, of), tag), (_cell(column, _TURN, of), turn)):
                 self.cells[at] = max(self.cells[at], value)
 
     def move(self, column: int, to: int) -> None:
-        """Moves the worker's cells of a queue to another column."""
+        """Moves the values of a queue in this worker's cells from `column` to the column `to`."""
         for of in CLASSES:
             for cell in range(0, _CELLS, _COUNT):
                 self.cells[_cell(to, cell, of)] = self.cells[_cell(column, cell, of)]

@@ -2,10 +2,10 @@
 the time.
 
 Several failed connections in a row eject a replica, and so do failed probes. Several error responses in a row exclude a
-replica, for a time that doubles with each exclusion. This happens only while the expert can spare the replica: at most
-a share of the expert's replicas is excluded, and never the last ready one, because an error that all replicas give has
-another cause. `worker/attempt_review.py` decides whether an error is the fault of the replica or of the request.
-Requests and probes both report `Incident`s.
+replica: it is ejected for a fixed time, which doubles with each exclusion. A replica is excluded only while at most a
+share of the expert's replicas is excluded, and never if it is the last ready one, because an error that all replicas
+give has another cause. `worker/attempt_review.py` decides whether an error is the fault of the replica or of the
+request. Requests and probes both report `Incident`s.
 """
 
 import math
@@ -22,7 +22,7 @@ endpoint is ejected only while other replicas serve its experts."""
 
 
 class Incident(StrEnum):
-    """A result of a request or a probe that counts for or against a replica's health."""
+    """An observed result of a request or a probe, good or bad, by which a replica's health is judged."""
 
     NO_CONNECTION = "no_connection"
     ERROR = "error"  # a request got a 5xx, or the connection broke before its first byte
@@ -34,7 +34,7 @@ class Incident(StrEnum):
 
 
 class Verdict(StrEnum):
-    """The reaction of the router to an `Incident`."""
+    """What the router does with the replica after an `Incident`."""
 
     KEEP = "keep"
     EJECT = "eject"  # the replica does not answer
@@ -45,9 +45,9 @@ class Verdict(StrEnum):
 class EjectionRules:
     """The configured limits for ejecting replicas.
 
-    `connect_errors`, `request_errors`: number of failures in a row that ejects a replica. `exclusion_s`: duration of
-    the first exclusion in seconds; each further exclusion is twice as long, up to `max_exclusion_s`. `max_share`:
-    largest share of an expert's replicas that may be excluded at the same time.
+    `connect_errors`, `request_errors`: number of failures in a row after which a replica is ejected. `exclusion_s`:
+    duration in seconds of a replica's first exclusion; each further exclusion is twice as long, up to
+    `max_exclusion_s`. `max_share`: largest share of an expert's replicas that may be excluded at the same time.
     """
 
     connect_errors: int
@@ -59,8 +59,8 @@ class EjectionRules:
 
 @dataclass(slots=True)
 class ReplicaHealth:
-    """The counters of the failures in a row at one replica. Until the time `excluded_until`, the router ignores the
-    replica's own report that it is ready."""
+    """The numbers of failures in a row at one replica. Until the time `excluded_until`, the replica stays ejected even
+    if it reports that it is ready."""
 
     connect_errors: int = 0
     request_errors: int = 0
@@ -70,8 +70,8 @@ class ReplicaHealth:
     excluded_until: float = -math.inf
 
     def record(self, incident: Incident, *, now: float, rules: EjectionRules, spare: bool = False) -> Verdict:
-        """Counts one incident and returns what to do with the replica. `spare`: whether the expert can do without this
-        replica (see `can_eject`)."""
+        """Counts one incident at the replica and returns what to do with the replica. `now`: the time in seconds.
+        `spare`: whether the expert can do without this replica (see `can_eject`)."""
         match incident:
             case Incident.ANSWERED:
                 self.connect_errors = self.request_errors = 0

@@ -1,8 +1,8 @@
-"""Decides whether a request fits into the rest of a replica's walltime. No I/O.
+"""Decides whether a request can end before a replica's walltime does. No I/O.
 
-The expected duration of a request comes from the expert's last responses: its `max_tokens` times the 95th percentile of
-(duration / `max_tokens`), or for a request without `max_tokens` the 95th percentile of the durations. Only experts
-whose replicas have a walltime are measured.
+The expected duration of a request comes from the last responses of its expert. For a request with `max_tokens`, it is
+`max_tokens` times the 95th percentile of (duration / `max_tokens`); otherwise, the 95th percentile of the durations.
+Only experts whose replicas have a walltime are measured.
 """
 
 import time
@@ -23,7 +23,8 @@ _KEYS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 @dataclass(slots=True)
 class _Samples:
-    """The durations in seconds, and the durations divided by `max_tokens`, of an expert's last responses."""
+    """Of an expert's last responses, the durations in seconds, and the durations divided by the request's
+    `max_tokens`."""
 
     duration_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     per_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
@@ -31,18 +32,18 @@ class _Samples:
 
 @dataclass(slots=True)
 class Lifetimes:
-    """The measured durations of responses by expert. `expiring`: the experts with a ready replica whose walltime ends
-    within `HORIZON_S`."""
+    """The measured durations of responses, by expert. `expiring`: the experts that have a ready replica whose walltime
+    ends within `HORIZON_S`."""
 
     expiring: frozenset[str] = frozenset()
     _samples: dict[str, _Samples] = field(default_factory=dict)
 
     def refresh(self, replicas: Collection[Replica], *, now: float) -> None:
-        """Recomputes `expiring`. `now`: Unix seconds. Called about once per second."""
+        """Recomputes `expiring` from `replicas`. `now`: Unix seconds. Called about once per second."""
         self.expiring = frozenset(expert for r in replicas if left_s(r, now) < HORIZON_S for expert in r.record.serves)
 
     def ended(self, expert: str, elapsed_s: float, fields: dict[str, object]) -> None:
-        """Records the duration of a complete response of the expert. `fields`: the request body."""
+        """Records that a complete response of the expert took `elapsed_s` seconds. `fields`: the request body."""
         samples = self._samples.setdefault(expert, _Samples())
         samples.duration_s.append(elapsed_s)
         if tokens := max_tokens_of(fields):
@@ -67,8 +68,8 @@ def left_s(replica: Replica, now: float) -> float:
 
 
 def outliving(replicas: Sequence[Replica], needed_s: float) -> Sequence[Replica]:
-    """Returns the replicas that have room and at least `needed_s` seconds of walltime left. If there is no such
-    replica, returns only the replica with room whose walltime ends last."""
+    """Returns the replicas that have a free place and at least `needed_s` seconds of walltime left. If there is none,
+    returns only the one with a free place whose walltime ends last."""
     now = time.time()
     open_ = [replica for replica in replicas if replica.has_room]
     fitting = [replica for replica in open_ if left_s(replica, now) >= needed_s]

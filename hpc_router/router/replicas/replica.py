@@ -1,7 +1,7 @@
 """One replica as the router sees it: its routing state, and the requests that hold a reservation on it. No I/O.
 
-The state changes only by `TRANSITIONS`, which has an entry for every state and event. Releasing a `Reservation` twice
-has no effect, so the counters return to zero however a request ends. The choice of a replica is made in `balancing`.
+The state changes only by the table `TRANSITIONS`, which has the next state for every state and event. Releasing a
+`Reservation` twice has no effect, so the counters return to zero however a request ends. `balancing` chooses replicas.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ PREFILL_COLUMNS: Final = 2**13
 
 
 class RoutingState(StrEnum):
-    """The state that the replica reported last, or `ejected`. It decides whether the router sends requests
+    """The state that the replica reported last, or `ejected`. The router sends requests only to a ready replica
     (docs/states.md)."""
 
     STARTING = "starting"  # the replica reports that it is not ready yet, or was not probed yet
@@ -43,7 +43,7 @@ class RoutingState(StrEnum):
 
 
 class Event(StrEnum):
-    """A cause of a change of the routing state: a state that the replica reports, or a failure that the router
+    """What changes the routing state of a replica: a state that the replica reports, or a failure that the router
     observed."""
 
     SAYS_STARTING = "says_starting"
@@ -86,7 +86,7 @@ class Replica:
     `key`: the bearer token that requests to the replica carry; `models`: the model names that its engine reported;
     `listed_max_model_len`: the context length that an external endpoint lists for its model. `peer_in_flight`: number
     of requests that the router's other workers have in flight on the replica. Balancing and limits use `load`, the sum
-    over all workers. `engine_load`: as its engine's metrics told last; None: unknown.
+    over all workers. `engine_load`: the load in the engine's own metrics; None if it is unknown.
     """
 
     record: Record
@@ -162,12 +162,12 @@ class Replica:
 
     @property
     def slot_name(self) -> str:
-        """The replica's name without the generation, so that a successor inherits the affinity of its conversations."""
+        """The replica's name without the generation. Affinity uses it, so that a successor gets the conversations."""
         return self.record.replica.rpartition(".")[0]
 
     def model_for(self, expert: str) -> str | None:
-        """Returns the engine's model name for this expert, None if unknown. An endpoint with a single model needs no
-        name in its record."""
+        """Returns the name by which the replica's engine knows the model of this expert; None if it is unknown. If the
+        engine has a single model, the record need not name it."""
         name = self.record.serves.get(expert)
         return name if name is not None or len(self.models) != 1 else self.models[0]
 
@@ -184,7 +184,7 @@ class Replica:
         self.state = TRANSITIONS[self.state, event]
 
     def mark_lost(self) -> None:
-        """Shortens the idle timeout of every request on this replica to `LOST_S`."""
+        """Called when the replica is lost: shortens the idle timeout of every request on it to `LOST_S`."""
         for reservation in tuple(self.reservations):
             reservation.mark_lost()
 
@@ -193,7 +193,7 @@ class Replica:
 
 
 class ReservationOwner(Protocol):
-    """The table that a released reservation is returned to."""
+    """The table that made a reservation, and to which its place returns."""
 
     cells: Cells
 
@@ -204,8 +204,8 @@ class ReservationOwner(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """The place of one request on a replica, acquired for `expert`. On a lost replica, the request's idle timeout is
-    `LOST_S`.
+    """The place of one request on a replica, acquired for `expert`. Once the replica is lost (`lost`), the request's
+    idle timeout is `LOST_S`.
 
     `prefill_bytes`: how much of the prompt the engine has still to compute before the response begins, in bytes;
     `queued_bytes`: what it had to compute then for this request and earlier ones; `placed_at`: monotonic time.
@@ -221,8 +221,8 @@ class Reservation:
     placed_at: float = 0.0
 
     def watch(self, idle_timer: IdleTimer) -> None:
-        """Stores the request's idle timer, so that its timeout can be shortened when the replica is lost. If the
-        replica is lost already, shortens it now."""
+        """Stores the timer of the request's idle timeout, so that the timeout can be shortened to `LOST_S` when the
+        replica is lost. If it is lost already, shortens the timeout at once."""
         self.idle_timer = idle_timer
         if self.lost:
             idle_timer.tighten(LOST_S)
@@ -245,7 +245,7 @@ class Reservation:
         self._owner.cells[replica.column + PREFILL_COLUMNS] = replica.prefill_bytes
 
     def release(self) -> None:
-        """Returns the place to the table, which offers it to a waiting request. A second call has no effect."""
+        """Gives the place back to the table, which offers it to a waiting request. A second call has no effect."""
         replica, owner = self.replica, self._owner
         reservations = replica.reservations
         if self in reservations:
@@ -265,14 +265,14 @@ class Reservation:
 
 
 class ClassCounter(Protocol):
-    """The table that counts requests in flight by class."""
+    """The table, as the counter of the requests that each class has in flight."""
 
     def count_class(self, replica: Replica, of: RequestClass, change: int) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
 class ClassReservation(Reservation):
-    """A reservation that counts for its request's class while a class has a limit."""
+    """A reservation that is also counted for its request's class; used only if a class has a limit."""
 
     _counter: ClassCounter = field(kw_only=True)
     _class: RequestClass = field(kw_only=True)

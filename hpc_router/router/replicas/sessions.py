@@ -1,7 +1,7 @@
 """Stores which replica keeps the responses of a session, so that `previous_response_id` finds them.
 
-Only the engine that gave a response has it. So a `/v1/responses` request that names an earlier response goes to exactly
-the replica that gave that response. If this replica is gone, the client gets an error and must send the whole
+Only the engine that made a response has it. So a `/v1/responses` request that names an earlier response goes to exactly
+the replica that made that response. If this replica is gone, the client gets an error and must send the whole
 conversation, which any replica accepts. The header `x-session-id` identifies the session.
 
 The sessions are kept in memory, up to a limit: the least recently used one is dropped first, and a restarted router
@@ -32,8 +32,9 @@ earlier turns."""
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The place where a session's last turn was answered. `url` and `nonce` identify the server process, because a
-    later replica may have the same name. `reason`: why the session's first turn was routed to this expert."""
+    """The replica that answered a session's last turn. `url` and `nonce` identify the server process, because a later
+    replica may have the same name. `reason`: why the session's first turn was routed to this expert. `at`: time of the
+    turn (`time.monotonic`)."""
 
     expert: str
     replica: str
@@ -43,15 +44,15 @@ class Turn:
     at: float = field(default=0.0, compare=False)  # seconds of the monotonic clock, which all processes of a host share
 
     def is_at(self, replica: Replica) -> bool:
-        """Returns whether `replica` is the server process that answered the turn, and still serves its expert."""
+        """Returns whether `replica` is the server process that answered the turn, and still serves the expert."""
         record = replica.record
         return (self.url, self.nonce) == (record.url, record.nonce) and self.expert in record.serves
 
 
 @dataclass(slots=True)
 class Sessions:
-    """A mapping from session id to the session's last turn, for the `most` sessions used last. `on_turn(session, turn)`
-    is called with each turn that this process serves."""
+    """The last turn of each session, by session id, for the `most` sessions used last. `on_turn(session, turn)` is
+    called for each turn that this process itself has served."""
 
     most: int = MAX_SESSIONS
     on_turn: Callable[[str, Turn], None] | None = None
@@ -71,21 +72,21 @@ class Sessions:
             self.note(session, turn)
 
     def note(self, session: str, turn: Turn) -> None:
-        """Stores the session's last turn, and drops the least recently used session above the limit."""
+        """Stores the session's last turn. Above the limit, drops the session whose last use is longest ago."""
         self._turns[session] = turn
         self._turns.move_to_end(session)
         if len(self._turns) > self.most:
             self._turns.popitem(last=False)
 
     def find(self, session: str) -> Turn | None:
-        """Returns the session's last turn, None if it is unknown. Counts as a use of the session."""
+        """Returns the session's last turn; None if the session is unknown. Counts as a use of the session."""
         turn = self._turns.get(session)
         if turn is not None:
             self._turns.move_to_end(session)
         return turn
 
     def answered(self, session: str, replica: Replica, expert: str, reason: RouteReason) -> None:
-        """Records that this replica answered the session's turn, and calls `on_turn`."""
+        """Stores that this replica has answered the session's last turn, and calls `on_turn`."""
         record = replica.record
         turn = Turn(expert, replica.name, record.url, record.nonce, reason, at=time.monotonic())
         self.note(session, turn)
@@ -95,9 +96,9 @@ class Sessions:
     def continued(
         self, session: str | None, fields: Mapping[str, Any], table: ReplicaTable, *, model: str
     ) -> tuple[Turn, Replica] | None:
-        """Returns the turn that a request body continues and the replica that answered it; None if the body has no
-        `previous_response_id`. Raises BadRequestError for an invalid request, and PreviousResponseNotFoundError if the
-        client must send the whole conversation."""
+        """Returns the turn that a request continues, and the replica that answered it; None if its body, `fields`, has
+        no `previous_response_id`. `model`: the model that it names. Raises BadRequestError for an invalid request, and
+        PreviousResponseNotFoundError if the client must send the whole conversation."""
         previous = fields.get(PARAM)
         if previous is None:
             return None

@@ -1,9 +1,8 @@
 """Snapshots of the replica table: the control process takes them, and its workers apply them to their own tables. No
 I/O.
 
-A snapshot is a tuple of frozen values. A worker's table follows the snapshot, with one exception: where the worker has
-observed a replica itself and the snapshot does not include that observation yet, the worker keeps its own state of that
-replica.
+A snapshot is a tuple of frozen values. A worker's table follows the snapshot, with one exception: if the worker has
+observed something of a replica after the snapshot was taken, it keeps its own state of that replica.
 """
 
 import time
@@ -19,8 +18,8 @@ from hpc_router.state.registry import Record
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSnapshot:
-    """The state of one `Replica` without its requests. `record`: the replica's record without the beat counter, which
-    changes too often. `lost`: whether requests on the replica get the short timeout of a lost replica."""
+    """The state of one `Replica`, without its requests. `record`: the replica's record without the beat counter, which
+    changes too often. `lost`: whether requests on the replica have the short timeout of a lost replica."""
 
     record: Record
     key: str | None

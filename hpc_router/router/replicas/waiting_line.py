@@ -27,8 +27,8 @@ class Waiter:
     """A request that waits for a replica.
 
     `experts`: the experts in whose queues it waits; `later`: the experts whose queues it joins when none of `experts`
-    has a ready replica. `number`: its position in the order of arrival. `avoid`: replicas that have failed this
-    request; `only`: the only replica that may serve it, or None. `granted` gets the reservation.
+    has a ready replica. `number`: its position in the order of arrival. `flow`: its class and user. `avoid`: replicas
+    that have failed this request; `only`: the only replica that may serve it, or None. `granted` gets the reservation.
     """
 
     number: int
@@ -42,12 +42,13 @@ class Waiter:
 
     @property
     def fits_any(self) -> bool:
-        """Whether any replica of its experts may serve it, so that other workers can leave each free place to it."""
+        """Whether any replica of its experts may serve the request. Only the tags of such requests are published to the
+        other workers, which then leave a free place to this request if it is first."""
         return self.only is None and not self.avoid
 
 
 class Queued(NamedTuple):
-    """A request in a queue, in the order of the queue: by tag, then by arrival."""
+    """A request in a queue. The queue is sorted by tag, then by order of arrival (`number`)."""
 
     tag: int
     number: int
@@ -55,7 +56,8 @@ class Queued(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """The request that gets the next place, and the virtual time of its class's turn."""
+    """The request that gets the next place. `expert`: the expert in whose queue it waits. `at`: the virtual time at
+    which its class was due (see `SharedOrder.turn`)."""
 
     queued: Queued
     expert: str
@@ -63,7 +65,7 @@ class Grant(NamedTuple):
 
 
 class FairQueue:
-    """The requests of one worker that wait for one expert, in the order of their tags in each class."""
+    """The requests of one worker that wait for one expert, sorted by tag within each class."""
 
     __slots__ = ("_flows", "_orders")
 
@@ -81,7 +83,7 @@ class FairQueue:
         return len(self._orders[of])
 
     def last_tag(self, flow: Flow) -> int:
-        """Returns the tag of the last waiting request of this class and user; 0 if none waits."""
+        """Returns the tag of the last waiting request of this class and user (`flow`); 0 if none waits."""
         waiting = self._flows.get(flow[:2])
         return waiting[next(reversed(waiting))] if waiting else 0
 
@@ -90,7 +92,7 @@ class FairQueue:
         self._flows.setdefault(waiter.flow[:2], {})[waiter] = tag
 
     def remove(self, waiter: Waiter) -> None:
-        """Removes the request; does nothing if it is not in the queue."""
+        """Removes the request from the queue; does nothing if it is not in the queue."""
         key = waiter.flow[:2]
         tag = self._flows.get(key, {}).pop(waiter, None)
         if tag is None:
@@ -101,18 +103,19 @@ class FairQueue:
         del order[bisect_left(order, (tag, waiter.number))]
 
     def first(self, of: RequestClass, fits: Callable[[Waiter], bool]) -> Queued | None:
-        """Returns the first request of the class for which `fits` is true."""
+        """Returns the first request of class `of` for which `fits` is true; None if there is none."""
         return next((queued for queued in self._orders[of] if fits(queued.waiter)), None)
 
     def last(self, of: RequestClass) -> Waiter | None:
-        """Returns the last request of the class that has no place yet."""
+        """Returns the last request of class `of` that has not got a place yet; None if there is none."""
         return next((queued.waiter for queued in reversed(self._orders[of]) if not queued.waiter.granted.done()), None)
 
 
 @dataclass(slots=True)
 class WaitingLine:
     """The queues of one worker by expert, and their departure rates. `on_length(expert, length)` is called whenever a
-    queue changes. `column_of`: returns the column of an expert's queue in `order`. `queues` has no empty queue."""
+    queue changes. `order`: the order that all workers share. `column_of`: returns the column of an expert's queue in
+    `order`. `queues` has no empty queue."""
 
     clock: Callable[[], float]
     on_length: Callable[[str, int], None]
@@ -125,15 +128,15 @@ class WaitingLine:
     """By expert and class, the request of another worker to which a free place was left last, and since when."""
 
     def arrive(self, experts: Sequence[str], avoid: Collection[Replica], only: Replica | None, flow: Flow) -> Waiter:
-        """Returns a new waiter that is in no queue yet."""
+        """Returns a waiter for a request that arrives now. It is in no queue until `join_next`. The parameters are as
+        in `Waiter`, except that `experts` become its `later` ones."""
         self._arrivals += 1
         self.order.count_user(flow.slot, 1)
         granted = asyncio.get_running_loop().create_future()
         return Waiter(self._arrivals, flow, list(experts), set(avoid), only, granted)
 
     def join_next(self, waiter: Waiter) -> None:
-        """Moves the first of the waiter's later experts to its experts, and adds the waiter to the queue of that
-        expert."""
+        """Moves the first expert of `waiter.later` to `waiter.experts`, and adds the waiter to this expert's queue."""
         expert, flow = waiter.later.pop(0), waiter.flow
         waiter.experts.append(expert)
         queue = self.queues.get(expert)
@@ -158,8 +161,8 @@ class WaitingLine:
             self._changed(expert)
 
     def grant(self, turn: Grant, serves: Collection[str], reserve: Callable[[], Reservation]) -> None:
-        """Removes the waiter from all queues and gives it the reservation that `reserve` makes on a replica of the
-        experts `serves`."""
+        """Gives the waiter of `turn` the reservation that `reserve` makes, and removes the waiter from all queues.
+        `serves`: the experts of the replica that has the place."""
         waiter, tag = turn.queued.waiter, turn.queued.tag
         columns = [self.column_of(expert) for expert in serves]
         self.order.granted(columns, waiter.flow.request_class, tag=tag, turn=turn.at)
@@ -168,7 +171,7 @@ class WaitingLine:
         waiter.granted.set_result(reserve())
 
     def fail(self, waiter: Waiter, error: Exception) -> None:
-        """Removes the waiter from all queues and raises `error` where the reservation is awaited."""
+        """Removes the waiter from all queues and makes its wait for a reservation raise `error`."""
         self.leave(waiter)
         waiter.granted.set_exception(error)
 
@@ -179,10 +182,10 @@ class WaitingLine:
         is_open: Callable[[str, RequestClass], bool],
         weights: Sequence[float],
     ) -> Grant | None:
-        """Returns the request that gets the next place of a replica of the experts `serves`; None if no request of this
-        worker may have it, or if the place is left to another worker whose request is first.
+        """Returns the request that gets the next free place of a replica, which serves the experts `serves`. Returns
+        None if no request of this worker may have the place, or if it is left to another worker whose request is first.
 
-        `fits`: whether a waiter may use this replica. `is_open`: whether an expert may serve a further request of a
+        `fits`: whether a waiter may use this replica. `is_open`: whether an expert may serve one more request of a
         class. `weights`: the weight of each class.
         """
         first: tuple[int, Grant | None, QueueHead | None, tuple[str, RequestClass] | None] | None = None
@@ -218,12 +221,12 @@ class WaitingLine:
         return None
 
     def others_wait(self, expert: str, is_open: Callable[[str, RequestClass], bool]) -> bool:
-        """Returns whether another worker has a request that waits for a place of this expert and may take it."""
+        """Returns whether another worker has a request waiting for the expert, of a class that `is_open` allows."""
         return any(self._head(expert, of) is not None and is_open(expert, of) for of in CLASSES)
 
     def _head(self, expert: str, of: RequestClass) -> QueueHead | None:
-        """Returns the first request of the other workers; None if there is none, or if it has not taken a place that
-        was left to it for `YIELD_S`."""
+        """Returns the first request of class `of` that waits for the expert at another worker. Returns None if there is
+        none, or if a place was left to this request for `YIELD_S` and its worker has not taken it."""
         if not self.order.peers:
             return None
         head = self.order.head(self.column_of(expert), of)
@@ -234,7 +237,7 @@ class WaitingLine:
         return head
 
     def move(self, expert: str, column: int) -> None:
-        """Moves this worker's cells of the expert's queue from `column` to its present column."""
+        """Moves the values of the expert's queue in this worker's cells from `column` to its present column."""
         self.order.move(column, self.column_of(expert))
         self._changed(expert)
 
@@ -243,7 +246,7 @@ class WaitingLine:
         return len(self.queues.get(expert, ()))
 
     def waiting(self, expert: str, of: RequestClass) -> int:
-        """Returns the number of requests of the class, of all workers, that wait for the expert."""
+        """Returns the number of requests of class `of` that wait for the expert at any worker."""
         queue = self.queues.get(expert)
         return (0 if queue is None else queue.count(of)) + self.order.others_waiting(self.column_of(expert), of)
 
@@ -257,7 +260,7 @@ class WaitingLine:
         return max(map(self.wait_s, self.queues), default=MIN_WAIT_S)
 
     def _changed(self, expert: str) -> None:
-        """Publishes the queue's length and its first request."""
+        """Publishes the length and the first tag of the expert's queue to the other workers, and calls `on_length`."""
         queue, column = self.queues.get(expert), self.column_of(expert)
         for of in CLASSES:
             first = None if queue is None else queue.first(of, _fits_any)

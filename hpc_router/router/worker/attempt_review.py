@@ -1,4 +1,5 @@
-"""Decides after a failed attempt or an error status: try another replica, report the replica, or answer the client.
+"""Decides what follows a failed attempt or an error status: another replica is tried, or the client gets an error. Also
+decides whether the replica is reported as unhealthy.
 
 Backpressure (429, or 503 with `Retry-After`) is no evidence of bad health. An error is evidence against a replica only
 if another replica of the same expert serves the same request.
@@ -42,7 +43,7 @@ _MAX_QUOTED_BYTES: Final = 200
 
 
 class HealthReporter(Protocol):
-    """A receiver of what requests observe of the replicas' health."""
+    """Receives what a worker's requests show about the health of replicas. Implemented by `ControlClient`."""
 
     def connect_failed(self, replica: Replica, trouble: str) -> None:
         """Records that no connection to the replica could be made. `trouble`: text of the failure."""
@@ -62,8 +63,8 @@ class HealthReporter(Protocol):
 
 
 class RetryError(Exception):
-    """An attempt failed before anything was sent to the client, and the failure is recorded. `begun`: whether the
-    engine may have begun the request."""
+    """An attempt failed before anything was sent to the client, and may be followed by another one. The failure is
+    recorded already. `begun`: whether the engine may have begun the request."""
 
     def __init__(self, *, begun: bool) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class RetryError(Exception):
 
 @dataclass(slots=True)
 class AttemptReview:
-    """The review of failed attempts and error statuses in one worker, with reports to `health` and `metrics`."""
+    """Reviews failed attempts and error statuses in one worker. Reports to `health` and counts in `metrics`."""
 
     health: HealthReporter
     metrics: Metrics
@@ -80,8 +81,9 @@ class AttemptReview:
     async def review_status(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult | None:
-        """Decides what to do with an error status, before anything is sent to the client. Returns the result that the
-        client gets, or None to relay the response. Raises RetryError if another replica should be tried."""
+        """Decides what to do with a response that has an error status, before anything is sent to the client. Returns
+        the result that the client gets instead, or None if the response of the replica is to be relayed. Raises
+        RetryError if another replica should be tried."""
         replica, status, headers = reservation.replica, upstream.status, upstream.headers
         external = replica.record.kind is RecordKind.EXTERNAL
         if status == 401 and external:  # the router's token for the endpoint is wrong; the client's own token is valid
@@ -128,16 +130,16 @@ class AttemptReview:
         raise RetryError(begun=begun)
 
     def _failed_at(self, routed: RoutedRequest, replica: Replica, cause: str | int) -> None:
-        """Counts a failed attempt, and stores it for the request's record."""
+        """Counts a failed attempt, and stores it for the request's record. `cause`: status or kind of failure."""
         self.metrics.failovers.add(replica.name, cause)
         routed.failovers += ((replica.name, cause),)
 
     async def _review_missing(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult:
-        """Returns the result for a 404 or 405 of an engine. If the response is an error in the format of the API, it is
-        returned unchanged. Any other response means that the engine does not serve the path: raises RetryError if the
-        expert has another ready replica, which may have another engine, else returns an error that says so."""
+        """Returns the result for a 404 or 405 of an engine: its own response if the body is an error in the format of
+        the API. With any other body, the engine does not serve the path. Then raises RetryError if the expert has
+        another ready replica, which may run another engine; otherwise returns an error that names the path."""
         replica = reservation.replica
         if replica.recent_error:
             self.health.request_succeeded(replica)
@@ -154,8 +156,8 @@ class AttemptReview:
     async def _review_refused(
         self, routed: RoutedRequest, reservation: Reservation, upstream: UpstreamResponse
     ) -> RequestResult | None:
-        """Returns the result for a 400 of an engine, or None to relay the response. Raises RetryError if a Rust front
-        end cannot serve a field of the request and another replica of the expert can be tried."""
+        """Returns the result for a 400 of an engine, or None to relay the response. Raises RetryError if vLLM's Rust
+        front end cannot serve a field of the request, and another replica of the expert can be tried."""
         replica = reservation.replica
         if replica.recent_error:
             self.health.request_succeeded(replica)
@@ -180,8 +182,8 @@ class AttemptReview:
         return self._unsupported(routed, reservation, fault)
 
     def _unsupported(self, routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
-        """Returns the error `fault` as the result for a request that the engine cannot serve. Raises RetryError instead
-        if another replica of the expert, which may have another engine, can be tried."""
+        """Returns the error `fault` as the result for a request that the engine cannot serve. But if another replica of
+        the expert, which may run another engine, can be tried, raises RetryError."""
         replica, expert, table = reservation.replica, reservation.expert, routed.dispatcher.table
         result = error_result(routed, reservation, fault)
         routed.avoid |= {replica}
@@ -195,9 +197,9 @@ class AttemptReview:
         return result
 
     def report_failures(self, routed: RoutedRequest, expert: str) -> None:
-        """Reports the replicas of this expert that failed the request, after another replica of the expert has served
-        it. A 500 of a Rust front end to a constrained request is not reported: earlier constrained requests cause it
-        (see `rust_frontend.is_constrained`), and the replica serves all other requests."""
+        """Reports the replicas of `expert` that failed this request. Called once another replica of the expert has
+        served it. A 500 of a Rust front end to a constrained request is not reported: earlier constrained requests
+        cause it (see `rust_frontend.is_constrained`), and the replica serves all other requests."""
         constrained = rust_frontend.is_constrained(routed.call.fields)
         for replica, of, seen in routed.failed_attempts:
             excused = constrained and seen == _FAILED and rust_frontend.has_rust_frontend(replica.record.engine)
@@ -214,8 +216,8 @@ class AttemptReview:
         return RequestResult(upstream.status, reservation.expert, routed.reason_at(reservation.expert), response)
 
     def record_failure(self, routed: RoutedRequest, reservation: Reservation, error: UpstreamError) -> None:
-        """Records an attempt that failed before the first byte of its response. The request avoids the replica from
-        then on."""
+        """Records an attempt that failed before the first byte of its response. Later attempts of the request avoid the
+        replica."""
         replica, expert = reservation.replica, reservation.expert
         logger.warning("%s: %s failed before its first byte: %s", routed.request_id, replica.name, error)
         self._failed_at(routed, replica, type(error).__name__)
@@ -231,7 +233,7 @@ class AttemptReview:
 
 
 def error_result(routed: RoutedRequest, reservation: Reservation, fault: ErrorReply) -> RequestResult:
-    """Returns the result that sends `fault`, an error of the router, with the headers that name the reserved
+    """Returns a result with `fault`, an error made by the router, as the response. Its headers name the reserved
     replica."""
     response = json_response(routed.endpoint.api_format.error_body(fault), status=fault.status)
     response.add(protocol.REQUEST_ID_HEADER, routed.request_id)
@@ -240,7 +242,7 @@ def error_result(routed: RoutedRequest, reservation: Reservation, fault: ErrorRe
 
 
 def _engine_of(reservation: Reservation) -> str:
-    """Returns the name of the reserved engine for a message."""
+    """Returns a description of the reserved replica's engine for an error message: expert and kind of the engine."""
     record = reservation.replica.record
     kind = record.engine.kind or record.url
     kind += f", {rust_frontend.NAME}" if rust_frontend.has_rust_frontend(record.engine) else ""
@@ -248,8 +250,8 @@ def _engine_of(reservation: Reservation) -> str:
 
 
 def _is_api_error(body: bytes) -> bool:
-    """Returns whether the body is an error of the API itself, such as for an unknown model. A server without the
-    requested path responds with only the status text, or in another format."""
+    """Returns whether the body of an error response is an error that the API itself reports, such as an unknown model.
+    A server that does not have the requested path sends only the phrase of the status ("Not Found"), or no JSON."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""The wait of a request for a replica, in particular for one that is only starting.
+"""Limits how long a request waits for a replica, and holds it longer while a replica is starting (a cold start).
 
-A request waits for at most `router.queue_timeout_s`. Time in which a replica of its expert starts does not count, so
-that a request is held until the replica is ready: a stream gets SSE comments with the state of the start, and any other
-request is held up to the deadline of its client. The whole wait is limited by `router.answer_timeout_s`.
+A request waits for at most `router.queue_timeout_s`. Time in which a replica of one of its experts starts does not
+count, so the request is held until that replica is ready. Meanwhile a stream gets SSE comments with the state of the
+start; any other request is held no longer than its client's timeout. `router.answer_timeout_s` limits the whole wait.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ ADVANCE_SHARE: Final = 0.05
 
 
 class ColdStartWait:
-    """The time limit of the wait of `routed`, as an asynchronous context manager that raises TimeoutError. While the
-    request waits, it extends `routed.queue_until` and sends the comments."""
+    """An asynchronous context manager around the wait of `routed` for a replica; raises TimeoutError at the time limit
+    (`routed.queue_until`). While a replica is starting, it extends the limit and sends comments to a stream."""
 
     def __init__(self, routed: RoutedRequest, table: ReplicaTable, config: RouterConfig) -> None:
         self._routed, self._table, self._config = routed, table, config
@@ -34,8 +34,8 @@ class ColdStartWait:
         self._timer: asyncio.TimerHandle | None = None
 
     def check(self) -> None:
-        """Counts the request if none of its experts has a ready replica. Raises ColdStartError if it does not want to
-        wait for one."""
+        """If none of the request's experts has a ready replica, counts a cold start. Raises ColdStartError in this case
+        if `x-wait`, or else `router.cold_start`, says that the request fails instead of waiting."""
         routed, table = self._routed, self._table
         if routed.only is not None or any(table.has_ready(expert, ()) for expert in routed.experts):
             return
@@ -49,7 +49,7 @@ class ColdStartWait:
         routed.count_cold("waited")
 
     def state(self) -> str:
-        """Returns the state of the start as the end of a message; empty if no replica is starting."""
+        """Returns the state of the starting replica, as the end of an error message; empty if none is starting."""
         coming = self._table.coming(self._routed.experts)
         return "" if coming is None else f": {coming.text(time.time())}"
 
@@ -66,7 +66,8 @@ class ColdStartWait:
         await self._limit.__aexit__(kind, error, traceback)
 
     def _look(self) -> None:
-        """Extends the limit and sends the state if a replica is starting. Repeats this every `CHECK_S`."""
+        """While a replica is starting, extends the request's time limit and sends the state of the start to a stream.
+        Calls itself again after `CHECK_S`."""
         routed, loop = self._routed, asyncio.get_running_loop()
         now, queue_s = time.perf_counter(), self._config.queue_timeout_s
         coming = None if routed.only is not None else self._table.coming(routed.experts)
@@ -80,8 +81,9 @@ class ColdStartWait:
         self._timer = loop.call_later(min(CHECK_S, queue_s / 2), self._look)
 
     def _hold_s(self, *, streams: bool) -> float:
-        """Returns how long the request may wait in seconds, from its arrival. A response that is not streamed must come
-        before the client's own timeout, if the client states one; the comments of a stream satisfy that timeout."""
+        """Returns the maximum time in seconds from the request's arrival to the end of its wait. `streams`: whether the
+        client gets comments meanwhile, which keep its timeout from expiring. Otherwise the wait ends before the timeout
+        that the client states, if it states one."""
         most_s = self._config.answer_timeout_s
         stated = None if streams else _stated_timeout_s(self._routed)
         if stated is None:
@@ -90,7 +92,7 @@ class ColdStartWait:
 
 
 def _stated_timeout_s(routed: RoutedRequest) -> float | None:
-    """Returns the timeout in seconds that the client states in a header; None if it states none, or no number."""
+    """Returns the timeout in seconds that the client states in one of `DEADLINE_HEADERS`; None if it states none."""
     for name in DEADLINE_HEADERS:
         try:
             stated = float(routed.request.headers.get(name, b""))

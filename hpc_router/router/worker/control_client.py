@@ -1,8 +1,8 @@
 """A worker's connection to the control process.
 
-The worker receives the replica states, the settings and its predecessor's counts. It reports what its requests observe
-of a replica, and acts on the observation without waiting for an answer. While no control process runs, the worker keeps
-its last snapshot; a new control process gets what the worker knows, so that nothing is lost.
+The worker receives the states of the replicas, the settings, and the counts of the worker that it replaces. It reports
+what its requests show about the health of a replica, and acts on this without waiting for an answer. While no control
+process runs, it uses the last snapshot. A new control process gets all that the worker knows, so nothing is lost.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ class ControlClient:
     """The worker's end of the connection, and the state that the control process sends to the worker.
 
     `ejects_at_once`: whether the first failed connection ejects a replica. `informed` is set after the first snapshot,
-    `released` once the router's record is withdrawn. `on_settings` is called after `settings` has changed,
-    `on_certificate` when the files of the certificate have. `users`: the tokens of users other than the owner.
+    `released` once the router's record is withdrawn. `on_settings` is called after new `settings` have arrived,
+    `on_certificate` after the router's certificate has changed. `users`: the tokens of users other than the owner.
     """
 
     table: ReplicaTable
@@ -96,7 +96,7 @@ class ControlClient:
             self._channel.close()
 
     def task_failed(self, task: str, error: str) -> None:
-        """Counts and reports a background task of this worker that failed and is started again."""
+        """Counts and reports a failure of the worker's background task named `task`, which is then started again."""
         self.metrics.task_failures.add(task)
         self._notify(messages.TaskFailed(task, error))
 

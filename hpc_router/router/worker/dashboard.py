@@ -1,7 +1,7 @@
-"""The dashboard: an open page without data, and the stream of overviews that the page fetches with the owner's token.
+"""The dashboard: a page without data, open to everyone, and the overviews that it fetches with the owner's token.
 
-The page has no outside assets. Its content security policy allows its own script and style only, and connections to
-this router only, so that nothing in the data can run or leave.
+The page uses no files of other servers. Its content security policy allows only the page's own script and style, and
+connections only to this router, so text in the data cannot run as a script or be sent elsewhere.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ _STREAM_HEAD: Final = b"content-type: application/x-ndjson\r\ncache-control: no-
 
 
 def _hash_of(tag: bytes) -> str:
-    """Returns the hash of the content of the page's only element `tag`, in the form in which the content security
-    policy lists allowed content."""
+    """Returns the hash of the content of the page's only `tag` element, as the content security policy lists it to
+    allow that content."""
     content = _PAGE.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0]
     return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
@@ -48,15 +48,15 @@ _PAGE_HEAD: Final = (
 
 
 def page() -> Response:
-    """Returns the page, which contains nothing of the deployment."""
+    """Returns the response with the dashboard's page, which contains no data of the deployment."""
     return Response(200, _PAGE_HEAD, _PAGE)
 
 
 async def follow(
     request: Request, overview: Callable[[], Awaitable[dict[str, Any]]], draining: Callable[[], bool]
 ) -> None:
-    """Sends a line with the overview every `PERIOD_S` seconds until the router drains. If the control process does not
-    answer, the line is `{"error": TEXT}`. Raises DownstreamGoneError when the client leaves."""
+    """Sends a line with the overview every `PERIOD_S` seconds until the router drains. While the control process does
+    not answer, the line is `{"error": TEXT}`. Raises DownstreamGoneError when the client leaves."""
     request.start_response(200, _STREAM_HEAD, length=None)
     while True:
         try:

@@ -1,11 +1,12 @@
 """Dispatches one API request, from its decoded body to the last byte of its response.
 
 The dispatcher acquires a replica of the request's experts and relays the response. Until the first body byte is
-received, a failed attempt is retried on another replica. A request for `auto` is retried on replicas of its expert, of
-the runner-up and of the fallback; a request for a named expert only on replicas of that expert, for which it waits up
-to `router.queue_timeout_s`, and longer while one starts (`cold_start`). A budget limits the retries. A request that was
-begun by callbacks continues here from its state: with its reservation, its connection, and its stream if that has
-begun.
+received, a failed attempt is retried on another replica: for `auto` on replicas of the chosen expert, of the runner-up
+and of the fallback, otherwise only on replicas of the named expert. A request waits for a replica up to
+`router.queue_timeout_s`, and longer while one starts (`cold_start`). A budget limits the retries.
+
+A request that was begun by callbacks (`routed_request`) continues here from its state: with its reservation, its
+connection, and the part of a stream that the client has already.
 """
 
 import asyncio
@@ -70,7 +71,7 @@ def stream_timeouts_of(config: RouterConfig) -> UpstreamTimeouts:
 
 @dataclass(slots=True)
 class Dispatcher:
-    """Serves the routed requests of one worker."""
+    """Serves the routed requests of one worker that need a task."""
 
     table: ReplicaTable
     health: HealthReporter
@@ -133,8 +134,8 @@ class Dispatcher:
         return self._after_early(routed, result.response)
 
     def _after_early(self, routed: RoutedRequest, response: Response | None) -> Response | None:
-        """Returns the response. If the stream has started before its first event, its status cannot be sent any more:
-        sends it as an event that ends the stream, and returns None."""
+        """Returns the response. But if the head of a stream was sent early, before the first event, the status of
+        `response` cannot be sent any more: sends it as an event that ends the stream, and returns None."""
         early = routed.early
         if response is None or early is None or not early.started:
             return response
@@ -143,7 +144,7 @@ class Dispatcher:
         return None
 
     async def _attempts(self, routed: RoutedRequest) -> RequestResult:
-        """Tries replicas until one serves the request, and returns the result. Raises RoutingErrors if none does."""
+        """Tries replicas until one serves the request, and returns the result. Raises a RoutingError if none does."""
         routed.queue_until = routed.started + self.config.queue_timeout_s
         attempts = routed.attempts = 0
         while attempts < MAX_ATTEMPTS:
@@ -199,9 +200,9 @@ class Dispatcher:
         return False
 
     async def _wait(self, routed: RoutedRequest) -> Reservation:
-        """Waits for a reservation until `routed.queue_until`. Raises UnavailableError when this time has passed,
-        ColdStartError if there is no ready replica and the request does not wait for one, OverloadedError or ShedError
-        for a full queue, and a not-found error if the only possible replica is lost."""
+        """Waits until `routed.queue_until` for a reservation, and returns it. Raises UnavailableError after that time,
+        ColdStartError if no replica is ready and the request is not to wait for one, OverloadedError or ShedError if
+        the queue is full, and a not-found error if the only replica that may serve the request is lost."""
         started = time.perf_counter()
         wait = ColdStartWait(routed, self.table, self.config)
         wait.check()
@@ -238,8 +239,9 @@ class Dispatcher:
         )  # fmt: skip
 
     async def _attempt(self, routed: RoutedRequest, reservation: Reservation) -> RequestResult:
-        """Sends the request to the reserved replica and relays its response. Raises RetryError if the attempt failed
-        before anything was sent to the client. After a later failure, the client's response ends with an error."""
+        """Sends the request to the reserved replica, relays its response to the client and returns the result. Raises
+        RetryError if the attempt failed before anything was sent to the client. After a later failure, an error ends
+        the client's response."""
         replica, expert = reservation.replica, reservation.expert
         reason = routed.reason_at(expert)
         begun, routed.relay = routed.relay, None
@@ -289,9 +291,9 @@ class Dispatcher:
         return RequestResult(relay.status, expert, reason, relay.response)
 
     def _timeout_error(self, routed: RoutedRequest, replica: Replica, *, answered: bool) -> AnswerTimeoutError:
-        """Returns the error for a response that took too long. `answered`: whether its first byte was received, so that
-        the idle timeout has expired, and not that of the first byte. Such a timeout does not count against the replica,
-        whose probes succeed."""
+        """Returns the error for a response that took too long. `answered`: whether its first byte was received: if so,
+        the idle timeout has expired, else the timeout of the first byte. The timeout is not reported as a failure of
+        the replica, because the replica's probes succeed."""
         if answered:
             key, limit_s, what = "idle_timeout_s", self.config.idle_timeout_s, "paused for longer than"
         elif routed.call.fields.get("stream"):

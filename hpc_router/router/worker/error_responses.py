@@ -1,4 +1,4 @@
-"""Turns errors into HTTP responses in the format of the request's API. `STATUS` is the only table of status codes."""
+"""Turns errors into HTTP responses in the format of the request's API. `STATUS` has the HTTP status of each error."""
 
 import logging
 import math
@@ -62,7 +62,7 @@ RETRY_AFTER_S: Final = 2.0
 
 
 class DrainingError(UnavailableError):
-    """This router drains and accepts no new requests; its successor accepts them."""
+    """A new request came to a router that drains; the router's successor accepts it."""
 
 
 @dataclass(slots=True)
@@ -72,8 +72,8 @@ class ErrorResponses:
     metrics: Metrics
 
     def response_to(self, error: Exception, request: Request, request_id: str) -> Response:
-        """Returns the response to `error`, and logs the error. An HpcRouterError is counted in the metrics; any other
-        error is a fault of the router, is logged with a traceback and gives a 500."""
+        """Returns the response to `error`, and logs the error. An HpcRouterError is counted in the metrics. Any other
+        error is a bug of the router: it is logged with a traceback, and the response is a 500."""
         if not isinstance(error, HpcRouterError):
             logger.error("%s: %s %r failed", request_id, request.method, request.path[:200], exc_info=error)
             failure = RoutingError("the router failed; its log says why")
@@ -106,8 +106,8 @@ def _error_response(status: int, kind: str, error: HpcRouterError, request_id: s
 
 
 def error_code(error: Exception) -> str:
-    """Returns the error code of an error class: `unknown_model` for `UnknownModelError`, and `internal_error` for an
-    error that is not an HpcRouterError."""
+    """Returns the error code for an error's class: `unknown_model` for `UnknownModelError`; for an error that is no
+    HpcRouterError, `internal_error`."""
     if not isinstance(error, HpcRouterError):
         return "internal_error"
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()

@@ -145,7 +145,7 @@ class Gateway:
 
     def handle(self, request: Request) -> PendingResponse | Coroutine[Any, Any, Response | None]:
         """Starts to serve a request. Returns a `RoutedRequest` if the request only has to be routed and sent, which
-        needs no task; for any other request, returns a coroutine."""
+        needs no task; for any other request, a coroutine that serves it in a task."""
         if request.request_id and _REQUEST_ID.fullmatch(request.request_id):
             request_id = request.request_id.decode()
         else:
@@ -194,9 +194,9 @@ class Gateway:
         return response
 
     def _simple_endpoint(self, request: Request) -> ApiEndpoint | None:
-        """Returns the API endpoint if the request has the owner's token and its head allows to route it without a task;
-        else None. The result is cached for later requests with the same head. For a user's token it returns None, and
-        caches the endpoint where `_users_endpoint` finds it."""
+        """Returns the API endpoint of a request that has the owner's token and whose head shows that it needs no task
+        to be routed; None for any other request. The result is cached for later requests with the same head. If the
+        request has another user's token, the endpoint is cached for `_users_endpoint` and the result is None."""
         cached = request.headers.cached
         if request.method != "POST" or request.path not in _FAST_PATHS:
             cached[self] = None
@@ -213,9 +213,9 @@ class Gateway:
         return endpoint
 
     def _users_endpoint(self, request: Request) -> tuple[UserAccess | None, ApiEndpoint | None]:
-        """Returns the access and the API endpoint that are cached for the head of this request; (None, None) if none
-        are cached for a user's token, if the token has expired, or if the router drains. The endpoint alone is None if
-        the head requires a task."""
+        """Returns what the user's token in this request allows, and the request's API endpoint, from the cache of its
+        head. The endpoint is None if the request needs a task. Both are None if the cache has no user's token, if the
+        token has expired, or if the router drains."""
         cached = request.headers.cached
         access: UserAccess | None = cached.get(self.users)
         if access is None or self.in_flight.closing or access.expires_at <= time.time():
@@ -223,8 +223,8 @@ class Gateway:
         return access, cached.get(access)
 
     def _find_route(self, request: Request) -> Handler:
-        """Returns the handler of the request. Raises an error for the client if the request is not authorized or not
-        served."""
+        """Returns the handler of the request. Raises an error with a 4xx or 503 status if the request is not
+        authorized, its path or method is not served, or the router drains."""
         path = request.path.rstrip("/") or "/"
         if self.cross_origin.is_preflight(request.method, request.headers):
             return self._preflight
@@ -244,7 +244,7 @@ class Gateway:
         return handler
 
     def _handlers_at(self, path: str) -> dict[str, Handler]:
-        """Returns the handlers of a path by method."""
+        """Returns the handlers of the path, by HTTP method; empty if the path is not served."""
         if path.startswith(protocol.MODELS + "/"):
             return {"GET": self._model}
         if stored := protocol.STORED_RESPONSE.fullmatch(path):
@@ -252,9 +252,9 @@ class Gateway:
         return {method: handler for (method, at), handler in self.routes.items() if at == path}
 
     def _authorize(self, headers: Headers) -> UserAccess | None:
-        """Returns what the token in the headers allows; None for the owner's token, which allows everything. The result
-        is cached with the head, but each call checks whether the token has expired or was revoked. Raises
-        UnauthorizedError."""
+        """Returns what the token in the headers allows; None for the owner's token, which allows everything. The
+        token's entry is cached with the head, but each call checks again that the token has not expired or been
+        revoked. Raises UnauthorizedError."""
         token, cached = self.token, headers.cached
         if token is None or token in cached:
             return None
@@ -273,7 +273,7 @@ class Gateway:
         return access
 
     def _access(self, request: Request) -> UserAccess | None:
-        """Returns the access of an authorized request; None for the owner."""
+        """Returns what the token of an authorized request allows; None for the owner's token, which has no limits."""
         return request.headers.cached.get(self.users)
 
     async def _preflight(self, request: Request, request_id: str) -> Response:
@@ -297,8 +297,8 @@ class Gateway:
         return json_response({"ready": ready}, status=200 if ready else 503)
 
     async def _handover(self, request: Request, request_id: str) -> Response:
-        """Responds with the session turns and counts that a successor of this router takes over. The successor
-        authorizes itself by this router's replica key instead of the owner's token."""
+        """Responds to a successor of this router with the session turns and counts that it takes over. The successor
+        sends this router's replica key instead of the owner's token."""
         if not equal_secrets(bearer_token(request.headers.text("authorization")) or "", self.key):
             raise UnauthorizedError(f"{protocol.HANDOVER} is for routers of this run")
         skip = protocol.skip_in(request.query)
@@ -340,7 +340,7 @@ class Gateway:
         return json_response(self._model_card(name))
 
     async def _route(self, request: Request, request_id: str) -> Response:
-        """Responds with an explanation of how this prompt would be routed for model `auto`."""
+        """Responds to `POST /route`: explains how the prompt in the body would be routed for model `auto`."""
         call = await self._read_call(request)
         if not any(name in call.fields for name in PROMPT_FIELDS):
             raise BadRequestError(f"the body has no prompt (valid fields: {', '.join(PROMPT_FIELDS)})", param="prompt")
@@ -359,7 +359,7 @@ class Gateway:
         return [one._asdict() for one in self.table.explain(expert, prefix)]
 
     async def _feedback(self, request: Request, request_id: str) -> Response:
-        """Records the score that the client gives to an earlier request of the same user."""
+        """Records the score in the body, which a client gives to an earlier request of the same user."""
         fields = (await self._read_call(request)).fields
         rated, score = fields.get("id"), fields.get("score")
         if not isinstance(rated, str) or not REQUEST_ID.fullmatch(rated):
@@ -401,8 +401,8 @@ class Gateway:
             return await self.dispatcher.respond(routed)
 
     def _admit(self, endpoint: ApiEndpoint) -> None:
-        """Raises ShedError or OverloadedError if the router serves as many requests as `router.max_in_flight` allows
-        and no waiting request of a lower class makes room."""
+        """Raises ShedError or OverloadedError if the router has as many requests in flight as `router.max_in_flight`
+        allows. Admits the request nevertheless if a waiting request of a lower class can be rejected instead."""
         if self.in_flight.total >= self.deployment.router.max_in_flight:
             text = f"{self.deployment.router.max_in_flight} requests are in flight, the limit of router.max_in_flight"
             retry_after_s = self.table.longest_wait_s()
@@ -412,7 +412,7 @@ class Gateway:
                 raise OverloadedError(text, retry_after_s=retry_after_s)
 
     def _excess(self) -> int:
-        """Returns by how many requests the router exceeds `router.max_in_flight`."""
+        """Returns the number of requests in flight beyond `router.max_in_flight`; negative below the limit."""
         return self.in_flight.total - self.deployment.router.max_in_flight
 
     async def _read_call(self, request: Request) -> ApiCall:
@@ -423,9 +423,9 @@ class Gateway:
         return await asyncio.to_thread(self.routing.read_long, body, request.path.rstrip("/"))
 
     def _model_card(self, name: str) -> dict[str, Any]:
-        """Returns the entry of a model in `/v1/models`. `root`, `parent` and `max_model_len` are as in vLLM: the
-        model's path, the base of an adapter, and the context length, here the smallest of all ready replicas. Null
-        means unknown."""
+        """Returns the entry of a model in `/v1/models`, with vLLM's keys: `root` is the model's path, `parent` the base
+        model of an adapter, and `max_model_len` the context length, the smallest one of all ready replicas. Null means
+        unknown."""
         replicas = self.table.all() if name == "auto" else self.table.of(name)
         ready = [replica for replica in replicas if replica.state == "ready"]
         engines = [replica.record.engine for replica in replicas]

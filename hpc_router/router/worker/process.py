@@ -1,7 +1,7 @@
 """A worker process of the router, which serves clients on its own socket.
 
-The worker starts to serve once it has received the replicas from the control process. While it drains, it rejects new
-requests; it closes its socket as soon as clients are no longer sent to it.
+The worker starts to serve once the control process has sent it the replicas. While it drains, it rejects new requests.
+It closes its socket after the router's record is withdrawn, because clients find no way to this router then.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ class Identity:
 
 @asynccontextmanager
 async def control_client(deployment: Deployment, counters: Counters, worker: int) -> AsyncIterator[ControlClient]:
-    """Yields a worker's connection to the control process, which is attached later, with an empty replica table."""
+    """Yields a worker's client for the control process, with an empty replica table; `attach` connects it later."""
     config = deployment.router
     table = ReplicaTable(
         config.pin_bound, queue_limits(deployment), cells=counters.row(worker), peers=counters.others(worker),
@@ -83,8 +83,9 @@ async def serving(
     make_client: Callable[[UpstreamTimeouts], AbstractAsyncContextManager[Upstream]] = UpstreamClient,
     listen: Callable[..., AbstractAsyncContextManager[asyncio.Server]] = listening,
 ) -> AsyncIterator[Gateway]:
-    """Serves requests on `sock` within the block. At its end, running requests get `router.drain_s` seconds to
-    finish. `files`: writes the records of requests. `worker`: number of this worker."""
+    """Serves requests on `sock` within the block. At its end, running requests get `router.drain_s` seconds to finish.
+    `link`: the connection to the control process, whose first snapshot is awaited. `files`: thread that writes the
+    records of requests. `worker`: number of this worker."""
     config = deployment.router
     await link.informed.wait()
     async with make_client(stream_timeouts_of(config)) as client:
@@ -124,8 +125,8 @@ async def serving(
 
 @asynccontextmanager
 async def following_settings(gateway: Gateway, link: ControlClient, run: RunDir) -> AsyncIterator[None]:
-    """Applies new settings from the control process within the block, one after the other. Running requests keep their
-    settings."""
+    """Within the block, applies all settings that the control process sends, in their order. Requests that are already
+    running keep their old settings."""
     changed = asyncio.Event()
 
     async def follow() -> None:
@@ -155,7 +156,7 @@ def _tls(config: RouterConfig) -> ssl.SSLContext | None:
 async def _following_certificate(
     tls: ssl.SSLContext | None, config: RouterConfig, link: ControlClient
 ) -> AsyncIterator[None]:
-    """Uses a renewed certificate for later connections within the block."""
+    """Within the block, loads the router's certificate again when its files have changed; later connections use it."""
     if tls is None or config.tls_cert is None or config.tls_key is None:
         yield
         return

@@ -1,9 +1,9 @@
 """Decodes request bodies for routing and finds the positions of the values that the router replaces.
 
-The client's bytes are sent upstream unchanged; if a replica uses another name for the model, only the bytes of that
-value are replaced, and `priority` is set where an engine obeys it. Most bodies are decoded by orjson. A body that
-orjson rejects, or that does not contain the bytes `"model"` exactly once, is parsed member by member, which also gives
-exact error messages.
+The router sends the client's bytes upstream unchanged, with two exceptions: the model's name is replaced if the replica
+uses another one, and `priority` is set if the engine obeys it. Most bodies are decoded by orjson. A body that orjson
+rejects, or that does not contain the bytes `"model"` exactly once, is parsed member by member, which also gives exact
+error messages.
 """
 
 import json
@@ -36,8 +36,8 @@ _space = re.compile(r"[ \t\n\r]*").match
 
 
 class ApiCall:
-    """One API body: the client's bytes `raw` and the decoded `fields`. `model_at`: offset of `"model"` in the bytes; -1
-    if the bytes do not contain it exactly once."""
+    """The body of one API request: the client's bytes (`raw`) and the decoded JSON object (`fields`). `model_at`:
+    offset of the bytes `"model"` in `raw`; -1 if they do not occur exactly once."""
 
     text: str | None = None
     """The text that a routing decision reads, if it was extracted in a thread; else None."""
@@ -50,7 +50,7 @@ class ApiCall:
 
     @property
     def model_span(self) -> tuple[int, int]:
-        """Start and end offset of the model's name in the bytes. Raises BadRequestError for a duplicate key."""
+        """Start and end offset of the model's quoted name in `raw`. Raises BadRequestError for a duplicate key."""
         if self._span is None:
             self._span = self._find_model()
         return self._span
@@ -73,8 +73,8 @@ class ApiCall:
         return before, before + len(text[start:end].encode(encoding, _SURROGATES))
 
     def _is_top_level(self) -> bool:
-        """Returns whether the `"model"` at `model_at` is a key of the top-level object, not of an inner one: if only
-        the opening brace precedes it, or if `{` and the bytes from `model_at` on are a valid object."""
+        """Returns whether the `"model"` at `model_at` is a key of the top-level object, not of an inner one. It is if
+        only the opening brace precedes it, or if `{` followed by the bytes from `model_at` on is valid JSON."""
         raw, at = self.raw, self.model_at
         if at <= _MAX_PREFIX_BYTES and raw[:at].strip() == b"{":
             return True
@@ -96,8 +96,9 @@ class ApiCall:
         return value
 
     def with_priority(self, priority: int) -> "ApiCall":
-        """Returns the call with this `priority` in its body; the same call if it has no body, or if neither states one,
-        because an engine's default is 0. Raises BadRequestError for a duplicate key."""
+        """Returns a call with this `priority` in its body, whether or not the client has set one. Returns this call if
+        it has no body, or if `priority` is 0, an engine's default, and the client set none. Raises BadRequestError for
+        a duplicate key."""
         raw, encoding = self.raw, _encoding(self.raw)
         if "priority" not in self.fields:
             if not priority or not raw:
@@ -113,7 +114,7 @@ class ApiCall:
 
     @cached_property
     def priority_span(self) -> tuple[int, int]:
-        """Start and end offset of the value of `priority` in the bytes. Raises BadRequestError for a duplicate key."""
+        """Start and end offset of the value of `priority` in `raw`. Raises BadRequestError for a duplicate key."""
         return self._find("priority")
 
     def body(self, model: str) -> bytes:
@@ -141,7 +142,7 @@ _decode_value = JSONDecoder(parse_int=_whole_number).raw_decode
 
 
 def check_values(body: bytes) -> None:
-    """Raises BadRequestError for a body whose decoding would take too long."""
+    """Raises BadRequestError if the body has so many JSON values that decoding it would take too long."""
     containers, colons, commas = body.count(b"[") + body.count(b"{"), body.count(b":"), body.count(b",")
     if containers > MAX_CONTAINERS or colons > MAX_COLONS or commas > MAX_COMMAS:
         raise BadRequestError(
@@ -184,7 +185,8 @@ def _encoding(body: bytes) -> str:
 
 
 def _parse_text(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """Returns the result of `_parse_members`. Raises BadRequestError if the text is not a JSON object."""
+    """Returns the members of the JSON object in `text`, and the start and end of each value in it (see
+    `_parse_members`). Raises BadRequestError if the text is not a JSON object."""
     try:
         return _parse_members(text)
     except IndexError as error:
@@ -196,8 +198,8 @@ def _parse_text(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
 
 
 def _parse_members(text: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """Returns the members of an object, and the text span of each value. Raises ValueError, IndexError or
-    RecursionError."""
+    """Returns by key the members of the JSON object in `text`, and the start and end of their values in `text`. Raises
+    ValueError, IndexError or RecursionError if it is not a JSON object or has a duplicate key."""
     at = _skip_space(text, text.startswith(_BYTE_ORDER_MARK))
     if text[at : at + 1] != "{":
         raise ValueError("it does not start with '{'")

@@ -1,8 +1,9 @@
-"""Writes one line about each request that has ended, in batches, and without waiting for the file system.
+"""Writes one line to a file about each request that has ended, in batches, without waiting for the file system.
 
-The request path only appends a line to a list; every `FLUSH_S` seconds, or `BATCH` lines, the file thread writes them.
-While the file system hangs, at most `MAX_UNWRITTEN_BYTES` wait; later lines are dropped and counted. A record has no
-text of a prompt or a response, and no token. Only `router.sample_prompts` writes prompts, into files of their own.
+At the end of a request, its line is only appended to a list; the file thread writes the list every `FLUSH_S` seconds,
+or once it has `BATCH` lines. While the file system hangs, at most `MAX_UNWRITTEN_BYTES` are kept; further lines are
+dropped and counted. A line has no text of a prompt or a response, and no token. Prompts are written into other files,
+and only if `router.sample_prompts` is set.
 """
 
 import asyncio
@@ -49,7 +50,7 @@ _dumps: Final = orjson.dumps
 
 
 def _members(value: dict[str, Any]) -> bytes:
-    """Returns the members of `value` as JSON without brackets, and a comma."""
+    """Returns the members of `value` as JSON text, without the braces around it and with a comma at the end."""
     return _dumps(value)[1:-1] + b","
 
 
@@ -61,8 +62,8 @@ _LAST_KEYS: Final = (
 
 
 class RequestRecords:
-    """The records of one worker. `writer` names its files. `window`: maximum number of characters of a sampled
-    prompt."""
+    """The records of the requests of one worker. `writer`: the first part of its files' names. `window`: maximum number
+    of characters of a sampled prompt."""
 
     def __init__(
         self, run: RunDir, files: FileThread, writer: str, metrics: Metrics, config: RouterConfig, *, window: int
@@ -79,7 +80,7 @@ class RequestRecords:
         self.configure(config, window=window)
 
     def configure(self, config: RouterConfig, *, window: int) -> None:
-        """Applies the settings to requests that end later."""
+        """Applies the settings to requests that end later. `window`: as in the class."""
         limit_bytes = int(config.records_gb * 1e9)
         self.enabled = limit_bytes > 0
         self._max_bytes = part_bytes(limit_bytes)
@@ -97,9 +98,10 @@ class RequestRecords:
         source: TokenSource | None = None,
         error: str | None = None,
     ) -> None:
-        """Records the end of a request. `expert`, `replica`: of its last attempt. `status`: of the response that the
-        client got; None: it got none. `usage`: the tokens of the response, and `source`, how the generated ones are
-        known. `error`: code of the router's error."""
+        """Records the end of a request. `expert`, `replica`: those of its last attempt; no `replica` if there was none.
+        `status`: status of the response that the client got; None if it got none. `outcome`: `ANSWERED` or one of the
+        constants beside it. `usage`: numbers of tokens of the response. `source`: how the number of generated tokens is
+        known. `error`: error code if the response was an error of the router."""
         if not self.enabled:
             return
         started, fields = routed.started, routed.call.fields
@@ -137,7 +139,8 @@ class RequestRecords:
             self._sample(routed, expert, reason)
 
     def refused(self, request_id: str, path: str, status: int, error: str, *, user: str | None) -> None:
-        """Records a request that the router refused before it chose an expert."""
+        """Records a request that the router refused before it chose an expert. `error`: the error code. `user`: the
+        user of the request's token; None for the owner."""
         if not self.enabled:
             return
         start = _line_start((None, path, None, None, False, None, None, user, None, status, REFUSED, None))
@@ -146,13 +149,13 @@ class RequestRecords:
         self._add((start, _NOT_DECIDED, failures, ending[1:] + b"\n"))
 
     def feedback(self, request_id: str, score: float, *, user: str | None) -> None:
-        """Records the score that a client gives to an earlier request."""
+        """Records the score that a client gives to the earlier request `request_id`. `user`: None for the owner."""
         if self.enabled:
             line = {"kind": "feedback", "id": request_id, "at": time.time(), "user": user, "score": score}
             self._add((_dumps(line), b"\n", b"", b""))
 
     def flush(self) -> None:
-        """Passes all lines to the file thread."""
+        """Passes all lines that were collected to the file thread. Counts the lines that are lost."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -166,13 +169,13 @@ class RequestRecords:
             self._metrics.records_lost.add_many(lost)
 
     def close(self) -> None:
-        """Passes all lines to the file thread, which then closes the files."""
+        """Passes all lines that were collected to the file thread, which writes them and then closes the files."""
         self.flush()
         self._files.post(self._records.close)
         self._files.post(self._samples.close)
 
     def _add(self, line: tuple[bytes, bytes, bytes, bytes]) -> None:
-        """Adds a line, given in `_PARTS` parts."""
+        """Adds a line, given as `_PARTS` pieces of its text, to the collected lines."""
         parts = self._parts
         parts += line
         if self._timer is None:
@@ -195,7 +198,8 @@ class RequestRecords:
             self._sampled.append(_dumps(row) + b"\n")
 
     def _post(self, file: LineFile, parts: list[bytes], count: int) -> int:
-        """Passes `count` lines, given in parts, to the file thread. Returns how many of them were dropped instead."""
+        """Passes `count` lines to the file thread, to be written to `file`. `parts`: pieces of their text. Returns the
+        number of lines that were dropped: 0, or `count` if too many bytes wait already."""
         data = b"".join(parts)
         if self._posted - self._written + len(data) > MAX_UNWRITTEN_BYTES:
             return count
@@ -205,7 +209,7 @@ class RequestRecords:
         return 0
 
     def _write(self, file: LineFile, data: bytes, count: int) -> None:
-        """Runs in the file thread."""
+        """Writes `data`, which has `count` lines, to `file`. Called by the file thread."""
         try:
             file.write(data, at=time.time(), max_bytes=self._max_bytes)
         except OSError as error:
@@ -216,9 +220,9 @@ class RequestRecords:
 
 
 def _line_start(key: tuple[Any, ...]) -> bytes:
-    """Returns the start of a record, which many requests have in common. `key`: replica,
-    path, class, model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and
-    source of the number of generated tokens."""
+    """Returns the first members of a request's line, which are the same for many requests. `key`: replica, path, class,
+    model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and how the number
+    of generated tokens is known."""
     replica, path, request_class, model, stream, expert, reason, user, artefact, status, outcome, source = key
     name = served = revision = job = node = None
     if replica is not None:

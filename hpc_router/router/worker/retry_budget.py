@@ -1,7 +1,7 @@
 """Retry budget: limits retries to a share of requests, so that an outage does not become a retry storm.
 
 The budget is a share of the requests within a sliding window, plus a minimum rate for times with few requests. The
-caller need not count a retry after the loss of a replica, because each replica is lost only once. No I/O, no clock.
+caller need not count retries after the loss of a replica, because each replica is lost only once. No I/O, no clock.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ WINDOW_S: Final = 10.0
 
 @dataclass(slots=True)
 class RetryBudget:
-    """The number of retries in the current and the previous interval of `WINDOW_S` seconds, and their limit. `share`:
-    allowed retries per request. `least_per_s`: retries per second that are allowed besides."""
+    """The number of retries in the current and the previous interval of `WINDOW_S` seconds, and their limit: `share`
+    retries per request, and in addition `least_per_s` retries per second."""
 
     share: float
     least_per_s: float
@@ -23,8 +23,8 @@ class RetryBudget:
     _retries: tuple[int, int] = (0, 0)  # retries in each of the two intervals
 
     def try_retry(self, now: float, *, requests: int) -> bool:
-        """Returns whether the budget allows a retry, and counts the retry if so. `requests`: total number of requests
-        since the start."""
+        """Returns whether the budget allows a retry, and counts the retry if so. `requests`: number of requests since
+        the start of the worker."""
         self._advance(now, requests)
         allowed = self.share * (requests - self._requests[0]) + self.least_per_s * WINDOW_S
         if sum(self._retries) >= allowed:

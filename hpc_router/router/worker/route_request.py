@@ -39,7 +39,7 @@ UNKNOWN_ENDPOINT: Final = ApiEndpoint("", "", api_format_of(""))
 
 
 def endpoint_of(request: Request) -> ApiEndpoint:
-    """Returns the API endpoint of the request. Raises BadRequestError for an unknown class."""
+    """Returns the API endpoint of the request. Raises BadRequestError if the request states an unknown class."""
     path = request.path.rstrip("/")
     target = f"{path}?{request.query}" if request.query else path
     wait = request.headers.text(protocol.WAIT_HEADER) or None
@@ -47,7 +47,8 @@ def endpoint_of(request: Request) -> ApiEndpoint:
 
 
 def class_of(headers: Headers) -> RequestClass:
-    """Returns the class that a request states in its head. Raises BadRequestError for an unknown one."""
+    """Returns the class (interactive or batch) that a request states in a header; interactive if it states none. Raises
+    BadRequestError for an unknown class."""
     name = headers.text(protocol.PRIORITY_HEADER)
     if not name:
         return RequestClass.INTERACTIVE
@@ -61,15 +62,15 @@ def class_of(headers: Headers) -> RequestClass:
 
 
 def is_true(value: object) -> bool:
-    """Returns whether an engine reads `value` as true: like pydantic in vLLM, `true`, 1 and words such as "yes". Any
-    other value counts as not true, even if the engine will refuse it."""
+    """Returns whether an engine reads `value`, in a request's JSON, as true: `true`, 1 and words such as "yes", like
+    pydantic in vLLM. False for any other value, also if the engine will refuse the request because of it."""
     return value == 1 or (isinstance(value, str) and value.lower() in _TRUE_WORDS)
 
 
 @dataclass(slots=True)
 class RequestRouting:
-    """The routing of one worker's requests. `policy` and `deployment` are replaced when the settings change, for later
-    requests."""
+    """Finds the experts of one worker's requests. When the settings change, `policy` and `deployment` are replaced;
+    requests that are already routed keep their experts."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -87,7 +88,8 @@ class RequestRouting:
         endpoint: ApiEndpoint,
         access: UserAccess | None = None,
     ) -> RoutedRequest:
-        """Returns the request with its experts. `access`: what the user's token allows; None: everything.
+        """Returns the request with the experts that may serve it. `call`: its body. `access`: what the user's token
+        allows; None: everything.
 
         Raises BadRequestError, UnknownModelError, ExpertForbiddenError or PreviousResponseNotFoundError.
         """
@@ -131,14 +133,14 @@ class RequestRouting:
         return routed
 
     def charge(self, routed: RoutedRequest, access: UserAccess) -> None:
-        """Assigns the request to the user of its token, and charges it to the token's limits. Raises
-        RateLimitedError."""
+        """Assigns the request to the user of the token, and counts it against the token's limits. Raises
+        RateLimitedError if a limit is reached."""
         routed.user, routed.user_slot = access.token.user, access.token.slot
         if not access.unlimited:
             routed.charge = access.charge(routed.endpoint.path, routed.call.fields, routed.experts[0])
 
     def policy_for(self, access: UserAccess | None) -> Policy:
-        """Returns the policy, limited to the experts that the token allows."""
+        """Returns the policy, limited to the experts that the token allows; the whole policy if `access` is None."""
         policy = self.policy
         if access is None or access.experts is None:
             return policy
@@ -152,8 +154,8 @@ class RequestRouting:
     async def route_stored(
         self, request: Request, request_id: str, session: str | None, access: UserAccess | None = None
     ) -> RoutedRequest:
-        """Finds the replica that stores the earlier response whose id is in the path of `request`, and returns the
-        request routed to this replica. Raises ResponseNotFoundError, UnavailableError or ExpertForbiddenError."""
+        """Routes a request about an earlier response, whose id is in the path, to the replica that stores the response.
+        `session`: the request's session id. Raises ResponseNotFoundError, UnavailableError or ExpertForbiddenError."""
         started = time.perf_counter()
         endpoint = endpoint_of(request)
         stored = protocol.STORED_RESPONSE.fullmatch(endpoint.path)
@@ -179,8 +181,9 @@ class RequestRouting:
     def _choose_experts(
         self, call: ApiCall, endpoint: ApiEndpoint, access: UserAccess | None
     ) -> tuple[tuple[str, ...], RouteReason, Decision, str | None]:
-        """Returns the experts to try in order, as the policy decides, the reason for the first one, the decision, and
-        the version of its artefact."""
+        """Lets the policy choose for `auto`. Returns the experts in the order in which they are tried, the reason for
+        the first one, the policy's decision, and the version of the classifier; None without a classifier. Raises
+        BadRequestError, UnknownModelError or ExpertForbiddenError."""
         if endpoint.path in protocol.INCOMPARABLE_PATHS:
             raise BadRequestError(
                 f"'auto' cannot be the model at {endpoint.path}: the vectors, scores and tokens of experts differ, so "
@@ -207,8 +210,8 @@ class RequestRouting:
         return self.table.without_fallback(experts, mode), decision.reason, decision, policy.version
 
     def _spills(self, decision: Decision) -> bool:
-        """Returns whether the request goes to the runner-up: its expert has no free place, the runner-up has one, and
-        the expected wait weighs more than the runner-up's lower score."""
+        """Returns whether the request goes to the runner-up: the chosen expert has no free place, the runner-up has
+        one, and the expected wait costs more than the runner-up's lower score (`should_spill`)."""
         expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
         if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
             return False
@@ -217,8 +220,8 @@ class RequestRouting:
         return should_spill(margin=decision.margin or 0.0, wait_s=self.table.wait_s(expert), per_s=per_s)
 
     def read_long(self, body: bytes, path: str) -> ApiCall:
-        """Checks and decodes a long body, finds its model name, and extracts the prompt if the policy reads it. Runs in
-        a thread, because the time for this grows with the length of the body."""
+        """Checks and decodes a long body. Also finds its model name, and extracts the prompt if the policy needs it.
+        Runs in a thread, because the duration grows with the length of the body."""
         check_values(body)
         call = decode(body)
         model = call.fields.get("model")
@@ -232,14 +235,15 @@ class RequestRouting:
         return call
 
     def prompt(self, call: ApiCall, *, first: str = "messages") -> str:
-        """Returns the text that the policy reads. `first`: the field of the body that is preferred (see
-        `prompt_text`)."""
+        """Returns the text by which the policy decides. `first`: the field of the body that is read if the body has it
+        (see `prompt_text`)."""
         if call.text is not None:
             return call.text
         return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
 
     def _decide(self, policy: Policy, text: str) -> Decision:
-        """Returns the policy's decision. Counts the decision, and whether the shadow's decision is the same."""
+        """Returns the policy's decision for the prompt `text`, and counts it. If there is a shadow policy, also counts
+        whether it chooses the same expert."""
         metrics = self.metrics
         started = time.perf_counter()
         decision = policy.select(text, ready=self.table.ready() if policy.weighs_load else {})
@@ -257,11 +261,11 @@ class RequestRouting:
         return self.table.experts() | set(self.deployment.experts)
 
     def model_names(self, access: UserAccess | None = None) -> list[str]:
-        """Returns the names of the models that the token allows."""
+        """Returns the names of the models that the token allows. `access`: what the token allows; None: everything."""
         experts = self.experts()
         return ["auto", *sorted(experts if access is None else access.allowed(experts))]
 
     def unknown(self, name: str, access: UserAccess | None = None) -> UnknownModelError:
-        """Returns the error for a model name that does not exist."""
+        """Returns the error for a model name that does not exist. It suggests names that the token allows."""
         valid = self.model_names(access)
         return UnknownModelError(f"no model is named {name[:100]!r}{suggest(name, valid)}", param="model")

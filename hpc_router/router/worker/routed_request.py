@@ -1,7 +1,7 @@
-"""A request with its route, which is sent and answered by callbacks where that is possible.
+"""A request whose experts are chosen. It is sent and answered by callbacks, without a task, where that is possible.
 
-`RoutedRequest` holds the state of one request from routing to the end of its response. If something has to be awaited
-(the queue, a new connection, a retry, a stream, a long body), `dispatcher` continues from this state in a task.
+`RoutedRequest` holds the state of one request from the choice of the experts to the end of its response. If something
+has to be awaited (a queue, a connection, a retry, a long body), `dispatcher` continues from this state in a task.
 """
 
 import time
@@ -56,7 +56,8 @@ _OWN_DOWNSTREAM: Final = NOT_DOWNSTREAM | {REQUEST_ID, b"x-expert", b"x-replica"
 
 class ApiEndpoint(NamedTuple):
     """The API path of a request, and the other values that depend on its head only. `path`: the path without a final
-    slash; `target`: path and query of the upstream request; `wait`: the value of `x-wait`."""
+    slash; `target`: path and query of the upstream request; `wait`: value of the header `x-wait`, which says whether
+    the request waits while no replica is ready; None if there is none."""
 
     path: str
     target: str
@@ -66,15 +67,15 @@ class ApiEndpoint(NamedTuple):
 
 
 class RoutedRequest(PendingResponse, ResponseCallback):
-    """A request with its route, and the state of its dispatch.
+    """A request whose experts are chosen, and the state of its dispatch.
 
     `experts`: the experts in the order in which they are tried. `reason`: why the first of them was chosen. `only`: the
     only replica that may serve the request. `on_success` is called with the replica of a 2xx response, before the
-    client receives any of it.
+    client receives any of it. `started`: time of the request's arrival (`time.perf_counter`).
 
     The request counts as in flight from `start` until its end. It is served by callbacks if an expert has a free
-    replica, a connection is pooled, and the response is either short and received in one read, or a stream of events.
-    Otherwise it continues in a task, from the current state. Rarely used fields are class attributes until they are
+    replica, the pool has a connection to it, and the response is either short and received in one read, or a stream of
+    events. Otherwise a task continues from the state reached. Rarely used fields are class attributes until they are
     set, which saves time per request.
     """
 
@@ -158,7 +159,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.started = started
 
     def start(self) -> None:
-        """Sends the request if that is possible without waiting; otherwise continues it in a task."""
+        """Sends the request to a replica if that needs no waiting; otherwise starts a task that serves it."""
         dispatcher = self.dispatcher
         dispatcher.in_flight.enter()
         table, request_class = dispatcher.table, self.endpoint.request_class
@@ -229,9 +230,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.dispatcher.in_flight.leave()
 
     def _settle_short(self, status: int, generated: int | None) -> None:
-        """Ends the charge of a request whose complete response has this status and states this number of generated
-        tokens. A response other than 2xx has generated none. If the number is None, the reserved tokens stay
-        charged."""
+        """Ends the charge against the token's limits after a complete, short response with this `status`. `generated`:
+        number of generated tokens that the response states; if it is None, the tokens that were reserved stay charged.
+        A response other than 2xx counts as 0 tokens."""
         charge, self.charge = self.charge, None
         assert charge is not None
         if not charge.counted or not 200 <= status < 300:
@@ -242,8 +243,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.dispatcher.metrics.tokens.add_many(charge.reserved, charge.expert, TokenSource.RESERVED)
 
     def settle(self) -> None:
-        """Ends the charge of the request: gives its place back, and replaces the reserved tokens by the number of
-        generated ones. Without a charge, or after an earlier call, does nothing."""
+        """Ends the charge of the request against its token's limits: frees the place of the request, and replaces the
+        reserved number of tokens by the generated one. Does nothing if there is no charge or it has ended already."""
         charge, self.charge = self.charge, None
         if charge is None:
             return
@@ -256,9 +257,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.dispatcher.metrics.tokens.add_many(charge.reserved, charge.expert, source)
 
     def _generated(self, summary: StreamSummary | None) -> tuple[int | None, TokenSource | None]:
-        """Returns the number of generated tokens and its source. The number is 0, without a source, if no engine has
-        accepted the request. It is None, with the source RESERVED, if it cannot be known: the response does not state
-        it, or the client left before the first byte."""
+        """Returns the number of generated tokens, and how it is known. The number is 0, with None, if no engine has
+        accepted the request. It is None, with RESERVED, if it cannot be known, because the response does not state it
+        or the client left before the first byte."""
         if summary is not None and summary.accepted:
             if (stated := summary.stated()) is not None and stated.generated is not None:
                 return stated.generated, TokenSource.USAGE
@@ -295,8 +296,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return True
 
     def on_head(self, status: int, headers: Headers) -> EventStream | None:
-        """Returns the sink that forwards a stream of events from the replica's connection to the client's without a
-        task; None for any other response."""
+        """Called with the head of the replica's response. If the response is a stream of events, returns the object
+        that forwards them from the replica's connection to the client's without a task; None for any other response."""
         if status in REVIEWED_STATUSES or headers.content_type != CONTENT_TYPE:
             return None
         encoded = headers.cached.get(_CONTENT_ENCODING)
@@ -335,9 +336,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         )  # fmt: skip
 
     def begin_early(self, delay_s: float | None = None) -> EarlyStream | None:
-        """Returns the early start of this request's stream; None if the request does not ask for a stream. `delay_s`:
-        seconds from the arrival of the request after which the stream starts; None: it starts with its first
-        comment."""
+        """Returns the object that can send the head of this request's stream before its first event; None if the
+        request does not ask for a stream. `delay_s`: seconds from the arrival of the request after which it sends the
+        head; None: it sends the head with its first comment."""
         if self.early is None and self.call.fields.get("stream") is True and self.endpoint.path in _STREAMED:
             head = f"x-request-id: {self.request_id}\r\n"
             if len(self.experts) == 1:
@@ -348,15 +349,15 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return self.early
 
     def count_cold(self, outcome: str) -> None:
-        """Counts, once, that the first expert of the request has no ready replica. `outcome`: `waited`, `failed` or
-        `fell_back`."""
+        """Counts a cold start in the metrics, at most once: the first expert of the request has no ready replica.
+        `outcome`: `waited`, `failed` or `fell_back` (another expert serves the request)."""
         if not self.cold:
             self.cold = True
             self.dispatcher.metrics.cold_starts.add(self.experts[0], outcome)
 
     def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:
-        """Records that the response of the reserved replica is sent to the client, and returns the header lines to
-        send."""
+        """Records that the client gets the reserved replica's response, and returns the header lines to send to the
+        client. `status`, `headers`: those of the replica's response."""
         dispatcher, replica, expert = self.dispatcher, reservation.replica, reservation.expert
         if status not in REVIEWED_STATUSES and replica.recent_error:
             dispatcher.health.request_succeeded(replica)
@@ -376,7 +377,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return self.response_head(reservation, headers)
 
     def _request_start(self, replica: Replica) -> bytes:
-        """Returns the request line and the header lines that are the same for all requests to this replica."""
+        """Returns the request line and header lines that all requests with this target to this replica have."""
         path, target = self.endpoint.path, self.endpoint.target
         start = request_line("POST", replica.address, target) + replica.authorization
         if target == path:  # cached, because there are only a few paths
@@ -384,7 +385,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return start
 
     def request_for(self, reservation: Reservation) -> tuple[bytes, bytes]:
-        """Returns the header lines and the body of the request to the reserved replica."""
+        """Returns the header lines and the body with which the request is sent to the reserved replica."""
         replica = reservation.replica
         head = b"%b%bx-request-id: %b\r\n" % (
             crossing(self.request.headers, drop=NOT_UPSTREAM),
@@ -395,13 +396,13 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return head, _body(call, reservation.expert, replica)
 
     def timeouts(self) -> UpstreamTimeouts:
-        """Returns the timeouts of the request. A response that is not streamed has its own limit for the first byte,
-        because the engine sends it only when it is complete."""
+        """Returns the upstream timeouts of the request. Without streaming, the limit for the first byte is
+        `router.answer_timeout_s`, because the engine sends nothing until the response is complete."""
         dispatcher = self.dispatcher
         return dispatcher.stream_timeouts if self.call.fields.get("stream") else dispatcher.response_timeouts
 
     def response_head(self, reservation: Reservation, headers: Headers) -> bytes:
-        """Returns the header lines of the response to the client: those of the engine and those of the router."""
+        """Returns the header lines of the client's response: the engine's (`headers`) and those of the router."""
         return b"%bx-request-id: %b\r\n%b" % (
             headers.cached.get(_OWN_DOWNSTREAM) or crossing(headers, drop=_OWN_DOWNSTREAM),
             self.request_id.encode(),
@@ -421,15 +422,15 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return self.reason if expert == self.experts[0] else RouteReason.UNAVAILABLE
 
     def measure(self, reservation: Reservation) -> None:
-        """Records how long the request took until its complete response, for `lifetime`. Does nothing for a replica
-        without a walltime."""
+        """Records the time from the request's arrival to its complete response, by which `lifetime` estimates later
+        requests. Does nothing for a replica without a walltime."""
         if reservation.replica.record.expires_at is not None:
             elapsed_s = time.perf_counter() - self.started
             self.dispatcher.table.lifetimes.ended(reservation.expert, elapsed_s, self.call.fields)
 
     def record(self, status: int | None, outcome: str, *, expert: str | None = None, error: str | None = None) -> None:
-        """Records the end of the request, with the tokens of its response. `status`: of the response that the client
-        got; `expert`: None for that of the last attempt; the rest as in `RequestRecords.ended`."""
+        """Records the end of the request, with the tokens of its response. `expert`: None means that of the last
+        attempt. `status`, `outcome`, `error`: as in `RequestRecords.ended`."""
         tried = self.reservation or self.tried
         if expert is None:
             expert = self.experts[0] if tried is None else tried.expert
@@ -438,7 +439,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.dispatcher.records.ended(self, expert, replica, status, outcome, usage, source, error)
 
     def count_tokens(self, expert: str, usage: TokenUsage, source: TokenSource | None) -> None:
-        """Counts the tokens of a response in the metrics. `source`: how the generated ones are known."""
+        """Counts the tokens of a response in the metrics. `source`: how the number of generated tokens is known."""
         tokens = self.dispatcher.metrics.tokens
         if usage.prompt:
             tokens.add_many(usage.prompt, expert, "prompt")
@@ -446,8 +447,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             tokens.add_many(usage.generated, expert, source)
 
     def tokens_of_response(self, expert: str) -> tuple[TokenUsage | None, TokenSource | None]:
-        """Returns the tokens of the response that `summary` describes, as far as they are known, and how the generated
-        ones are known. Counts them in the metrics, with the time per token if it is a stream."""
+        """Returns the numbers of tokens of the response, as far as they are known, and how the number of generated
+        tokens is known. Counts these tokens in the metrics; for a stream, also the time per token."""
         summary = self.summary
         if summary is None or not summary.accepted:
             return None, None
@@ -473,7 +474,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         return Flow(self.endpoint.request_class, self.user or "", self.user_slot)
 
     def prefix(self) -> PromptPrefix:
-        """Returns the beginnings of the request's prompt, by which a replica is chosen."""
+        """Returns the beginnings of the request's prompt, by which a replica is chosen for its prefix cache."""
         if self.known_prefix is None:
             self.known_prefix = prompt_prefix(self.call.raw, self.call.fields, session_key(self.request.headers))
         return self.known_prefix
@@ -492,7 +493,7 @@ def session_key(headers: Headers) -> bytes | None:
 
 @dataclass(slots=True)
 class RequestResult:
-    """The result of a request. `response`: the response to send; None if it was streamed to the client."""
+    """What came of a request. `response`: the response to send; None if the client has got it already, as a stream."""
 
     status: int
     expert: str
@@ -501,9 +502,9 @@ class RequestResult:
 
 
 def _body(call: ApiCall, expert: str, replica: Replica) -> bytes:
-    """Returns the request body with the model name that the replica uses for this expert. Returns the client's bytes
-    unchanged if they have that name, if the name is unknown, or if they have any model name of an expert's replica that
-    serves only this expert."""
+    """Returns the request body with the name by which the replica's engine knows the model of `expert`. Returns the
+    client's bytes unchanged if they have this name already, if the engine's name is unknown, or if the replica serves
+    only this expert and its engine knows the client's name as an alias."""
     record, asked = replica.record, call.fields["model"]
     wanted = record.serves.get(expert) or replica.model_for(expert)
     if wanted is None or asked == wanted:

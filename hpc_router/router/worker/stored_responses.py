@@ -1,8 +1,8 @@
 """Finds the replica that keeps a response, for requests with the response's id in their path.
 
-Only the engine that made a response has it, and the id does not name the engine. So the router asks the ready replicas
-at the same time, with a GET of the response. The router stores nothing for this, so it works in every worker and after
-a restart. With `x-session-id`, the replica that answered the session's last turn is asked first.
+Only the engine that made a response has it, and the id does not name the engine. So the router sends a GET for the
+response to all ready replicas at the same time. With `x-session-id`, the replica that answered the session's last turn
+is asked first. The router itself stores nothing, so the search works in every worker and after a restart.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ _TRANSIENT: Final = frozenset({408, 429})
 
 @dataclass(slots=True)
 class StoredResponses:
-    """The search for stored responses on the replicas of `table`."""
+    """Searches the ready replicas of `table` for stored responses."""
 
     table: ReplicaTable
     client: Upstream
 
     async def find(self, response_id: str, *, turn: Turn | None) -> Replica:
-        """Returns the replica that has the response. `turn`: the last turn of the request's session. If only one ready
-        replica keeps responses, returns this replica without asking it. Raises ResponseNotFoundError if no replica has
-        the response, and UnavailableError if a replica that may have it did not answer."""
+        """Returns the replica that has the response. If only one ready replica can keep responses, it is not asked but
+        returned at once. `turn`: the last turn of the request's session, if known. Raises ResponseNotFoundError if no
+        replica has the response, and UnavailableError if a replica that may have it did not answer."""
         keeping = [
             replica
             for replica in self.table.all()
@@ -59,8 +59,8 @@ class StoredResponses:
         raise not_found(response_id, "no ready replica has it")
 
     async def _ask(self, replicas: Collection[Replica], target: str, unknown: list[str]) -> Replica | None:
-        """Returns the first of these replicas that has the response at `target`; None if none has it. Appends the names
-        of replicas that gave no clear answer to `unknown`."""
+        """Asks these replicas at the same time for the response at the path `target`. Returns the first one that has
+        it; None if none has it. Appends the names of replicas that gave no clear answer to `unknown`."""
         limit = asyncio.Semaphore(MAX_CONCURRENT)
         tasks = [asyncio.create_task(self._has(replica, target, limit)) for replica in replicas]
         try:
@@ -77,8 +77,8 @@ class StoredResponses:
         return None
 
     async def _has(self, replica: Replica, target: str, limit: asyncio.Semaphore) -> tuple[Replica, bool | None]:
-        """Returns the replica, and whether it has the response at `target`: None instead of a bool if it gave no clear
-        answer, for example because of a timeout."""
+        """Asks one replica for the response at the path `target`. Returns the replica and whether it has the response;
+        None if the answer is not clear, for example after a timeout. `limit` bounds the requests at a time."""
         try:
             async with (
                 limit,
@@ -96,7 +96,7 @@ class StoredResponses:
 
 
 def not_found(response_id: str, why: str) -> ResponseNotFoundError:
-    """Returns the error for a response that no replica has. `why` becomes part of its message."""
+    """Returns the error for the response with this id, which no replica has. `why` becomes part of its message."""
     return ResponseNotFoundError(
         f"the response {response_id!r} is not found: {why}; engines keep responses in memory, until they end",
         param="response_id",

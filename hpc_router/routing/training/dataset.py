@@ -1,9 +1,9 @@
 """Reads files of prompts for training and evaluation.
 
-Each line is a JSON object with `prompt` or `text`, or an API request body; optionally `id`, `domain`, `expert`, and
-`correct` and `cost` by expert. An invalid line is an error that names file and line. Training leaves out rows without
-text and repeated prompts, reports their number, and refuses a prompt with two different labels; an evaluation keeps
-repeated prompts. A corpus may also be plain text, one passage per line.
+Each line is a JSON object with `prompt` or `text`, or an API request body; optionally `id`, `domain`, `expert`, and by
+expert `correct` and `cost`. An invalid line is an error that names file and line. Training leaves out rows without text
+and repeated prompts, reports their number, and refuses a prompt with two different labels; an evaluation keeps repeated
+prompts. A corpus may also be plain text, one passage per line.
 """
 
 import hashlib
@@ -22,8 +22,7 @@ _VALID_ROWS: Final = '(valid: {"prompt": "..."}, {"text": "..."}, a request body
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One prompt. `line`: its line in the file, from 1. `id`: the id in the file; if there is none, the line number
-    minus 1."""
+    """One prompt of a file. `line`: its line in the file, from 1. `id`: its id in the file; without one, `line` - 1."""
 
     line: int
     id: str | int
@@ -35,12 +34,12 @@ class Row:
 
     @property
     def label(self) -> str | None:
-        """Returns the expert of the row; without an expert, its domain."""
+        """Returns the expert of the row; if it names none, its domain."""
         return self.expert if self.expert is not None else self.domain
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns all rows in order, including those without text. Raises ConfigError with file and line."""
+    """Returns all rows of the file in order, including those without text. Raises ConfigError for an invalid line."""
     rows = [_row(line, number, f"{path}:{number}") for number, line in lines_of(path)]
     if not rows:
         raise ConfigError(f"{path}: the file contains no prompt")
@@ -48,8 +47,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_corpus(path: Path) -> list[str]:
-    """Returns the distinct passages in order. If the first line starts with `{`, every line is a JSON object, else
-    plain text."""
+    """Returns the passages of the corpus in order, each once. If the first line starts with `{`, every line is a JSON
+    object, else plain text."""
     lines = list(lines_of(path))
     if lines and lines[0][1].lstrip().startswith("{"):
         texts = [_row(line, number, f"{path}:{number}").text for number, line in lines]

@@ -30,8 +30,8 @@ ProgressCallback = Callable[[str, int, int], None]
 
 
 def installed_encoder() -> Path | None:
-    """Returns the folder of the packaged encoder; None if it, or a package that it needs, is not installed. Imports
-    nothing."""
+    """Returns the folder of the packaged encoder; None if the encoder or a package that it needs is not installed. Does
+    not import these packages."""
     if any(find_spec(name) is None for name in _NEEDED_MODULES):
         return None
     spec = find_spec(_ENCODER_MODULE)
@@ -43,7 +43,7 @@ def installed_encoder() -> Path | None:
 
 
 class Teacher(Protocol):
-    """The methods of an encoder that the training of a student needs."""
+    """What the training of a `student` needs of an encoder."""
 
     def words(self) -> list[str]:
         """Returns the whole words of the encoder's vocabulary, sorted."""

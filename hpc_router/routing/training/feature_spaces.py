@@ -2,8 +2,8 @@
 
 `cbtm`: TF-IDF of words, truncated SVD to 100 dimensions, scaled to length one, as in c-BTM (arXiv 2303.14177).
 `lexical`: the same steps, but each term counts once per prompt, and digits, symbols, word pairs and prefixes are terms
-too. The module `student` has a third space, `distilled`. All spaces are linear in the terms, so each cluster needs only
-one column of the artefact's table.
+as well. The third space, `distilled`, is in the module `student`. All spaces are linear in the terms, so each cluster
+needs only one column of the artefact's table.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ MAX_TERMS: Final = 120_000
 
 
 class FeatureSpace(Protocol):
-    """The interface of a feature space that was fitted to the training prompts."""
+    """A feature space that was fitted to the training prompts."""
 
     vocabulary: Vocabulary
     idf: Doubles
@@ -33,12 +33,12 @@ class FeatureSpace(Protocol):
 
     @property
     def dimensions(self) -> Floats | None:
-        """Returns the vectors of the terms, terms x dimensions, if the classifier needs the length of prompt vectors;
-        else None."""
+        """Returns the vectors of the terms, terms x dimensions, from which the classifier computes the length of a
+        prompt's vector; None if it does not need that length."""
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns for each term its weight in each direction, terms x directions, so that the sum over a prompt's terms
-        is the prompt's component in that direction. `directions`: directions x dimensions.
+        """Returns for each term its weight in each direction, terms x directions. The sum of the weights over a
+        prompt's terms is the prompt's component in that direction. `directions`: directions x dimensions.
 
         `held_out`: mask of training prompts that must not influence the weights.
         """
@@ -66,7 +66,7 @@ class SvdSpace:
 
 
 def cbtm(texts: Sequence[str], *, seed: int) -> SvdSpace:
-    """Fits the pipeline of c-BTM, `TfidfVectorizer -> TruncatedSVD(100) -> Normalizer`, without English stop words."""
+    """Fits the space `cbtm`: `TfidfVectorizer -> TruncatedSVD(100) -> Normalizer`, without English stop words."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
     features = Features(kind="cbtm", prefix=0)
@@ -125,7 +125,7 @@ def smooth_idf(counts: TermCounts) -> Doubles:
 
 
 def tfidf_rows(counts: TermCounts, idf: Doubles) -> Any:
-    """Returns TF-IDF rows, scaled to length one as in the classifier, as a sparse matrix texts x terms."""
+    """Returns TF-IDF rows of length one, as in the classifier: a sparse matrix texts x terms."""
     from scipy import sparse
 
     squared = np.bincount(counts.text, weights=counts.count * np.square(idf[counts.term]), minlength=counts.texts)

@@ -1,8 +1,8 @@
 """Balanced k-means: no cluster gets much more than its even share, so that no expert gets most of the traffic.
 
-The algorithm is Lloyd's, but each cluster has a price that rises while the cluster is too large: an auction in which
-all prompts bid at the same time. Prices apply only to training; the classifier assigns a prompt to its nearest
-centroid. The algorithm runs several times, all from one seed, and the result with the highest total similarity is kept.
+The algorithm is Lloyd's, but from the similarity of each cluster a price is subtracted, which rises while the cluster
+is too large, as in an auction. Prices apply only to training; the classifier assigns a prompt to its nearest centroid.
+Of several runs with random starts from one seed, the result with the highest total similarity is kept.
 """
 
 from typing import Final
@@ -22,7 +22,7 @@ _MAX_PRICE_UPDATES: Final = 60
 def balanced_kmeans(vectors: Floats, *, clusters: int, seed: int, spherical: bool = True) -> tuple[Floats, Ids]:
     """Returns the centroids (clusters x dimensions) and the cluster of each vector.
 
-    `spherical`: centroids have length one, so the nearest one has the highest cosine.
+    `spherical`: scale centroids to length one, so that the nearest one is the one with the highest cosine.
     """
     results = []
     for restart in range(RESTARTS):
@@ -44,7 +44,8 @@ def balanced_kmeans(vectors: Floats, *, clusters: int, seed: int, spherical: boo
 def centroids_of(
     vectors: Floats, assignment: Ids, *, clusters: int, spherical: bool, empty: Floats | None = None
 ) -> Floats:
-    """Returns the mean vector of each cluster. `empty`: rows for clusters without vectors (default: zeros)."""
+    """Returns the mean vector of each cluster; with `spherical`, scaled to length one. `empty`: the rows for clusters
+    without vectors; None: zeros."""
     sums = np.zeros((clusters, vectors.shape[1]), np.float64)
     np.add.at(sums, assignment, vectors)
     counts = np.bincount(assignment, minlength=clusters)[:, None]
@@ -57,13 +58,14 @@ def centroids_of(
 
 
 def _similarity(vectors: Floats, centroids: Floats) -> Floats:
-    """Returns vectors x clusters: minus half the squared distance, plus a constant per vector."""
+    """Returns vectors x clusters: minus half the squared distance, plus a constant that is the same in each row."""
     similarity: Floats = vectors @ centroids.T - 0.5 * np.square(centroids).sum(axis=1)
     return similarity
 
 
 def _kmeans_plus_plus(vectors: Floats, *, clusters: int, rng: np.random.Generator) -> Floats:
-    """Draws initial centroids from the vectors; the probability grows with the squared distance to earlier ones."""
+    """Draws initial centroids from the vectors. The probability of a vector grows with its squared distance to those
+    drawn before."""
     chosen = [int(rng.integers(len(vectors)))]
     distance = np.square(vectors - vectors[chosen[0]]).sum(axis=1).astype(np.float64)
     while len(chosen) < clusters:

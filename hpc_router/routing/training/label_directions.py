@@ -1,8 +1,8 @@
 """Directions of labels in a sentence encoder's space, for `method=exemplars`.
 
-An encoder's vectors contain more than the topic, such as the style of a data set. With descriptions, a label lies at
-the mean of its prompts plus its description, which names the topic whatever the style of the prompts is. Without
-descriptions, it lies halfway between the mean and the direction that separates it best from the other labels.
+An encoder's vectors contain more than the topic, such as the style of a data set. With descriptions, the direction of a
+label is the mean of its prompts plus its description, which names the topic whatever the style of the prompts is.
+Without descriptions, it is halfway between that mean and the direction that separates the label best from the others.
 """
 
 from typing import Final

@@ -35,8 +35,8 @@ def mean_costs(rows: Sequence[Row], experts: Sequence[str]) -> Doubles:
 
 
 def correctness(rows: Sequence[Row]) -> tuple[tuple[str, ...], Doubles]:
-    """Returns the experts and a matrix rows x experts of their correctness. Raises ConfigError if the rows name
-    different experts."""
+    """Returns the experts, and a matrix rows x experts that says how correct each expert's answer is. Raises
+    ConfigError if the rows name different experts."""
     experts = tuple(sorted(rows[0].correct))
     for row in rows:
         if tuple(sorted(row.correct)) != experts:
@@ -48,7 +48,8 @@ def correctness(rows: Sequence[Row]) -> tuple[tuple[str, ...], Doubles]:
 
 
 def smoothed_rates(correct: Doubles, assignment: Ids, vectors: Floats, *, clusters: int) -> Doubles:
-    """Returns the smoothed rate of each cluster and expert: clusters x experts. `correct`: rows x experts."""
+    """Returns the smoothed rate of correct answers: clusters x experts. `correct`: rows x experts; `assignment`,
+    `vectors`: cluster and vector of each row."""
     counts = np.bincount(assignment, minlength=clusters).astype(np.float64)
     sums = np.zeros((clusters, correct.shape[1]))
     np.add.at(sums, assignment, correct)

@@ -1,7 +1,7 @@
 """Ridge regression from the TF-IDF rows of prompts to their labels: the feature space of `exemplars` with `lexical`.
 
-The vector of a prompt is its label, one-hot, and the regression predicts it from words, symbols, prefixes and pairs of
-words. The strength of the regularisation comes from cross-validation over the prompts.
+The vector of a prompt has a dimension per label: 1 for its own label, 0 for the others. The regression predicts it from
+words, symbols, prefixes and pairs of words. Cross-validation over the prompts chooses the strength of regularisation.
 """
 
 from collections.abc import Sequence
@@ -38,16 +38,16 @@ class RidgeSpace:
     dimensions: Floats | None = None
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns terms x directions: weights whose sum over a prompt's terms predicts, up to a constant per direction,
-        the scalar product of the direction and the prompt's label vector. `held_out`: prompts without influence on the
-        weights."""
+        """Returns weights, terms x directions. Their sum over a prompt's terms predicts the scalar product of the
+        direction and the prompt's label vector, except for a constant per direction. `held_out`: mask of prompts
+        without influence on the weights."""
         weight = self.weight if held_out is None else np.where(held_out, 0.0, self.weight)
         solution = _solution(self.rows, self.vectors @ directions.T, weight, strength=self.strength)
         return (solution * self.idf[:, None]).astype(np.float32)
 
 
 def label_space(texts: Sequence[str], labels: Ids, *, count: int, seed: int) -> RidgeSpace:
-    """Fits the space to prompts and their labels, 0 to `count` - 1."""
+    """Returns the space that was fitted to prompts and their labels, which are numbers from 0 to `count` - 1."""
     min_texts = 1 if len(texts) < ENOUGH_TEXTS else 2
     vocabulary = frequent_vocabulary(texts, features=Features(ngrams=2), min_texts=min_texts)
     counts = counts_of(texts, vocabulary=vocabulary)
@@ -77,7 +77,7 @@ def random_folds(count: int, *, seed: int) -> Ids:
 
 def held_out_predictions(rows: Any, vectors: Floats, weight: Doubles, fold: Ids, *, strength: float) -> Floats:
     """Returns a predicted vector for each prompt (prompts x dimensions), from the regression over the prompts of all
-    other folds. Predictions of one fold lack a constant per dimension, because the targets are centred."""
+    other folds. Within a fold, a constant is missing in each dimension, because the targets are centred."""
     rows = rows.tocsr()
     predicted = np.zeros_like(vectors)
     for number in np.unique(fold):
@@ -99,8 +99,8 @@ def _solution(rows: Any, targets: Floats, weight: Doubles, *, strength: float) -
 
 
 def ridge_regression(rows: Any, targets: Floats, *, strength: float) -> Floats:
-    """Solves a ridge regression by conjugate gradients. Returns the coefficients: as many rows as `rows` has columns,
-    as many columns as `targets` has.
+    """Solves a ridge regression of `targets` on `rows` by conjugate gradients. Returns the coefficients: columns of
+    `rows` x columns of `targets`.
 
     All columns of `targets` are solved together, each with its own step sizes.
     """

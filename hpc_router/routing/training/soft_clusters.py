@@ -1,12 +1,14 @@
 """Soft clusters, for `method=measured` without an encoder.
 
 Words alone do not determine the nearest cluster of a prompt with certainty, so the expected score of an expert is a
-mean over the prompt's nearest clusters: sum of softmax(sharpness * value) * measured rate. A ridge regression predicts
-the membership of the clusters. Clusters come from k-means; if the rows name their domains, the domains themselves are
-another candidate. Held-out rows show which clusters and which sharpness decide best: once a random fifth of the rows at
-a time, and once all rows of some domains, because a router also gets prompts of unknown sources. The simplest setting
-within one standard error of the best one is taken. A row weighs one over the root of the size of its domain, so that
-the largest data set does not decide alone.
+mean over the prompt's nearest clusters: sum of softmax(sharpness * value) * measured rate. The values, which say how
+close a prompt is to each cluster, come from a ridge regression.
+
+Candidates for the clusters are those of k-means and, if the rows name their domains, the domains. Held-out rows show
+which clusters and which sharpness decide best: once a random fifth of the rows at a time, and once all rows of some
+domains, because a router also gets prompts of unknown sources. Of the settings within one standard error of the best
+one, the simplest is taken. The weight of a row is one over the root of the size of its domain, so that the largest data
+set does not decide alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,8 +36,8 @@ COUNTS: Final = (8, 16, 32)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftClusters:
-    """The clusters that decide best. `assignment`: cluster of each row. `held_out_score`: weighted mean score of the
-    chosen experts on held-out rows, including those of held-out domains."""
+    """The clusters that choose the best experts. `assignment`: cluster of each row. `held_out_score`: weighted mean
+    score of the experts chosen for held-out rows, including those of held-out domains."""
 
     names: tuple[str, ...]
     assignment: Ids
@@ -48,7 +50,8 @@ class SoftClusters:
 def soft_clusters(
     rows: Sequence[Row], *, clusters: int | None, seed: int, weight: float, progress: ProgressCallback
 ) -> SoftClusters:
-    """Finds clusters of the rows and measures the experts in them. Raises ConfigError as `correctness` does.
+    """Returns clusters of the rows, with the measured quality of the experts in them. Raises ConfigError if the rows
+    name different experts.
 
     `clusters`: number of k-means clusters; None: the best number of several, or the rows' domains. `weight`: how much
     correctness one unit of cost is worth.
@@ -130,8 +133,8 @@ def _candidates(
 def _held_out_gains(
     values: Floats, rates: Sequence[Doubles], fold: Ids, correct: Doubles, *, sharpness: float, penalty: Doubles
 ) -> Doubles:
-    """Returns for each row its gain: the correctness of the expert that is chosen for the row without knowing it, minus
-    the expert's `penalty`. `rates[f]`: the rates that are measured without the rows of fold f."""
+    """Returns for each row its gain: the correctness of the expert that is chosen for it without the use of its own
+    fold, minus the expert's `penalty`. `rates[f]`: the rates measured without the rows of fold f."""
     gains = np.zeros(len(fold))
     for number, rate in enumerate(rates):
         held_out = np.flatnonzero(fold == number)

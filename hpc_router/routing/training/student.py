@@ -61,8 +61,8 @@ class Student:
     dimensions: Floats | None = None
 
     def fold(self, directions: Floats, *, held_out: Mask | None = None) -> Floats:
-        """Returns terms x directions: weights whose sum over a text's terms predicts the scalar product of the
-        direction and the encoder's vector of the text. `held_out`: prompts that must not influence the weights."""
+        """Returns weights, terms x directions. Their sum over a text's terms predicts the scalar product of the
+        direction and the encoder's vector of the text. `held_out`: prompts that must not influence them."""
         from scipy import sparse
 
         weight = self.weight.copy()

@@ -81,7 +81,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
-    """Decisions on labelled prompts that the training did not see: one entry per prompt in each field."""
+    """Decisions on labelled prompts that were not in the training. Each field has one entry per prompt."""
 
     margins: Doubles
     scores: Doubles
@@ -91,7 +91,7 @@ class Decisions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSet:
     """What a training learns from. `left_out`: number of rows of the file that are not in `rows`. `validation`:
-    labelled prompts of other sources, which only show how certain the decisions are."""
+    labelled prompts of other sources, from which only the calibration and the margin threshold learn."""
 
     rows: Sequence[Row]
     left_out: int = 0
@@ -121,8 +121,8 @@ def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
 
 
 def _validation_rows(config: TrainConfig, rows: Sequence[Row]) -> list[Row]:
-    """Returns the labelled rows of the validation file whose prompts are not among the training `rows`; none without
-    such a file. Raises ConfigError."""
+    """Returns the labelled rows of the validation file, without prompts that are in `rows`, the training rows; none if
+    there is no such file. Raises ConfigError."""
     if config.validation is None:
         return []
     path = Path(config.validation)
@@ -151,8 +151,8 @@ def train_exemplars(
     encoder: str,
     progress: ProgressCallback,
 ) -> Artefact:
-    """Trains an artefact from exemplars and descriptions of experts with a sentence encoder. Raises ConfigError as
-    `usable_exemplars` does."""
+    """Trains an artefact from exemplars and descriptions of experts with a sentence encoder. Raises ConfigError if the
+    exemplars are not usable (see `usable_exemplars`)."""
     usable = usable_exemplars(exemplars, features=Features())
     texts = [(name, text) for name in usable for text in usable[name]]
     rows = [Row(line=n, id=n, text=text, expert=name) for n, (name, text) in enumerate(texts, 1)]
@@ -215,8 +215,8 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
 
 
 def _confidence(artefact: Artefact, held_out: Decisions, validation: Sequence[Row]) -> tuple[float, Calibration | None]:
-    """Returns margin threshold and calibration, from the held-out decisions on the training's sources and from the
-    decisions on the prompts in `validation`, which have other sources. Both groups have the same total weight."""
+    """Returns margin threshold and calibration. They come from two groups of decisions with the same total weight:
+    `held_out`, on the training's sources, and those on the prompts in `validation`, which have other sources."""
     threshold = margin_threshold(held_out.margins[held_out.right])
     if not validation:
         return threshold, calibrate(held_out.margins, held_out.scores, held_out.right)
@@ -308,7 +308,7 @@ class _Clusters:
 
 
 def _clustered(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> _Clusters:
-    """Returns the clusters, in the space of the configured features. Raises ConfigError."""
+    """Returns the clusters of the configured method, in the configured feature space. Raises ConfigError."""
     try:
         if config.method == "exemplars":
             return _labels(config, given, progress)
@@ -337,7 +337,7 @@ def _labels(config: TrainConfig, given: TrainingSet, progress: ProgressCallback)
 
 
 def _soft(config: TrainConfig, rows: Sequence[Row], progress: ProgressCallback) -> _Clusters:
-    """Returns soft clusters."""
+    """Returns the clusters of `method=measured` with `lexical` features (see `soft_clusters`)."""
     found = soft_clusters(rows, clusters=config.clusters, seed=config.seed, weight=config.weight, progress=progress)
     return _Clusters(
         names=found.names,
@@ -352,7 +352,7 @@ def _soft(config: TrainConfig, rows: Sequence[Row], progress: ProgressCallback) 
 
 
 def _discovered(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> _Clusters:
-    """Returns balanced k-means clusters; with method=measured, the measured quality decides their experts."""
+    """Returns balanced k-means clusters. With method=measured, their experts follow from the measured quality."""
     rows, measured = given.rows, config.method == "measured"
     space = _feature_space(config, given, progress)
     progress("clusters", 0, 1)
@@ -430,7 +430,7 @@ def _artefact(
 
 
 def _discriminative(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
-    """Returns 1 for words and prefixes that occur in few prompts; 0 for others and for symbols, digits and letters."""
+    """Returns 1 for each term that is a word or prefix and occurs in few prompts, and 0 for any other term."""
     rare = idf >= 1 - np.log(MAX_DISCRIMINATIVE_SHARE)
     words = np.array([len(t.strip("*")) > 1 and any(map(str.isalpha, t)) for t in terms], np.bool_)
     discriminative: NDArray[np.uint8] = (words & rare).astype(np.uint8)
@@ -440,8 +440,8 @@ def _discriminative(terms: Sequence[str], idf: Floats) -> NDArray[np.uint8]:
 def _cross_validated(
     config: TrainConfig, trained: _Clusters, texts: Sequence[str], progress: ProgressCallback
 ) -> tuple[Ids, Ids, Doubles, Doubles]:
-    """Returns the row numbers of held-out prompts, their predicted clusters, their margins (lead over the best other
-    cluster), and their scores.
+    """Returns the row numbers of held-out prompts, their predicted clusters, their margins (difference to the score of
+    the best other cluster), and their scores.
 
     Each fold is classified by a training without it. A cluster whose prompts are all held out keeps its direction.
     """

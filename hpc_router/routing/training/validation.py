@@ -1,4 +1,4 @@
-"""Chooses settings of `method=measured` by the quality that held-out rows would get."""
+"""Chooses settings for `method=measured`: those with which the best experts are chosen for held-out rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ MIN_PER_CLUSTER: Final = 20
 
 
 def counts_to_try(rows: int, counts: Sequence[int] = COUNTS) -> tuple[int, ...]:
-    """Returns the numbers of clusters that are tried for a number of rows, in ascending order."""
+    """Returns the numbers of clusters that are tried for `rows` rows, in ascending order."""
     return tuple(count for count in counts if count * MIN_PER_CLUSTER <= rows) or (2,)
 
 
 def domain_folds(rows: Sequence[Row]) -> list[Ids]:
-    """Returns a list with one split: the fold of each row, where all rows of a domain are in the same fold. The list is
+    """Returns a list with one item, the fold of each row, in which all rows of a domain have the same fold. The list is
     empty if there are fewer than three domains or a row has none."""
     domains = sorted({str(row.domain) for row in rows})
     if len(domains) < MIN_DOMAINS or any(row.domain is None for row in rows):
@@ -34,7 +34,7 @@ def domain_folds(rows: Sequence[Row]) -> list[Ids]:
 
 
 def measured_cluster_count(rows: Sequence[Row], vectors: Floats, *, weight: float, seed: int) -> int:
-    """Returns the number of clusters of `vectors` (rows x dimensions) with which held-out rows get the best experts.
+    """Returns the number of clusters of `vectors` (rows x dimensions) that chooses the best experts for held-out rows.
 
     `weight`: how much correctness one unit of cost is worth.
     """
@@ -67,9 +67,8 @@ def first_within_error(gains: Sequence[Doubles], weight: Doubles) -> int:
     """Returns the number of the first setting whose weighted mean gain is at most one standard error below the best
     mean.
 
-    `gains`: for each setting, the gain of each row. The standard error is that of the mean of the differences, row by
-    row, to the gains of the best setting. The settings are in the order of their complexity, so that chance does not
-    choose a complex one.
+    `gains`: for each setting, the gain of each row; simple settings come first, so that chance does not choose a
+    complex one. The standard error is that of the mean difference, row by row, to the gains of the best setting.
     """
     means = [float(np.average(gain, weights=weight)) for gain in gains]
     best = int(np.argmax(means))

@@ -31,7 +31,7 @@ def main() -> None:
 
 def check_rust_frontend(arguments: Any) -> None:
     """Runs the front end with these flags and an empty folder as the model, and exits if it refuses a flag. The front
-    end checks its flags first, and then ends because the folder contains no model."""
+    end checks its flags first, and without a refusal ends because the folder contains no model."""
     program = rust_frontend()
     from vllm.entrypoints.serve.utils.api_utils import jsonify_non_default_args
 

