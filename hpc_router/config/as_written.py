@@ -36,10 +36,10 @@ Find = Callable[[Path, object], Written | None]
 
 
 def as_written(schema: Any, value: Any, find: Find, *, at: str = "") -> Any:
-    """Returns `value`, the part of a config with the type `schema`. Where a text field has a number or truth value, the
-    text that the user wrote replaces it; `find` looks up that text. `at`: the key of `value`, for error messages.
-    Raises ConfigError if that text differs from how the value prints, or if a number is not in plain decimal
-    notation."""
+    """Returns `value`, the part of a config with the type `schema`, with texts where YAML has read a text field as a
+    number or truth value: `421` becomes "421". Raises ConfigError if the user wrote something that prints differently
+    (`0421`, `no`), and for a numeric field that is not in plain decimal notation. `find` looks up what the user wrote.
+    `at`: the key of `value`, for error messages."""
     return _Reader(find, at).read(schema, value, ())
 
 

@@ -72,9 +72,9 @@ _Section = TypeVar("_Section", SoftDecision, Calibration)
 class Artefact:
     """The tables of a trained classifier. Raises ValueError if the values do not fit together.
 
-    Row i of every table belongs to `terms[i]`. Column j of `weights` belongs to `clusters[j]`, whose expert is
-    `experts[j]`. Shapes: `weights` terms x clusters, `idf` and `discriminative` terms, `offsets` clusters, `space`
-    terms x dimensions (0 dimensions with norm `terms`). `discriminative[i]` is 1 if the term distinguishes clusters; a
+    `weights[i, j]` belongs to the term `terms[i]` and to the cluster `clusters[j]`, whose expert is `experts[j]`.
+    `idf[i]` and `discriminative[i]` belong to a term, `offsets[j]` to a cluster. `space` has a row per term and a
+    column per dimension of the feature space. `discriminative[i]` is 1 if the term distinguishes clusters; a
     prompt without such a term counts as unknown. `training`: data fingerprint, settings, scores and package versions,
     as JSON values.
     """

@@ -113,8 +113,8 @@ def bootstrap_interval(statistic: Callable[[Ids], float], *, rows: int, seed: in
 def cost_quality(
     *, experts: Sequence[str], cost: Doubles, gain: Doubles, right: Doubles, seed: int = 0
 ) -> dict[str, Any]:
-    """Compares a cheap and an expensive expert. Returns the accuracy for each share of the prompts that the expensive
-    expert answers.
+    """Compares the expert with the lowest and the one with the highest `cost`: how right are the answers if a given
+    share of the prompts goes to the expensive one? Returns a dictionary for the report (`classify eval`).
 
     `right[prompt, expert]`: correctness. `gain[prompt]`: predicted gain from the expensive expert. At each share, the
     prompts with the largest predicted gain go to the expensive expert; ties are broken at random. For comparison,

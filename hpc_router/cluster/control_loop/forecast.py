@@ -187,7 +187,8 @@ class ForecastFiles:
 
 
 def read_estimates(run: RunDir) -> dict[str, Durations]:
-    """Returns the times in `estimates.json` by expert, over all partitions; empty if the run has no such file yet."""
+    """Returns the measured times of each expert's jobs (queue, load, drain) from `estimates.json`, those of all
+    partitions in one list; empty if the run has no such file yet."""
     experts = (read_json(run.estimates_json) or {}).get("experts", {})
     return {
         expert: Durations(*(tuple(s for times in partitions.values() for s in times[key]) for key in _SAMPLES))

@@ -281,8 +281,8 @@ class Discovery:
 
     def _external_limit_s(self, replica: Replica, watch: _ReplicaWatch) -> float:
         """Returns how long a probe waits for the response of an external endpoint, in seconds: `EXTERNAL_PROBE_S`, or
-        twice the duration of the last answered probe if that is longer. The limit is larger for an endpoint that is not
-        ready while each of its experts has another ready replica."""
+        twice the duration of the last answered probe if that is longer. For an endpoint that nobody needs now, because
+        it is not ready and each of its experts has another ready replica, it is at least `_SLOW` times as long."""
         slow = replica.state is not RoutingState.READY and self._is_dispensable(replica)
         return max(EXTERNAL_PROBE_S * (_SLOW if slow else 1), 2 * watch.answer_s)
 

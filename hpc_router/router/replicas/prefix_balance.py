@@ -243,7 +243,8 @@ class PrefixBalance:
 
 
 def _length(cached: Sequence[tuple[int, int]], bit: int) -> int:
-    """Returns the length in bytes of the beginning that the replica with this bit has in its cache."""
+    """Returns how many bytes of the prompt's beginning a replica has in its cache. `cached`: pairs of the replicas,
+    as bits, that have a beginning, and the length of that beginning, longest first. `bit`: the replica's bit."""
     for bits, length in cached:
         if bits & bit:
             return length

@@ -211,7 +211,7 @@ class RequestRouting:
 
     def _spills(self, decision: Decision) -> bool:
         """Returns whether the request goes to the runner-up: the chosen expert has no free place, the runner-up has
-        one, and the expected wait costs more than the runner-up's lower score (`should_spill`)."""
+        one, and the expected wait costs more than the difference of the two scores (`should_spill`)."""
         expert, other, per_s = decision.expert, decision.runner_up, self.deployment.policy.spill_per_s
         if decision.reason is not RouteReason.CLASSIFIED or expert is None or other is None or per_s is None:
             return False
