@@ -86,11 +86,12 @@ class Load:
         await self.client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=2)
 
     async def _stream(self, model: str, replicas: list[str]) -> None:
-        """Appends the name of the replica that streams."""
+        """Appends the name of the replica that streams. A stream that was held while a replica started names none."""
         raw = await self.client.chat.completions.with_raw_response.create(
             model=model, messages=MESSAGES, max_tokens=self.stream_tokens, stream=True, extra_body={"ignore_eos": True}
         )
-        replicas.append(raw.headers["x-replica"])
+        if (replica := raw.headers.get("x-replica")) is not None:
+            replicas.append(replica)
         reason = None
         async for event in raw.parse():
             reason = event.choices[0].finish_reason or reason
