@@ -53,6 +53,14 @@ def _add_router(benchmarks: "Verbs[Parser]") -> None:
         metavar="S",
         help="on a shared machine: before each measurement, wait up to S seconds until nothing else runs",
     )
+    _add_peers_and_out(parser)
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round, to see that it works; its figures are not reliable"
+    )
+
+
+def _add_peers_and_out(parser: Parser) -> None:
+    """Adds the arguments of a benchmark beside other routers: where these are, and where the results go."""
     parser.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment that has the routers from PyPI")
     parser.add_argument(
         "--tree",
@@ -63,9 +71,6 @@ def _add_router(benchmarks: "Verbs[Parser]") -> None:
         help="another checkout of this router, measured beside it",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: analysis/results)")
-    parser.add_argument(
-        "--quick", action="store_true", help="one short round, to see that it works; its figures are not reliable"
-    )
 
 
 def _bench_router(arguments: argparse.Namespace) -> int:
@@ -260,16 +265,7 @@ def _add_balance(benchmarks: "Verbs[Parser]") -> None:
     )
     parser.add_argument("--replicas", type=count, metavar="N", help="number of engines (default 8)")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the load (default 0)")
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment that has the routers from PyPI")
-    parser.add_argument(
-        "--tree",
-        action="append",
-        type=named_folder,
-        default=[],
-        metavar="NAME=DIR",
-        help="another checkout of this router, measured beside it",
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: analysis/results)")
+    _add_peers_and_out(parser)
 
 
 def _bench_balance(arguments: argparse.Namespace) -> int:
