@@ -15,8 +15,8 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised after Ctrl-C during a verb that changes a deployment. Its text says what has ended, what is left, and what to
-    do."""
+    """Raised after Ctrl-C during a verb that changes a deployment. Its text says what has ended, what is left, and what
+    to do."""
 
 
 @contextmanager

@@ -5,9 +5,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from hpc_router.cluster.control_loop.desired_state import readable_deployment
-from hpc_router.config.adapters import host_of
-from hpc_router.config.schema import ExpertConfig
+from hpc_router.cluster.control_loop.desired_state import gpus_by_expert, readable_deployment
+from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.state.job_records import JobDir
 from hpc_router.state.registry import split_replica
@@ -79,8 +78,8 @@ def gpu_hours(run: RunDir, since: float, now: float) -> dict[str, float]:
     """Returns the GPU hours of each expert's jobs between `since` and `now`. A job counts from its start to its end,
     with the GPUs that the config gives a replica now. Jobs whose records were removed do not count. Only experts with
     GPUs are listed; the GPUs of adapters count for their host."""
-    experts = readable_deployment(run).experts
-    seconds = {name: 0.0 for name, expert in experts.items() if host_of(experts, name) == name and _gpus(expert)}
+    gpus = gpus_by_expert(readable_deployment(run))
+    seconds = {name: 0.0 for name, count in gpus.items() if count and name != ROUTER}
     for folder in run.jobs.iterdir() if run.jobs.is_dir() else ():
         if folder.name.startswith("."):
             continue
@@ -90,9 +89,5 @@ def gpu_hours(run: RunDir, since: float, now: float) -> dict[str, float]:
             continue
         end = job.exit()
         busy_s = min(now, now if end is None else end.at) - max(since, process.started_at)
-        seconds[expert] += max(0.0, busy_s) * _gpus(experts[expert])
+        seconds[expert] += max(0.0, busy_s) * gpus[expert]
     return {name: round(total / 3600, 3) for name, total in seconds.items()}
-
-
-def _gpus(expert: ExpertConfig) -> int:
-    return expert.resources.nodes * expert.resources.gpus
