@@ -37,20 +37,24 @@ class ExpertDemand:
 @dataclass(frozen=True, slots=True)
 class RouterDemand:
     """The demand at one router. `experts`: the demand by expert, without adapters, which count for their host.
-    `replicas`: number of requests in flight by replica."""
+    `replicas`: number of requests in flight by replica. `tokens`: by replica, the number of tokens that its engine has
+    generated since its start; engines that do not count them are left out."""
 
     experts: Mapping[str, ExpertDemand] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"experts": {name: asdict(d) for name, d in self.experts.items()}, "replicas": dict(self.replicas)}
+        experts = {name: asdict(demand) for name, demand in self.experts.items()}
+        return {"experts": experts, "replicas": dict(self.replicas), "tokens": dict(self.tokens)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Parses the content of a demand file. Raises ValueError if it is not valid."""
         try:
             experts = {str(name): ExpertDemand(**entry) for name, entry in value["experts"].items()}
-            return cls(experts, {str(name): int(count) for name, count in value["replicas"].items()})
+            replicas = {str(name): int(count) for name, count in value["replicas"].items()}
+            return cls(experts, replicas, {str(name): int(count) for name, count in value.get("tokens", {}).items()})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the demand at a router: {error}") from error
 
@@ -61,7 +65,8 @@ def demand_path(run: RunDir, router: str) -> Path:
 
 
 def read_demand(run: RunDir, routers: Iterable[str]) -> RouterDemand | None:
-    """Returns the sum of the demand at these routers; None if none of them has a valid file."""
+    """Returns the sum of the demand at these routers; None if none of them has a valid file. The routers read the same
+    engines, so the largest number of an engine's tokens is its newest."""
     read = [value for router in routers if (value := read_json(demand_path(run, router))) is not None]
     found = []
     for value in read:
@@ -73,9 +78,12 @@ def read_demand(run: RunDir, routers: Iterable[str]) -> RouterDemand | None:
         return None
     experts: dict[str, ExpertDemand] = {}
     replicas: dict[str, int] = {}
+    tokens: dict[str, int] = {}
     for one in found:
         for name, demand in one.experts.items():
             experts[name] = experts.get(name, ExpertDemand()) + demand
         for name, count in one.replicas.items():
             replicas[name] = replicas.get(name, 0) + count
-    return RouterDemand(experts, replicas)
+        for name, count in one.tokens.items():
+            tokens[name] = max(tokens.get(name, 0), count)
+    return RouterDemand(experts, replicas, tokens)

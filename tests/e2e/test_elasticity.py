@@ -56,7 +56,7 @@ def test_two_streams_get_two_replicas_and_scaling_down_breaks_none(tmp_path: Pat
             lambda: all(metrics(one).get(key % state) for state in ("starting", "busy", "idle")),
             within_s=WITHIN_S, every_s=0.5,
         )  # fmt: skip
-        eventually_sync(  # the engines' counts are read every half minute
+        eventually_sync(  # the engines' counts are read every quarter of a minute
             lambda: one.status()["experts"]["math"]["usage"]["tokens"], within_s=WITHIN_S, every_s=0.5
         )
         usage = one.status()["experts"]["math"]["usage"]

@@ -2,27 +2,22 @@
 leading control loop does this.
 
 A pass adds the time since the previous pass, in the states that the replicas have now. If no loop ran for a while, at
-most MAX_GAP_S is added. Engines are asked for their tokens every ASK_S; tokens that an engine generates after it was
-last asked are not counted.
+most MAX_GAP_S is added. The routers read the engines' tokens; those that an engine generates after it was last read are
+not counted.
 """
 
-import asyncio
 import logging
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
 from hpc_router.cluster.control_loop.slots import Attempt, Observed, all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.errors import RegistryError
-from hpc_router.net.auth import replica_key
-from hpc_router.net.http_client import Unreachable, call, session
-from hpc_router.net.protocol import METRICS
 from hpc_router.state.atomic_files import read_json, replace_json
 from hpc_router.state.demand import RouterDemand
 from hpc_router.state.gpu_hours import ExpertUsage, GpuState, Usage, parse_usage
-from hpc_router.state.registry import Record, RecordKind, split_replica
+from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
@@ -30,8 +25,6 @@ logger = logging.getLogger(__name__)
 MAX_GAP_S: Final = 60.0
 WRITE_S: Final = 10.0
 """Minimum interval in seconds between writes of the file."""
-ASK_S: Final = 30.0
-_TOKENS: Final = re.compile(r"^vllm:generation_tokens_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
 def held_now(
@@ -63,18 +56,10 @@ class GpuHours:
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._usage: Usage | None = None
-        self._written_at = self._asked_at = 0.0
+        self._written_at = 0.0
 
-    def update(
-        self,
-        observed: Observed,
-        gpus: Mapping[str, int],
-        demand: RouterDemand | None,
-        records: Mapping[str, Record],
-        now: float,
-    ) -> None:
-        """Adds what was used since the last update. `gpus`: GPUs of one replica by expert; `records`: the registry;
-        `now`: Unix seconds."""
+    def update(self, observed: Observed, gpus: Mapping[str, int], demand: RouterDemand | None, now: float) -> None:
+        """Adds what was used since the last update. `gpus`: GPUs of one replica by expert; `now`: Unix seconds."""
         usage = self._usage or _read(self._run, now)
         held = held_now(observed, gpus, {} if demand is None else demand.replicas)
         seconds = min(max(0.0, now - usage.at), MAX_GAP_S)
@@ -86,10 +71,8 @@ class GpuHours:
             times = [at for at in (before.last_request_at, own.last_request_at) if at is not None]
             experts[name] = replace(before, last_request_at=max(times, default=None))
         usage = Usage(now, experts, usage.seen)
-        if now - self._asked_at >= ASK_S:
-            self._asked_at = now
-            serving = [r for r in records.values() if r.kind is RecordKind.EXPERT and r.nonce is not None]
-            usage = with_tokens(usage, asyncio.run(_ask(self._run.secret(), serving)))
+        if demand is not None:
+            usage = with_tokens(usage, demand.tokens)
         self._usage = usage
         if now - self._written_at >= WRITE_S:
             self._written_at = now
@@ -112,32 +95,6 @@ def with_tokens(usage: Usage, counted: Mapping[str, int]) -> Usage:
             del seen[older]
         seen[replica] = count
     return Usage(usage.at, experts, seen)
-
-
-def tokens_in(metrics: str) -> int | None:
-    """Returns the number of generated tokens in the text of an engine's metrics; None if they do not contain it."""
-    found = _TOKENS.findall(metrics)
-    try:
-        return int(sum(map(float, found))) if found else None
-    except (ValueError, OverflowError):
-        return None
-
-
-async def _ask(secret: str, records: Iterable[Record]) -> dict[str, int]:
-    """Returns the number of tokens that the engine of each of these replicas has generated. Leaves out engines that do
-    not answer or do not count tokens."""
-    async with session() as client:
-
-        async def ask(record: Record) -> int | None:
-            try:
-                answer = await call(client, "GET", record.url + METRICS, token=replica_key(secret, record.nonce or ""))
-            except Unreachable:
-                return None
-            return tokens_in(answer.body) if answer.status == 200 and isinstance(answer.body, str) else None
-
-        asked = list(records)
-        counted = await asyncio.gather(*map(ask, asked))
-    return {record.replica: count for record, count in zip(asked, counted, strict=True) if count is not None}
 
 
 def _read(run: RunDir, now: float) -> Usage:

@@ -207,7 +207,7 @@ class ControlLoop:
         )
         self._report_handovers(seen.observed)
         demand = read_demand(self.run, self._routers())
-        self._gpu_hours.update(seen.observed, seen.desired.gpus, demand, self.observer.records, time.time())
+        self._gpu_hours.update(seen.observed, seen.desired.gpus, demand, time.time())
         if self._nodes.apply(seen.observed, time.time()):
             self.apply_exclusions(seen)
         self._retention.apply(seen.observed, time.time())

@@ -93,8 +93,10 @@ class DemandReport:
             wait_s = round(max(waits, default=0.0), 1)
             experts[host] = ExpertDemand(in_flight, sum(waiting.values()), wait_s, self._last_request_at.get(host))
         self._requests = requests
-        replicas = {r.name: r.load for r in table.all() if r.record.kind is RecordKind.EXPERT}
-        return RouterDemand(experts, replicas)
+        asked = [r for r in table.all() if r.record.kind is RecordKind.EXPERT]
+        loads = {r.name: r.engine_load for r in asked}
+        tokens = {n: int(c) for n, load in loads.items() if load and (c := load.generated_tokens) is not None}
+        return RouterDemand(experts, {r.name: r.load for r in asked}, tokens)
 
     def _resume(self, before: Mapping[str, Any] | None) -> None:
         """Takes over the times of the last requests from the router's file (`before`), which an earlier control process

@@ -10,19 +10,23 @@ _KV_USE: Final = (b"vllm:kv_cache_usage_perc", b"vllm:gpu_cache_usage_perc")  # 
 _HITS: Final = (b"vllm:prefix_cache_hits_total", b"vllm:gpu_prefix_cache_hits_total")
 _QUERIES: Final = (b"vllm:prefix_cache_queries_total", b"vllm:gpu_prefix_cache_queries_total")
 
+_GENERATED: Final = (b"vllm:generation_tokens_total",)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """The load of one engine when its metrics were read last, the sum over its data-parallel parts. `running`,
     `waiting`: number of requests that the engine computes, and that wait in it. `kv_use`: share of the KV cache in use,
     0 to 1, the mean of the parts. `prefix_queries`: number of prompt tokens since the engine's start; `prefix_hits`:
-    how many of them were in its prefix cache. None: not in the metrics."""
+    how many of them were in its prefix cache; `generated_tokens`: number of generated tokens since the engine's start.
+    None: not in the metrics."""
 
     running: float | None = None
     waiting: float | None = None
     kv_use: float | None = None
     prefix_queries: float | None = None
     prefix_hits: float | None = None
+    generated_tokens: float | None = None
 
     @classmethod
     def read(cls, text: bytes) -> Self | None:
@@ -34,6 +38,7 @@ class EngineLoad:
             kv_use=sum(kv) / len(kv) if kv else None,
             prefix_queries=_sum(text, _QUERIES),
             prefix_hits=_sum(text, _HITS),
+            generated_tokens=_sum(text, _GENERATED),
         )
         return None if load == cls() else load
 

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from hpc_router.cluster.control_loop.gpu_hours import MAX_GAP_S, GpuHours, held_now, tokens_in, with_tokens
+from hpc_router.cluster.control_loop.gpu_hours import MAX_GAP_S, GpuHours, held_now, with_tokens
 from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.errors import RegistryError
 from hpc_router.router.metrics import Metrics, usage_metrics
-from hpc_router.state.atomic_files import replace_text
-from hpc_router.state.demand import ExpertDemand, RouterDemand
+from hpc_router.router.replicas.engine_load import EngineLoad
+from hpc_router.state.atomic_files import replace_json, replace_text
+from hpc_router.state.demand import ExpertDemand, RouterDemand, demand_path, read_demand
 from hpc_router.state.gpu_hours import ExpertUsage, GpuState, Usage, parse_usage
 from hpc_router.state.job_records import FailureReason, JobPhase, JobProgress, Stop
 from hpc_router.state.run_directory import RunDir
@@ -44,10 +45,10 @@ def test_time_adds_up_over_loops_and_gaps(run: RunDir) -> None:
     demand = RouterDemand({"math": ExpertDemand(3, last_request_at=990.0)}, BUSY)
     first = GpuHours(run)
     for now in (1000.0, 1010.0, 1025.0):
-        first.update({MATH: (serving(),)}, GPUS, demand, {}, now)
+        first.update({MATH: (serving(),)}, GPUS, demand, now)
     second = GpuHours(run)
-    second.update({MATH: (serving(),)}, GPUS, None, {}, 1030.0)
-    second.update({MATH: (serving(),)}, GPUS, None, {}, 1030.0 + 5 * MAX_GAP_S)
+    second.update({MATH: (serving(),)}, GPUS, None, 1030.0)
+    second.update({MATH: (serving(),)}, GPUS, None, 1030.0 + 5 * MAX_GAP_S)
     usage = parse_usage(json.loads(run.gpu_hours_json.read_text())).experts["math"]
     assert usage.gpu_s == {"busy": 50.0, "idle": 2 * (5 + MAX_GAP_S)}
     assert usage.last_request_at == 990.0
@@ -58,7 +59,7 @@ def test_a_damaged_file_is_begun_anew(run: RunDir) -> None:
     replace_text(run.gpu_hours_json, '{"at": "noon", "experts": []}')
     with pytest.raises(RegistryError):
         parse_usage(json.loads(run.gpu_hours_json.read_text()))
-    GpuHours(run).update({}, GPUS, None, {}, 1000.0)
+    GpuHours(run).update({}, GPUS, None, 1000.0)
     assert parse_usage(json.loads(run.gpu_hours_json.read_text())) == Usage(1000.0)
 
 
@@ -74,11 +75,25 @@ def test_tokens_of_restarted_engines_and_of_successors_add_up() -> None:
 
 
 def test_tokens_in_the_metrics_of_engines() -> None:
+    def tokens_in(text: str) -> float | None:
+        load = EngineLoad.read(text.encode())
+        return None if load is None else load.generated_tokens
+
     labels = 'vllm:generation_tokens_total{engine="%d",model_name="m"} %s'
     assert tokens_in("\n".join(["# HELP", labels % (0, "12.0"), labels % (1, "3e2"), "vllm:x 5"])) == 312
     assert tokens_in("vllm:generation_tokens_total 4.0\n") == 4
     assert tokens_in("nothing") is None
     assert tokens_in("vllm:generation_tokens_total much") is None
+
+
+def test_tokens_come_with_the_demand_of_the_routers(run: RunDir) -> None:
+    """Two routers read the same engine, one of them later."""
+    for router, count in (("router-0.g1", 40), ("router-0.g2", 55)):
+        demand = RouterDemand({"math": ExpertDemand()}, {"math-0.g1": 0}, {"math-0.g1": count})
+        replace_json(demand_path(run, router), demand.to_json())
+    GpuHours(run).update({}, GPUS, read_demand(run, ["router-0.g1", "router-0.g2"]), 1000.0)
+    usage = parse_usage(json.loads(run.gpu_hours_json.read_text()))
+    assert (usage.experts["math"].tokens, usage.seen) == (55, {"math-0.g1": 55})
 
 
 def test_the_router_shows_the_usage() -> None:

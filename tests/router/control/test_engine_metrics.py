@@ -58,7 +58,7 @@ async def test_the_simulated_engine_tells_its_load() -> None:
         client.get(f"{engine.url}/metrics") as response,
     ):
         load = EngineLoad.read(await response.read())
-    assert load == EngineLoad(0.0, 0.0, 0.0, 0.0, 0.0)
+    assert load == EngineLoad(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_prefix_hits_are_counted_from_the_first_reading() -> None:
