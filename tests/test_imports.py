@@ -35,3 +35,15 @@ def test_a_class_name_stands_once_in_the_package() -> None:
             if isinstance(node, ast.ClassDef):
                 modules[node.name].append(str(path.relative_to(package)))
     assert {name: where for name, where in modules.items() if len(where) > 1} == {}
+
+
+def test_no_test_imports_another_test_file() -> None:
+    """What several test files use stands in a support module."""
+    tests = Path(__file__).parent
+    found = [
+        f"{path.relative_to(tests)}: {node.module}"
+        for path in tests.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and any(part.startswith("test_") for part in (node.module or "").split("."))
+    ]
+    assert found == []

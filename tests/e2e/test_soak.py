@@ -40,6 +40,7 @@ def killed(value: dict[str, Any], target: str) -> int:
     return sum(one["target"] == target for one in value["struck"])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_minute_of_faults(place: Path) -> None:
     value = soaked(place, "--seconds", "60", timeout_s=380)

@@ -1,10 +1,13 @@
 """Exemplars of three experts for the routing tests, and an artefact trained on them."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 
-from hpc_router.routing.artefact import Artefact, SoftDecision
+from hpc_router.routing import artefact as artefact_module
+from hpc_router.routing.artefact import MANIFEST, Artefact, SoftDecision
 from hpc_router.routing.exemplars import train
 from hpc_router.routing.features import Features
 from hpc_router.routing.quality import Quality
@@ -47,3 +50,11 @@ def soft_artefact(*, names: tuple[str, str] = ("big", "small"), **changes: objec
     experts = (names[0], names[1], names[1])
     values: dict[str, object] = {"experts": experts, "training": training, "soft": SOFT, **changes}
     return dataclasses.replace(trained, **values)  # type: ignore[arg-type]
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Changes the manifest and recomputes its version, as a defective writer would."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest.update(changes)
+    del manifest["version"]
+    (folder / MANIFEST).write_text(json.dumps({"version": artefact_module._version(manifest), **manifest}))

@@ -11,22 +11,13 @@ import pytest
 from safetensors.numpy import load, save
 
 from hpc_router.errors import ArtefactError
-from hpc_router.routing import artefact as module
 from hpc_router.routing.artefact import MANIFEST, TABLES, Artefact, read
 from hpc_router.routing.features import Features
-from tests.routing.samples import artefact
+from tests.routing.samples import artefact, edit
 
 
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
-
-
-def edit(folder: Path, **changes: object) -> None:
-    """Changes the manifest and recomputes its version, as a defective writer would."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest.update(changes)
-    del manifest["version"]
-    (folder / MANIFEST).write_text(json.dumps({"version": module._version(manifest), **manifest}))
 
 
 def test_an_artefact_survives_writing_and_reading(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.quality import Quality
 from hpc_router.routing.soft_scores import SoftScores
 from hpc_router.routing.training.soft_clusters import expected_scores
-from tests.routing.samples import SOFT, artefact, soft_artefact
+from tests.routing.samples import SOFT, artefact, edit, soft_artefact
 
 RATES_OF_TWO = {cluster: [0, 1] for cluster in artefact().clusters}
 VALUES = st.lists(st.floats(-2, 2), min_size=1, max_size=9)
@@ -108,8 +108,6 @@ def test_values_that_do_not_fit_are_refused(changes: dict[str, Any], message: st
 
 
 def test_a_manifest_with_a_broken_section_is_refused(tmp_path: Path) -> None:
-    from tests.routing.test_artefact import edit
-
     soft_artefact().write(tmp_path / "a")
     edit(tmp_path / "a", soft={"sharpness": "high", "nearest": 4, "cost_weight": 0})
     with pytest.raises(ArtefactError, match=r"soft\.sharpness must be a number"):

@@ -101,3 +101,14 @@ def at(value: object, *path: str | int) -> object:
             assert isinstance(value, dict), (value, step)
             value = value[step]
     return value
+
+
+def typed(raw: bytes) -> list[JsonObject]:
+    """Returns the data of every event. Each must have its type as name and a label."""
+    found = []
+    for event in raw.decode().removesuffix("\n\n").split("\n\n"):
+        name, _, data = event.partition("\ndata: ")
+        found.append(decoded(data))
+        assert name == f"event: {found[-1]['type']}"
+        assert found[-1]["simulated"] is True
+    return found

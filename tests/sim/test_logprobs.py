@@ -6,9 +6,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.sim.calls import INSTANT, JsonObject, at, chat, decoded, post, stream
+from tests.sim.calls import INSTANT, JsonObject, at, chat, decoded, post, stream, typed
 from tests.sim.support import Start
-from tests.sim.test_typed_apis import typed
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 

@@ -10,9 +10,8 @@ import openai
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter
 
-from tests.sim.calls import GUARD_S, INSTANT, JsonObject, at, chat, decoded, post, stream
+from tests.sim.calls import GUARD_S, INSTANT, JsonObject, at, chat, decoded, post, stream, typed
 from tests.sim.support import Start
-from tests.sim.test_typed_apis import typed
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 TURNS: Any = [{"role": "user", "content": "hi"}]

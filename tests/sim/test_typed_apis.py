@@ -16,7 +16,7 @@ from hpc_router.sim.generation import ParsedPrompt
 from hpc_router.sim.response_store import ResponseStore
 from hpc_router.sim.tokens import Completion
 from tests.sim import calls
-from tests.sim.calls import DISCONNECTED, GUARD_S, JsonObject, at, decoded, post, until
+from tests.sim.calls import DISCONNECTED, GUARD_S, JsonObject, at, post, typed, until
 from tests.sim.support import Start
 
 INSTANT = replace(calls.INSTANT, max_tokens_default=100)
@@ -53,17 +53,6 @@ async def raw_stream(session: aiohttp.ClientSession, path: str, **more: object) 
     except DISCONNECTED:
         received += b"<broken>"
     return bytes(received)
-
-
-def typed(raw: bytes) -> list[JsonObject]:
-    """Returns the data of every event. Each must have its type as name and a label."""
-    found = []
-    for event in raw.decode().removesuffix("\n\n").split("\n\n"):
-        name, _, data = event.partition("\ndata: ")
-        found.append(decoded(data))
-        assert name == f"event: {found[-1]['type']}"
-        assert found[-1]["simulated"] is True
-    return found
 
 
 async def test_a_response_comes_in_typed_events_that_say_what_the_body_says(start: Start) -> None:

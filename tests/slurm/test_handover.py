@@ -6,7 +6,8 @@ import pytest
 
 from tests.slurm.cluster import SlurmCluster, lacking
 from tests.slurm.continuity import under_load
-from tests.slurm.deployment import OnSlurm, on_slurm
+from tests.slurm.deployment import on_slurm
+from tests.slurm.handovers import handed_over
 from tests.support.needs import need
 from tests.support.waiting import eventually
 
@@ -25,13 +26,6 @@ OVERRIDES = (
     "cluster.handover_margin_s=0",
     "cluster.ask_s=5",
 )
-
-
-def handed_over(deployed: OnSlurm, slot: str, times: int = 2) -> bool:
-    """Whether that many jobs of an expert's slot have ended. A router serves to its end: whether the next one leads."""
-    if slot.startswith("router"):
-        return f"{slot}.g{times + 1}" in deployed.claimed() and deployed.record(f"{slot}.g{times + 1}") is not None
-    return f"{slot}.g{times}" in deployed.claimed() and deployed.job(f"{slot}.g{times}").exit() is not None
 
 
 async def test_two_walltime_ends_of_experts_and_router_fail_nothing(cluster: SlurmCluster) -> None:

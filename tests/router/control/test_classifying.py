@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,12 @@ from hpc_router.router.control import config_watcher
 from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas.replica import RoutingState
-from hpc_router.routing import exemplars
 from hpc_router.routing.policy import Policy, versions
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.run_directory import RunDir
+from tests.router.classifying import CODE, EXPERTS, GREEK, MATH, SWAPPED, deployed, trained
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica
 from tests.support.waiting import eventually
-
-EXPERTS = {
-    "code": ["def f(x): return x", "sort a python list", "python class with a method"],
-    "math": ["solve x + 1 = 2", "what is 3 times 4", "the derivative of a polynomial"],
-}
-SWAPPED = {"code": EXPERTS["math"], "math": EXPERTS["code"]}
-CODE, MATH, GREEK = "sort a python list", "solve the polynomial", "Ζητώ μια ιδέα"
-
-
-def trained(folder: Path, prompts: dict[str, list[str]] = EXPERTS) -> str:
-    """-> its version. No margin is low, so that each prompt's place is known."""
-    artefact = replace(exemplars.train(prompts), margin_threshold=0.0)
-    artefact.write(folder)
-    return artefact.version
-
-
-def deployed(run: RunDir, **policy: Any) -> Deployment:
-    deployment = a_deployment("math", "code", policy="classifier", fallback="math")
-    return replace(deployment, policy=replace(deployment.policy, artefact=str(run.classifier), **policy))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.run_directory import RunDir
-from tests.router.control.test_classifying import deployed, trained
+from tests.router.classifying import deployed, trained
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, event, fake_replica, hang, refuse, stream
 from tests.router.support import CHAT, GUARD_S, all_gauges_zero, chat, client_of, post, ready, session
 from tests.router.support import relay as relay

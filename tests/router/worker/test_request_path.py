@@ -20,7 +20,7 @@ from hpc_router.relay.upstream.connection import Connection
 from hpc_router.state.registry import Record, RecordKind, State, publish
 from tests.relay.scripted import CHUNKED, Answer, End, Scripted, head, scripted, sized
 from tests.relay.serving import Client
-from tests.router.control.test_classifying import deployed, trained
+from tests.router.classifying import deployed, trained
 from tests.router.fakes import RunningRouter, a_router, a_run, event
 from tests.router.support import CHAT
 from tests.support.waiting import eventually

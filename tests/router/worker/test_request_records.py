@@ -17,7 +17,7 @@ from hpc_router.router.worker import request_records
 from hpc_router.state.request_records import read_records
 from hpc_router.state.run_directory import RunDir
 from hpc_router.state.user_tokens import TokenLimits, create_token
-from tests.router.control.test_classifying import deployed, trained
+from tests.router.classifying import deployed, trained
 from tests.router.fakes import (
     RunningRouter,
     a_deployment,
