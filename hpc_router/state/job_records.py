@@ -8,6 +8,7 @@ process that asks the job to stop.
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -113,11 +114,21 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True)
 class Submitter:
-    """The process that submits a claimed job. The record is of interest only until `job.json` exists."""
+    """The process that submits a claimed job, and what it will write into `job.json`. The record is of interest only
+    until `job.json` exists. `replicas`: all replicas of the job; the other fields are those of `JobInfo`."""
 
     pid: int
     start_ticks: int
     host: str
+    replicas: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
+    after: str | None = None
+    revision: str | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it lives on this host. A process on another host counts as gone."""
+        return self.host == socket.gethostname() and start_ticks(self.pid) == self.start_ticks
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +306,7 @@ _TYPES: Final[Mapping[str, Callable[[Any], object]]] = {
     "runner": Runner,
     "gpus": tuple,
     "argv": tuple,
+    "replicas": tuple,
 }
 
 

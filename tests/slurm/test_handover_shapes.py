@@ -62,6 +62,7 @@ async def test_vllm_hands_over(cluster: SlurmCluster) -> None:
         "experts.math.resources.cpus=2",
         f"cluster.env={VLLM_ENV}",
         "cluster.walltime=5",
+        "cluster.handover_margin_s=60",  # the successor loads more slowly than the first, which had the machine alone
     )
     with on_slurm(cluster, "vllm-handover", *QUICK, *overrides) as deployed:
         async with under_load(deployed, "math", streams=4, per_s=1, stream_tokens=40) as service:

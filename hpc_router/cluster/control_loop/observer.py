@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from hpc_router.cluster.launchers.slurm.launcher import REASONS, STATES
 from hpc_router.errors import RegistryError
 from hpc_router.state.atomic_files import create_text, refresh_folder
 from hpc_router.state.job_reader import JobReader, JobRecords
-from hpc_router.state.job_records import Exit, FailureReason, JobDir, Runner, Stop, Submitter, start_ticks
+from hpc_router.state.job_records import Exit, FailureReason, JobDir, Runner, Stop
 from hpc_router.state.registry import Record, RecordKind, RegistryReader, split_replica
 from hpc_router.state.run_directory import RunDir
 
@@ -145,7 +144,7 @@ class RunObserver:
         elif end is None and state is JobState.ENDING and self._was_not_begun(job):
             end = self._record(replica, Exit(ok=False, reason=FailureReason.NODE_FAILED, message=_not_begun(report)))
         record, info, process = self.records.get(replica), job.info, job.process
-        submitting = info is None and _is_alive(job.submitter)
+        submitting = info is None and job.submitter is not None and job.submitter.is_alive
         if info is None and end is None and not submitting and time.time() >= job.claimed_at + CLAIM_S:
             end = self._record(replica, Exit(ok=False, reason=FailureReason.UNANSWERED, message=ABANDONED_MESSAGE))
         expires_at = report.ends_at if report.ends_at is not None or record is None else record.expires_at
@@ -263,13 +262,6 @@ def record_exit(job: JobDir, end: Exit) -> Exit:
 def _log_end(job: JobDir, end: Exit) -> None:
     expert = split_replica(job.replica)[0]
     job.run.event("ended", replica=job.replica, expert=expert, reason=end.reason.value, message=end.message)
-
-
-def _is_alive(submitter: Submitter | None) -> bool:
-    """Returns whether the process that submits a job lives on this host. A process on another host counts as gone; its
-    claim is then abandoned after CLAIM_S."""
-    here = submitter is not None and submitter.host == socket.gethostname()
-    return here and submitter is not None and start_ticks(submitter.pid) == submitter.start_ticks
 
 
 def _is_replica(name: str) -> bool:

@@ -5,7 +5,6 @@ write the same files as real ones. Nothing here decides at random: a storm calls
 """
 
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -26,7 +25,6 @@ from hpc_router.state.job_records import (
     JobPhase,
     JobProgress,
     Process,
-    Submitter,
     start_ticks,
 )
 from hpc_router.state.registry import Record, RecordKind, State, split_replica
@@ -116,6 +114,7 @@ class FakeSlurm:
     failures: list[str] = field(default_factory=list)  # of the next submissions: refused, unanswered, lost, orphan
     meanwhile: Callable[[float], None] = lambda seconds: None  # what happens while a command waits
     log: Callable[[str], None] = lambda text: None
+    asked_to_end: Callable[[FakeJob, Agent], None] = lambda job, agent: None  # by the product, before the job learns it
     submissions: list[str] = field(default_factory=list)
     answered_at: float = BEGAN
     release_at: dict[str, float] = field(default_factory=dict)
@@ -181,14 +180,23 @@ class FakeSlurm:
         if job.state == "PENDING":
             if "--signal=TERM" not in options and "--signal=KILL" not in options:
                 self.end(job, "CANCELLED")
-        elif "--signal=KILL" in options:
+            return
+        for agent in agents:
+            self.asked_to_end(job, agent)
+        if "--signal=KILL" in options:
             self.kill(job, agents)
         elif "--signal=TERM" in options:
             self.terminate(job, agents)
         else:
-            job.final = "CANCELLED"
-            self.terminate(job, agents)
-            job.kill_at = min(job.kill_at or self.now + KILL_WAIT_S, self.now + KILL_WAIT_S)
+            self.cancel(job)
+
+    def cancel(self, job: FakeJob) -> None:
+        if job.state == "PENDING":
+            self.end(job, "CANCELLED")
+            return
+        job.final = "CANCELLED"
+        self.terminate(job, job.agents)
+        job.kill_at = min(job.kill_at or self.now + KILL_WAIT_S, self.now + KILL_WAIT_S)
 
     def _scontrol(self, words: Sequence[str]) -> str:
         values = dict(word.partition("=")[::2] for word in words[1:])
@@ -202,14 +210,13 @@ class FakeSlurm:
     def submit_all(self, submissions: Sequence[Submission]) -> dict[str, str | None]:
         results: dict[str, str | None] = {}
         for submission in submissions:
-            for job in submission.jobs:
-                self._write_submitter(job, start_ticks(os.getpid()) or 0)
+            self._write_submitter(submission, start_ticks(os.getpid()) or 0)
         try:
             for submission in submissions:
                 results |= dict.fromkeys(submission.argv_of, self._submit(submission))
         except HostDied:
-            for job in (job for submission in submissions for job in submission.jobs if job.info() is None):
-                self._write_submitter(job, 0)  # of a process that is gone
+            for submission in submissions:
+                self._write_submitter(submission, 0)  # of a process that is gone
             raise
         return results
 
@@ -236,9 +243,10 @@ class FakeSlurm:
             process.submit(replace(submission, gpus=())).error if failure is None else self._refuse(submission, failure)
         )
 
-    def _write_submitter(self, job: JobDir, ticks: int) -> None:
-        job.write(Submitter(os.getpid(), ticks, socket.gethostname()))
-        os.utime(job.path / "submitter.json", (self.now, self.now))
+    def _write_submitter(self, submission: Submission, ticks: int) -> None:
+        process.write_submitter(submission, ticks)
+        for job in submission.jobs:
+            os.utime(job.path / "submitter.json", (self.now, self.now))
 
     def _refuse(self, submission: Submission, failure: str) -> str:
         if failure == "unanswered-but-submitted":
@@ -283,6 +291,7 @@ class FakeSlurm:
             if found is None:
                 refused.append(record)
             else:
+                self.asked_to_end(*found)
                 self._drain(*found, reason="the drain call")
         return refused
 

@@ -22,7 +22,7 @@ from hpc_router.config.schema import Deployment, EngineConfig, ExpertConfig, Han
 from hpc_router.errors import HpcRouterError
 from hpc_router.state import job_reader
 from hpc_router.state.atomic_files import load_json
-from hpc_router.state.job_records import FailureReason
+from hpc_router.state.job_records import FailureReason, JobDir
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.cluster.control_loop.fake_slurm import Agent, FakeJob, FakeSlurm, HostDied
@@ -80,7 +80,7 @@ class Storm:
         self.run.write_desired({"router": True})
         self.slurm = FakeSlurm(
             self.run, dict.fromkeys(("n1", "n2", "n3", "n4"), 2), LIMIT_S, WARN_S, self._draw,
-            meanwhile=self._meanwhile, log=self._log,
+            meanwhile=self._meanwhile, log=self._log, asked_to_end=self._check_end,
         )  # fmt: skip
         self.loops = [Loop(self._new_loop())]
         self.depth = 0
@@ -90,6 +90,7 @@ class Storm:
         self.unknown_s: defaultdict[str, float] = defaultdict(float)
         self.no_router_since: float | None = None
         self.were_ready: dict[str, int] = {}
+        self.is_down = False
 
     def _new_loop(self) -> ControlLoop:
         return ControlLoop(self.run, deployment=self.deployment, clock=self.slurm.time)
@@ -166,7 +167,7 @@ class Storm:
         if waiting:
             job = self.random.choice(waiting)
             self._log(f"a person cancels {job.name}")
-            self.slurm._scancel([job.job_id])
+            self.slurm.cancel(job)
 
     def _kill(self) -> None:
         if (one := self._one()) is not None:
@@ -345,8 +346,26 @@ class Storm:
             fewer = {name: ready[name] for name, count in self.were_ready.items() if ready[name] < count}
             self._must(not fewer, f"a handover left fewer ready: {fewer}")
 
+    def _check_end(self, job: FakeJob, agent: Agent) -> None:
+        """The product ends a replica that serves only when another generation of its slot serves, when nobody wants the
+        slot, or when the replica was asked to end or given up before."""
+        if self.is_down or agent.phase != "ready" or agent.hung or job.node in self.slurm.lost:
+            return
+        expert, number, _ = split_replica(agent.replica)
+        folder = JobDir(self.run, agent.replica)
+        if int(number) >= {**self.counts, ROUTER: 1}[expert] or folder.exit() is not None:
+            return
+        stop = folder.stop()
+        if stop is not None and stop.drain_at is not None and stop.drain_at < self.slurm.now:
+            return
+        slot = agent.replica.rpartition(".")[0]
+        serving = [a.replica for _, a in self._running() if a.phase == "ready" and not a.hung]
+        others = [name for name in serving if name.rpartition(".")[0] == slot and name != agent.replica]
+        self._must(bool(others), f"{agent.replica} is asked to end, and nothing else serves in its slot")
+
     def _down(self) -> None:
         self._log("down")
+        self.is_down = True
         self.were_ready = {}
         until = self.slurm.now + 400.0
 

@@ -9,6 +9,7 @@ time. Only after that, `scancel` without a signal is run, which leaves a job onl
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -20,7 +21,7 @@ from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_tempora
 from hpc_router.cluster.launchers.submitit.submission import Submission, record_refusals, submit_all
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_reader import JobReader, JobRecords
-from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
+from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner, Submitter
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
@@ -91,7 +92,7 @@ class SlurmLauncher:
             self._query_at = float("inf")
         snapshot = self.queue.snapshot(fresh=fresh or due)
         if snapshot is not None:
-            self._cancel_unknown_jobs(snapshot)
+            self._settle_unrecorded_jobs(snapshot)
         jobs = [self.reader.read(name) or JobRecords(name, time.time()) for name in names]
         reports = {job.replica: _report(job, snapshot, purged=self._purged(job, snapshot)) for job in jobs}
         if any(report.state is JobState.ENDING for report in reports.values()):
@@ -149,7 +150,7 @@ class SlurmLauncher:
         )
         unknown = self._unknown_jobs(snapshot) if snapshot is not None else set()
         if snapshot is not None:
-            self._cancel_unknown_jobs(snapshot)
+            self._settle_unrecorded_jobs(snapshot)
         return sorted((jobs & queued) | unknown | self._steps_left(replicas))
 
     def update_exclusions(self, requests: Sequence[JobRequest]) -> list[str]:
@@ -192,17 +193,38 @@ class SlurmLauncher:
             return []
         return [(f"{info.job_id}.{process.step_id}", info)]
 
-    def _cancel_unknown_jobs(self, snapshot: QueueSnapshot) -> None:
-        """Cancels jobs of this run in the queue whose submission counts as failed. Such jobs exist because sbatch may
-        fail after it has submitted a job."""
+    def _settle_unrecorded_jobs(self, snapshot: QueueSnapshot) -> None:
+        """Records jobs of this run in the queue whose submitter died before it could record them, and cancels those
+        whose submission counts as failed. The latter exist because sbatch may fail after it has submitted a job."""
         if snapshot.asked_at == self._checked_at:
             return
         self._checked_at = snapshot.asked_at
+        for job_id, queued in snapshot.jobs.items():
+            if _holds_resources(queued) and self._is_ours(queued):
+                self._record_for_submitter(job_id, queued)
         for job_id in sorted(self._unknown_jobs(snapshot)):
             logger.warning(
                 "job %s (%s) was submitted although sbatch failed: cancelling it", job_id, snapshot.jobs[job_id].name
             )
             _scancel(job_id)
+
+    def _is_ours(self, queued: QueuedJob) -> bool:
+        return queued.folder == str(self.run.path) and bool(queued.name)
+
+    def _record_for_submitter(self, job_id: str, queued: QueuedJob) -> None:
+        """Writes `job.json` of each replica of the job, unless another process has, still may, or has given it up."""
+        first = _named(self.run, queued)
+        submitter = first.submitter()
+        if submitter is None or first.info() is not None or submitter.is_alive:
+            return
+        jobs = [JobDir(self.run, replica) for replica in submitter.replicas]
+        if not jobs or any(job.exit() is not None or job.stop() is not None for job in jobs):
+            return
+        with suppress(OSError):
+            for job in jobs:
+                if (planned := job.submitter()) is not None:
+                    job.write(_info(planned, job_id, submitted_at=first.claimed_at()))
+            logger.warning("job %s (%s) was submitted, but not recorded: recorded it now", job_id, queued.name)
 
     def _unknown_jobs(self, snapshot: QueueSnapshot) -> set[str]:
         held = {job_id: queued for job_id, queued in snapshot.jobs.items() if _holds_resources(queued)}
@@ -211,9 +233,9 @@ class SlurmLauncher:
     def _given_up(self, job_id: str, queued: QueuedJob) -> bool:
         """Returns whether nothing needs job `job_id`: its replica has ended or was asked to end, and no record says
         that the replica runs in this job."""
-        if queued.folder != str(self.run.path) or not queued.name:
+        if not self._is_ours(queued):
             return False
-        job = JobDir(self.run, queued.name.partition(":")[0])
+        job = _named(self.run, queued)
         info, stop = job.info(), job.stop()
         if info is not None:
             return job.exit() is not None and info.job_id != job_id
@@ -279,6 +301,24 @@ def _submission(job: BatchJob) -> Submission:
     argv_of = {request.replica: request.argv for request in job.requests}
     revisions = {request.replica: request.revision for request in job.requests}
     return Submission(str(job.run.path), argv_of, job.script(), after=job.requests[0].after, revisions=revisions)
+
+
+def _named(run: RunDir, queued: QueuedJob) -> JobDir:
+    """Returns the folder of the replica after which the job is named, which is the job's first."""
+    return JobDir(run, (queued.name or "").partition(":")[0])
+
+
+def _info(planned: Submitter, job_id: str, *, submitted_at: float) -> JobInfo:
+    return JobInfo(
+        job_id,
+        planned.host,
+        submitted_at=submitted_at,
+        argv=planned.argv,
+        runner=Runner.SLURM,
+        shared=len(planned.replicas) > 1,
+        after=planned.after,
+        revision=planned.revision,
+    )
 
 
 def _holds_resources(queued: QueuedJob) -> bool:

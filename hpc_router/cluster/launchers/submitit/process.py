@@ -62,6 +62,23 @@ def submit(submission: Submission) -> SubmissionResult:
     return SubmissionResult(replicas, job_id=job_id)
 
 
+def write_submitter(submission: Submission, ticks: int) -> None:
+    """Records this process, started at `ticks`, as the submitter of each replica. If it dies after a submission, the
+    control loop makes `job.json` from this record."""
+    for job in submission.jobs:
+        job.write(
+            Submitter(
+                os.getpid(),
+                ticks,
+                socket.gethostname(),
+                replicas=tuple(submission.argv_of),
+                argv=tuple(submission.argv_of[job.replica]),
+                after=submission.after,
+                revision=submission.revisions.get(job.replica),
+            )
+        )
+
+
 def _write_info(submission: Submission, job_id: str) -> None:
     host, local = socket.gethostname(), submission.script is None
     for job in submission.jobs:
@@ -109,9 +126,8 @@ def main() -> int:
     for stream in (0, 1, 2):  # submitit's controllers outlive this process and its caller: they must not hold its pipes
         os.dup2(null, stream)
     submissions = from_json(text)
-    submitter = Submitter(os.getpid(), start_ticks(os.getpid()) or 0, socket.gethostname())
-    for job in (job for submission in submissions for job in submission.jobs):
-        job.write(submitter)
+    for submission in submissions:
+        write_submitter(submission, start_ticks(os.getpid()) or 0)
     with results:
         for submission in submissions:  # flushed one by one: a caller whose wait times out knows which were submitted
             results.write(json.dumps(asdict(submit(submission))) + "\n")

@@ -1,6 +1,9 @@
 """The state of a Slurm job, from its own files and from a snapshot of the queue."""
 
+import os
+import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,18 @@ from hpc_router.cluster.launchers.slurm.launcher import MIN_MISSED_ANSWERS, SETT
 from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_reader import JobReader
-from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Process, Runner, Stop
+from hpc_router.state.job_records import (
+    Ended,
+    Exit,
+    FailureReason,
+    JobDir,
+    JobInfo,
+    Process,
+    Runner,
+    Stop,
+    Submitter,
+    start_ticks,
+)
 from hpc_router.state.run_directory import RunDir, make_run
 
 NOW = time.time()
@@ -30,6 +44,14 @@ class FixedQueue(Queue):
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     return make_run(tmp_path / "run")
+
+
+def cancellations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The arguments of each scancel that will be run, none of which has an effect."""
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr("hpc_router.cluster.launchers.slurm.launcher.running_steps", lambda _: set())
+    monkeypatch.setattr("hpc_router.cluster.launchers.slurm.launcher._scancel", lambda *words: calls.append(words))
+    return calls
 
 
 def submitted(run: RunDir, *, runner: Runner = Runner.SLURM, at: float = NOW, shared: bool = False) -> JobDir:
@@ -117,11 +139,70 @@ def test_a_job_submitted_although_sbatch_failed_is_cancelled(
     job.claim()
     queued = QueuedJob("PENDING", name="math-0.g1:demo", folder=str(run.path))
     launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": queued}), JobReader(run))
-    calls = calls_of(launcher, monkeypatch)
+    calls = cancellations(monkeypatch)
     assert launcher.remaining(["math-0.g1"]) == []
     job.write(record)
     launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": queued}), JobReader(run))
     assert launcher.remaining(["math-0.g1"]) == ["7"]
+    assert calls == [("7",)]
+
+
+def submitting(run: RunDir, *replicas: str, ticks: int = 0) -> list[JobDir]:
+    """Claimed replicas of one job, whose submitter started at `ticks`; 0: it has died."""
+    jobs = [JobDir(run, replica) for replica in replicas]
+    for job in jobs:
+        job.claim()
+        job.write(
+            Submitter(os.getpid(), ticks, socket.gethostname(), replicas, ("expert", job.replica), "6", "of the config")
+        )
+    return jobs
+
+
+def observed_queue(run: RunDir, name: str) -> SlurmLauncher:
+    queue = FixedQueue(run, {"7": QueuedJob("RUNNING", name=f"{name}:run", folder=str(run.path))})
+    launcher = SlurmLauncher(run, Deployment(), queue, JobReader(run))
+    launcher.observe([name])
+    return launcher
+
+
+def test_a_job_whose_submitter_died_before_the_record_is_recorded(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = cancellations(monkeypatch)
+    jobs = submitting(run, "math-0.g2", "math-1.g2")
+    observed_queue(run, "math-0.g2")
+    claimed_at = jobs[0].claimed_at()
+    for job in jobs:
+        info = job.info()
+        assert info is not None
+        assert abs(info.submitted_at - claimed_at) < 5
+        assert replace(info, submitted_at=0.0) == JobInfo(
+            "7", socket.gethostname(), submitted_at=0.0, argv=("expert", job.replica), runner=Runner.SLURM, shared=True,
+            after="6", revision="of the config",
+        )  # fmt: skip
+    assert "job 7 (math-0.g2:run) was submitted, but not recorded" in caplog.text
+    assert calls == []
+
+
+def test_a_submitter_that_lives_records_its_jobs_itself(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = cancellations(monkeypatch)
+    (job,) = submitting(run, "math-0.g2", ticks=start_ticks(os.getpid()) or 0)
+    observed_queue(run, "math-0.g2")
+    assert job.info() is None
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "record", [Exit(ok=False, reason=FailureReason.UNANSWERED, message="never submitted"), Stop(cancel_at=NOW)]
+)
+def test_a_job_that_was_given_up_is_cancelled_and_not_recorded(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, record: Exit | Stop
+) -> None:
+    calls = cancellations(monkeypatch)
+    first, second = submitting(run, "math-0.g2", "math-1.g2")
+    first.write(record)
+    observed_queue(run, "math-0.g2")
+    assert (first.info(), second.info()) == (None, None)
     assert calls == [("7",)]
 
 
@@ -169,18 +250,11 @@ def test_the_batch_scripts_record_counts_without_slurms_state(run: RunDir, ended
     assert (end.reason, end.at) == (reason, NOW)
 
 
-def calls_of(launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr("hpc_router.cluster.launchers.slurm.launcher.running_steps", lambda _: set())
-    monkeypatch.setattr("hpc_router.cluster.launchers.slurm.launcher._scancel", lambda *words: calls.append(words))
-    return calls
-
-
 def test_a_job_is_cancelled_with_sigterm_only(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain scancel gives a job only the site's KillWait, which may be shorter than the drain."""
     submitted(run).write(Process(1, 1, "n1", step_id="0"))
     launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {}), JobReader(run))
-    calls = calls_of(launcher, monkeypatch)
+    calls = cancellations(monkeypatch)
     launcher.cancel(["math-0.g1"])
     assert calls == [("--state=PENDING", "7"), ("--signal=TERM", "7")]
 
@@ -189,7 +263,7 @@ def test_slurm_does_not_start_a_cancelled_job_again(run: RunDir, monkeypatch: py
     """A job whose node did not start it is COMPLETING, then PENDING again: neither filter of scancel finds it."""
     submitted(run)
     launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": QueuedJob("COMPLETING")}), JobReader(run))
-    calls = calls_of(launcher, monkeypatch)
+    calls = cancellations(monkeypatch)
     launcher.cancel(["math-0.g1"])
     assert calls[-1] == ("7",)
 
@@ -200,7 +274,7 @@ def test_a_replica_that_shares_its_job_is_cancelled_alone(run: RunDir, monkeypat
     other.claim()
     other.write(JobInfo("7", "login1", runner=Runner.SLURM, shared=True))
     launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {}), JobReader(run))
-    calls = calls_of(launcher, monkeypatch)
+    calls = cancellations(monkeypatch)
     launcher.cancel(["math-0.g1"])
     assert calls == [("--signal=TERM", "7.3")]
     for job in (JobDir(run, "math-0.g1"), other):
@@ -214,7 +288,7 @@ def test_cancelling_a_step_never_ends_the_users_job(run: RunDir, monkeypatch: py
     job.write(Process(1, 1, "n1", step_id="2"))
     job.write(Stop(cancel_at=NOW))
     launcher = SlurmLauncher(run, Deployment(), FixedQueue(run, {"7": QueuedJob("RUNNING")}), JobReader(run))
-    calls = calls_of(launcher, monkeypatch)
+    calls = cancellations(monkeypatch)
     launcher.cancel(["math-0.g1"])
     launcher.kill(["math-0.g1"])
     assert calls == [("--signal=TERM", "7.2"), ("--signal=KILL", "7.2")]
