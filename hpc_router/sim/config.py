@@ -6,7 +6,7 @@ from typing import Final, Literal
 from hpc_router.config.schema import Roofline
 from hpc_router.errors import ConfigError
 from hpc_router.sim.faults import Rule
-from hpc_router.sim.roofline import BLOCK
+from hpc_router.sim.roofline import BLOCK, RooflineEngine
 
 KV_TOKENS: Final = 524_288
 """Tokens in the KV cache without a roofline: about those of Llama 3 8B on one GPU of 80 GB."""
@@ -71,3 +71,10 @@ class SimConfig:
         """Returns the model name in the response to a request that names `asked`: `asked` if it is an adapter, else
         `model`."""
         return asked if asked in self.adapters else self.model
+
+
+def kv_blocks(config: SimConfig, roofline: RooflineEngine | None) -> int:
+    """Returns the number of blocks of the engine's KV cache."""
+    if config.num_gpu_blocks_override is not None:
+        return max(2, config.num_gpu_blocks_override - 1)  # vLLM's first block is a placeholder
+    return max(2, (KV_TOKENS if roofline is None else roofline.kv_tokens) // config.block_size)

@@ -9,6 +9,7 @@ import random
 import time
 from typing import Protocol
 
+from hpc_router.sim.config import SimConfig
 from hpc_router.sim.kv_cache import SequenceBlocks
 
 
@@ -74,6 +75,12 @@ class JitteredLatency:
             return mean_s
         # mu = -sigma^2/2 makes the mean of exp(N(mu, sigma)) exactly 1.
         return mean_s * self._rng.lognormvariate(-self._jitter * self._jitter / 2, self._jitter)
+
+
+def fixed_latency(config: SimConfig) -> JitteredLatency:
+    """Returns the latency model of an engine without a roofline."""
+    rng = random.Random(f"latency/{config.seed}")
+    return JitteredLatency(ttft_s=config.ttft_s, itl_s=config.itl_s, jitter=config.jitter, rng=rng)
 
 
 class TokenSchedule(Protocol):

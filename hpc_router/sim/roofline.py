@@ -164,6 +164,18 @@ class SequenceStep:
     context: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a whole batch computes in a step: `new` tokens of `sequences` sequences, which follow `context` tokens in
+    all. `pairs`: pairs of a new token and a token of its context; the new tokens of a sequence count by half among
+    themselves."""
+
+    sequences: int
+    new: int
+    context: int
+    pairs: float
+
+
 class RooflineEngine:
     """Predicts step durations for one replica: a model in one precision on a number of GPUs. Raises ConfigError if the
     model does not fit."""
@@ -201,14 +213,20 @@ class RooflineEngine:
         return tokens
 
     def step_s(self, steps: Sequence[SequenceStep]) -> float:
-        """Returns the duration of one step in seconds. The batch is cut into as many parts as there are pipeline
-        stages, and the parts pass through the stages one after the other. Each part reads all weights once, and its
-        share of the contexts."""
-        new = sum(step.new for step in steps) / self.pp
-        reached = sum(step.context + step.new for step in steps) / self.pp
-        return max(self._arithmetic_s(steps, new), self._memory_s(reached)) + self._communication_s(new) + HOST_S
+        """Returns the duration of one step in seconds, given what each sequence computes."""
+        new = sum(step.new for step in steps)
+        pairs = sum(step.new * (step.context + step.new / 2) for step in steps)
+        return self.work_s(StepWork(len(steps), new, sum(step.context for step in steps), pairs))
 
-    def _arithmetic_s(self, steps: Sequence[SequenceStep], new: float) -> float:
+    def work_s(self, work: StepWork) -> float:
+        """Returns the duration of one step in seconds, given what the whole batch computes. The batch is cut into as
+        many parts as there are pipeline stages, and the parts pass through the stages one after the other. Each part
+        reads all weights once, and its share of the contexts."""
+        new = work.new / self.pp
+        reached = (work.context + work.new) / self.pp
+        return max(self._arithmetic_s(work, new), self._memory_s(reached)) + self._communication_s(new) + HOST_S
+
+    def _arithmetic_s(self, work: StepWork, new: float) -> float:
         """Returns the seconds of arithmetic in one step. `new`: number of new tokens, all of which pass the layers; one
         token per sequence passes the output layer.
 
@@ -222,8 +240,8 @@ class RooflineEngine:
         else:
             peak_linear = peak
         linear = 2 * shape.linear_parameters * new
-        pairs = sum(step.new * (step.context + step.new / 2) for step in steps) / self.pp
-        rest = 4 * shape.layers * shape.hidden * pairs + 2 * shape.output_parameters * len(steps) / self.pp
+        pairs = work.pairs / self.pp
+        rest = 4 * shape.layers * shape.hidden * pairs + 2 * shape.output_parameters * work.sequences / self.pp
         return (linear / peak_linear + rest / peak) / (self.tp * COMPUTE_EFFICIENCY)
 
     def _memory_s(self, reached: float) -> float:

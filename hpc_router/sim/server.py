@@ -17,13 +17,13 @@ from aiohttp import web
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.sim.admission import AdmissionQueue
 from hpc_router.sim.batch_loop import BatchLoop
-from hpc_router.sim.config import KV_TOKENS, SimConfig
+from hpc_router.sim.config import SimConfig, kv_blocks
 from hpc_router.sim.context import EngineContext
 from hpc_router.sim.fault_injection import Crash, ResetOnAccept
 from hpc_router.sim.fault_schedule import FaultSchedule
 from hpc_router.sim.http_api import make_app
 from hpc_router.sim.kv_cache import BlockPool
-from hpc_router.sim.latency import Clock, JitteredLatency, LatencyModel, RealClock
+from hpc_router.sim.latency import Clock, LatencyModel, RealClock, fixed_latency
 from hpc_router.sim.metrics import RequestCounts
 from hpc_router.sim.request_log import RequestLog
 from hpc_router.sim.roofline import RooflineEngine
@@ -56,11 +56,11 @@ class SimServer:
         self._host, self._port = host, port
         clock = clock or RealClock()
         roofline = None if config.roofline is None else RooflineEngine(config.roofline)
-        pool = _block_pool(config, roofline)
+        pool = BlockPool(kv_blocks(config, roofline), config.block_size, config.enable_prefix_caching)
         self._context = EngineContext(
             config=config,
             clock=clock,
-            latency=latency or _default_latency(config),
+            latency=latency or fixed_latency(config),
             crash=crash or self._crash,
             admission=AdmissionQueue(capacity=config.capacity, by_priority=config.scheduling_policy == "priority"),
             faults=FaultSchedule(config.faults, seed=config.seed),
@@ -202,16 +202,3 @@ class SimServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-
-
-def _block_pool(config: SimConfig, roofline: RooflineEngine | None) -> BlockPool:
-    if config.num_gpu_blocks_override is not None:
-        blocks = config.num_gpu_blocks_override - 1  # vLLM's first block is a placeholder
-    else:
-        blocks = (KV_TOKENS if roofline is None else roofline.kv_tokens) // config.block_size
-    return BlockPool(max(2, blocks), config.block_size, config.enable_prefix_caching)
-
-
-def _default_latency(config: SimConfig) -> LatencyModel:
-    rng = random.Random(f"latency/{config.seed}")
-    return JitteredLatency(ttft_s=config.ttft_s, itl_s=config.itl_s, jitter=config.jitter, rng=rng)
