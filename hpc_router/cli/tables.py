@@ -219,15 +219,17 @@ def why_text(causes: Sequence[Cause]) -> RenderableType:
 
 
 def route_text(value: Mapping[str, Any]) -> RenderableType:
-    table = new_table("expert", "reason", "cluster", "score", "margin", "runner-up")
-    table.add_row(*(_text(value.get(k)) for k in ("expert", "reason", "cluster", "score", "margin", "runner_up")))
+    decision = new_table("expert", "reason", "cluster", "score", "margin", "runner-up")
+    decision.add_row(*(_text(value.get(k)) for k in ("expert", "reason", "cluster", "score", "margin", "runner_up")))
     terms = value.get("terms") or []
     if not terms:
-        return table
+        return decision
+    part = value.get("decided_by") or "all"
+    decided_by = [] if part == "all" else [Text(f"decided by: {part}")]
     weights = new_table("term", "weight")
     for term in terms:
         weights.add_row(str(term["term"]), str(term["weight"]))
-    return Group(table, Text(), weights)
+    return Group(decision, *decided_by, Text(), weights)
 
 
 class UpProgress:

@@ -8,6 +8,9 @@ in the deployment counts as no expert.
 With soft clusters (`artefact.SoftDecision`), the score of an expert is its expected quality, the mean of its measured
 rates in the prompt's nearest clusters, and the margin is the difference to the next expert of the deployment.
 
+A long message or a conversation has parts: its question, its latest turns. A part decides alone if it is clear by
+itself; otherwise the whole text decides (`Classifier.read`).
+
 The classifier only measures; the policy decides what follows from a small margin. The classifier has no state and does
 no I/O. After the sum (`term_sums`) it uses Python lists, because numpy calls cost more on the request path.
 """
@@ -21,10 +24,20 @@ import numpy as np
 
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import NORM_SPACE, Artefact
+from hpc_router.routing.prompt_text import Prompt
 from hpc_router.routing.quality import Quality
+from hpc_router.routing.question import MIN_CHARS, has_parts, split_message
 from hpc_router.routing.soft_scores import SoftScores
 from hpc_router.routing.term_sums import TermSums
 
+CLEAR_MARGINS: Final = 2.0
+"""A part of a prompt is clear by itself if its margin is at least this multiple of the artefact's threshold..."""
+QUESTION_TERMS: Final = 3
+MESSAGE_TERMS: Final = 4
+"""...and if it has at least this number of discriminative terms. The three numbers were chosen on prompts that had been
+held out of a training file, with rules, pastes, quotations and phrases such as "Can you explain this?" around them."""
+PARTS_VERSION: Final = 3
+"""The `text_version` of features from which on parts of a prompt may decide."""
 _EXCLUDED: Final = -math.inf
 _new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
 
@@ -51,6 +64,15 @@ class Term(NamedTuple):
     weight: float
 
 
+class Reading(NamedTuple):
+    """The part of a prompt that decides, and its classification. `text`: what is classified. `part`: `all`, `question`,
+    or with a conversation `message -1` (the latest message; -2 is the one before it) or `message -1, question`."""
+
+    classification: Classification
+    text: str
+    part: str
+
+
 class Classifier:
     """A classifier for one deployment. `experts`: the expert of each cluster; None if the deployment lacks it."""
 
@@ -75,6 +97,9 @@ class Classifier:
         self._excluded: tuple[int, ...] = ()  # clusters that are never chosen
         self._clusters = len(artefact.clusters)
         self._in_space = artefact.norm == NORM_SPACE
+        # Without a threshold nothing is clear, and with soft clusters a small margin is no doubt about the topic.
+        by_part = artefact.features.text_version >= PARTS_VERSION and artefact.soft is None
+        self._clear_margin = CLEAR_MARGINS * artefact.margin_threshold if by_part else 0.0
         by_frequency = np.argsort(artefact.idf, kind="stable")
         # Columns: the clusters, the squared length, the number of discriminative terms, the dimensions of the space.
         columns = [artefact.weights, np.square(artefact.idf)[:, None], artefact.discriminative[:, None], artefact.space]
@@ -113,8 +138,44 @@ class Classifier:
     def version(self) -> str:
         return self.artefact.version
 
-    def classify(self, text: str) -> Classification:
-        """Returns the best cluster of the text, with its expert, score and margin."""
+    def classify(self, prompt: Prompt) -> Classification:
+        """Returns the best cluster of the prompt, with its expert, score and margin."""
+        if type(prompt) is str and (len(prompt) < MIN_CHARS or not self._clear_margin or not has_parts(prompt)):
+            return self._classify(prompt)  # the usual case, without a look at parts
+        return self.read(prompt).classification
+
+    def read(self, prompt: Prompt) -> Reading:
+        """Returns the part of the prompt that decides, and its classification.
+
+        Of a conversation this is the latest message that is clear, so that its expert changes only with a clear change
+        of the topic; of a message its question, if that is clear. If nothing is clear, it is the whole text. A part is
+        clear if its margin is at least `CLEAR_MARGINS` times the threshold and if it has enough discriminative terms.
+        """
+        if isinstance(prompt, str):
+            if not self._clear_margin:
+                return Reading(self._classify(prompt), prompt, "all")
+            return self._read_message(prompt)
+        if self._clear_margin:
+            for back, turn in enumerate(reversed(prompt.turns), 1):
+                found = self._read_message(turn)
+                if self._is_clear(found.classification, terms=MESSAGE_TERMS):
+                    part = f"message -{back}"
+                    return found._replace(part=part if found.part == "all" else f"{part}, {found.part}")
+        return Reading(self._classify(prompt.text), prompt.text, "all")
+
+    def _read_message(self, message: str) -> Reading:
+        text, question = split_message(message)
+        if question is not None:
+            found = self._classify(question)
+            if self._is_clear(found, terms=QUESTION_TERMS):
+                return _new_tuple(Reading, (found, question, "question"))
+        return _new_tuple(Reading, (self._classify(text), text, "all"))
+
+    def _is_clear(self, found: Classification, *, terms: int) -> bool:
+        margin = found.margin
+        return margin is not None and margin >= self._clear_margin and found.known_terms >= terms
+
+    def _classify(self, text: str) -> Classification:
         values, length, known = self._values(text)
         if self._soft is not None:
             cluster, expert, score, margin, runner_up = self._soft.choose(values, length)
@@ -161,11 +222,13 @@ class Classifier:
         rates = quality.rate[values.index(max(values))].tolist()
         return dict(zip(quality.experts, rates, strict=True))
 
-    def explain(self, text: str, *, limit: int = 10) -> tuple[Term, ...]:
+    def explain(self, prompt: Prompt, *, limit: int = 10) -> tuple[Term, ...]:
         """Returns the terms that contributed most to the margin, the largest absolute weight first, at most `limit`.
+        They are terms of the part that decides (`read`).
 
         With soft clusters, the weight of a term is its effect on the margin in linear approximation.
         """
+        text = self.read(prompt).text
         values, length, _ = self._values(text)
         if self._soft is not None:
             gradient = self._soft.gradient(values, length)

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple, Protocol
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.routing.classifier import Classifier, Term
 from hpc_router.routing.confidence import Calibration
+from hpc_router.routing.prompt_text import Prompt
 
 KINDS = ("classifier", "least_in_flight", "model_field", "round_robin")
 
@@ -69,14 +70,16 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A decision, and the terms that contributed most to it."""
+    """A decision, and the terms that contributed most to it. `decided_by`: the part of the prompt that decided (see
+    `classifier.Reading.part`); None if the prompt had no influence."""
 
     decision: Decision
     terms: tuple[Term, ...] = ()
+    decided_by: str | None = None
 
     def to_dict(self, *, id: str | int | None) -> dict[str, object]:
         terms = [{"term": term.term, "weight": _rounded(term.weight)} for term in self.terms]
-        return {**self.decision.to_dict(id=id), "terms": terms}
+        return {**self.decision.to_dict(id=id), "terms": terms, "decided_by": self.decided_by}
 
 
 class Policy(Protocol):
@@ -94,10 +97,10 @@ class Policy(Protocol):
     def version(self) -> str | None:
         """Returns the version of the policy's artefact; None if the policy has no artefact."""
 
-    def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
+    def select(self, prompt: Prompt, *, ready: Mapping[str, int]) -> Decision:
         """Chooses an expert for a prompt. `ready`: ready experts and their number of requests in flight."""
 
-    def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
+    def explain(self, prompt: Prompt, *, ready: Mapping[str, int]) -> Explanation:
         """Returns the decision that `select` would make, and the terms that caused it. Does not change the policy's
         state."""
 
@@ -141,8 +144,8 @@ class ClassifierPolicy:
         self._min_log_odds = 0.0 if min_confidence is None else _log_odds(min_confidence)
         self._orders: dict[tuple[str | None, str | None, str | None], tuple[str, ...]] = {}
 
-    def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
-        cluster, own, score, margin, runner_up, known_terms = self._classifier.classify(text)
+    def select(self, prompt: Prompt, *, ready: Mapping[str, int]) -> Decision:
+        cluster, own, score, margin, runner_up, known_terms = self._classifier.classify(prompt)
         best = own or self._fallback or runner_up
         if known_terms == 0:
             # The classifier knows no term of the prompt, so the decision has no cluster, score or margin.
@@ -159,11 +162,11 @@ class ClassifierPolicy:
             expert, reason = own, _CLASSIFIED
         return tuple.__new__(Decision, (expert, reason, cluster, score, margin, runner_up))
 
-    def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
-        decision = self.select(text, ready=ready)
+    def explain(self, prompt: Prompt, *, ready: Mapping[str, int]) -> Explanation:
+        decision = self.select(prompt, ready=ready)
         if decision.reason is RouteReason.NO_KNOWN_TERMS:
             return Explanation(decision)
-        return Explanation(decision, self._classifier.explain(text))
+        return Explanation(decision, self._classifier.explain(prompt), self._classifier.read(prompt).part)
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         key = decision.expert, decision.cluster, decision.runner_up
@@ -200,12 +203,12 @@ class RoundRobin:
         self._experts = experts
         self._last = ""
 
-    def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
-        decision = self.explain(text, ready=ready).decision
+    def select(self, prompt: Prompt, *, ready: Mapping[str, int]) -> Decision:
+        decision = self.explain(prompt, ready=ready).decision
         self._last = decision.expert or self._last
         return decision
 
-    def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
+    def explain(self, prompt: Prompt, *, ready: Mapping[str, int]) -> Explanation:
         expert = _next(self._candidates(ready), after=self._last)
         return Explanation(Decision(expert, RouteReason.UNAVAILABLE if expert is None else RouteReason.POLICY))
 
@@ -243,11 +246,11 @@ class ModelField:
     def __init__(self, *, fallback: str | None) -> None:
         self._fallback = fallback
 
-    def select(self, text: str, *, ready: Mapping[str, int]) -> Decision:
+    def select(self, prompt: Prompt, *, ready: Mapping[str, int]) -> Decision:
         return Decision(self._fallback, RouteReason.POLICY)
 
-    def explain(self, text: str, *, ready: Mapping[str, int]) -> Explanation:
-        return Explanation(self.select(text, ready=ready))
+    def explain(self, prompt: Prompt, *, ready: Mapping[str, int]) -> Explanation:
+        return Explanation(self.select(prompt, ready=ready))
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         return _distinct(decision.expert)

@@ -2,17 +2,59 @@
 
 The text consists of the user's messages, oldest first, up to a window. Of a message that is longer than the window, the
 start and the end are taken, because a question often follows what it is about. Later turns of a conversation append to
-the text, so a conversation keeps its expert without stored state. System prompts and answers are ignored. Images, audio
-and token ids have no text. This module does not validate: a value of an unexpected form has no text, and the engine
-decides whether it is valid. This module must not know HTTP, experts or terms.
+the text, so a conversation keeps its expert without stored state. The latest turns are also returned one by one, so
+that the classifier can see a change of topic. System prompts and answers are ignored. Images, audio and token ids have
+no text. This module does not validate: a value of an unexpected form has no text, and the engine decides whether it is
+valid. This module must not know HTTP, experts or terms.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from hpc_router.routing.features import WINDOW_BYTES, ends_of
 
+_CONVERSATIONS: Final = ("messages", "input")
+"""Fields whose value may be a list of messages."""
 _TEXT_PARTS: Final = ("text", "input_text")  # not a set, because the type of a part may be unhashable
+
+
+LAST_TURNS: Final = 6
+"""Maximum number of turns of a conversation that are read one by one."""
+_LAST_MESSAGES: Final = 60
+"""Maximum number of messages, counted from the last one, among which these turns are looked for."""
+
+
+class Conversation(NamedTuple):
+    """The user's part of a conversation. `text`: the messages, oldest first, up to the window. `turns`: the latest
+    messages with text, oldest first, each up to the window."""
+
+    text: str
+    turns: tuple[str, ...]
+
+
+Prompt = str | Conversation
+"""What a routing decision reads: the text of a single message, or a conversation."""
+
+
+def user_prompt(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> Prompt:
+    """Returns what the user says in a decoded body: a text as `prompt_text` does, or a conversation if at least two
+    messages of the user have text. `window`, `first`: see `prompt_text`."""
+    text = prompt_text(body, window=window, first=first)
+    if not text or not isinstance(body, dict):
+        return text
+    name = _field(body, first)
+    messages = body[name] if name in _CONVERSATIONS else None
+    if type(messages) is not list or len(messages) == 1:
+        return text
+    turns: list[str] = []
+    for item in reversed(messages[-_LAST_MESSAGES:]):
+        if type(item) is dict and item.get("role") == "user" and item.get("type", "message") == "message":
+            turn = prompt_text({"messages": [item]}, window=window)
+            if turn:
+                turns.append(turn)
+                if len(turns) == LAST_TURNS:
+                    break
+    return Conversation(text, tuple(reversed(turns))) if len(turns) > 1 else text
 
 
 def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> str:
@@ -24,7 +66,7 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
     """
     if not isinstance(body, dict):
         return ""
-    name = first if first in body else next((name for name in PROMPT_FIELDS if name in body), None)
+    name = _field(body, first)
     if name is None:
         return ""
     value = body[name]
@@ -42,6 +84,11 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
             if size > window:
                 break
     return "\n".join(texts)[:window]
+
+
+def _field(body: Mapping[str, Any], first: str) -> str | None:
+    """Returns the field of the body that has its prompt; None if there is none. `first`: see `prompt_text`."""
+    return first if first in body else next((name for name in PROMPT_FIELDS if name in body), None)
 
 
 def _conversation(value: object) -> Iterator[str]:

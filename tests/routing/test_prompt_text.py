@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing.prompt_text import prompt_text
+from hpc_router.routing.prompt_text import LAST_TURNS, Conversation, prompt_text, user_prompt
 
 
 class CountedList(list[object]):
@@ -164,3 +164,34 @@ def test_the_end_of_a_long_message_counts(field: str) -> None:
     assert read.endswith("Which drug lowers a fever?")
     if field == "messages":
         assert prompt_text({"messages": [user(text), user("And for children?")]}) == read
+
+
+def test_the_turns_of_a_conversation_are_returned_one_by_one() -> None:
+    body = {"messages": [user("one"), {"role": "assistant", "content": "x"}, user([{"type": "text", "text": "two"}])]}
+    assert user_prompt(body) == Conversation("one\ntwo", ("one", "two"))
+    assert user_prompt({"input": [user("one"), user("two")]}, first="input") == Conversation("one\ntwo", ("one", "two"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [user("one")]},
+        {"messages": [user("one"), user(""), {"role": "tool", "content": "x"}]},
+        {"messages": "one"},
+        {"prompt": ["one"]},
+        {"input": "one", "messages": []},
+    ],
+    ids=repr,
+)
+def test_a_single_message_is_a_text(body: dict[str, object]) -> None:
+    first = "input" if "input" in body else "messages"
+    assert user_prompt(body, first=first) == "one"
+
+
+def test_only_the_latest_turns_are_returned() -> None:
+    """The work for a long conversation does not grow with its length."""
+    turns = [str(number) for number in range(1000)]
+    found = user_prompt({"messages": [user(turn) for turn in turns]}, window=20)
+    assert isinstance(found, Conversation)
+    assert found.turns == tuple(turns[-LAST_TURNS:])
+    assert found.text == "0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n"

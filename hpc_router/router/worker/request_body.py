@@ -16,6 +16,7 @@ from typing import Any, Final
 import orjson
 
 from hpc_router.errors import BadRequestError
+from hpc_router.routing.prompt_text import Prompt
 
 _MODEL: Final = b'"model"'
 _MAX_PREFIX_BYTES: Final = 16
@@ -39,8 +40,8 @@ class ApiCall:
     """The body of one API request: the client's bytes (`raw`) and the decoded JSON object (`fields`). `model_at`:
     offset of the bytes `"model"` in `raw`; -1 if they do not occur exactly once."""
 
-    text: str | None = None
-    """The text that a routing decision reads, if it was extracted in a thread; else None."""
+    prompt: Prompt | None = None
+    """What a routing decision reads, if it was extracted in a thread; else None."""
     _span: tuple[int, int] | None = None
 
     def __init__(self, raw: bytes, fields: dict[str, Any], model_at: int = -1) -> None:

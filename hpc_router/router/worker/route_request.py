@@ -23,7 +23,7 @@ from hpc_router.router.worker.request_body import ApiCall, check_values, decode
 from hpc_router.router.worker.routed_request import ApiEndpoint, RoutedRequest
 from hpc_router.router.worker.stored_responses import StoredResponses, not_found
 from hpc_router.routing.policy import Decision, Policy, RouteReason
-from hpc_router.routing.prompt_text import prompt_text
+from hpc_router.routing.prompt_text import Prompt, user_prompt
 from hpc_router.state.registry import split_replica
 
 COLD_STARTS: Final = get_args(ColdStart)
@@ -231,29 +231,29 @@ class RequestRouting:
             call.priority_span  # noqa: B018  # cached for `with_priority`
         continued = path == protocol.RESPONSES and call.fields.get(PARAM) is not None
         if path == "/route" or (model == "auto" and not continued):
-            call.text = self.prompt(call, first=api_format_of(path).prompt_field)
+            call.prompt = self.prompt(call, first=api_format_of(path).prompt_field)
         return call
 
-    def prompt(self, call: ApiCall, *, first: str = "messages") -> str:
-        """Returns the text by which the policy decides. `first`: the field of the body that is read if the body has it
-        (see `prompt_text`)."""
-        if call.text is not None:
-            return call.text
-        return prompt_text(call.fields, window=self.deployment.policy.window, first=first)
+    def prompt(self, call: ApiCall, *, first: str = "messages") -> Prompt:
+        """Returns the text or the conversation by which the policy decides. `first`: the field of the body that is read
+        if the body has it (see `prompt_text`)."""
+        if call.prompt is not None:
+            return call.prompt
+        return user_prompt(call.fields, window=self.deployment.policy.window, first=first)
 
-    def _decide(self, policy: Policy, text: str) -> Decision:
-        """Returns the policy's decision for the prompt `text`, and counts it. If there is a shadow policy, also counts
+    def _decide(self, policy: Policy, prompt: Prompt) -> Decision:
+        """Returns the policy's decision for the prompt, and counts it. If there is a shadow policy, also counts
         whether it chooses the same expert."""
         metrics = self.metrics
         started = time.perf_counter()
-        decision = policy.select(text, ready=self.table.ready() if policy.weighs_load else {})
+        decision = policy.select(prompt, ready=self.table.ready() if policy.weighs_load else {})
         metrics.decision.add(time.perf_counter() - started)
         version = policy.version
         if version is not None:
             metrics.decided.add(version, decision.cluster or "", decision.reason)
             shadow = policy.shadow
             if shadow is not None:  # only counted
-                agreed = shadow.select(text, ready={}).expert == decision.expert
+                agreed = shadow.select(prompt, ready={}).expert == decision.expert
                 self.metrics.shadowed.add(version, shadow.version, "yes" if agreed else "no")
         return decision
 

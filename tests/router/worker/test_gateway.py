@@ -20,7 +20,7 @@ from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.worker import request_body, route_request
 from hpc_router.router.worker.gateway import LONG_BODY_BYTES
 from hpc_router.router.worker.routed_request import RoutedRequest
-from hpc_router.routing.prompt_text import prompt_text
+from hpc_router.routing.prompt_text import Prompt, user_prompt
 from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from tests.router.fakes import (
     NONCE,
@@ -67,11 +67,11 @@ async def test_a_long_body_is_read_outside_the_event_loop(
 ) -> None:
     run, threads = a_run(tmp_path), set[int]()
 
-    def recorded(*args: Any, **options: Any) -> str:
+    def recorded(*args: Any, **options: Any) -> Prompt:
         threads.add(threading.get_ident())
-        return prompt_text(*args, **options)
+        return user_prompt(*args, **options)
 
-    monkeypatch.setattr(route_request, "prompt_text", recorded)
+    monkeypatch.setattr(route_request, "user_prompt", recorded)
     fields = {"prompt": "2+2?"} if path == "/v1/completions" else {"input": "2+2?"} if path == "/v1/responses" else {}
     body = chat("auto") | fields | {"pad": "x" * LONG_BODY_BYTES}
     deployment = a_deployment("math", policy="round_robin")
@@ -630,7 +630,7 @@ async def test_status_metrics_and_route_tell_the_truth(tmp_path: Path) -> None:
         assert 'hpc_router_replicas{expert="math",standing="ready"} 1.0' in metrics
         assert "hpc_router_requests_in_flight 0.0" in metrics
         explained = (await post(router, {"prompt": "2+2"}, path="/route"))[1]
-        keys = {"id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms", "replicas"}
+        keys = {"id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms", "decided_by", "replicas"}
         assert set(explained) == keys
         assert explained["replicas"] == [], "there is no choice"
         assert (explained["expert"], explained["reason"]) == ("math", "policy")
