@@ -20,6 +20,7 @@ from analysis.results import EVIDENCE, LoadPoint, Series, Value, rate_limit
 
 WIDTH_IN: Final = 5.0
 LEGEND_CHARACTERS: Final = 46
+BAR_CHARACTERS: Final = 60
 STYLES: Final = (
     ("#000000", "-", "o"),
     ("#0072B2", "--", "s"),
@@ -103,7 +104,7 @@ def _curve(curve: Curve, series: Sequence[Series]) -> Drawing | None:
     evidence, by = series[0].evidence, series[0].by
     with mpl.rc_context(RC):
         legend_lines = sum(_legend_label(one.name).count("\n") + 1 for one, _ in lines)
-        figure, axes = _panel(curve.title, evidence, rows=legend_lines)
+        figure, axes = _panel(curve.title, evidence, height_in=3.1 + 0.19 * legend_lines)
         has_invalid = False
         for number, (one, values) in enumerate(lines):
             if values:
@@ -172,34 +173,43 @@ def balance(series: Sequence[Series]) -> Drawing | None:
     experts = sorted({name for _, point in rows for record in point.records for name in record["experts"]})
     if len(experts) < 2:
         return None
+    labels = [textwrap.fill(f"{one.name} ({_load(one.by, point.load)})", BAR_CHARACTERS) for one, point in rows]
+    lines = [label.count("\n") + 1 for label in labels]
+    legend_columns = max(1, min(3, LEGEND_CHARACTERS // max(map(len, experts))))
+    legend_rows = -(-len(experts) // legend_columns)
     with mpl.rc_context(RC):
-        figure, axes = _panel("Share of requests per expert", series[0].evidence, rows=len(experts), bars=len(rows))
-        for number, (_, point) in enumerate(rows):
-            left = 0.0
+        # The unit of the vertical axis is a line of text: a label, its bar, and half a line of space.
+        height_in = 1.4 + 0.17 * sum(count + 1.5 for count in lines) + 0.2 * legend_rows
+        figure, axes = _panel("Share of requests per expert", series[0].evidence, height_in=height_in)
+        top = 0.0
+        for label, count, (_, point) in zip(labels, lines, rows, strict=True):
+            axes.text(0.8, top, label, fontsize=8.5, va="top")
+            middle, left = top + count + 0.5, 0.0
+            top += count + 1.5
             for place, expert in enumerate(experts):
                 value = point.value(f"experts.{expert}", scale=100)
                 if value is None:
                     continue
-                axes.barh(number, value.mean, left=left, height=0.6, color=GREYS[place % len(GREYS)],
+                axes.barh(middle, value.mean, left=left, height=0.9, color=GREYS[place % len(GREYS)],
                           hatch=HATCHES[place % len(HATCHES)], edgecolor="black", linewidth=0.8)  # fmt: skip
                 left += value.mean
-        labels = [f"{_wrapped(one.name)}\n({_load(one.by, point.load)})" for one, point in rows]
-        axes.set_yticks(range(len(rows)), labels, fontsize=8.5)
-        axes.invert_yaxis()
+        axes.set_yticks([])
+        axes.set_ylim(top, -0.5)
         axes.set_xlim(0, 100)
         axes.set_xlabel("% of the successful requests")
         handles = [
             Patch(facecolor=GREYS[i % len(GREYS)], hatch=HATCHES[i % len(HATCHES)], edgecolor="black", label=e)
             for i, e in enumerate(experts)
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, handlelength=2.4)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False, handlelength=2.4
+        )
     description = "Horizontal bars, one per deployment, divided by expert."
     return Drawing(f"{series[0].evidence}-{series[0].by}-balance", "Share of requests per expert", description, figure)
 
 
-def _panel(title: str, evidence: str, *, rows: int, bars: int = 0) -> tuple[Figure, Any]:
-    height = 1.5 + 0.62 * bars + 0.25 * (rows // 3 + 1) if bars else 3.1 + 0.19 * rows
-    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
+def _panel(title: str, evidence: str, *, height_in: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
     axes = figure.add_subplot()
     figure.suptitle(title, fontsize=11, fontweight="bold")
     axes.set_title(EVIDENCE[evidence], fontsize=9.5, fontweight="normal")
@@ -232,15 +242,6 @@ def _legend(axes: Any, has_invalid: bool) -> None:
 def _legend_label(name: str) -> str:
     """Breaks a name into lines that fit beside the sample of a legend."""
     return textwrap.fill(name, LEGEND_CHARACTERS, break_on_hyphens=False)
-
-
-def _wrapped(name: str) -> str:
-    """Breaks a long name into two lines, at the underscore or space closest to its middle."""
-    if len(name) <= 22:
-        return name
-    places = [i for i, c in enumerate(name) if c in "_ "]
-    at = min(places, key=lambda i: abs(i - len(name) // 2), default=len(name) // 2)
-    return f"{name[: at + 1]}\n{name[at + 1 :]}"
 
 
 def _load(by: str, load: float) -> str:

@@ -35,13 +35,15 @@ def result_record(
     invalid: tuple[str, ...] = (),
     evidence: str = "simulated",
     added_s: float | None = None,
+    experts: tuple[str, str] = ("code", "math"),
 ) -> dict[str, Any]:
-    """Returns the record of `users` responses of 8 tokens, 0.1 s apart, in a window of 10 s."""
+    """Returns the record of `users` responses of 8 tokens, 0.1 s apart, in a window of 10 s. The two `experts` answer
+    in turn."""
     seen = [
         Observation(
             part=MeasurementPart.MEASURED, user=n, started_s=1.0, ended_s=1.0 + ttft_s + 0.8,
             content_s=[1.0 + ttft_s + k / 10 for k in range(8)], tokens=8,
-            expert=("code", "math")[n % 2], replica=f"{('code', 'math')[n % 2]}-0.g1",
+            expert=experts[n % 2], replica=f"{experts[n % 2]}-0.g1",
         )
         for n in range(users)
     ]  # fmt: skip

@@ -12,9 +12,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.browser]
 
 
 def test_nothing_is_cut(tmp_path: Path) -> None:
+    experts = ("code", "questions-about-contracts-and-the-law-of-europe")
     records = [
-        *(result_record(users, topology=LONG, repeat=r, ttft_s=123.456 + r, added_s=0.00234) for users in (1, 1000)
-          for r in range(3)),
+        *(result_record(users, topology=LONG, repeat=r, ttft_s=123.456 + r, added_s=0.00234, experts=experts)
+          for users in (1, 1000) for r in range(3)),
+        *(result_record(4, topology=f"four_small_{n}") for n in range(3)),
         *(searched(rate, good=rate < 20) for rate in (1.0, 11.31, 22.63)),
     ]  # fmt: skip
     cut = cut_elements(report.report(records, title="A report"), tmp_path)

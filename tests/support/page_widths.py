@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.support.needs import need
 
-WIDTHS = (360, 480, 768, 1024, 1200, 1366, 1600)
+WIDTHS = (360, 480, 768, 800, 1024, 1200, 1366, 1600)
 MEASURE = """<!doctype html><meta charset="utf-8"><body style="margin:0"><script>
 const page = PAGE, cut = {};
 for (const width of WIDTHS) {
@@ -25,6 +25,13 @@ for (const width of WIDTHS) {
       if (box.right > root.clientWidth + 0.5 || hidden)
         found.push(`${one.tagName}.${one.className} ${Math.round(box.right)} ${one.textContent.slice(0, 40)}`);
     }
+    for (const text of inside.querySelectorAll("svg text, svg g[id*='text_']")) {
+      const box = text.getBoundingClientRect(), drawing = text.ownerSVGElement.getBoundingClientRect();
+      if (box.left < drawing.left - 0.5 || box.right > drawing.right + 0.5 ||
+          box.top < drawing.top - 0.5 || box.bottom > drawing.bottom + 0.5)
+        found.push(`${text.tagName}.${text.id} is not within its drawing`);
+    }
+    if (root.scrollWidth > root.clientWidth) found.push(`the page is ${root.scrollWidth} wide`);
     cut[width] = found;
     if (Object.keys(cut).length === WIDTHS.length) {
       const result = document.createElement("pre");
@@ -39,8 +46,9 @@ for (const width of WIDTHS) {
 
 
 def cut_elements(page: str, folder: Path) -> dict[str, list[str]]:
-    """The elements of an HTML page that are cut or reach beyond the window, by its width in pixels. `folder`: for the
-    browser's files."""
+    """The elements of an HTML page that are cut or reach beyond the window, and the texts of drawings (SVG, also with
+    letters as paths, in the groups that matplotlib calls text_N) that reach beyond their drawing, by the window's width
+    in pixels. `folder`: for the browser's files."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     need(chromium is not None, "Chromium")
     assert chromium is not None
