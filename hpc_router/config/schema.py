@@ -151,6 +151,11 @@ class ResourceConfig(JobOptions):
     cpus: int = bounded(1, 1, 65536)  # CPUs per node
     memory_gb: float | None = bounded(None, 1e-3, 1e6)  # memory per node in GB; null: the site's default
 
+    @property
+    def total_gpus(self) -> int:
+        """GPUs on all nodes together."""
+        return self.nodes * self.gpus
+
 
 @dataclass
 class ExpertConfig:

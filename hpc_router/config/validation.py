@@ -72,7 +72,7 @@ def _check_gpus(deployment: Deployment) -> None:
     most = deployment.cluster.max_gpus
     if most is None:
         return
-    used = {name: e.replicas * e.resources.gpus * e.resources.nodes for name, e in hosts(deployment.experts).items()}
+    used = {name: e.replicas * e.resources.total_gpus for name, e in hosts(deployment.experts).items()}
     if sum(used.values()) > most:
         each = ", ".join(f"{name} {gpus}" for name, gpus in used.items() if gpus)
         raise ConfigError(

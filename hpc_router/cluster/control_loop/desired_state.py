@@ -85,7 +85,7 @@ def desired_of(run: RunDir, deployment: Deployment) -> Desired:
 def gpus_by_expert(deployment: Deployment) -> dict[str, int]:
     """Returns, for each expert with jobs of its own and for the router, the number of GPUs of one replica."""
     resources = {name: expert.resources for name, expert in hosts(deployment.experts).items()}
-    return {name: own.gpus * own.nodes for name, own in {**resources, ROUTER: deployment.router.resources}.items()}
+    return {name: own.total_gpus for name, own in {**resources, ROUTER: deployment.router.resources}.items()}
 
 
 def scaled_times(desired: Mapping[str, Any]) -> dict[str, float]:

@@ -24,7 +24,7 @@ def elastic_policies(deployment: Deployment, replicas: Mapping[str, int]) -> dic
                 max_replicas=high,
                 idle_s=expert.idle_s,
                 places=expert.capacity,
-                gpus=expert.resources.gpus * expert.resources.nodes,
+                gpus=expert.resources.total_gpus,
                 max_in_flight=expert.max_in_flight,
                 first=min(max(replicas.get(name, expert.replicas), low), high),
             )

@@ -74,7 +74,7 @@ def _plan(
     if mode == "overlap":
         gap_s = 0.0
         if load_s is not None:
-            gpu_minutes = resources.gpus * resources.nodes * (load_s + policy.margin_s + before_drain_s(policy)) / 60
+            gpu_minutes = resources.total_gpus * (load_s + policy.margin_s + before_drain_s(policy)) / 60
         key, walltime = configured_at(at, resources, deployment.cluster, "walltime")
         life_s = None if walltime is None else walltime_s(walltime)
         if life_s is not None and life_s / 2 < before_drain_s(policy) + policy.margin_s + (load_s or 0.0):

@@ -104,7 +104,7 @@ class Plan:
             "policy": self.deployment.policy.kind,
             "fallback": self.deployment.policy.fallback,
             "classifier": self.classifier,
-            "gpus": sum(r.request.resources.gpus * r.request.resources.nodes for r in self.replicas),
+            "gpus": sum(r.request.resources.total_gpus for r in self.replicas),
             "replicas": [{**r.to_json(), "script": scripts.get(r.request.replica)} for r in self.replicas],
             "sbatch": [
                 {"replicas": list(job.replicas), "script": script_without_secrets(job)}

@@ -63,7 +63,7 @@ def capacity_warnings(deployment: Deployment, site: SlurmSite) -> list[str]:
     """Returns a warning for each expert whose replicas together need more GPUs than its partitions have."""
     warnings = []
     for name, expert in hosts(deployment.experts).items():
-        each = expert.resources.gpus * expert.resources.nodes
+        each = expert.resources.total_gpus
         partitions, available = _gpus_that_fit(deployment, site, name)
         if not available and expert.resources.partition is None and deployment.cluster.partition is None:
             continue  # not the default partition, so the site's submit plugin chooses another one
@@ -80,7 +80,7 @@ def can_overlap(deployment: Deployment, site: SlurmSite, expert: str) -> bool:
     """Returns whether the expert's partitions have enough GPUs for one replica more than configured."""
     config = deployment.experts[expert]
     partitions, available = _gpus_that_fit(deployment, site, expert)
-    return not partitions or available >= config.resources.gpus * config.resources.nodes * (config.replicas + 1)
+    return not partitions or available >= config.resources.total_gpus * (config.replicas + 1)
 
 
 def _gpus_that_fit(deployment: Deployment, site: SlurmSite, expert: str) -> tuple[list[Partition], int]:
