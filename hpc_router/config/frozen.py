@@ -40,6 +40,19 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return made
 
 
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """YAML writer that escapes the line ends of Unicode. Within the quotes that PyYAML alone would choose, its reader
+    takes some of them for spaces."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = '"' if any(end in value for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
     """Returns the checked deployment with the values in `plain`. Ignores the keys in `without`. Raises ConfigError."""
     if not isinstance(plain, Mapping):
@@ -56,7 +69,7 @@ def to_deployment(plain: Any, *, without: Sequence[str] = ()) -> Deployment:
 
 def to_yaml(deployment: Deployment) -> str:
     """Returns the text of `config.yaml`. Equal deployments give equal texts."""
-    text: str = yaml.safe_dump(asdict(deployment), sort_keys=False, allow_unicode=True, width=_WIDTH)
+    text: str = yaml.dump(asdict(deployment), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)
     return text
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hpc_router.cluster.planning.plan import make_plan
@@ -100,6 +100,8 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.samp
 )
 
 
+@example("a", "b", "\x85")
+@example("a", "x \u2028 y", "\u2029")
 @given(texts, texts, texts)
 def test_any_text_survives_being_frozen_and_changed(one: str, two: str, three: str) -> None:
     deployment = Deployment(
