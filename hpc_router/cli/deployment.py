@@ -8,9 +8,34 @@ from pathlib import Path
 from typing import Final
 
 from hpc_router.cli.output import print_value, stderr_console
-from hpc_router.cli.parser import Parser, Verbs, add_verb, duration
+from hpc_router.cli.parser import (
+    Parser,
+    Verbs,
+    add_verb,
+    count,
+    duration,
+    expert_numbers,
+    number,
+    pause,
+    tokens,
+    users_over_time,
+)
+from hpc_router.errors import ConfigError
 from hpc_router.state.run_directory import RunDir, find_run
 
+DEMAND_OPTIONS: Final = {
+    "--think": "think",
+    "--for": "period",
+    "--prompt-tokens": "prompt_tokens",
+    "--answer-tokens": "answer_tokens",
+    "--spread": "spread",
+    "--share": "share",
+    "--queue": "queue",
+    "--load": "load",
+    "--seed": "seed",
+    "--plot": "plot",
+}
+"""The options of a prediction other than --users, with the names of their values."""
 EVENTS: Final = " A terminal shows the progress as a table, anything else gets a line for each change."
 
 
@@ -26,15 +51,55 @@ def add_plan(verbs: "Verbs[Parser]") -> None:
     parser.add_argument(
         "--no-ask", action="store_true", help="skip the checks that start programs: engines and Slurm (faster)"
     )
+    _add_demand(parser)
     add_overrides(parser)
 
 
+def _add_demand(parser: Parser) -> None:
+    """Adds the options of a prediction."""
+    group = parser.add_argument_group(
+        "prediction", "With --users, predict how the deployment would serve a demand (docs/what-if.md). Starts nothing."
+    )
+    group.add_argument(
+        "--users", type=users_over_time, metavar="N", help="number of users, or several with their times: 20,200@1h"
+    )
+    group.add_argument(
+        "--think", type=pause, metavar="TIME", help="mean pause of a user before the next request (default 5s)"
+    )
+    group.add_argument("--for", type=duration, dest="period", metavar="TIME", help="period to predict (default 8h)")
+    group.add_argument("--prompt-tokens", type=tokens, metavar="N", help="mean length of a prompt (default 200)")
+    group.add_argument("--answer-tokens", type=tokens, metavar="N", help="mean length of an answer (default 200)")
+    group.add_argument(
+        "--spread", type=number, metavar="SIGMA", help="log-normal spread of both lengths; 0: none (default 0.5)"
+    )
+    group.add_argument(
+        "--share",
+        type=expert_numbers,
+        metavar="EXPERT=N,...",
+        help="shares of the experts in the requests (default: the policy's, or equal shares)",
+    )
+    group.add_argument(
+        "--queue", type=pause, metavar="TIME", help="time of a job in Slurm's queue (default: as measured, or 60s)"
+    )
+    group.add_argument(
+        "--load", type=pause, metavar="TIME", help="time of an engine to load (default: as measured, or 120s)"
+    )
+    group.add_argument("--seed", type=count, metavar="N", help="seed of all random numbers (default 0)")
+    group.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw the prediction over time")
+
+
 def plan(arguments: argparse.Namespace) -> int:
-    """print what would run: replicas, resources, exact commands
+    """print what would run: replicas, resources, exact commands; or predict how it would serve a demand
 
     hpc-router plan topology=sim experts.math.replicas=3
     hpc-router plan --config-dir my topology=mine --json
+    hpc-router plan --users 200 --think 5s --for 8h topology=llama3_4x8b_bf16,llama3_4x8b_fp8 simulate.gpu=h100-sxm
     """
+    given = [option for option, name in DEMAND_OPTIONS.items() if getattr(arguments, name) is not None]
+    if arguments.users is not None:
+        return _predict(arguments)
+    if given:
+        raise ConfigError(f"{given[0]} is an option of a prediction, which needs --users (valid: --users 200)")
     from hpc_router.cli.tables import plan_text
     from hpc_router.cluster.control_loop.desired_state import desired_of, with_desired_counts
     from hpc_router.cluster.planning.plan import make_plan
@@ -46,6 +111,38 @@ def plan(arguments: argparse.Namespace) -> int:
         deployment = with_desired_counts(deployment, desired_of(target.run, deployment))
     made = make_plan(deployment, run=target.planned, ask_engines=not arguments.no_ask)
     return print_value(made.to_json() if arguments.json else plan_text(made), fold=False)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    """Prints the prediction for each deployment that the overrides describe; returns the exit status."""
+    from hpc_router.bench.what_if.cases import find_cases
+    from hpc_router.bench.what_if.demand import UserDemand, spread_around
+    from hpc_router.bench.what_if.report import plot, table, to_json
+    from hpc_router.bench.what_if.service import service_of
+    from hpc_router.bench.what_if.simulation import Simulation
+
+    def value(name: str, default: float) -> float:
+        given = getattr(arguments, name)
+        return default if given is None else given
+
+    sigma = value("spread", 0.5)
+    demand = UserDemand(
+        users=arguments.users,
+        think_s=value("think", 5.0),
+        for_s=value("period", 8 * 3600.0),
+        prompt_tokens=spread_around(value("prompt_tokens", 200), sigma),
+        answer_tokens=spread_around(value("answer_tokens", 200), sigma),
+        shares=dict(arguments.share or ()),
+        seed=arguments.seed or 0,
+    )
+    services = {
+        case.name: service_of(case.deployment, case.durations, queue_s=arguments.queue, load_s=arguments.load)
+        for case in find_cases(arguments.run, arguments.overrides, config_dir=arguments.config_dir)
+    }
+    predictions = {name: Simulation(service, demand).run() for name, service in services.items()}
+    if arguments.plot is not None:
+        arguments.plot.write_text(plot(predictions, demand), encoding="utf-8")
+    return print_value(to_json(predictions, demand) if arguments.json else table(predictions, demand))
 
 
 def add_up(verbs: "Verbs[Parser]") -> None:

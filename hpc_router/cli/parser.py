@@ -26,6 +26,9 @@ exit status: 0 done, 1 failed, 2 a value to edit, 130 interrupted
 `hpc-router VERB --help` explains a verb.
 """
 
+MAX_USERS: Final = 100_000
+"""Maximum number of users of a prediction."""
+
 Body = Callable[[argparse.Namespace], int]
 """The function of a verb. Returns the exit status."""
 
@@ -140,6 +143,40 @@ def duration(text: str) -> float:
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time (valid: a number and s, m, h or d, such as 2h)")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def pause(text: str) -> float:
+    """Returns the seconds in an argument as `duration` takes it, or 0; argparse refuses other arguments."""
+    return 0.0 if text in ("0", "0s") else duration(text)
+
+
+def tokens(text: str) -> int:
+    """Returns a mean number of tokens; argparse refuses 0 and more than a million."""
+    if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens (valid: 1 to 1000000)")
+    return int(text)
+
+
+def expert_numbers(text: str) -> tuple[tuple[str, float], ...]:
+    """Returns the pairs in an argument such as `math=2,code=1`; argparse refuses other arguments."""
+    return tuple(expert_number(part) for part in text.split(","))
+
+
+def users_over_time(text: str) -> tuple[tuple[float, int], ...]:
+    """Returns the pairs (seconds, number of users from then on) in `200` or `20,200@1h,0@8h`; argparse refuses other
+    arguments."""
+    found: list[tuple[float, int]] = []
+    for part in text.split(","):
+        users, at, time = part.partition("@")
+        at_s = duration(time) if at else 0.0
+        if not re.fullmatch(r"[0-9]{1,6}", users) or int(users) > MAX_USERS or (found and at_s <= found[-1][0]):
+            found.clear()
+            break
+        found.append((at_s, int(users)))
+    if not found or found[0][0] or not any(users for _, users in found):
+        valid = f"1 to {MAX_USERS}, or several with the times from which they hold: 20,200@1h,0@8h"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of users (valid: {valid})")
+    return tuple(found)
 
 
 def interval(text: str) -> float:

