@@ -26,6 +26,7 @@ def add_bench(verbs: "Verbs[Parser]") -> None:
     _add_agreement(benchmarks)
     _add_passes(benchmarks)
     _add_scrape(benchmarks)
+    _add_pages(benchmarks)
     _add_balance(benchmarks)
 
 
@@ -247,6 +248,33 @@ def _bench_scrape(arguments: argparse.Namespace) -> int:
         replicas=arguments.replicas, experts=arguments.experts, workers=arguments.workers, scrapes=arguments.scrapes
     )
     return print_value(asdict(cost)) if arguments.json else print_lines([cost.line()])
+
+
+def _add_pages(benchmarks: "Verbs[Parser]") -> None:
+    details = " Exit status 1 if a stream failed."
+    parser = add_verb(benchmarks, _bench_pages, details=details, run=False, json=True)
+    parser.add_argument("--streams", type=count, metavar="N", help="concurrent streams (default 1000)")
+    parser.add_argument("--rate", type=number, metavar="R", help="events per second and stream (default 10)")
+    parser.add_argument("--seconds", type=number, metavar="S", help="length of a window (default 5)")
+    parser.add_argument("--rounds", type=count, metavar="N", help="windows with each number of pages (default 5)")
+    parser.add_argument("--pages", type=count, metavar="N", help="pages, compared with one and with none (default 10)")
+
+
+def _bench_pages(arguments: argparse.Namespace) -> int:
+    """measure what open pages of the dashboard cost a router that relays streams: CPU time and the delay of events
+
+    hpc-router bench pages
+    hpc-router bench pages --streams 200 --rounds 20 --json
+    """
+    from hpc_router.bench.open_pages import OpenPagesOptions, measure_open_pages
+
+    options = OpenPagesOptions(**_given(arguments, "streams", "rate", "seconds", "rounds", "pages")).checked()
+    results = measure_open_pages(options, stderr_console())
+    if arguments.json:
+        print_value(results.to_json())
+    else:
+        print_lines(list(results.lines()))
+    return 1 if results.failed else 0
 
 
 def _add_balance(benchmarks: "Verbs[Parser]") -> None:

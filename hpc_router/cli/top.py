@@ -21,6 +21,8 @@ from hpc_router.cli.tables import duration, new_table, state_text
 Overview = Mapping[str, Any]
 Rows = list[Mapping[str, Any]]
 
+LOWER: Final = ("replicas", "queues and GPU hours")
+"""What the lower table of the screen can show."""
 MAX_ATTENTION: Final = 3
 """Number of lines for what needs attention."""
 _NEVER: Final = float("inf")
@@ -47,10 +49,11 @@ def _seconds(row: Mapping[str, Any]) -> float:
 
 @dataclass(slots=True)
 class TopView:
-    """Formats one overview after another for the screen. `sort`: a key of `SORTS`. `first`: number of rows that are
-    scrolled out at the top of the replicas' table."""
+    """Formats one overview after another for the screen. `sort`: a key of `SORTS`. `lower`: what the lower table shows,
+    a value of `LOWER`. `first`: number of rows that are scrolled out at its top."""
 
     sort: str = "name"
+    lower: str = "replicas"
     first: int = 0
 
     def key(self, pressed: str) -> bool:
@@ -58,6 +61,8 @@ class TopView:
         orders = list(SORTS)
         if pressed == "s":
             self.sort = orders[(orders.index(self.sort) + 1) % len(orders)]
+        elif pressed == "v":
+            self.lower, self.first = LOWER[(LOWER.index(self.lower) + 1) % len(LOWER)], 0
         elif pressed in ("j", " "):
             self.first += 1 if pressed == "j" else 10
         elif pressed == "k":
@@ -66,27 +71,33 @@ class TopView:
 
     def screen(self, value: Overview, *, height: int, interactive: bool = True) -> RenderableType:
         """Returns the screen for the overview `value`. `height`: number of lines; a table that does not fit is cut, and
-        says how many rows are missing. `interactive`: whether the last line lists the keys."""
+        says how many rows are missing. `interactive`: whether there is one lower table, and a last line that lists the
+        keys; otherwise there are all lower tables."""
         head = _head(value)
         attention = [Text(f"! {line}", style="red", no_wrap=True, overflow="ellipsis") for line in value["attention"]]
         most = max(1, min(MAX_ATTENTION, height - 8))
         if len(attention) > most:
             more = len(attention) - most + 1
             attention = [*attention[: most - 1], Text(f"! and {more} more problems", style="red")]
-        foot = [Text(f"q quit  s sort ({self.sort})  j k scroll", style="dim")] if interactive else []
         experts, replicas = self._ordered(_experts(value)), self._ordered(_replicas(value))
+        if not interactive:
+            tables = (_expert_table, experts), (_queue_table, experts), (_replica_table, replicas)
+            parts = [part for table, rows in tables for part in (Text(), table((rows, 0), value["at"]))]
+            return Group(head, *attention, *parts)
+        foot = Text(f"q quit  s sort ({self.sort})  v view ({self.lower})  j k scroll", style="dim")
+        rows, table = (replicas, _replica_table) if self.lower == "replicas" else (experts, _queue_table)
         left = height - len(attention) - 6  # head, foot, and for each table a title row and an empty line
-        for_experts = max(1, min(len(experts), left // 2 if replicas else left))
-        for_replicas = max(1, left - for_experts)
-        self.first = max(0, min(self.first, len(replicas) - for_replicas))
+        for_experts = max(1, min(len(experts), left // 2 if rows else left))
+        below = max(1, left - for_experts)
+        self.first = max(0, min(self.first, len(rows) - below))
         return Group(
             head,
             *attention,
             Text(),
             _expert_table(_cut(experts, for_experts), value["at"]),
             Text(),
-            _replica_table(_cut(replicas[self.first :], for_replicas), value["at"]),
-            *foot,
+            table(_cut(rows[self.first :], below), value["at"]),
+            foot,
         )
 
     def _ordered(self, rows: Rows) -> Rows:
@@ -151,6 +162,27 @@ def _expert_table(cut: tuple[Rows, int], now: float) -> Table:
             str(one["waiting"]),
             _until(one["ends_at"], now),
         )
+    return _with_rest(shown, more)
+
+
+def _queue_table(cut: tuple[Rows, int], now: float) -> Table:
+    """Returns a table of the requests that wait for each expert, by class, and of the expert's GPU hours."""
+    rows, more = cut
+    classes = list(rows[0]["queues"]) if rows else []
+    titles = [title for name in classes for title in (f"{name} queue", "oldest")]
+    shown = new_table("expert", *titles, "GPU hours", "idle")
+    for one in rows:
+        cells: list[RenderableType] = []
+        for name in classes:
+            queue = one["queues"][name]
+            cells += [
+                Text(str(queue["waiting"]), style="yellow" if queue["waiting"] else ""),
+                duration(queue["oldest_s"]),
+            ]
+        usage = one["usage"]
+        known = usage is not None and usage["idle_share"] is not None
+        hours = (f"{sum(usage['gpu_hours'].values()):.2f}", f"{usage['idle_share']:.0%}") if known else ("", "")
+        shown.add_row(one["expert"], *cells, *hours)
     return _with_rest(shown, more)
 
 

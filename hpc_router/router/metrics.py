@@ -7,7 +7,9 @@ histograms of all workers and reads the gauges from its own state.
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
+from operator import add
 from typing import Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -97,9 +99,12 @@ class HistogramCollector(Collector):
 
     def absorb(self, dumped: Any) -> None:
         for labels, counts, added in dumped:
-            before, sums = self._new_series(tuple(labels))
-            before[:] = [a + b for a, b in zip(before, counts, strict=True)]
-            sums[0] += added
+            key = tuple(labels)
+            if (series := self._series.get(key)) is None:
+                self._series[key] = list(counts), [added]
+            else:
+                series[0][:] = map(add, series[0], counts)
+                series[1][0] += added
 
     def collect(self) -> Iterator[Metric]:
         name, text, labels = self._about
@@ -109,8 +114,8 @@ class HistogramCollector(Collector):
         sums: dict[tuple[str, ...], float] = {}
         for values, (counts, (added,)) in self._series.items():
             key = values[: len(labels)]
-            before = by_label.get(key, [0] * len(counts))
-            by_label[key] = [a + b for a, b in zip(before, counts, strict=True)]
+            before = by_label.get(key)
+            by_label[key] = counts if before is None else list(map(add, before, counts))
             sums[key] = sums.get(key, 0.0) + added
         for key, counts in by_label.items():
             family.add_metric(key, list(zip(bounds, accumulate(counts), strict=True)), sums[key])
@@ -121,7 +126,7 @@ class HistogramCollector(Collector):
         totals: dict[str, list[int]] = {}
         for labels, (counts, _) in self._series.items():
             before = totals.get(labels[0])
-            totals[labels[0]] = list(counts) if before is None else [a + b for a, b in zip(before, counts, strict=True)]
+            totals[labels[0]] = list(counts) if before is None else list(map(add, before, counts))
         return totals
 
     def fold(self, last: str) -> None:
@@ -254,9 +259,22 @@ def text_of(families: Iterable[Metric]) -> bytes:
         about = family.documentation.replace("\\", r"\\").replace("\n", r"\n")
         lines.append(f"# HELP {name} {about}\n# TYPE {name} {family.type}\n")
         for sample in family.samples:
-            labels = ",".join([f'{label}="{_escaped(value)}"' for label, value in sorted(sample.labels.items())])
-            lines.append(f"{sample.name}{f'{{{labels}}}' if labels else ''} {floatToGoString(sample.value)}\n")  # type: ignore[no-untyped-call]
+            lines.append(f"{sample.name}{_label_text(tuple(sample.labels.items()))} {_number(sample.value)}\n")
     return "".join(lines).encode()
+
+
+@lru_cache(maxsize=2**13)
+def _label_text(labels: tuple[tuple[str, str], ...]) -> str:
+    """Returns the labels of a sample as text. Most series are the same at each scrape, so the texts are cached."""
+    text = ",".join([f'{label}="{_escaped(value)}"' for label, value in sorted(labels)])
+    return f"{{{text}}}" if text else ""
+
+
+def _number(value: float) -> str:
+    """Returns the number as `floatToGoString` does, which formats only numbers from a million on differently."""
+    if -1e6 < value < 1e6:
+        return repr(float(value))
+    return str(floatToGoString(value))  # type: ignore[no-untyped-call]
 
 
 def _escaped(value: str) -> str:

@@ -53,16 +53,19 @@ class StartForecast:
 
 
 class ForecastReader:
-    """Reads `forecast.json`. `experts`: the forecasts at the last `read`, by expert; only experts without a ready
-    replica have one."""
+    """Reads `forecast.json`. `content`: the JSON object at the last `read`, empty without a valid file. `experts`: its
+    forecasts by expert; only experts without a ready replica have one."""
 
     def __init__(self, run: RunDir) -> None:
-        self._file = StampedFile(run.forecast_json, _forecasts)
+        self._file = StampedFile[Mapping[str, Any]](run.forecast_json, lambda content: content)
+        self.content: Mapping[str, Any] = {}
         self.experts: Mapping[str, StartForecast] = {}
 
     def read(self) -> None:
         """Reads `forecast.json` if it has changed. Raises OSError if the file system fails."""
-        self.experts = self._file.read() or {}
+        content = self._file.read() or {}
+        if content is not self.content:
+            self.content, self.experts = content, _forecasts(content)
 
 
 def _forecasts(content: Mapping[str, Any]) -> dict[str, StartForecast]:

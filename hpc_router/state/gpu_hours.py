@@ -1,5 +1,5 @@
 """The GPU time that experts have used, in `gpu_hours.json`. The leading control loop writes it; the router, for its
-metrics, and the command `status` read it."""
+metrics and its dashboard, and the command `status` read it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -45,6 +45,20 @@ class ExpertUsage:
         """Returns the generated tokens divided by the GPU hours in all states; None without tokens or hours."""
         hours = self.hours()
         return None if self.tokens is None or not hours else self.tokens / hours
+
+    def to_json(self, now: float) -> dict[str, Any]:
+        """Returns what `status` and the dashboard show: GPU hours by state, the share of them in which replicas were
+        ready without a request (None without hours), generated tokens, the time of the last request, and the seconds
+        since then. `now`: Unix seconds."""
+        last_at, per_hour, hours = self.last_request_at, self.tokens_per_gpu_hour, self.hours()
+        return {
+            "last_request_at": last_at,
+            "idle_s": None if last_at is None else round(max(0.0, now - last_at), 1),
+            "gpu_hours": {state.value: round(self.hours(state), 4) for state in GpuState},
+            "idle_share": round(self.hours(GpuState.IDLE) / hours, 4) if hours else None,
+            "tokens": self.tokens,
+            "tokens_per_gpu_hour": None if per_hour is None else round(per_hour, 1),
+        }
 
 
 @dataclass(frozen=True, slots=True)

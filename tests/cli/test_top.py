@@ -22,10 +22,17 @@ def replica(name: str, **changed: Any) -> dict[str, Any]:
     return usual | changed
 
 
+def queues(interactive: float | None = None, batch: float | None = None) -> dict[str, Any]:
+    """By class, no request that waits, or one that has waited for these seconds."""
+    waits = {"interactive": interactive, "batch": batch}
+    return {name: {"waiting": int(waited is not None), "oldest_s": waited} for name, waited in waits.items()}
+
+
 def expert(name: str, *replicas: dict[str, Any], **changed: Any) -> dict[str, Any]:
     usual = {
         "expert": name, "ready": len(replicas), "in_flight": 1, "waiting": 0, "requests_per_s": 1.5,
-        "failed_per_s": 0.0, "first_byte_s": {"p50": 0.05, "p99": 0.25}, "replicas": list(replicas),
+        "failed_per_s": 0.0, "first_byte_s": {"p50": 0.05, "p99": 0.25}, "replicas": list(replicas), "usage": None,
+        "queues": queues(),
     }  # fmt: skip
     return usual | changed
 
@@ -38,16 +45,29 @@ def overview(*experts: dict[str, Any], **changed: Any) -> dict[str, Any]:
 
 
 PAIR = overview(
-    expert("law", replica("law-0.g1", expires_at=None), requests_per_s=4.0, waiting=7),
-    expert("math", replica("math-0.g1"), replica("math-1.g1", sick="is slow"), first_byte_s={"p50": 1.0, "p99": 9.0}),
+    expert("law", replica("law-0.g1", expires_at=None), requests_per_s=4.0, waiting=7, queues=queues(0.5, 61.0)),
+    expert("math", replica("math-0.g1"), replica("math-1.g1", sick="is slow"), first_byte_s={"p50": 1.0, "p99": 9.0},
+           usage={"gpu_hours": {"starting": 0.5, "busy": 7.0, "idle": 2.5, "draining": 0.0}, "idle_share": 0.25}),
     starting=[{"replica": "math-2.g1", "reason": "Resources", "ready_at": 1300.0}],
-)
+)  # fmt: skip
+QUEUES = [
+    "expert  interactive queue  oldest  batch queue  oldest  GPU hours  idle",
+    "law     1                  0.50 s  1            61 s",
+    "math    0                          0                    10.00      25%",
+]
 
 
-def shown(value: dict[str, Any], view: TopView | None = None, *, height: int = 24, width: int = 80) -> list[str]:
+def shown(
+    value: dict[str, Any],
+    view: TopView | None = None,
+    *,
+    height: int = 24,
+    width: int = 80,
+    interactive: bool = True,
+) -> list[str]:
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
     with console.file:
-        console.print((view or TopView()).screen(value, height=height))
+        console.print((view or TopView()).screen(value, height=height, interactive=interactive))
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -64,8 +84,29 @@ def test_the_screen_of_a_small_deployment() -> None:
         "math-0.g1  ready    1/4        n1    60 min",
         "math-1.g1  ready    1/4        n1    60 min   is slow",
         "math-2.g1  pending                            Resources, ready in 5 min",
-        "q quit  s sort (name)  j k scroll",
+        "q quit  s sort (name)  v view (replicas)  j k scroll",
     ]
+
+
+def test_a_key_shows_queues_and_gpu_hours_below() -> None:
+    view = TopView(first=1)
+    replicas = shown(PAIR)
+    assert view.key("v")
+    lines = shown(PAIR, view)
+    assert lines[:6] == replicas[:6]
+    assert lines[6:] == [*QUEUES, "q quit  s sort (name)  v view (queues and GPU hours)  j k scroll"]
+    assert view.key("v")
+    assert shown(PAIR, view) == replicas
+
+
+def test_one_look_has_all_tables() -> None:
+    lines = shown(PAIR, interactive=False)
+    assert lines == [*shown(PAIR)[:6], *QUEUES, "", *shown(PAIR)[6:-1]]
+
+
+def test_a_router_without_experts_has_empty_tables() -> None:
+    for view in (TopView(), TopView(lower="queues and GPU hours")):
+        assert shown(overview(), view)[0].startswith("router-0.g1  0 of 0 experts ready")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +142,13 @@ def test_two_hundred_replicas_and_many_problems_fit_the_window(height: int, prob
     for _ in range(300):
         assert view.key("k")
     assert shown(value, view, height=height) == lines
+    assert view.key("v")
+    lines = shown(value, view, height=height)
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= 80
+    for _ in range(30):
+        assert view.key("j")
+    assert shown(value, view, height=height)[-2].startswith("e19"), "scrolled to the end"
 
 
 def test_markup_in_the_data_is_shown_as_it_is() -> None:

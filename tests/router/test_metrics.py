@@ -27,7 +27,23 @@ def of_the_library(families: list[Metric]) -> bytes:
 
 def test_the_text_is_that_of_the_library() -> None:
     odd = GaugeMetricFamily("hpc_router_odd", 'a "text" with \\ and \n a line', labels=("a", "b"))
-    values = (0, 1, -1.5, 1e6, 1.5e9, 1e21, 1e-9, math.inf, -math.inf, math.nan, 0.1 + 0.2)
+    values = (
+        0,
+        1,
+        -1.5,
+        999_999,
+        999_999.875,
+        1e6,
+        -1e6,
+        1234567.5,
+        1.5e9,
+        1e21,
+        1e-9,
+        math.inf,
+        -math.inf,
+        math.nan,
+        0.1 + 0.2,
+    )
     for number, value in enumerate(values):
         odd.add_metric((f'{number} "quoted" \\ \n é', ""), value)
     counted = Metrics()

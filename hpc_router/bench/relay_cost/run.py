@@ -42,7 +42,7 @@ def measure_relay_cost(options: RelayCostOptions, console: Console) -> RelayCost
         raise LaunchError("none of the chosen relays is installed")
     for program in ("load", "engine"):
         build_program(program)
-    _raise_file_limit(options.streams)
+    raise_file_limit(options.streams)
     cores = cores_of(list(os.sched_getaffinity(0)))
     if not cores.separate:
         console.print("only one core: the figures are less meaningful", style="yellow")
@@ -66,7 +66,8 @@ def _chosen(known: list[Relay], options: RelayCostOptions) -> list[Relay]:
     return [relay for relay in known if not options.only or relay.name in options.only]
 
 
-def _raise_file_limit(streams: int) -> None:
+def raise_file_limit(streams: int) -> None:
+    """Raises this process's limit of open files as far as it can. Raises LaunchError if `streams` need more."""
     needed, (_, hard) = streams * FDS_PER_STREAM // 2, resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise LaunchError(f"{streams} streams need {needed} open files per process, but the hard limit is {hard}")

@@ -18,7 +18,7 @@ from hpc_router.config.schema import ExpertConfig
 from hpc_router.errors import LaunchError, RegistryError
 from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.state.atomic_files import read_json
-from hpc_router.state.gpu_hours import ExpertUsage, GpuState, parse_usage
+from hpc_router.state.gpu_hours import ExpertUsage, parse_usage
 from hpc_router.state.registry import RecordKind
 from hpc_router.state.run_directory import RunDir
 
@@ -69,12 +69,12 @@ def status(run: RunDir) -> dict[str, Any]:
         host = entry["adapter_of"]
         if host is not None:  # an adapter's name may also have external endpoints
             entry["replicas"] += experts[host]["replicas"]
-    used = _read_usage(run)
+    used, now = _read_usage(run), time.time()
     for name, entry in experts.items():
         own = (answer.get("experts") or {}).get(name) or {}
         entry["ready"] = sum(r["state"] == DisplayedState.READY for r in entry["replicas"])
         entry["waiting"] = own.get("waiting")
-        entry["usage"] = _usage(used.get(name))
+        entry["usage"] = None if name not in used else used[name].to_json(now)  # an adapter has none
     policy = control.deployment.policy
     return {
         "run": str(run.path),
@@ -104,21 +104,6 @@ def _read_usage(run: RunDir) -> Mapping[str, ExpertUsage]:
         return {} if content is None else parse_usage(content).experts
     except RegistryError:
         return {}
-
-
-def _usage(usage: ExpertUsage | None) -> dict[str, Any] | None:
-    """Returns the usage of an expert as JSON values: GPU hours by state, generated tokens, the time of the last request
-    in Unix seconds, and the seconds since then. None if `usage` is None, as for an adapter."""
-    if usage is None:
-        return None
-    last_at, per_hour = usage.last_request_at, usage.tokens_per_gpu_hour
-    return {
-        "last_request_at": last_at,
-        "idle_s": None if last_at is None else round(max(0.0, time.time() - last_at), 1),
-        "gpu_hours": {state.value: round(usage.hours(state), 4) for state in GpuState},
-        "tokens": usage.tokens,
-        "tokens_per_gpu_hour": None if per_hour is None else round(per_hour, 1),
-    }
 
 
 def _standby(attempts: Sequence[Attempt], serving: str | None) -> str | None:

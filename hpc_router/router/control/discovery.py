@@ -75,7 +75,8 @@ class _ReplicaWatch:
 @dataclass(slots=True)
 class Discovery:
     """Discovers and probes the replicas within `async with`. It runs one background task for the registry and one per
-    endpoint. `on_snapshot` is called with all records after each reading of the registry."""
+    endpoint. `on_snapshot` is called with all records after each reading of the registry. `forecast`: `forecast.json`,
+    as it was read together with the registry."""
 
     run: RunDir
     config: RouterConfig
@@ -89,6 +90,7 @@ class Discovery:
     _prober: Prober | None = None
     _secret: str = ""
     _rules: EjectionRules = field(init=False)
+    forecast: ForecastReader = field(init=False)
 
     seeds: dict[str, Replica] = field(default_factory=dict)
     """Replicas that were known before this process started."""
@@ -101,6 +103,7 @@ class Discovery:
 
     def __post_init__(self) -> None:
         self.last_read_at = self.clock()
+        self.forecast = ForecastReader(self.run)
         self.configure(self.config)
 
     def configure(self, config: RouterConfig) -> None:
@@ -179,12 +182,12 @@ class Discovery:
         return self.clock() - self.last_read_at
 
     async def _scan_forever(self) -> None:
-        reader, forecast = RegistryReader(self.run.registry), ForecastReader(self.run)
+        reader = RegistryReader(self.run.registry)
         while True:
             try:
                 snapshot = await self.files.run(reader.snapshot)
-                await self.files.run(forecast.read)
-                self.table.forecasts = forecast.experts
+                await self.files.run(self.forecast.read)
+                self.table.forecasts = self.forecast.experts
                 self.last_read_at = self.clock()
                 await self._apply_records(snapshot)
                 self.on_snapshot(snapshot)

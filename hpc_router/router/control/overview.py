@@ -19,8 +19,9 @@ from hpc_router.config.schema import Deployment
 from hpc_router.router.metrics import LATENCY_BOUNDS_S, TOKEN_BOUNDS_S, Metrics
 from hpc_router.router.replicas.replica import RoutingState
 from hpc_router.router.settings import LIVE, value_at
-from hpc_router.state.atomic_files import load_json
 from hpc_router.state.forecast import SCALED_TO_ZERO
+from hpc_router.state.gpu_hours import Usage
+from hpc_router.state.stamped_file import StampedFile
 
 WINDOW_S: Final = 60.0
 """Length of the time in seconds over which rates and latencies are measured."""
@@ -32,6 +33,9 @@ _EVENT_BYTES: Final = 2**15
 _EVENT_KEYS: Final = ("at", "kind", "replica", "expert", "reason", "by")
 _MAX_TEXT: Final = 300
 
+Queues = Mapping[str, Mapping[str, float | None]]
+"""The waiting requests of an expert by name of the class: `waiting`, their number, and `oldest_s`, for how many seconds
+the oldest has waited; None if that is unknown or none waits."""
 Requests = Mapping[tuple[str, str, str], int]
 """Number of answered requests by expert, reason of the route, and status."""
 
@@ -150,21 +154,17 @@ def _quantile(counts: Sequence[int], share: float, bounds: Sequence[float]) -> f
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What the overview shows of files in the run directory. `forecast`: the content of `forecast.json`; `events`: the
-    last events of the run, the newest first."""
+    """What the overview shows of files in the run directory. `events`: the last events of the run, the newest first;
+    `usage`: the experts' use of GPU time, None if none was counted yet."""
 
-    forecast: Mapping[str, Any] = field(default_factory=dict)
     events: Sequence[Mapping[str, Any]] = ()
+    usage: Usage | None = None
 
 
-def read_run_files(forecast_json: Path, events_jsonl: Path) -> RunFiles:
-    """Returns what the overview shows of these two files; a missing or damaged one counts as empty. Raises OSError if
-    the file system fails."""
-    try:
-        forecast = load_json(forecast_json)
-    except (FileNotFoundError, ValueError):
-        forecast = {}
-    return RunFiles(forecast, _last_events(events_jsonl))
+def read_run_files(events_jsonl: Path, usage: StampedFile[Usage]) -> RunFiles:
+    """Returns what the overview shows of `events_jsonl` and of `usage`, which is `gpu_hours.json`; a missing or damaged
+    file counts as empty. Raises OSError if the file system fails."""
+    return RunFiles(_last_events(events_jsonl), usage.read())
 
 
 def _last_events(path: Path) -> list[dict[str, Any]]:
@@ -191,14 +191,29 @@ def _short(value: Any) -> Any:
 
 
 def overview(
-    status: Mapping[str, Any], traffic: Traffic, files: RunFiles, deployment: Deployment, *, at: float
+    status: Mapping[str, Any],
+    traffic: Traffic,
+    files: RunFiles,
+    deployment: Deployment,
+    *,
+    forecast: Mapping[str, Any],
+    queues: Mapping[str, Queues],
+    at: float,
 ) -> dict[str, Any]:
-    """Returns the body of `GET /overview`. `status`: the body of `GET /status`; `at`: Unix seconds."""
-    forecast = files.forecast
+    """Returns the body of `GET /overview`. `status`: the body of `GET /status`; `forecast`: the content of
+    `forecast.json`; `queues`: the waiting requests of each expert in `status`; `at`: Unix seconds."""
     coming = forecast.get("experts")
     expected = coming if isinstance(coming, dict) else {}
+    used = {} if files.usage is None else files.usage.experts
     experts = [
-        {"expert": name, **entry, **traffic.of_expert(name), "expected": expected.get(name)}
+        {
+            "expert": name,
+            **entry,
+            **traffic.of_expert(name),
+            "queues": queues[name],
+            "expected": expected.get(name),
+            "usage": used[name].to_json(at) if name in used else None,
+        }
         for name, entry in status["experts"].items()
     ]
     handovers = _listed(forecast.get("handovers"))
@@ -238,13 +253,24 @@ def _expert_problems(experts: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             yield f"{one['expert']} has no ready replica{waits}"
         if one["waiting"]:
             wait = "" if one["wait_s"] is None else f"; a new one waits for about {one['wait_s']:.1f} s"
-            yield f"{one['expert']}: {one['waiting']} requests wait for a replica{wait}"
+            yield f"{one['expert']}: {one['waiting']} requests wait for a replica{_by_class(one['queues'])}{wait}"
         if one["failed_per_s"]:
             yield f"{one['expert']}: {one['failed_per_s']:.2g} failed requests per second"
         for replica in one["replicas"]:  # an engine with adapters serves several experts
             if replica["replica"] not in seen:
                 seen.add(replica["replica"])
                 yield from _replica_problems(replica)
+
+
+def _by_class(queues: Queues) -> str:
+    """Returns the number and the oldest wait of each class that waits: ` (3 interactive, the oldest for 1.2 s)`."""
+    classes = [
+        f"{queue['waiting']} {name}"
+        + ("" if (oldest_s := queue["oldest_s"]) is None else f", the oldest for {oldest_s:.1f} s")
+        for name, queue in queues.items()
+        if queue["waiting"]
+    ]
+    return f" ({'; '.join(classes)})" if classes else ""
 
 
 def _replica_problems(replica: Mapping[str, Any]) -> Iterable[str]:

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +27,15 @@ from hpc_router.router.control.demand_report import DemandCounts, DemandReport, 
 from hpc_router.router.control.discovery import Discovery
 from hpc_router.router.control.drift import Drift, drift
 from hpc_router.router.control.engine_metrics import EngineLoads
-from hpc_router.router.control.overview import SAMPLE_S, CounterSample, RunFiles, Traffic, overview, read_run_files
+from hpc_router.router.control.overview import (
+    SAMPLE_S,
+    CounterSample,
+    Queues,
+    RunFiles,
+    Traffic,
+    overview,
+    read_run_files,
+)
 from hpc_router.router.control.predecessor import Predecessor, handover_page
 from hpc_router.router.control.record_limit import limit_records_forever
 from hpc_router.router.control.registry_file import RegistryFile
@@ -41,6 +49,7 @@ from hpc_router.router.ipc.supervisor import CONTROL, worker_name
 from hpc_router.router.metrics import Metrics, departures, gauges, usage_metrics
 from hpc_router.router.policies import artefact_folder
 from hpc_router.router.replicas.admission import DepartureRate, queue_limits
+from hpc_router.router.replicas.fair_order import CLASSES
 from hpc_router.router.replicas.health import Incident
 from hpc_router.router.replicas.replica import Replica
 from hpc_router.router.replicas.table import ReplicaTable
@@ -223,15 +232,30 @@ class ControlProcess:
                 self._traffic.add(CounterSample.of(counted, now))
                 await self._read_run_files()
                 status = await self.status(counted)
-                body = overview(status, self._traffic, self._run_files, self.deployment, at=time.time())
+                body = overview(
+                    status, self._traffic, self._run_files, self.deployment, forecast=self.discovery.forecast.content,
+                    queues=await self._queues(status["experts"]), at=time.time(),
+                )  # fmt: skip
                 self._overview = now, body
             return self._overview[1]
+
+    async def _queues(self, experts: Iterable[str]) -> dict[str, Queues]:
+        """Returns the waiting requests of each of these experts. Asks the workers for the oldest ones only if any
+        request waits."""
+        waiting = {name: [(of.label, self.table.class_waiting(name, of)) for of in CLASSES] for name in experts}
+        oldest = {}
+        if any(count for classes in waiting.values() for _, count in classes):
+            oldest = await self.workers.oldest_waits()
+        return {
+            name: {label: {"waiting": count, "oldest_s": oldest.get((name, label))} for label, count in classes}
+            for name, classes in waiting.items()
+        }
 
     async def _read_run_files(self) -> None:
         """Reads the files of the run directory that the overview shows. If the file system hangs or fails, keeps what
         was read last."""
         if self._reading is None:
-            read = partial(read_run_files, self.run.forecast_json, self.run.events)
+            read = partial(read_run_files, self.run.events, self._usage)
             self._reading = asyncio.ensure_future(self.files.run(read))
         await asyncio.wait({self._reading}, timeout=READ_S)
         if self._reading.done():

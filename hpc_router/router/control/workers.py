@@ -148,6 +148,16 @@ class Workers:
         await asyncio.gather(*map(self._collect, self.all))
         return [connection.metrics for connection in self.all]
 
+    async def oldest_waits(self) -> dict[tuple[str, str], float]:
+        """Returns for how many seconds the oldest waiting request has waited, by expert and name of the class. A worker
+        that does not answer in time is left out."""
+        oldest: dict[tuple[str, str], float] = {}
+        for answer in await asyncio.gather(*map(self._oldest_waits_of, self.all)):
+            for expert, classes in answer.items():
+                for name, waited_s in classes.items():
+                    oldest[expert, name] = max(waited_s, oldest.get((expert, name), 0.0))
+        return oldest
+
     async def find_turn(self, session: str) -> Turn | None:
         """Returns the session's last turn, whichever worker served it; None if it is unknown. Asks each worker for the
         reply to a `Sync` first: since a worker reports a turn before it answers its client, this process then knows
@@ -267,6 +277,9 @@ class Workers:
         metrics = await connection.call(messages.GetMetrics())
         if metrics is not None:
             connection.metrics = metrics
+
+    async def _oldest_waits_of(self, connection: WorkerConnection) -> dict[str, dict[str, float]]:
+        return await connection.call(messages.GetOldestWaits()) or {}
 
     def _detach(self, connection: WorkerConnection, channel: RpcPeer) -> None:
         if connection.channel is channel:

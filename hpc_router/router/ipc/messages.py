@@ -250,6 +250,11 @@ class GetMetrics(Call[MetricsDump]):
 
 
 @dataclass(frozen=True, slots=True)
+class GetOldestWaits(Call[dict[str, dict[str, float]]]):
+    """Asks for the result of `oldest_waits` of the worker's `ReplicaTable`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sync(Call[None]):
     """Asks for a reply without a value. When it arrives, all messages that the worker sent before have arrived."""
 

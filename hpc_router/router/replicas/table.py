@@ -512,6 +512,11 @@ class ReplicaTable:
         """Returns the number of requests of the class, of all workers, that wait for the expert."""
         return self._line.waiting(expert, of)
 
+    def oldest_waits(self) -> dict[str, dict[str, float]]:
+        """Returns for how many seconds the oldest waiting request of this worker has waited, by expert and by name of
+        its class."""
+        return self._line.oldest_waits()
+
     def waiting_here(self, expert: str) -> int:
         """Returns the number of requests of this worker that wait for the expert."""
         return self._line.length(expert)

@@ -20,6 +20,7 @@ YIELD_S: Final = 0.5
 """Maximum time in seconds for which a free place is left to another worker whose request is first. A worker that does
 not take it within this time does not run, or knows a reason not to take it."""
 _fits_any: Final[Callable[["Waiter"], bool]] = attrgetter("fits_any")
+_number: Final[Callable[["Waiter"], int]] = attrgetter("number")
 
 
 @dataclass(slots=True, eq=False)
@@ -27,11 +28,13 @@ class Waiter:
     """A request that waits for a replica.
 
     `experts`: the experts in whose queues it waits; `later`: the experts whose queues it joins when none of `experts`
-    has a ready replica. `number`: its position in the order of arrival. `flow`: its class and user. `avoid`: replicas
-    that have failed this request; `only`: the only replica that may serve it, or None. `granted` gets the reservation.
+    has a ready replica. `number`: its position in the order of arrival; `since`: when it arrived, in seconds of the
+    clock of `WaitingLine`. `flow`: its class and user. `avoid`: replicas that have failed this request; `only`: the
+    only replica that may serve it, or None. `granted` gets the reservation.
     """
 
     number: int
+    since: float
     flow: Flow
     later: list[str]
     avoid: Collection[Replica]
@@ -106,6 +109,11 @@ class FairQueue:
         """Returns the first request of class `of` for which `fits` is true; None if there is none."""
         return next((queued for queued in self._orders[of] if fits(queued.waiter)), None)
 
+    def oldest(self, of: RequestClass) -> Waiter | None:
+        """Returns the request of class `of` that arrived first; None if none waits. Looks at one request per user."""
+        firsts = (next(iter(waiting)) for (each, _), waiting in self._flows.items() if each is of)
+        return min(firsts, key=_number, default=None)
+
     def last(self, of: RequestClass) -> Waiter | None:
         """Returns the last request of class `of` that has not got a place yet; None if there is none."""
         return next((queued.waiter for queued in reversed(self._orders[of]) if not queued.waiter.granted.done()), None)
@@ -133,7 +141,7 @@ class WaitingLine:
         self._arrivals += 1
         self.order.count_user(flow.slot, 1)
         granted = asyncio.get_running_loop().create_future()
-        return Waiter(self._arrivals, flow, list(experts), set(avoid), only, granted)
+        return Waiter(self._arrivals, self.clock(), flow, list(experts), set(avoid), only, granted)
 
     def join_next(self, waiter: Waiter) -> None:
         """Moves the first expert of `waiter.later` to `waiter.experts`, and adds the waiter to this expert's queue."""
@@ -249,6 +257,17 @@ class WaitingLine:
         """Returns the number of requests of class `of` that wait for the expert at any worker."""
         queue = self.queues.get(expert)
         return (0 if queue is None else queue.count(of)) + self.order.others_waiting(self.column_of(expert), of)
+
+    def oldest_waits(self) -> dict[str, dict[str, float]]:
+        """Returns for how many seconds the oldest request of each queue has waited, by expert and by name of the class.
+        Contains only classes of which a request of this worker waits."""
+        now = self.clock()
+        return {
+            expert: {
+                of.label: round(now - oldest.since, 3) for of in CLASSES if (oldest := queue.oldest(of)) is not None
+            }
+            for expert, queue in self.queues.items()
+        }
 
     def wait_s(self, expert: str) -> float:
         """Returns the expected wait in seconds of a request that would join the expert's queue now."""

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from hpc_router.background_tasks import restarting
 from hpc_router.router.access.user_access import UserTokens
@@ -162,7 +162,7 @@ class ControlClient:
             self._unacknowledged[replica] = number
         self._notify(messages.ReplicaObservation(number, replica.name, nonce, incident, event, replica.trouble))
 
-    def _receive(self, message: messages.Message) -> messages.MetricsDump | None:
+    def _receive(self, message: messages.Message) -> dict[str, Any] | None:
         match message:
             case messages.Snapshot():
                 self._apply_snapshot(message)
@@ -181,6 +181,8 @@ class ControlClient:
                     self.sessions.learn(session, turn)
             case messages.GetMetrics():
                 return self.metrics.dump()
+            case messages.GetOldestWaits():
+                return self.table.oldest_waits()
             case messages.ReplicaWell(name):
                 replica = self.table.get(name)
                 if replica is not None and replica.state is RoutingState.READY:

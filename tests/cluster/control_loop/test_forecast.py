@@ -169,6 +169,13 @@ def test_experts_without_a_job_have_a_forecast_too(tmp_path: Path) -> None:
         "law": StartForecast("starting"),
     }
     assert reader.experts["math"].expected_ready_at(DUE) == DUE + 60
+    assert reader.content.keys() == {"at", "experts", "starting", "handovers"}
+    run.forecast_json.write_text('{"experts": {}}')
+    reader.read()
+    assert (reader.content, reader.experts) == ({"experts": {}}, {})
+    run.forecast_json.unlink()
+    reader.read()
+    assert (reader.content, reader.experts) == ({}, {})
 
 
 def test_the_text_of_a_forecast_has_the_date_of_another_day() -> None:

@@ -13,8 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.router.control import process
-from hpc_router.router.control.overview import MAX_EVENTS, CounterSample, RunFiles, Traffic, overview, read_run_files
+from hpc_router.router.control.overview import (
+    MAX_EVENTS,
+    CounterSample,
+    Queues,
+    RunFiles,
+    Traffic,
+    overview,
+    read_run_files,
+)
 from hpc_router.router.metrics import LATENCY_BOUNDS_S, Metrics
+from hpc_router.state.atomic_files import replace_json
+from hpc_router.state.gpu_hours import ExpertUsage, Usage, parse_usage
+from hpc_router.state.stamped_file import StampedFile
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica, refuse
 from tests.router.support import chat, post
 from tests.support.waiting import GUARD_S, eventually
@@ -98,22 +109,29 @@ def test_values_above_the_last_bound_count_as_it() -> None:
     assert traffic(CounterSample.of(metrics, 1.0)).of_expert("math")["first_byte_s"]["p50"] == LATENCY_BOUNDS_S[-1]
 
 
+USAGE = Usage(50.0, {"math": ExpertUsage({"busy": 1800.0, "idle": 5400.0}, tokens=900, last_request_at=48.0)})
+
+
 def test_files_that_are_absent_or_damaged_count_as_empty(tmp_path: Path) -> None:
-    forecast, events = tmp_path / "forecast.json", tmp_path / "events.jsonl"
-    assert read_run_files(forecast, events) == RunFiles({}, [])
-    forecast.write_text("[1")
+    usage, events = tmp_path / "gpu_hours.json", tmp_path / "events.jsonl"
+    hours = StampedFile(usage, parse_usage)
+    assert read_run_files(events, hours) == RunFiles([], None)
+    usage.write_text("[1")
     events.write_bytes(b'{"kind": "submitted", "replica": "math-0.g1", "at": 1.5, "secret": "x"}\n\xff{"half\n[]\n')
-    assert read_run_files(forecast, events).events == [
+    assert read_run_files(events, hours).events == [
         {"at": 1.5, "kind": "submitted", "replica": "math-0.g1", "expert": None, "reason": None, "by": None}
     ]
-    forecast.write_text("[]")
-    assert read_run_files(forecast, events).forecast == {}
+    usage.write_text("[]")
+    assert read_run_files(events, hours).usage is None
+    replace_json(usage, USAGE.to_json())
+    assert read_run_files(events, hours).usage == USAGE
 
 
 def test_the_newest_events_of_a_long_file_are_read(tmp_path: Path) -> None:
     lines = [json.dumps({"at": number, "kind": "submitted", "reason": "x" * 1000}) for number in range(1000)]
     (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
-    events = read_run_files(tmp_path / "forecast.json", tmp_path / "events.jsonl").events
+    hours = StampedFile(tmp_path / "gpu_hours.json", parse_usage)
+    events = read_run_files(tmp_path / "events.jsonl", hours).events
     assert [event["at"] for event in events] == list(range(999, 999 - len(events), -1))
     assert 20 <= len(events) <= MAX_EVENTS
     assert {len(event["reason"]) for event in events} == {300}
@@ -134,30 +152,40 @@ STATUS: dict[str, Any] = {
 
 
 def test_what_needs_attention_is_said_in_words() -> None:
-    files = RunFiles(
-        {
-            "experts": {"law": {"ready_at": 90.0, "replica": "law-0.g2", "reason": "Resources"}},
-            "starting": [{"ready_at": 90.0, "replica": "law-0.g2", "reason": "Resources"}],
-            "handovers": [{"replica": "math-0.g1", "late_s": 70.4, "reason": "Priority"}, "damaged"],
-        }
-    )
+    forecast = {
+        "experts": {"law": {"ready_at": 90.0, "replica": "law-0.g2", "reason": "Resources"}},
+        "starting": [{"ready_at": 90.0, "replica": "law-0.g2", "reason": "Resources"}],
+        "handovers": [{"replica": "math-0.g1", "late_s": 70.4, "reason": "Priority"}, "damaged"],
+    }
+    none: Queues = {"interactive": {"waiting": 0, "oldest_s": None}, "batch": {"waiting": 0, "oldest_s": None}}
+    some: Queues = {"interactive": {"waiting": 0, "oldest_s": None}, "batch": {"waiting": 2, "oldest_s": 7.25}}
     later = counted(math=1)
     later.requests.add("math", "named", 500)
     found = traffic(CounterSample.of(counted(math=1), 5.0), CounterSample.of(later, 15.0))
-    value = overview(STATUS, found, files, a_deployment("math", "law"), at=60.0)
+    value = overview(
+        STATUS, found, RunFiles(usage=USAGE), a_deployment("math", "law"), forecast=forecast,
+        queues={"law": some, "math": none}, at=60.0,
+    )  # fmt: skip
     assert value["attention"] == [
         "the router is draining",
         "a change was not applied: policy.kind: no",
         "the background task 'probes' failed: KeyError: 'x'",
         "law has no ready replica: law-0.g2, Resources",
-        "law: 2 requests wait for a replica; a new one waits for about 1.2 s",
+        "law: 2 requests wait for a replica (2 batch, the oldest for 7.2 s); a new one waits for about 1.2 s",
         "math: 0.1 failed requests per second",
         "math-0.g1 is ejected: unknown cause",
         "math-0.g1 does not renew its record",
         "math-1.g1 is slow",
         "the successor of math-0.g1 will be 70 s late: Priority",
     ]
-    assert value["starting"] == files.forecast["starting"]
+    assert value["starting"] == forecast["starting"]
+    law, math = value["experts"]
+    assert (law["queues"], law["usage"]) == (some, None)
+    assert math["queues"] == none
+    assert math["usage"] == {
+        "gpu_hours": {"starting": 0.0, "busy": 0.5, "idle": 1.5, "draining": 0.0}, "idle_share": 0.75, "tokens": 900,
+        "tokens_per_gpu_hour": 450.0, "last_request_at": 48.0, "idle_s": 12.0,
+    }  # fmt: skip
     assert value["settings"]["policy.kind"] == "model_field"
     assert not [key for key in value["settings"] if "token" in key or "secret" in key]
 
@@ -256,9 +284,9 @@ async def test_a_run_directory_that_hangs_does_not_stop_the_overview(
     hanging = threading.Event()
     read = read_run_files
 
-    def slow(forecast: Path, events: Path) -> RunFiles:
+    def slow(events: Path, usage: StampedFile[Usage]) -> RunFiles:
         hanging.wait(GUARD_S)
-        return read(forecast, events)
+        return read(events, usage)
 
     run = a_run(tmp_path)
     async with a_router(run, a_deployment("math")) as router:

@@ -16,6 +16,7 @@ from hpc_router.router.ipc.messages import (
     GetExposition,
     GetHandover,
     GetMetrics,
+    GetOldestWaits,
     GetOverview,
     GetStatus,
     Hello,
@@ -65,7 +66,7 @@ MESSAGES: list[Message] = [
     FindTurn("session"), GetStatus(), GetOverview(), GetHandover(3), GetExposition(),
     Snapshot(4, REPLICAS, {"math": 5}, {"code": StartForecast("loading", 7.5, None)}),
     Inherit(METRICS, (("session", TURN),)), ReplicaWell("math-0.g1"), Release(), CertificateChanged(),
-    GetMetrics(), Sync(),
+    GetMetrics(), GetOldestWaits(), Sync(),
     Settings(PolicyConfig(), RouterConfig(workers=2, queue_timeout_s=1.5), "v1", None, {"law": "base"}),
     UserTokensChanged(
         (

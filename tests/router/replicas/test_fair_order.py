@@ -156,6 +156,26 @@ async def test_the_requests_of_one_user_keep_their_order() -> None:
     await fleet.close()
 
 
+async def test_the_oldest_wait_is_that_of_the_first_arrival_whatever_the_order() -> None:
+    """Each worker knows its own requests. A user's later request may be the next one, but is not the oldest."""
+    fleet = Fleet(workers=2, capacity=1)
+    await fleet.send(C)
+    assert [table.oldest_waits() for table in fleet.tables] == [{}, {}]
+    for flow, worker, fleet.now in ((A, 0, 1.0), (A, 0, 2.0), (B, 0, 3.0), (A_BATCH, 0, 4.0), (B, 1, 5.0)):
+        await fleet.send(flow, at=worker)
+    fleet.now = 7.0
+    assert [table.oldest_waits() for table in fleet.tables] == [
+        {"math": {"interactive": 6.0, "batch": 3.0}},
+        {"math": {"interactive": 2.0}},
+    ]
+    before = len(fleet.started)
+    while fleet.started[before:].count(A) < 1:
+        await fleet.end()
+    assert fleet.tables[0].oldest_waits()["math"]["interactive"] == 5.0
+    await fleet.close()
+    assert [table.oldest_waits() for table in fleet.tables] == [{}, {}]
+
+
 async def test_users_of_many_requests_that_leave_start_again_with_nothing_to_catch_up_on() -> None:
     fleet = Fleet(workers=2, capacity=1)
     await flood(fleet, A, 200)

@@ -167,6 +167,9 @@ async def test_batch_requests_wait_for_interactive_ones(tmp_path: Path) -> None:
         lines = await exposition(router)
         assert 'hpc_router_class_requests_waiting{class="batch",expert="math"} 2.0' in lines
         assert 'hpc_router_class_requests_waiting{class="interactive",expert="math"} 2.0' in lines
+        queues = (await router.control.overview())["experts"][0]["queues"]
+        assert [(name, queue["waiting"]) for name, queue in queues.items()] == [("interactive", 2), ("batch", 2)]
+        assert queues["batch"]["oldest_s"] >= queues["interactive"]["oldest_s"] >= 0
         fake.go_on.set()
         await asyncio.gather(*tasks)
         assert order == ["first", "interactive", "interactive", "batch", "batch"]
