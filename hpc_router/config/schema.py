@@ -179,6 +179,9 @@ class ExpertConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)  # the program that runs the model
     resources: ResourceConfig = field(default_factory=ResourceConfig)  # what each replica requests
     handover: HandoverMode | None = None  # as `cluster.handover`, for this expert; null: the cluster's
+    # Kinds of input that the expert accepts: text, image, audio, tools, embeddings. `auto` sends it no other requests.
+    # Null: as its engine reports; vLLM and `transformers serve` report nothing, and then it gets any request.
+    accepts: list[str] | None = None
     # Example prompts of the domain, to train the classifier. Without any, the expert gets `auto` only as fallback.
     exemplars: list[str] = field(default_factory=list)
 

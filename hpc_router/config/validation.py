@@ -39,6 +39,8 @@ _HOST: Final = re.compile(
 _ORIGIN: Final = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?)(:(?P<port>[1-9][0-9]{0,4}))?"
 )
+ACCEPTS: Final = ("text", "image", "audio", "tools", "embeddings")
+"""Kinds of input in `experts.E.accepts` and in the registry."""
 _DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
 """The default port of each URL scheme. Browsers leave it out of an origin."""
 _INTERFACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:@-]{0,14}")
@@ -278,6 +280,9 @@ def _check_expert(name: str, expert: ExpertConfig, cluster: ClusterConfig) -> No
         raise ConfigError(f"{at}.model is empty (valid: a model folder or a hub id)", key=f"{at}.model")
     check_one_line(f"{at}.model", expert.model)
     check_environment(f"{at}.engine.env", expert.engine.env)
+    for kind in expert.accepts or ():
+        if kind not in ACCEPTS:
+            raise ConfigError(f"{at}.accepts={kind}: no kind of input{suggest(kind, ACCEPTS)}", key=f"{at}.accepts")
     _check_resources(f"{at}.resources", expert.resources, cluster)
     if expert.adapter_of is not None:
         return

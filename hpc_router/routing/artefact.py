@@ -42,7 +42,7 @@ TABLES = "tables.safetensors"
 NORM_TERMS = "terms"
 NORM_SPACE = "space"
 
-_SECTIONS: Final = ("soft", "calibration")
+_SECTIONS: Final = ("soft", "calibration", "parts")
 """Parts of the manifest that only some artefacts have; each is a dataclass of numbers."""
 _VOCABULARY = "vocabulary"
 # Each row: name of the tensor in the file, attribute of Artefact, type.
@@ -65,7 +65,19 @@ class SoftDecision:
     cost_weight: float = 0.0
 
 
-_Section = TypeVar("_Section", SoftDecision, Calibration)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartDecision:
+    """When a part of a prompt decides alone: if its margin is at least `clear_margin`, and if it has at least
+    `question_terms` discriminative terms (the question in a message) or `message_terms` (a message of a
+    conversation)."""
+
+    clear_margin: float
+    question_terms: int
+    message_terms: int
+
+
+_Section = TypeVar("_Section", SoftDecision, Calibration, PartDecision)
+_WHOLE_NUMBERS: Final = ("nearest", "question_terms", "message_terms")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,6 +108,8 @@ class Artefact:
     """How the measured quality in `training` decides; None if each cluster belongs to one expert."""
     calibration: Calibration | None = None
     """The probability that a decision is right; None if it is unknown."""
+    parts: PartDecision | None = None
+    """When a part of a prompt decides; None if the whole text always does."""
 
     def __post_init__(self) -> None:
         if not self.offsets.size:
@@ -225,6 +239,7 @@ def _parse(manifest: Mapping[str, object], tensors: Mapping[str, NDArray[np.gene
         training=training if isinstance(training, dict) else {},
         soft=_section(manifest, "soft", SoftDecision),
         calibration=_section(manifest, "calibration", Calibration),
+        parts=_section(manifest, "parts", PartDecision),
         **arrays,
     )
 
@@ -251,6 +266,8 @@ def _validate(artefact: Artefact) -> None:
         raise ValueError("margin_threshold is not a finite number")
     if artefact.calibration is not None and not np.isfinite(list(asdict(artefact.calibration).values())).all():
         raise ValueError("calibration has a value that is not finite")
+    if artefact.parts is not None and not 0 < artefact.parts.clear_margin < np.inf:
+        raise ValueError("parts.clear_margin must be a positive number")
     if artefact.soft is not None:
         _validate_soft(artefact, artefact.soft)
 
@@ -303,7 +320,7 @@ def _section(manifest: Mapping[str, object], key: str, schema: type[_Section]) -
     if not isinstance(value, dict) or value.keys() != set(names):
         raise ValueError(f"{key} must have exactly these keys: {', '.join(names)}")
     for name, number in value.items():
-        if isinstance(number, bool) or not isinstance(number, int if name == "nearest" else (int, float)):
+        if isinstance(number, bool) or not isinstance(number, int if name in _WHOLE_NUMBERS else (int, float)):
             raise TypeError(f"{key}.{name} must be a number")
     return schema(**value)
 

@@ -9,7 +9,7 @@ With soft clusters (`artefact.SoftDecision`), the score of an expert is its expe
 rates in the prompt's nearest clusters, and the margin is the difference to the next expert of the deployment.
 
 A long message or a conversation has parts: its question, its latest turns. A part decides alone if it is clear by
-itself; otherwise the whole text decides (`Classifier.read`).
+itself (`artefact.PartDecision`); otherwise the whole text decides.
 
 The classifier only measures; the policy decides what follows from a small margin. The classifier has no state and does
 no I/O. After the sum (`term_sums`) it uses Python lists, because numpy calls cost more on the request path.
@@ -23,21 +23,13 @@ from typing import Final, NamedTuple, Self
 import numpy as np
 
 from hpc_router.errors import ConfigError
-from hpc_router.routing.artefact import NORM_SPACE, Artefact
+from hpc_router.routing.artefact import NORM_SPACE, Artefact, PartDecision
 from hpc_router.routing.prompt_text import Prompt
 from hpc_router.routing.quality import Quality
 from hpc_router.routing.question import MIN_CHARS, has_parts, split_message
 from hpc_router.routing.soft_scores import SoftScores
 from hpc_router.routing.term_sums import TermSums
 
-CLEAR_MARGINS: Final = 2.0
-"""A part of a prompt is clear by itself if its margin is at least this multiple of the artefact's threshold..."""
-QUESTION_TERMS: Final = 3
-MESSAGE_TERMS: Final = 4
-"""...and if it has at least this number of discriminative terms. The three numbers were chosen on prompts that had been
-held out of a training file, with rules, pastes, quotations and phrases such as "Can you explain this?" around them."""
-PARTS_VERSION: Final = 3
-"""The `text_version` of features from which on parts of a prompt may decide."""
 _EXCLUDED: Final = -math.inf
 _new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
 
@@ -97,9 +89,7 @@ class Classifier:
         self._excluded: tuple[int, ...] = ()  # clusters that are never chosen
         self._clusters = len(artefact.clusters)
         self._in_space = artefact.norm == NORM_SPACE
-        # Without a threshold nothing is clear, and with soft clusters a small margin is no doubt about the topic.
-        by_part = artefact.features.text_version >= PARTS_VERSION and artefact.soft is None
-        self._clear_margin = CLEAR_MARGINS * artefact.margin_threshold if by_part else 0.0
+        self._parts = artefact.parts
         by_frequency = np.argsort(artefact.idf, kind="stable")
         # Columns: the clusters, the squared length, the number of discriminative terms, the dimensions of the space.
         columns = [artefact.weights, np.square(artefact.idf)[:, None], artefact.discriminative[:, None], artefact.space]
@@ -140,7 +130,7 @@ class Classifier:
 
     def classify(self, prompt: Prompt) -> Classification:
         """Returns the best cluster of the prompt, with its expert, score and margin."""
-        if type(prompt) is str and (len(prompt) < MIN_CHARS or not self._clear_margin or not has_parts(prompt)):
+        if type(prompt) is str and (len(prompt) < MIN_CHARS or self._parts is None or not has_parts(prompt)):
             return self._classify(prompt)  # the usual case, without a look at parts
         return self.read(prompt).classification
 
@@ -148,32 +138,29 @@ class Classifier:
         """Returns the part of the prompt that decides, and its classification.
 
         Of a conversation this is the latest message that is clear, so that its expert changes only with a clear change
-        of the topic; of a message its question, if that is clear. If nothing is clear, it is the whole text. A part is
-        clear if its margin is at least `CLEAR_MARGINS` times the threshold and if it has enough discriminative terms.
+        of the topic; of a message its question, if that is clear. If nothing is clear, or if the artefact does not say
+        what is clear, it is the whole text.
         """
+        parts = self._parts
         if isinstance(prompt, str):
-            if not self._clear_margin:
-                return Reading(self._classify(prompt), prompt, "all")
-            return self._read_message(prompt)
-        if self._clear_margin:
+            return (
+                Reading(self._classify(prompt), prompt, "all") if parts is None else self._read_message(prompt, parts)
+            )
+        if parts is not None:
             for back, turn in enumerate(reversed(prompt.turns), 1):
-                found = self._read_message(turn)
-                if self._is_clear(found.classification, terms=MESSAGE_TERMS):
+                found = self._read_message(turn, parts)
+                if _is_clear(found.classification, parts, terms=parts.message_terms):
                     part = f"message -{back}"
                     return found._replace(part=part if found.part == "all" else f"{part}, {found.part}")
         return Reading(self._classify(prompt.text), prompt.text, "all")
 
-    def _read_message(self, message: str) -> Reading:
+    def _read_message(self, message: str, parts: PartDecision) -> Reading:
         text, question = split_message(message)
         if question is not None:
             found = self._classify(question)
-            if self._is_clear(found, terms=QUESTION_TERMS):
+            if _is_clear(found, parts, terms=parts.question_terms):
                 return _new_tuple(Reading, (found, question, "question"))
         return _new_tuple(Reading, (self._classify(text), text, "all"))
-
-    def _is_clear(self, found: Classification, *, terms: int) -> bool:
-        margin = found.margin
-        return margin is not None and margin >= self._clear_margin and found.known_terms >= terms
 
     def _classify(self, text: str) -> Classification:
         values, length, known = self._values(text)
@@ -264,6 +251,11 @@ class Classifier:
         for cluster in self._excluded:
             values[cluster] = _EXCLUDED
         return values, length, int(sums[clusters + 1])
+
+
+def _is_clear(found: Classification, parts: PartDecision, *, terms: int) -> bool:
+    margin = found.margin
+    return margin is not None and margin >= parts.clear_margin and found.known_terms >= terms
 
 
 def _quality_of(artefact: Artefact) -> Quality:

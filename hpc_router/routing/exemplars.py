@@ -20,12 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_router.errors import ConfigError
-from hpc_router.routing.artefact import Artefact
+from hpc_router.routing.artefact import Artefact, PartDecision
 from hpc_router.routing.confidence import calibrate
 from hpc_router.routing.features import Doubles, Features, Ids, Mask, TermCounts, counts_of, vocabulary_of
 
 FALSE_REJECTION_RATE: Final = 0.05
 """Maximum share of correctly classified held-out prompts whose margin is below the threshold."""
+CLEAR_MARGINS: Final = 2.0
+"""A part of a prompt is clear if its margin is at least this multiple of the margin threshold..."""
+QUESTION_TERMS: Final = 3
+MESSAGE_TERMS: Final = 4
+"""...and if it has at least this number of discriminative terms. The three numbers were chosen on prompts that had been
+held out of a training file, with rules, pastes, quotations and phrases such as "Can you explain this?" around them."""
 MAX_FOLDS: Final = 200
 """Maximum number of folds of the cross-validation. With fewer exemplars, each exemplar is one fold."""
 
@@ -51,6 +57,7 @@ def train(exemplars: Mapping[str, Sequence[str]], *, features: Features | None =
         clusters=names,
         experts=names,
         margin_threshold=threshold,
+        parts=part_decision(threshold),
         terms=vocabulary.terms,
         weights=np.ascontiguousarray((centroids * idf).T, np.float32),
         idf=idf.astype(np.float32),
@@ -73,6 +80,16 @@ def margin_threshold(margins: Doubles) -> float:
     """Returns the margin threshold below which at most the share `FALSE_REJECTION_RATE` of `margins` lies, the margins
     of correctly classified held-out prompts; 0 if there are none."""
     return float(np.quantile(margins, FALSE_REJECTION_RATE)) if margins.size else 0.0
+
+
+def part_decision(threshold: float) -> PartDecision | None:
+    """Returns when a part of a prompt decides alone. `threshold`: the margin threshold that held-out prompts of the
+    training gave. None if it is not positive, because then it separates nothing."""
+    if threshold <= 0:
+        return None
+    return PartDecision(
+        clear_margin=CLEAR_MARGINS * threshold, question_terms=QUESTION_TERMS, message_terms=MESSAGE_TERMS
+    )
 
 
 def usable_exemplars(exemplars: Mapping[str, Sequence[str]], *, features: Features) -> dict[str, list[str]]:

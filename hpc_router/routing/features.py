@@ -8,9 +8,8 @@ token contains a space or mixes letters with `*`, so terms are unambiguous.
 
 Kind `cbtm`: words of two or more characters with their counts, as in c-BTM (arXiv 2303.14177).
 
-Of a text longer than the window, both ends are read. A lower `text_version` keeps the rules that older artefacts were
-trained with. Splitting uses functions written in C (translate, split). This module must not know weights, clusters or
-experts.
+Of a text longer than the window, both ends are read. `text_version` 1 keeps the rules that older artefacts were trained
+with. Splitting uses functions written in C (translate, split). This module must not know weights, clusters or experts.
 """
 
 import re
@@ -31,7 +30,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-TEXT_VERSION: Final = 3
+TEXT_VERSION: Final = 2
 
 # Han and kana are written without spaces.
 _UNSPACED: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -71,8 +70,7 @@ class Features:
     `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: a token with at least this number of characters also
     gives the term of its first `prefix` characters (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm`
     ignores these three. `text_version`: with 1, only the start of a text is read, tokens in scripts without spaces are
-    single characters, and combining marks split words. With 1 and 2, a text is read as a whole, while from 3 on its
-    question and the later turns of a conversation may decide alone (`Classifier.read`).
+    single characters, and combining marks split words.
     """
 
     kind: str = "lexical"
@@ -91,8 +89,8 @@ class Features:
             raise ValueError(f"features.ngrams is {self.ngrams}; valid: 1 or 2")
         if self.prefix < 0:
             raise ValueError(f"features.prefix is {self.prefix}; valid: 0 (off) or more")
-        if not 1 <= self.text_version <= TEXT_VERSION:
-            raise ValueError(f"features.text_version is {self.text_version}; valid: 1 to {TEXT_VERSION}")
+        if self.text_version not in (1, TEXT_VERSION):
+            raise ValueError(f"features.text_version is {self.text_version}; valid: 1 or {TEXT_VERSION}")
         if self.kind == "cbtm" and (self.ngrams, self.prefix) != (1, 0):
             raise ValueError("features.kind 'cbtm' has neither pairs nor prefixes: ngrams=1 prefix=0")
 

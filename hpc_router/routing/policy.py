@@ -7,8 +7,8 @@ replicas, and it never waits. `select` may return an expert that is not ready; t
 Reasons of a decision: `low_margin`, `out_of_domain` (the probability that the decision is right is too small) and
 `no_known_terms` describe the prompt; the fallback gets it, or without a fallback the best expert. `unavailable`: the
 prompt's cluster has no expert in this deployment, or no expert is ready. `policy`: the prompt had no influence. Only
-the router sets `named` (the request names the expert) and `spilled` (the best expert is busy, so the runner-up gets the
-request).
+the router sets `named` (the request names the expert), `spilled` (the best expert is busy, so the runner-up gets the
+request) and `capability` (the best expert does not accept the request, because of a picture in it, for example).
 """
 
 import math
@@ -38,6 +38,7 @@ class RouteReason(StrEnum):
     SPILLED = "spilled"
     UNAVAILABLE = "unavailable"
     OUT_OF_DOMAIN = "out_of_domain"
+    CAPABILITY = "capability"
 
 
 _CLASSIFIED: Final = RouteReason.CLASSIFIED  # a global name is faster than a look-up in the enum

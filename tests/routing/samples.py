@@ -48,7 +48,7 @@ def soft_artefact(*, names: tuple[str, str] = ("big", "small"), **changes: objec
     measured = Quality(experts=names, rate=rates, cost=np.array([1.0, 0.0]))
     training = {"quality": measured.to_json(trained.clusters)}
     experts = (names[0], names[1], names[1])
-    values: dict[str, object] = {"experts": experts, "training": training, "soft": SOFT, **changes}
+    values: dict[str, object] = {"experts": experts, "training": training, "soft": SOFT, "parts": None, **changes}
     return dataclasses.replace(trained, **values)  # type: ignore[arg-type]
 
 

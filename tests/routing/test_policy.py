@@ -145,9 +145,8 @@ def test_the_explanation_has_the_keys_of_the_contract() -> None:
 
 
 def test_the_reasons_are_those_of_the_contract() -> None:
-    assert (
-        " ".join(RouteReason) == "named classified policy low_margin no_known_terms spilled unavailable out_of_domain"
-    )
+    contract = "named classified policy low_margin no_known_terms spilled unavailable out_of_domain capability"
+    assert " ".join(RouteReason) == contract
 
 
 def test_an_unknown_policy_or_a_missing_classifier_is_refused() -> None:

@@ -1,13 +1,14 @@
 """What is the question of a long message, and that it decides if it is clear by itself."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_router.routing.artefact import Artefact, PartDecision, read
 from hpc_router.routing.classifier import Classifier
-from hpc_router.routing.features import Features
 from hpc_router.routing.policy import build_policy
 from hpc_router.routing.prompt_text import Conversation, Prompt, user_prompt
 from hpc_router.routing.question import MIN_CHARS, has_parts, split_message
@@ -25,11 +26,8 @@ PATIENT = "Which treatment helps a patient with asthma and high blood pressure?"
 PHRASE = "Can you say more?"
 
 
-def classifier(features: Features | None = None) -> Classifier:
-    return Classifier(dataclasses.replace(artefact(features), margin_threshold=0.05))
-
-
-TRAINED = classifier()
+CLEAR = PartDecision(clear_margin=0.1, question_terms=3, message_terms=4)
+TRAINED = Classifier(dataclasses.replace(artefact(), parts=CLEAR))
 
 
 @pytest.mark.parametrize(
@@ -95,15 +93,12 @@ def test_a_phrase_that_says_nothing_leaves_the_decision_to_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "trained",
-    [
-        classifier(Features(text_version=2)),
-        Classifier(dataclasses.replace(artefact(), margin_threshold=0.0)),
-        Classifier(dataclasses.replace(soft_artefact(), margin_threshold=0.05)),
-    ],
-    ids=["artefact of before", "no threshold", "soft clusters"],
+    "stored",
+    [dataclasses.replace(artefact(), parts=None), soft_artefact()],
+    ids=["artefact of before", "soft clusters"],
 )
-def test_other_artefacts_read_every_prompt_as_a_whole(trained: Classifier) -> None:
+def test_other_artefacts_read_every_prompt_as_a_whole(stored: Artefact) -> None:
+    trained = Classifier(stored)
     message = f"{RULES}\n\n{PATIENT}"
     assert trained.classify(message) == trained._classify(message)
     talk = Conversation(f"{RULES}\n{PATIENT}", (RULES, PATIENT))
@@ -155,3 +150,14 @@ def test_any_message_is_split_into_parts_of_it(text: str) -> None:
         assert question
         assert len(question) < len(text)
     assert TRAINED.classify(text) == TRAINED.read(text).classification
+
+
+def test_what_is_clear_is_part_of_the_artefact(tmp_path: Path) -> None:
+    trained = artefact()
+    assert trained.parts is not None
+    assert trained.parts.clear_margin == pytest.approx(2 * trained.margin_threshold)
+    trained.write(tmp_path / "artefact")
+    assert read(tmp_path / "artefact").parts == trained.parts
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="clear_margin"):
+            dataclasses.replace(trained, parts=dataclasses.replace(trained.parts, clear_margin=wrong))

@@ -344,8 +344,7 @@ class Gateway:
         call = await self._read_call(request)
         if not any(name in call.fields for name in PROMPT_FIELDS):
             raise BadRequestError(f"the body has no prompt (valid fields: {', '.join(PROMPT_FIELDS)})", param="prompt")
-        policy = self.routing.policy_for(self._access(request))
-        explanation = policy.explain(self.routing.prompt(call), ready=self.table.ready())
+        explanation = self.routing.explain(call, self._access(request))
         return json_response(
             {**explanation.to_dict(id=request_id), "replicas": self._estimates(request, call, explanation)}
         )

@@ -42,6 +42,8 @@ class ApiCall:
 
     prompt: Prompt | None = None
     """What a routing decision reads, if it was extracted in a thread; else None."""
+    needs: frozenset[str] | None = None
+    """What the request contains beyond text, if that was found in a thread (`capabilities.needs_of`); else None."""
     _span: tuple[int, int] | None = None
 
     def __init__(self, raw: bytes, fields: dict[str, Any], model_at: int = -1) -> None:

@@ -1,7 +1,7 @@
 """Chooses the experts of a request: by its model name, by its session, or for `auto` by the policy."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, get_args
 from urllib.parse import parse_qs
@@ -18,17 +18,21 @@ from hpc_router.router.replicas.admission import should_spill
 from hpc_router.router.replicas.fair_order import CLASSES, RequestClass
 from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.worker.capabilities import MEDIA_KINDS, SHORT_TOKENS, estimated_tokens, lacking, needs_of
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.request_body import ApiCall, check_values, decode
 from hpc_router.router.worker.routed_request import ApiEndpoint, RoutedRequest
 from hpc_router.router.worker.stored_responses import StoredResponses, not_found
-from hpc_router.routing.policy import Decision, Policy, RouteReason
+from hpc_router.routing.policy import Decision, Explanation, Policy, RouteReason
 from hpc_router.routing.prompt_text import Prompt, user_prompt
 from hpc_router.state.registry import split_replica
 
 COLD_STARTS: Final = get_args(ColdStart)
 _NAMED: Final = RouteReason.NAMED
 _OPTIONAL_BOOL: Final = frozenset({bool, type(None)})
+_NONE: Final = frozenset[str]()
+_MAX_LIMITED: Final = 100
+"""Maximum number of policies that are kept for different sets of experts."""
 CLASS_NAMES: Final = {of.label: of for of in CLASSES}
 """The classes by their names in requests."""
 _TRUE_WORDS: Final = ("true", "t", "yes", "y", "on", "1")
@@ -141,15 +145,65 @@ class RequestRouting:
 
     def policy_for(self, access: UserAccess | None) -> Policy:
         """Returns the policy, limited to the experts that the token allows; the whole policy if `access` is None."""
-        policy = self.policy
         if access is None or access.experts is None:
-            return policy
-        if self._limited[0] is not policy:
+            return self.policy
+        return self._limited_to(access.experts)
+
+    def _limited_to(self, experts: frozenset[str]) -> Policy:
+        policy = self.policy
+        if self._limited[0] is not policy or len(self._limited[1]) >= _MAX_LIMITED:
             self._limited = policy, {}
-        limited = self._limited[1].get(access.experts)
+        limited = self._limited[1].get(experts)
         if limited is None:
-            limited = self._limited[1][access.experts] = policy.limited_to(access.experts)
+            limited = self._limited[1][experts] = policy.limited_to(experts)
         return limited
+
+    def unable(self, call: ApiCall, access: UserAccess | None) -> frozenset[str]:
+        """Returns those of the experts that the token allows which do not accept the request `call`. Raises
+        BadRequestError if none of them accepts it."""
+        needs = call.needs if call.needs is not None else needs_of(call.fields)
+        tokens = 0 if needs & MEDIA_KINDS else estimated_tokens(call)  # the bytes of media are no tokens
+        if not needs and tokens < SHORT_TOKENS:
+            return _NONE
+        experts = self.experts() if access is None else access.allowed(self.experts())
+        unable = lacking(experts, needs, tokens, deployment=self.deployment, table=self.table)
+        if unable and len(unable) == len(experts):
+            kinds = " and ".join(sorted(needs))
+            raise BadRequestError(
+                f"'auto' can choose no expert: none accepts {kinds} (experts.NAME.accepts says what an expert accepts)",
+                param="model",
+            )
+        return unable
+
+    def among_able(
+        self,
+        unable: frozenset[str],
+        prompt: Prompt,
+        wanted: Decision,
+        experts: tuple[str, ...],
+        access: UserAccess | None,
+    ) -> tuple[Decision, tuple[str, ...]]:
+        """Returns the decision, and the experts in the order in which they are tried, without the experts in `unable`.
+        `wanted`, `experts`: decision and order among all experts. `access`: what the user's token allows."""
+        if experts and experts[0] not in unable:
+            return wanted, tuple(expert for expert in experts if expert not in unable)
+        allowed = self.experts() if access is None else access.allowed(self.experts())
+        able = frozenset(allowed) - unable
+        policy, ready = self._limited_to(able), self.table.ready()
+        decision = policy.select(prompt, ready=ready)
+        order = policy.order(decision) or tuple(sorted(able, key=lambda name: (name not in ready, name)))
+        return decision._replace(expert=next(iter(order), None), reason=RouteReason.CAPABILITY), order
+
+    def explain(self, call: ApiCall, access: UserAccess | None) -> Explanation:
+        """Returns how the request `call`, made for `auto`, would be routed, and why. Raises BadRequestError."""
+        policy, prompt = self.policy_for(access), self.prompt(call)
+        explanation = policy.explain(prompt, ready=self.table.ready())
+        unable = self.unable(call, access)
+        if unable:
+            wanted = explanation.decision
+            decision, _ = self.among_able(unable, prompt, wanted, policy.order(wanted), access)
+            explanation = replace(explanation, decision=decision)
+        return explanation
 
     async def route_stored(
         self, request: Request, request_id: str, session: str | None, access: UserAccess | None = None
@@ -191,8 +245,12 @@ class RequestRouting:
                 param="model",
             )
         policy = self.policy if access is None else self.policy_for(access)
-        decision = self._decide(policy, self.prompt(call, first=endpoint.api_format.prompt_field))
+        prompt = self.prompt(call, first=endpoint.api_format.prompt_field)
+        decision = self._decide(policy, prompt)
         experts = policy.order(decision)
+        unable = self.unable(call, access)
+        if unable:
+            decision, experts = self.among_able(unable, prompt, decision, experts, access)
         if not experts and access is not None and access.experts is not None:
             raise ExpertForbiddenError(
                 f"'auto' can choose none of the experts of this token{suggest('', access.experts)}", param="model"
@@ -232,6 +290,7 @@ class RequestRouting:
         continued = path == protocol.RESPONSES and call.fields.get(PARAM) is not None
         if path == "/route" or (model == "auto" and not continued):
             call.prompt = self.prompt(call, first=api_format_of(path).prompt_field)
+            call.needs = needs_of(call.fields)
         return call
 
     def prompt(self, call: ApiCall, *, first: str = "messages") -> Prompt:

@@ -30,7 +30,7 @@ from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact, SoftDe
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.confidence import Calibration, calibrate
 from hpc_router.routing.evaluation import majority
-from hpc_router.routing.exemplars import margin_threshold, usable_exemplars
+from hpc_router.routing.exemplars import margin_threshold, part_decision, usable_exemplars
 from hpc_router.routing.features import Doubles, Features, Floats, Ids, Mask
 from hpc_router.routing.quality import Quality
 from hpc_router.routing.training import feature_spaces
@@ -173,8 +173,9 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
     correct = predicted == assignment[tested]
     # Between experts of nearly the same expected quality, a small margin is no reason to use another one.
     threshold = 0.0 if trained.soft is not None else margin_threshold(margins[correct])
-    calibration = None
+    calibration, parts = None, None
     if trained.soft is None:
+        parts = part_decision(margin_threshold(margins[correct]))
         held_out = Decisions(margins=margins, scores=values, right=correct)
         threshold, calibration = _confidence(artefact, held_out, given.validation)
     shares = np.bincount(predicted, minlength=len(names)) / len(tested)
@@ -208,6 +209,7 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
         artefact,
         margin_threshold=threshold,
         calibration=calibration,
+        parts=parts,
         discriminative=discriminative,
         training=training,
         soft=trained.soft,
