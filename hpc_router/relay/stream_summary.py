@@ -5,8 +5,8 @@ The `usage` of a stream is near its end, so the data of the last two writes is k
 a key of the response itself: text or arguments that a model has generated may contain the same word.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -24,7 +24,7 @@ class TokenUsage(NamedTuple):
     cached: int | None = None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class StreamSummary:
     """The data about one response from which its tokens are counted. `accepted`: whether its status is 2xx; `streamed`:
     whether it consists of events; `usage`: the numbers that it states; for a stream only after a call of `stated`.
@@ -32,18 +32,19 @@ class StreamSummary:
 
     If `exact`, the content of each event decides whether it is counted. Otherwise an HTTP chunk that is forwarded
     without a look at its content counts as one event, which is cheaper: `Connection.data_received` counts these chunks
-    in `unread`, and keeps the last two in `last` and `before_last`.
+    in `unread`, and keeps the last one in `last`. Most fields are class attributes until they are set, which saves time
+    per request.
     """
 
     delta_mark: bytes
     exact: bool
-    accepted: bool = False
-    streamed: bool = False
-    chunks: int = 0
-    unread: int = 0  # HTTP chunks since the last `add`
-    last: bytes = b""
-    before_last: bytes = b""
-    usage: TokenUsage | None = None
+    accepted: bool = field(default=False, init=False)
+    streamed: bool = field(default=False, init=False)
+    chunks: int = field(default=0, init=False)
+    unread: int = field(default=0, init=False)  # HTTP chunks since the last `add`
+    last: bytes = field(default=b"", init=False)  # the last data
+    before_last: bytes = field(default=b"", init=False)  # the data of the `add` before, if `last` is that of an `add`
+    usage: TokenUsage | None = field(default=None, init=False)
 
     def add(self, events: bytes) -> None:
         """Counts events that are written to the client; their bytes may have the framing of HTTP chunks."""
@@ -65,19 +66,20 @@ class StreamSummary:
 
     def stated(self) -> TokenUsage | None:
         """Returns the numbers of tokens that the response states, which must be complete; None if it states none."""
-        if self.usage is None and (self.last.rfind(_USAGE) >= 0 or self.before_last.rfind(_USAGE) >= 0):
-            stated = [stated_usage(data) for data in payloads(self.before_last + self.last) if _USAGE in data]
-            self.usage = next((usage for usage in reversed(stated) if usage is not None), None)
+        if self.usage is None:
+            self.usage = _last_usage(self.last) or _last_usage(self.before_last)
         return self.usage
+
+    def shorten(self) -> None:
+        """Reads the end of a complete stream, so that its bytes need not be kept."""
+        self.stated()
+        self.generated()
+        self.last = self.before_last = b""
 
     def generated(self) -> int:
         """Returns the number of events with generated text, which is taken as the number of generated tokens."""
-        unread, mark = self.unread, self.delta_mark
-        if unread:  # the end of a stream has no text
-            count = unread - (mark not in self.last)
-            if unread > 1:
-                count -= mark not in self.before_last
-            self.chunks += count
+        if self.unread:  # the last event of a stream besides `[DONE]` has no text
+            self.chunks += self.unread - (self.delta_mark not in self.last)
             self.unread = 0
         return self.chunks
 
@@ -86,7 +88,21 @@ _USAGE: Final = b'"usage"'
 _KEY: Final = b'"usage":'
 _loads: Final = orjson.loads
 _tokens_of: Final = itemgetter("prompt_tokens", "completion_tokens")
-new_usage: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
+_new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
+
+
+def _last_usage(events: bytes) -> TokenUsage | None:
+    """Returns the numbers of tokens that the last of the complete events with a `usage` states; None if no event has
+    one."""
+    at = events.rfind(_KEY)
+    if at >= 0:
+        usage = _usage_from(events[at : events.find(b"\n", at)])  # the usual case: the event's data is one line
+        if usage is not None:
+            return usage
+    elif events.rfind(_USAGE) < 0:
+        return None
+    stated = [stated_usage(data) for data in payloads(events) if _USAGE in data]
+    return next((usage for usage in reversed(stated) if usage is not None), None)
 
 
 def stated_usage(data: bytes | bytearray) -> TokenUsage | None:
@@ -94,17 +110,9 @@ def stated_usage(data: bytes | bytearray) -> TokenUsage | None:
     it has no `usage`."""
     at = data.rfind(_KEY)
     if at > 0:
-        # If the rest is a complete object, `usage` is a key of the response itself, and its start need not be decoded.
-        # Inside a string, the quotes would be escaped.
-        try:
-            usage = _loads(b"{" + data[at:])["usage"]
-            prompt, generated = _tokens_of(usage)
-            if type(prompt) is type(generated) is int and prompt >= 0 <= generated:  # the usual case
-                details = usage.get("prompt_tokens_details")
-                cached = None if details is None else _count(details.get("cached_tokens"))
-                return new_usage(TokenUsage, (prompt, generated, cached))
-        except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
-            pass
+        usage = _usage_from(data[at:])
+        if usage is not None:
+            return usage
     elif data.find(_USAGE) < 0:
         return None
     try:
@@ -113,10 +121,50 @@ def stated_usage(data: bytes | bytearray) -> TokenUsage | None:
         return None
     if type(value) is not dict:
         return None
-    usage = value.get("usage")
-    if usage is None and type(response := value.get("response")) is dict:
-        usage = response.get("usage")
-    return _usage_of(usage) if type(usage) is dict else None
+    stated = value.get("usage")
+    if stated is None and type(response := value.get("response")) is dict:
+        stated = response.get("usage")
+    return _usage_of(stated) if type(stated) is dict else None
+
+
+def stated_usages(bodies: Sequence[bytes]) -> list[TokenUsage | None]:
+    """Returns the result of `stated_usage` for each of the complete responses. The ends of all of them are decoded in
+    one call, which takes half of the time."""
+    ends = [body[body.rfind(_KEY) :] for body in bodies]  # the last byte of a body without the key
+    try:
+        values = _loads(b"[{%b]" % b",{".join(ends))
+    except orjson.JSONDecodeError:
+        values = []
+    if len(values) != len(bodies):  # one of them is not in the usual form
+        return [stated_usage(body) for body in bodies]
+    return [_usual_form(value.get("usage")) or stated_usage(body) for value, body in zip(values, bodies, strict=True)]
+
+
+def _usage_from(end: bytes | bytearray) -> TokenUsage | None:
+    """Returns the numbers of tokens in `end`, the JSON of an object from its key `usage` on; None if they are not in
+    the usual form, or if `end` is anything else.
+
+    If `end` after an opening brace is a complete object, `usage` is a key of the response itself, and what comes before
+    it need not be decoded. Inside a string, the quotes would be escaped.
+    """
+    try:
+        return _usual_form(_loads(b"{" + end).get("usage"))
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _usual_form(usage: Any) -> TokenUsage | None:
+    """Returns the numbers of tokens in `usage`, the value of that key in a response, if it has those of OpenAI's chat
+    completions; else None."""
+    try:
+        prompt, generated = _tokens_of(usage)
+        if type(prompt) is type(generated) is int and prompt >= 0 <= generated:
+            details = usage.get("prompt_tokens_details")
+            cached = None if details is None else _count(details.get("cached_tokens"))
+            return _new_tuple(TokenUsage, (prompt, generated, cached))
+    except (LookupError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def _usage_of(usage: dict[str, Any]) -> TokenUsage:

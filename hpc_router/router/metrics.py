@@ -6,7 +6,7 @@ histograms of all workers and reads the gauges from its own state.
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from operator import add
@@ -87,9 +87,9 @@ class HistogramCollector(Collector):
         self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts, and a list with only the sum
 
     def add(self, value: float, *labels: str) -> None:
-        series = self._series.get(labels) or self._new_series(labels)
-        series[0][bisect_left(self._bounds, value)] += 1
-        series[1][0] += value
+        counts, added = self._series.get(labels) or self._new_series(labels)
+        counts[bisect_left(self._bounds, value)] += 1
+        added[0] += value
 
     def _new_series(self, labels: tuple[str, ...]) -> tuple[list[int], list[float]]:
         return self._series.setdefault(labels, ([0] * (len(self._bounds) + 1), [0.0]))
@@ -141,9 +141,11 @@ class HistogramCollector(Collector):
 
 
 class Metrics:
-    """The counters and histograms of one worker, or the sum over all workers."""
+    """The counters and histograms of one worker, or the sum over all workers. `settle` is called before they are read:
+    it counts what was put off."""
 
     def __init__(self) -> None:
+        self.settle: Callable[[], None] = lambda: None
         self.requests = CounterCollector(
             "hpc_router_requests", "Number of answered requests.", ("expert", "reason", "status")
         )
@@ -230,6 +232,7 @@ class Metrics:
 
     def dump(self) -> dict[str, Any]:
         """Returns all counts as JSON values."""
+        self.settle()
         return {name: each.dump() for name, each in self._counted.items()}
 
     def absorb(self, dumped: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hpc_router.relay.api_formats import api_format_of
-from hpc_router.relay.stream_summary import StreamSummary, TokenUsage, stated_usage
+from hpc_router.relay.stream_summary import StreamSummary, TokenUsage, stated_usage, stated_usages
 
 MARK = api_format_of("/v1/chat/completions").delta_mark
 TEXT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
@@ -52,6 +52,26 @@ def test_a_usage_is_a_key_of_the_response_itself(value: Any, expected: Any, sepa
     assert stated_usage(bytearray(body)) == stated_usage(body)
 
 
+@pytest.mark.parametrize(
+    "odd", [b"", b"}", b"{}", b'{"usage":{"a":1', b'x"usage":{}},{"usage":{}}', b'{"x":"\\"usage\\":"}', b"\xff"]
+)
+def test_many_responses_state_what_each_of_them_states(odd: bytes) -> None:
+    values = [
+        {"id": "c", "usage": CHAT},
+        {"id": "c"},
+        {"id": "c", "usage": CHAT | {"prompt_tokens_details": {"cached_tokens": 4}}, "x": None},
+        {"id": "m", "usage": {"input_tokens": 6, "output_tokens": 1}},
+        {"usage": {"input_tokens": 1, "output_tokens": 8}, "content": [{"input": {"usage": CHAT}}]},
+        {"id": "c", "usage": None},
+    ]
+    bodies = [json.dumps(value).encode() for value in values]
+    expected = [(5, 2, None), None, (5, 2, 4), (6, 1, None), (1, 8, None), None]
+    assert stated_usages(bodies) == [None if each is None else TokenUsage(*each) for each in expected]
+    with_odd = [*bodies[:3], odd, *bodies[3:]]
+    assert stated_usages(with_odd) == [stated_usage(body) for body in with_odd]
+    assert stated_usages([]) == []
+
+
 @pytest.mark.parametrize("body", [b"", b'"usage":', b'{"usage":{"prompt_tokens":1', b'xx"usage":{}}'])
 def test_what_is_no_json_states_nothing(body: bytes) -> None:
     assert stated_usage(body) is None
@@ -60,7 +80,7 @@ def test_what_is_no_json_states_nothing(body: bytes) -> None:
 def forwarded(summary: StreamSummary, data: bytes) -> None:
     """As `Connection.data_received` does for a chunk that it forwards without a look at its content."""
     summary.unread += 1
-    summary.before_last, summary.last = summary.last, data
+    summary.last = data
 
 
 @pytest.mark.parametrize("end", [(), (DONE,), (USAGE, DONE)])
@@ -76,9 +96,34 @@ def test_events_with_text_are_counted(texts: int, end: tuple[bytes, ...], how: s
             "read": True, "forwarded": False, "first read": at == 0, "last read": left == 1, "two read": left <= 2,
             "in turn": at % 2 == 0,
         }[how]  # fmt: skip
-        if read:
+        if read or event is DONE:
             summary.add(event)
         else:
             forwarded(summary, event)
     assert summary.generated() == summary.generated() == texts
     assert summary.stated() == (TokenUsage(3, 7) if USAGE in end else None)
+
+
+@pytest.mark.parametrize("lines", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("split", [False, True])
+def test_the_usage_of_the_last_event_counts(lines: str, split: bool) -> None:
+    """However its lines end, and also if its data has several lines."""
+    data = json.dumps({"choices": [], "usage": CHAT}, indent=1 if split else None).split("\n")
+    usage = "".join(f"data: {line}{lines}" for line in data) + lines
+    for events in (TEXT + usage.encode(), TEXT + usage.encode() + DONE):
+        summary = StreamSummary(MARK, exact=False)
+        summary.streamed = True
+        summary.add(USAGE)
+        summary.add(events)
+        assert summary.stated() == TokenUsage(5, 2)
+
+
+def test_a_shortened_stream_keeps_its_counts() -> None:
+    summary = StreamSummary(MARK, exact=False)
+    summary.streamed = True
+    for event in (TEXT, TEXT, USAGE):
+        forwarded(summary, event)
+    summary.add(DONE)
+    summary.shorten()
+    assert (summary.last, summary.before_last) == (b"", b"")
+    assert (summary.stated(), summary.generated()) == (TokenUsage(3, 7), 2)

@@ -99,7 +99,7 @@ class Connection(AwaitedExchange, PendingRequest):
             self.idle_timer.activity = True  # the usual case of a stream: one event per chunk and read
             if (summary := self._summary) is not None:
                 summary.unread += 1
-                summary.before_last, summary.last = summary.last, data
+                summary.last = data
             try:
                 if write(data):
                     return

@@ -202,23 +202,24 @@ class ReservationOwner(Protocol):
     def measure_prefill(self, reservation: "Reservation") -> None: ...
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Reservation:
     """The place of one request on a replica, acquired for `expert`. Once the replica is lost (`lost`), the request's
     idle timeout is `LOST_S`.
 
     `prefill_bytes`: how much of the prompt the engine has still to compute before the response begins, in bytes;
-    `queued_bytes`: what it had to compute then for this request and earlier ones; `placed_at`: monotonic time.
+    `queued_bytes`: what it had to compute then for this request and earlier ones; `placed_at`: monotonic time. Fields
+    with a default are class attributes until they are set, which saves time per request.
     """
 
     replica: Replica
     expert: str
     _owner: ReservationOwner
-    idle_timer: IdleTimer | None = None
-    lost: bool = False
-    prefill_bytes: int = 0
-    queued_bytes: int = 0
-    placed_at: float = 0.0
+    idle_timer: IdleTimer | None = field(default=None, init=False)
+    lost: bool = field(default=False, init=False)
+    prefill_bytes: int = field(default=0, init=False)
+    queued_bytes: int = field(default=0, init=False)
+    placed_at: float = field(default=0.0, init=False)
 
     def watch(self, idle_timer: IdleTimer) -> None:
         """Stores the timer of the request's idle timeout, so that the timeout can be shortened to `LOST_S` when the
@@ -270,7 +271,7 @@ class ClassCounter(Protocol):
     def count_class(self, replica: Replica, of: RequestClass, change: int) -> None: ...
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class ClassReservation(Reservation):
     """A reservation that is also counted for its request's class; used only if a class has a limit."""
 

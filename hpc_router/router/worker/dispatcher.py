@@ -128,8 +128,9 @@ class Dispatcher:
                 routed.early.stop()
             if routed.charge is not None:
                 routed.settle()
-        self.metrics.requests.add(result.expert, result.reason.value, result.status)
         outcome = CANCELLED if routed.left else BROKEN if routed.broken else ANSWERED
+        if outcome is not ANSWERED:  # `record` counts the others
+            self.metrics.requests.add(result.expert, result.reason.value, result.status)
         routed.record(result.status, outcome, expert=result.expert)
         return self._after_early(routed, result.response)
 

@@ -1,26 +1,30 @@
-"""Writes one line to a file about each request that has ended, in batches, without waiting for the file system.
+"""Counts the requests that have ended and their tokens, and writes one line about each request to a file, in batches,
+without waiting for the file system.
 
-At the end of a request, its line is only appended to a list; the file thread writes the list every `FLUSH_S` seconds,
-or once it has `BATCH` lines. While the file system hangs, at most `MAX_UNWRITTEN_BYTES` are kept; further lines are
-dropped and counted. A line has no text of a prompt or a response, and no token. Prompts are written into other files,
-and only if `router.sample_prompts` is set.
+At the end of a request, only what is needed later is appended to a list. The rest is done for `BATCH` requests at once,
+because code that runs many times in a row costs less than half of what it costs between other code, and one call of the
+JSON library then decodes or encodes all of them. The file thread writes the lines every `FLUSH_S` seconds, or once
+there are `MAX_LINES`. While the file system hangs, at most `MAX_UNWRITTEN_BYTES` are kept; further lines are dropped
+and counted. A line has no text of a prompt or a response, and no token. Prompts are written into other files, and only
+if `router.sample_prompts` is set.
 """
 
 import asyncio
 import logging
 import random
 import time
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
 from hpc_router.config.schema import RouterConfig
-from hpc_router.relay.stream_summary import TokenUsage
+from hpc_router.relay.stream_summary import StreamSummary, TokenUsage, stated_usage, stated_usages
 from hpc_router.router.access.user_access import TokenSource
 from hpc_router.router.metrics import Metrics
 from hpc_router.router.replicas.replica import Replica
-from hpc_router.routing.policy import RouteReason
+from hpc_router.routing.policy import Decision, RouteReason
 from hpc_router.routing.prompt_text import prompt_text
 from hpc_router.state.io_thread import MAX_UNWRITTEN_BYTES, FileThread
 from hpc_router.state.request_records import LineFile, part_bytes
@@ -31,9 +35,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BATCH: Final = 2048
+BATCH: Final = 256
+"""Number of requests that are counted, and whose lines are made, at once. It is small enough not to delay other
+requests: this takes about half a millisecond."""
+MAX_LINES: Final = 2048
 """Number of lines after which they are written before `FLUSH_S` has passed. It is large, because each write wakes the
 file thread, to which the event loop then passes the interpreter for a moment."""
+MAX_KEPT_BYTES: Final = 4096
+"""Maximum length in bytes of a response, or of the end of a stream, that is kept until its tokens are counted. From a
+longer one they are read at once."""
 FLUSH_S: Final = 0.5
 """Maximum time in seconds between the end of a request and the write of its record."""
 ANSWERED: Final = "answered"
@@ -42,23 +52,25 @@ BROKEN: Final = "broken"
 CANCELLED: Final = "cancelled"
 """How a request ended: with the complete response of a replica, with an error response of the router, with a failure
 after the first byte, or with the client's disconnect."""
-_MAX_STARTS: Final = 4096
-_PARTS: Final = 4
-"""Number of parts in which lines are kept until they are written, since joining each line would cost a copy."""
+_MAX_COMMON: Final = 4096
 _NO_USAGE: Final = TokenUsage(None, None)
 _dumps: Final = orjson.dumps
-
-
-def _members(value: dict[str, Any]) -> bytes:
-    """Returns the members of `value` as JSON text, without the braces around it and with a comma at the end."""
-    return _dumps(value)[1:-1] + b","
-
-
-_NOT_DECIDED: Final = _members(dict.fromkeys(("cluster", "score", "margin", "runner_up")))
-_NO_FAILURES: Final = _members({"error": None, "attempts": 1, "failed": []})
-_LAST_KEYS: Final = (
-    *("id", "at", "prompt_tokens", "cached_tokens", "generated_tokens", "queue_s", "first_byte_s", "total_s"),
+_LINE_BEGIN: Final = b'{"kind":'
+_USAGE, _CHUNKS = TokenSource.USAGE, TokenSource.CHUNKS  # attribute look-ups in the enum cost more
+EndedResponse = bytes | StreamSummary | TokenUsage | None
+"""What the tokens of a response are known from: its body, if it is complete and no stream; its summary; or their
+numbers. None if no engine has accepted the request."""
+_Key = tuple[Any, ...]
+_Ended = tuple[_Key, str, float, float, float, float | None, EndedResponse, Decision | None]
+"""A request that has ended: what its line has in common with others (see `_common_members`), its id, its arrival on the
+clock of `time.perf_counter`, the durations in seconds until its end, in queues, and until its first byte, its response,
+and the policy's decision."""
+_OWN_KEYS: Final = (
+    *("id", "at", "prompt_tokens", "cached_tokens", "generated_tokens", "token_source"),
+    *("queue_s", "first_byte_s", "total_s"),
 )
+"""The keys of a line whose values differ between requests."""
+_DECISION_KEYS: Final = ("cluster", "score", "margin", "runner_up")
 
 
 class RequestRecords:
@@ -69,11 +81,13 @@ class RequestRecords:
         self, run: RunDir, files: FileThread, writer: str, metrics: Metrics, config: RouterConfig, *, window: int
     ) -> None:
         self._files, self._metrics = files, metrics
+        metrics.settle = self.settle
+        self._ended: list[_Ended] = []  # requests that are not counted yet
         self._records, self._samples = LineFile(run.records, writer), LineFile(run.samples, writer)
-        self._parts: list[bytes] = []  # of the lines that are not written yet
+        self._lines: list[bytes] = []  # that are not written yet; an element may have many lines
+        self._line_count = 0
         self._sampled: list[bytes] = []
-        self._starts: dict[tuple[object, ...], bytes] = {}  # of lines: the members that many requests have in common
-        self._to_wall = time.time() - time.perf_counter()
+        self._common: dict[_Key, orjson.Fragment] = {}  # the members that many lines have in common
         self._timer: asyncio.TimerHandle | None = None
         self._posted = self._written = 0  # bytes; `_written` is changed by the file thread only, as is `_failed`
         self._failed = self._counted = 0  # lines that could not be written; those of them that are counted
@@ -81,6 +95,7 @@ class RequestRecords:
 
     def configure(self, config: RouterConfig, *, window: int) -> None:
         """Applies the settings to requests that end later. `window`: as in the class."""
+        self.settle()
         limit_bytes = int(config.records_gb * 1e9)
         self.enabled = limit_bytes > 0
         self._max_bytes = part_bytes(limit_bytes)
@@ -94,76 +109,118 @@ class RequestRecords:
         replica: Replica | None,
         status: int | None,
         outcome: str,
-        usage: TokenUsage | None = None,
-        source: TokenSource | None = None,
+        response: EndedResponse = None,
         error: str | None = None,
     ) -> None:
-        """Records the end of a request. `expert`, `replica`: those of its last attempt; no `replica` if there was none.
+        """Records the end of a request. It is counted in the metrics if its outcome is `ANSWERED`, and so are the
+        tokens of its response. `expert`, `replica`: those of its last attempt; no `replica` if there was none.
         `status`: status of the response that the client got; None if it got none. `outcome`: `ANSWERED` or one of the
-        constants beside it. `usage`: numbers of tokens of the response. `source`: how the number of generated tokens is
-        known. `error`: error code if the response was an error of the router."""
-        if not self.enabled:
-            return
-        started, fields = routed.started, routed.call.fields
-        elapsed_s, reason = time.perf_counter() - started, routed.reason
+        constants beside it. `error`: error code if the response was an error of the router."""
+        endpoint, fields, reason, failures = routed.endpoint, routed.call.fields, routed.reason, None
         if expert != routed.experts[0]:
             reason = RouteReason.UNAVAILABLE
-        key = (
-            replica, routed.endpoint.path, routed.endpoint.request_class, fields["model"],
-            fields.get("stream") is True, expert, reason, routed.user, routed.artefact, status, outcome, source,
-        )  # fmt: skip
-        decision, failures = _NOT_DECIDED, _NO_FAILURES
-        if routed.decision is not None:
-            _, _, cluster, score, margin, runner_up = routed.decision
-            decision = _members({"cluster": cluster, "score": score, "margin": margin, "runner_up": runner_up})
         if routed.attempts != 1 or error is not None or routed.failovers:
-            failed = [{"replica": name, "cause": cause} for name, cause in routed.failovers]
-            failures = _members({"error": error, "attempts": routed.attempts, "failed": failed})
-        prompt, generated, cached = usage or _NO_USAGE
-        ending = _dumps(
-            {
-                "id": routed.request_id,
-                "at": started + self._to_wall,
+            failures = error, routed.attempts, routed.failovers
+        if isinstance(response, bytes):
+            if len(response) > MAX_KEPT_BYTES:
+                response = stated_usage(response)
+        elif isinstance(response, StreamSummary) and len(response.last) + len(response.before_last) > MAX_KEPT_BYTES:
+            response.shorten()
+        ended = self._ended
+        ended.append((
+            (
+                replica, endpoint.path, endpoint.request_class, fields["model"], fields.get("stream") is True, expert,
+                reason, routed.user, routed.artefact, status, outcome, failures,
+            ),
+            routed.request_id, routed.started, time.perf_counter() - routed.started, routed.queued_s,
+            routed.first_byte_s, response, routed.decision,
+        ))  # fmt: skip
+        if self._timer is None:
+            self._schedule()
+        elif len(ended) >= BATCH:
+            self.settle()
+        if self._share and status is not None and 200 <= status < 300 and random.random() < self._share:
+            self._sample(routed, expert, reason)
+
+    def settle(self) -> None:
+        """Counts the requests that have ended and their tokens, and makes their lines."""
+        ended, self._ended = self._ended, []
+        metrics, common = self._metrics, self._common
+        requests = defaultdict[tuple[str, str, int | None], int](int)
+        tokens = defaultdict[tuple[str, str], int](int)
+        stated = iter(stated_usages([one[6] for one in ended if isinstance(one[6], bytes)]))
+        to_wall = time.time() - time.perf_counter()
+        lines = []
+        for key, request_id, started, total_s, queue_s, first_byte_s, response, decision in ended:
+            expert, source = key[5], _USAGE
+            if key[10] is ANSWERED:
+                requests[expert, key[6], key[9]] += 1
+            if isinstance(response, bytes):
+                usage = next(stated)
+            elif isinstance(response, StreamSummary):
+                usage, source = _usage_of(response)
+                if response.streamed and usage is not None and first_byte_s is not None:
+                    self._count_token_time(usage, total_s - first_byte_s, expert)
+            else:
+                usage = response
+            prompt, generated, cached = usage or _NO_USAGE
+            if prompt:
+                tokens[expert, "prompt"] += prompt
+            if generated:
+                tokens[expert, source] += generated
+            if not self.enabled:
+                continue
+            line = {
+                "kind": common.get(key) or self._new_common(key),
+                "id": request_id,
+                "at": started + to_wall,
                 "prompt_tokens": prompt,
                 "cached_tokens": cached,
                 "generated_tokens": generated,
-                "queue_s": routed.queued_s,
-                "first_byte_s": routed.first_byte_s,
-                "total_s": elapsed_s,
-            },
-            None,
-            orjson.OPT_APPEND_NEWLINE,
-        )
-        self._add((self._starts.get(key) or self._new_start(key), decision, failures, ending[1:]))
-        if self._share and status is not None and 200 <= status < 300 and random.random() < self._share:
-            self._sample(routed, expert, reason)
+                "token_source": None if generated is None else source,
+                "queue_s": queue_s,
+                "first_byte_s": first_byte_s,
+                "total_s": total_s,
+            }
+            if decision is not None and key[8] is not None:
+                _, _, line["cluster"], line["score"], line["margin"], line["runner_up"] = decision
+            lines.append(line)
+        for labels, count in requests.items():
+            metrics.requests.add_many(count, *labels)
+        for kind, count in tokens.items():
+            metrics.tokens.add_many(count, *kind)
+        if lines:  # the replaced bytes are not within a line: quotes in its strings are escaped
+            text = _dumps(lines)[1:-1].replace(b"}," + _LINE_BEGIN, b"}\n" + _LINE_BEGIN)
+            self._add(text + b"\n", len(lines))
 
     def refused(self, request_id: str, path: str, status: int, error: str, *, user: str | None) -> None:
         """Records a request that the router refused before it chose an expert. `error`: the error code. `user`: the
         user of the request's token; None for the owner."""
         if not self.enabled:
             return
-        start = _line_start((None, path, None, None, False, None, None, user, None, status, REFUSED, None))
-        failures = _members({"error": error, "attempts": 0, "failed": []})
-        ending = _dumps(dict.fromkeys(_LAST_KEYS) | {"id": request_id, "at": time.time()})
-        self._add((start, _NOT_DECIDED, failures, ending[1:] + b"\n"))
+        key = (None, path, None, None, False, None, None, user, None, status, REFUSED, (error, 0, ()))
+        line = {"kind": self._common.get(key) or self._new_common(key), **dict.fromkeys(_OWN_KEYS)}
+        self._add(_dumps(line | {"id": request_id, "at": time.time()}) + b"\n", 1)
 
     def feedback(self, request_id: str, score: float, *, user: str | None) -> None:
         """Records the score that a client gives to the earlier request `request_id`. `user`: None for the owner."""
         if self.enabled:
             line = {"kind": "feedback", "id": request_id, "at": time.time(), "user": user, "score": score}
-            self._add((_dumps(line), b"\n", b"", b""))
+            self._add(_dumps(line) + b"\n", 1)
 
     def flush(self) -> None:
-        """Passes all lines that were collected to the file thread. Counts the lines that are lost."""
+        """Passes the lines of all ended requests to the file thread. Counts the lines that are lost."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        parts, self._parts = self._parts, []
+        if self._ended:
+            self.settle()
+        lines, self._lines = self._lines, []
+        count, self._line_count = self._line_count, 0
         sampled, self._sampled = self._sampled, []
         lost = self._failed - self._counted
         self._counted += lost
-        lost += self._post(self._records, parts, len(parts) // _PARTS)
+        lost += self._post(self._records, lines, count)
         lost += self._post(self._samples, sampled, len(sampled))
         if lost:
             self._metrics.records_lost.add_many(lost)
@@ -174,21 +231,28 @@ class RequestRecords:
         self._files.post(self._records.close)
         self._files.post(self._samples.close)
 
-    def _add(self, line: tuple[bytes, bytes, bytes, bytes]) -> None:
-        """Adds a line, given as `_PARTS` pieces of its text, to the collected lines."""
-        parts = self._parts
-        parts += line
-        if self._timer is None:
-            self._to_wall = time.time() - time.perf_counter()
-            self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
-        if len(parts) >= BATCH * _PARTS:
+    def _add(self, lines: bytes, count: int) -> None:
+        """Adds `count` lines to those that are written next."""
+        self._lines.append(lines)
+        self._line_count += count
+        if self._line_count >= MAX_LINES:
             self.flush()
+        elif self._timer is None:
+            self._schedule()
 
-    def _new_start(self, key: tuple[Any, ...]) -> bytes:
-        if len(self._starts) >= _MAX_STARTS:
-            self._starts.clear()
-        start = self._starts[key] = _line_start(key)
-        return start
+    def _schedule(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+
+    def _new_common(self, key: _Key) -> orjson.Fragment:
+        if len(self._common) >= _MAX_COMMON:
+            self._common.clear()
+        common = self._common[key] = _common_members(key)
+        return common
+
+    def _count_token_time(self, usage: TokenUsage, streamed_s: float, expert: str) -> None:
+        """Counts the mean time between two tokens of a stream that took `streamed_s` seconds from its first byte on."""
+        if usage.generated is not None and usage.generated > 1:
+            self._metrics.token_time.add(streamed_s / (usage.generated - 1), expert)
 
     def _sample(self, routed: "RoutedRequest", expert: str, reason: RouteReason) -> None:
         text = prompt_text(routed.call.fields, window=self._window, first=routed.endpoint.api_format.prompt_field)
@@ -197,10 +261,10 @@ class RequestRecords:
             row["prompt"] = text.encode("utf-8", "replace").decode()  # without surrogates
             self._sampled.append(_dumps(row) + b"\n")
 
-    def _post(self, file: LineFile, parts: list[bytes], count: int) -> int:
-        """Passes `count` lines to the file thread, to be written to `file`. `parts`: pieces of their text. Returns the
-        number of lines that were dropped: 0, or `count` if too many bytes wait already."""
-        data = b"".join(parts)
+    def _post(self, file: LineFile, lines: list[bytes], count: int) -> int:
+        """Passes `count` lines to the file thread, to be written to `file`. Returns the number of lines that were
+        dropped: 0, or `count` if too many bytes wait already."""
+        data = b"".join(lines)
         if self._posted - self._written + len(data) > MAX_UNWRITTEN_BYTES:
             return count
         if data:
@@ -219,16 +283,27 @@ class RequestRecords:
             self._written += len(data)
 
 
-def _line_start(key: tuple[Any, ...]) -> bytes:
-    """Returns the first members of a request's line, which are the same for many requests. `key`: replica, path, class,
-    model, whether it is a stream, expert, reason, user, version of the classifier, status, outcome, and how the number
-    of generated tokens is known."""
-    replica, path, request_class, model, stream, expert, reason, user, artefact, status, outcome, source = key
+def _usage_of(summary: StreamSummary) -> tuple[TokenUsage | None, TokenSource]:
+    """Returns the numbers of tokens of a response, as far as they are known, and how that of a stream's generated
+    tokens, which is always known, is known."""
+    usage = summary.stated()
+    if summary.streamed and (usage is None or usage.generated is None):
+        return TokenUsage(None if usage is None else usage.prompt, summary.generated()), _CHUNKS
+    return usage, _USAGE
+
+
+def _common_members(key: _Key) -> orjson.Fragment:
+    """Returns the members of a request's line that are the same for many requests, as JSON after the key `kind`: the
+    JSON library writes a fragment as it is. `key`: replica, path, class, model, whether it is a stream, expert, reason,
+    user, version of the classifier, status, outcome; and error code, number of attempts, and failed attempts, or None
+    for a request whose only attempt has not failed."""
+    replica, path, request_class, model, stream, expert, reason, user, artefact, status, outcome, failures = key
     name = served = revision = job = node = None
     if replica is not None:
         record = replica.record
         name, job, node = record.replica, record.job_id, record.node
         served, revision = record.serves.get(expert), record.engine.revision
+    error, attempts, failed = failures or (None, 1, ())
     members = {
         "kind": "request",
         "user": user,
@@ -246,6 +321,10 @@ def _line_start(key: tuple[Any, ...]) -> bytes:
         "classifier": artefact,
         "status": status,
         "outcome": outcome,
-        "token_source": source,
+        "error": error,
+        "attempts": attempts,
+        "failed": [{"replica": name, "cause": cause} for name, cause in failed],
     }
-    return b"{" + _members(members)
+    if artefact is None:
+        members |= dict.fromkeys(_DECISION_KEYS)
+    return orjson.Fragment(_dumps(members)[len(_LINE_BEGIN) : -1])

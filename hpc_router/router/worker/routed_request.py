@@ -22,7 +22,7 @@ from hpc_router.relay.early_stream import EarlyStream
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
-from hpc_router.relay.stream_summary import StreamSummary, TokenUsage, new_usage, stated_usage
+from hpc_router.relay.stream_summary import StreamSummary, stated_usage
 from hpc_router.relay.upstream.interface import (
     PendingRequest,
     ResponseCallback,
@@ -166,7 +166,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if request_class is INTERACTIVE and not table.bounds.limits_classes:
             picked = table.pick(self.experts, prefix=self.prefix, needed_s=self.needed_s)
             reservation = None if picked is None else table.reserve(*picked)
-            if reservation is not None:
+            if reservation is not None and self.known_prefix is not None:  # there was a choice of replicas
                 table.place(reservation, self.prefix)
         else:
             reservation = table.acquire(
@@ -229,15 +229,17 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.settle()
         self.dispatcher.in_flight.leave()
 
-    def _settle_short(self, status: int, generated: int | None) -> None:
-        """Ends the charge against the token's limits after a complete, short response with this `status`. `generated`:
-        number of generated tokens that the response states; if it is None, the tokens that were reserved stay charged.
-        A response other than 2xx counts as 0 tokens."""
+    def _settle_short(self, accepted: bytes | None) -> None:
+        """Ends the charge against the token's limits after a complete, short response. `accepted`: its body; None if
+        its status is not 2xx, so that it counts as 0 tokens. If the body does not state the number of generated tokens,
+        those that were reserved stay charged."""
         charge, self.charge = self.charge, None
         assert charge is not None
-        if not charge.counted or not 200 <= status < 300:
+        if not charge.counted or accepted is None:
             charge.end(0)
             return
+        usage = stated_usage(accepted)
+        generated = None if usage is None else usage.generated
         charge.end(generated)
         if generated is None:
             self.dispatcher.metrics.tokens.add_many(charge.reserved, charge.expert, TokenSource.RESERVED)
@@ -280,18 +282,13 @@ class RoutedRequest(PendingResponse, ResponseCallback):
                 return False
         assert reservation is not None
         head = self.accept(reservation, status, headers)
-        dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), status)
         self.measure(reservation)
         reservation.release()
-        usage = stated_usage(body) if 200 <= status < 300 else None
+        accepted = body if 200 <= status < 300 else None
         if self.charge is not None:
-            self._settle_short(status, None if usage is None else usage.generated)
-        source = None
-        if usage is not None:
-            source = TokenSource.USAGE
-            self.count_tokens(reservation.expert, usage, source)
+            self._settle_short(accepted)
         dispatcher.in_flight.leave()
-        dispatcher.records.ended(self, reservation.expert, reservation.replica, status, ANSWERED, usage, source)
+        dispatcher.records.ended(self, reservation.expert, reservation.replica, status, ANSWERED, accepted)
         self.request.respond(status, head, body)
         return True
 
@@ -315,7 +312,6 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         assert relay is not None
         assert reservation is not None
         relay.end_events()
-        self.dispatcher.metrics.requests.add(reservation.expert, self.reason_at(reservation.expert), relay.status)
         self.measure(reservation)
         self._release()
         self.record(relay.status, ANSWERED)
@@ -435,35 +431,8 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if expert is None:
             expert = self.experts[0] if tried is None else tried.expert
         replica = tried.replica if tried is not None and tried.expert == expert else None
-        usage, source = self.tokens_of_response(expert)
-        self.dispatcher.records.ended(self, expert, replica, status, outcome, usage, source, error)
-
-    def count_tokens(self, expert: str, usage: TokenUsage, source: TokenSource | None) -> None:
-        """Counts the tokens of a response in the metrics. `source`: how the number of generated tokens is known."""
-        tokens = self.dispatcher.metrics.tokens
-        if usage.prompt:
-            tokens.add_many(usage.prompt, expert, "prompt")
-        if usage.generated:
-            tokens.add_many(usage.generated, expert, source)
-
-    def tokens_of_response(self, expert: str) -> tuple[TokenUsage | None, TokenSource | None]:
-        """Returns the numbers of tokens of the response, as far as they are known, and how the number of generated
-        tokens is known. Counts these tokens in the metrics; for a stream, also the time per token."""
-        summary = self.summary
-        if summary is None or not summary.accepted:
-            return None, None
-        usage, source = summary.stated(), TokenSource.USAGE
-        if usage is None or usage.generated is None:
-            if not summary.streamed:
-                return usage, None
-            usage = new_usage(TokenUsage, (None if usage is None else usage.prompt, summary.generated(), None))
-            source = TokenSource.CHUNKS
-        self.count_tokens(expert, usage, source)
-        assert usage.generated is not None
-        if summary.streamed and usage.generated > 1 and self.first_byte_s is not None:
-            streamed_s = time.perf_counter() - self.started - self.first_byte_s
-            self.dispatcher.metrics.token_time.add(streamed_s / (usage.generated - 1), expert)
-        return usage, source
+        response = self.summary if self.summary is not None and self.summary.accepted else None
+        self.dispatcher.records.ended(self, expert, replica, status, outcome, response, error)
 
     def needed_s(self, expert: str) -> float:
         """Returns the expected duration in seconds of this request on the expert."""

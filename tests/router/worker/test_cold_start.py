@@ -74,6 +74,7 @@ async def test_a_stream_gets_the_state_and_then_its_events(tmp_path: Path) -> No
                 assert await response.content.read() == event("a") + DONE
         assert all_gauges_zero(router)
         assert cold_starts(router) == {("math", "waited"): 1}
+        router.gateway.metrics.settle()
         assert dict(router.gateway.metrics.requests.items()) == {("math", "named", "200"): 1}
 
 

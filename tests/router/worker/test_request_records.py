@@ -7,6 +7,7 @@ import stat
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,51 @@ async def test_a_stream(tmp_path: Path, end: list[bytes], tokens: tuple[Any, ...
     assert 'hpc_router_time_per_output_token_seconds_count{expert="math"} 1.0' in exposed
     assert f'hpc_router_tokens_total{{expert="math",kind="{tokens[2]}"}} {float(tokens[1])}' in exposed
     assert ('kind="prompt"} 3.0' in exposed) == (tokens[0] == 3)
+
+
+async def test_many_requests_are_counted_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one batch, short and long responses, streams and refused requests."""
+    monkeypatch.setattr(request_records, "BATCH", 4)
+    monkeypatch.setattr(request_records, "MAX_KEPT_BYTES", 200)
+    run = a_run(tmp_path)
+    usage = b'data: {"id": "%b", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 7}}\n\n'
+    acts = [stream([event("a"), usage % (b"c" * length), DONE]) for length in (1, 1000)] * 3
+    async with served(run, *acts, answer) as router:
+        for number in range(6):
+            await post(router, chat(stream=True), **{"x-request-id": f"stream-{number}"})
+        for number in range(7):
+            await post(router, chat(), **{"x-request-id": f"short-{number}"})
+            await post(router, chat("unknown"), **{"x-request-id": f"refused-{number}"})
+        counts = router.gateway.metrics.dump()
+        await flushed(router)
+    assert [["math", "named", 200], 13] in [[list(labels), count] for labels, count in counts["requests"]]
+    tokens = dict(counts["tokens"])
+    assert tokens == {("math", "prompt"): 6 * 3 + 7, ("math", "usage"): 6 * 7 + 7}
+    found = {record["id"]: record for record in records_of(run)}
+    assert len(found) == len(records_of(run)) == 6 + 7 + 7
+    assert {found[f"stream-{number}"]["generated_tokens"] for number in range(6)} == {7}
+    assert {found[f"short-{number}"]["generated_tokens"] for number in range(7)} == {1}
+    assert {found[f"refused-{number}"]["error"] for number in range(7)} == {"unknown_model"}
+
+
+async def test_requests_that_ended_before_records_were_turned_off_are_recorded(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with served(run) as router:
+        await post(router, chat(), **{"x-request-id": "before"})
+        config = router.gateway.deployment.router
+        router.gateway.dispatcher.records.configure(replace(config, records_gb=0), window=10)
+        await post(router, chat(), **{"x-request-id": "after"})
+        await flushed(router)
+        assert dict(router.gateway.metrics.dump()["requests"]) == {("math", "named", 200): 2}
+    assert [record["id"] for record in records_of(run)] == ["before"]
+
+
+async def test_no_record_is_lost_when_the_router_ends(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    async with served(run) as router:
+        for number in range(3):
+            await post(router, chat(), **{"x-request-id": f"r-{number}"})
+    assert {record["id"] for record in records_of(run)} == {"r-0", "r-1", "r-2"}
 
 
 async def test_a_decision_of_the_classifier(tmp_path: Path) -> None:

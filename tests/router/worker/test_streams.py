@@ -48,6 +48,7 @@ def client_of(router: RunningRouter, **how: Any) -> Client:
 
 
 def requests(router: RunningRouter) -> dict[tuple[str, ...], int]:
+    router.gateway.metrics.settle()
     return dict(router.gateway.metrics.requests.items())
 
 
