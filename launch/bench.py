@@ -6,13 +6,14 @@
                                                                                 the same command continues it
     python -m launch.bench -m hydra/launcher=submitit_slurm topology=a,b ...    the same in Slurm jobs
 
-`bench=NAME` selects conf/bench/NAME.yaml, `bench.KEY=VALUE` overrides a value. docs/bench.md defines every figure. The
-exit status is 1 if a measurement failed, or if no request of some point succeeded.
+`bench=NAME` selects conf/bench/NAME.yaml, `bench.KEY=VALUE` overrides a value. docs/bench.md defines every figure. With
+`--json`, progress and figures are JSON events, one per line (docs/operations.md#progress). The exit status is 1 if a
+measurement failed, or if no request of some point succeeded.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +33,7 @@ from hpc_router.bench.store import Store
 from hpc_router.bench.sweep import DeploymentSweep, measure_missing
 from hpc_router.bench.table import table
 from hpc_router.bench.workload import Point, points_of
+from hpc_router.cli.json_events import JsonEvents
 from hpc_router.cli.tables import UpProgress
 from hpc_router.cluster.planning.plan import with_absolute_paths, without_secrets
 from hpc_router.config import compose, frozen
@@ -49,13 +51,20 @@ WIDTH = 132
 RESULTS: Final = "results"
 
 
-def bench(call: Call) -> int:
+def bench(call: Call, events: JsonEvents | None = None) -> int:
+    """Measures as the arguments say. `events`: prints progress and results; None: texts for people. Returns the exit
+    status."""
     config = config_of(call)
     prompts = built_in() if config.prompts is None else read_prompts(Path(config.prompts))
     raise_file_limit()
     if "run" in call.own:
-        return measure_run(open_run(Path(call.required("run"))), config, prompts)
-    return measure_new(call, config, prompts)
+        return measure_run(open_run(Path(call.required("run"))), config, prompts, events)
+    return measure_new(call, config, prompts, events)
+
+
+def bench_as_json(call: Call) -> int:
+    with JsonEvents() as events:
+        return bench(call, events)
 
 
 def config_of(call: Call) -> BenchConfig:
@@ -85,7 +94,7 @@ def config_of(call: Call) -> BenchConfig:
     return read_config(values)
 
 
-def measure_run(run: RunDir, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
+def measure_run(run: RunDir, config: BenchConfig, prompts: list[BenchPrompt], events: JsonEvents | None) -> int:
     """Measures a running deployment, which stays up. Every call measures all points. Returns the exit status."""
     deployment = resolved(run)
     results = ResultFiles(run.path / "bench" if config.output is None else Path(config.output).absolute(), config.raw)
@@ -93,12 +102,15 @@ def measure_run(run: RunDir, config: BenchConfig, prompts: list[BenchPrompt]) ->
     with point_measurement(run, config, prompts, deployment=deployment, shared=run.path) as measurement:
         origin = provenance(run, deployment, code=Path(__file__).parent)
         for point, total in _points(config, rows):
-            with progress(_console(), config, point, done=len(rows), total=total):
+            with progress(_console(), config, point, done=len(rows), total=total, event=_event_of(events)):
                 rows.append(measurement.measure(point))
             results.add(rows[-1], config=config, origin=origin)
-    return _print_results(
-        rows, origin, results.path, None if config.search is None else limit_text(_measured(rows, config), config)
-    )
+    limit = None if config.search is None else limit_text(_measured(rows, config), config)
+    return _print_results(rows, origin, results.path, limit, events)
+
+
+def _event_of(events: JsonEvents | None) -> Callable[..., None] | None:
+    return None if events is None else events.event
 
 
 def _points(config: BenchConfig, rows: Sequence[MeasuredPoint]) -> Iterator[tuple[Point, int]]:
@@ -115,7 +127,7 @@ def _measured(rows: Sequence[MeasuredPoint], config: BenchConfig) -> dict[float,
     return {row.point.rate_per_s or 0.0: target_holds(row.figures, config) for row in rows}
 
 
-def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> int:
+def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt], events: JsonEvents | None) -> int:
     """Starts a deployment, measures the points that have no result yet, and stops it. Returns the exit status."""
     overrides = [text for text in call.overrides if parse_override(text).key_or_group.partition(".")[0] != "bench"]
     choices = {o.key_or_group: str(o.value()) for o in map(parse_override, overrides) if o.key_or_group in GROUPS}
@@ -127,8 +139,13 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> 
     label = " ".join(overrides)
     missing = len(sweep.missing())
     total = len(sweep.points())
-    if not missing:
+    if events is not None:
+        events.event("sweep", deployment=label, missing=missing, total=total)
+    elif missing:
+        print(f"{label}: {missing} of {total} points to measure", flush=True)
+    else:
         print(f"{label}: all {total} points are in {store.folder} (to measure again: bench.output=OTHER_FOLDER)")
+    if not missing:
         return 0
     values = [text for text in overrides if parse_override(text).key_or_group not in GROUPS]
     origins: list[Provenance] = []
@@ -138,14 +155,12 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt]) -> 
         return origins[0]
 
     def context(point: Point, done: int) -> AbstractContextManager[None]:
-        return progress(_console(), config, point, done=done, total=total, label=label)
+        return progress(_console(), config, point, done=done, total=total, label=label, event=_event_of(events))
 
-    print(f"{label}: {missing} of {total} points to measure")
-    sys.stdout.flush()
-    with UpProgress(Console(stderr=True)) as reporter:
+    with UpProgress(Console(stderr=True)) if events is None else nullcontext(events) as reporter:
         rows = measure_missing(sweep, reporter=reporter, context=context, origin=origin)
     limit = None if config.search is None else limit_text(sweep.measured_rates(), config)
-    return _print_results(rows, origins[0], store.folder, limit)
+    return _print_results(rows, origins[0], store.folder, limit, events)
 
 
 def swept(call: Call) -> int:
@@ -165,11 +180,21 @@ def swept(call: Call) -> int:
     return report.main([str(folder), "--out", str(folder / "report.html")])
 
 
-def _print_results(rows: Sequence[MeasuredPoint], origin: Provenance, path: Path, limit: str | None) -> int:
-    _console().print(table(rows, simulated=origin.simulated))
-    if limit is not None:
-        print(limit)
-    print(f"records: {path}")
+def _print_results(
+    rows: Sequence[MeasuredPoint], origin: Provenance, path: Path, limit: str | None, events: JsonEvents | None
+) -> int:
+    if events is not None:
+        for row in rows:
+            facts = {"succeeded": row.figures.succeeded, "failed": row.figures.failed, "invalid": list(row.invalid)}
+            rates = {"tokens_per_s": row.figures.tokens_per_s, "requests_per_s": row.figures.requests_per_s}
+            ttft_s = None if row.figures.ttft_s is None else row.figures.ttft_s.p50
+            events.event("measured", point=row.point.name, **facts, **rates, ttft_s=ttft_s, simulated=origin.simulated)
+        events.event("records", path=str(path), limit=limit)
+    else:
+        _console().print(table(rows, simulated=origin.simulated))
+        if limit is not None:
+            print(limit)
+        print(f"records: {path}")
     failed = [row.point.name for row in rows if not row.figures.succeeded and not row.figures.exceeded]
     if failed:
         sys.stderr.write(f"hpc-router: no request succeeded with {', '.join(failed)}\n")
@@ -198,5 +223,17 @@ def added(arguments: list[str]) -> list[str]:
     return [f"+{one}" if one.startswith("bench=") else one for one in arguments]
 
 
+def main(words: list[str]) -> int:
+    values = [word for word in words if word != "--json"]
+    if len(values) == len(words):
+        return launch(bench, own=OWN_KEYS, words=added(values), swept=swept)
+    return launch(bench_as_json, own=OWN_KEYS, words=added(values), swept=_swept_as_json)
+
+
+def _swept_as_json(call: Call) -> int:
+    with redirect_stdout(sys.stderr):  # stdout has one event per line
+        return swept(call)
+
+
 if __name__ == "__main__":
-    sys.exit(launch(bench, own=OWN_KEYS, words=added(sys.argv[1:]), swept=swept))
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""Shows progress on a terminal: the load of a point, or the steps of a benchmark."""
+"""Shows the progress of a benchmark: the load of a point, or the steps."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -18,20 +18,44 @@ TICK_S: Final = 0.25
 
 @contextmanager
 def progress(
-    console: Console, config: BenchConfig, point: Point, *, done: int, total: int, label: str = ""
+    console: Console,
+    config: BenchConfig,
+    point: Point,
+    *,
+    done: int,
+    total: int,
+    label: str = "",
+    event: Callable[..., None] | None = None,
 ) -> Iterator[None]:
-    """Shows two bars during the block: the elapsed seconds of the load of `point`, and the number of finished points
-    (`done` of `total`). Shows nothing if the output is not a terminal."""
+    """Shows the load of `point` during the block, and the number of finished points (`done` of `total`): on a terminal
+    two bars, else a line on stderr at the begin and one at the end. `event`: called with a name and facts instead."""
     load_s = None if config.duration_s is None else config.warmup_s + config.duration_s
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn())
-    disabled = not console.file.isatty()
-    with Progress(*columns, console=console, transient=True, disable=disabled) as bars:
-        name = f"{label} {point.name}".strip()
-        bars.add_task("points", total=total, completed=done, status=f"{done} of {total} done")
-        task = bars.add_task(name, total=load_s, status="load" if load_s else f"{config.requests} requests")
-        begun = time.monotonic()
-        with repeated(lambda: bars.update(task, completed=time.monotonic() - begun), every_s=TICK_S):
-            yield
+    name = f"{label} {point.name}".strip()
+    begun = time.monotonic()
+    if event is None and console.file.isatty():
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=console, transient=True) as bars:
+            bars.add_task("points", total=total, completed=done, status=f"{done} of {total} done")
+            task = bars.add_task(name, total=load_s, status="load" if load_s else f"{config.requests} requests")
+            with repeated(lambda: bars.update(task, completed=time.monotonic() - begun), every_s=TICK_S):
+                yield
+        return
+    facts = {"point": point.name, "deployment": label, "number": done + 1, "total": total}
+    lines = Console(stderr=True)
+
+    def show(name_: str, text: str, **more: float) -> None:
+        if event is not None:
+            event(name_, **facts, **more)
+        else:
+            line = f"{name}: point {done + 1} of {total}, {text}"
+            lines.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    show("point", f"load for {load_s:g} s" if load_s else f"{config.requests} requests")
+    yield
+    took_s = time.monotonic() - begun
+    show("point_done", f"done in {took_s:.1f} s", took_s=round(took_s, 3))
 
 
 class StepDisplay:

@@ -106,6 +106,42 @@ async def test_every_job_of_a_sweep_writes_a_file(run: RunDir, tmp_path: Path) -
     assert {record["bench"]["max_tokens"] for record in found} == {16}
 
 
+async def test_progress_is_a_line_per_change_where_the_output_is_no_terminal(run: RunDir, tmp_path: Path) -> None:
+    async with fake_router(responds(*WHOLE)) as fake:
+        serves(run, fake)
+        status, _, err = await bench(run, "bench=smoke", "bench.users=[1,2]", "bench.requests=2", folder=tmp_path)
+    assert status == 0, err
+    shown = [line.partition(", ") for line in err.splitlines()]
+    assert [before for before, _, _ in shown] == [
+        f"{users}: point {number} of 2" for number, users in ((1, "1 user"), (2, "2 users")) for _ in range(2)
+    ]
+    assert [after.partition(" in ")[0] for _, _, after in shown] == ["2 requests", "done"] * 2
+
+
+async def test_json_events_of_a_sweep(run: RunDir, tmp_path: Path) -> None:
+    """Two points with one request each; everything on stdout is an event."""
+    async with fake_router(responds(*WHOLE)) as fake:
+        serves(run, fake)
+        words = ("-m", "bench=smoke", "bench.users=[1],[2]", "bench.requests=2", "bench.warmup_s=0", "--json")
+        status, out, err = await bench(run, *words, folder=tmp_path)
+    assert status == 0, err
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["event"] for event in events] == ["point", "point_done", "measured", "records"] * 2
+    assert [event["point"] for event in events if "point" in event] == ["1 user"] * 3 + ["2 users"] * 3
+    assert all(event["succeeded"] == 2 for event in events if event["event"] == "measured")
+    paths = [Path(event["path"]) for event in events if event["event"] == "records"]
+    assert all(path.parent == run.path / "bench" and path.is_file() for path in paths)
+
+
+async def test_an_invalid_value_is_the_last_event(run: RunDir) -> None:
+    status, out, err = await bench(run, "bench.user=3", "--json")
+    assert status == 2
+    (event,) = map(json.loads, out.splitlines())
+    assert event["event"] == "failed"
+    assert "did you mean 'users'" in event["error"]
+    assert event["error"] in err
+
+
 async def test_exit_status_1_without_a_successful_request(run: RunDir) -> None:
     async with fake_router(responds(b"{}", content_type="application/json", status=503)) as fake:
         serves(run, fake)

@@ -132,7 +132,7 @@ def _settings(name: str, expert: ExpertConfig, engine: object) -> SimConfig:
 def _gpus(expert: ExpertConfig, config: SimConfig) -> int:
     """Returns the number of GPUs of one replica: those that it requests, or those that its simulated engine stands
     for."""
-    requested = expert.resources.gpus * expert.resources.nodes
+    requested = expert.resources.total_gpus
     if requested or config.roofline is None:
         return requested
     return config.roofline.tensor_parallel_size * config.roofline.pipeline_parallel_size
