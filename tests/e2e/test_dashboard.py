@@ -13,6 +13,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect, sync_playwright
 
+from hpc_router.state.atomic_files import replace_json
+from hpc_router.state.gpu_hours import ExpertUsage, Usage
+from hpc_router.state.run_directory import RunDir
 from tests.e2e.deployment import cli
 from tests.e2e.support import engine, router
 from tests.support.needs import need
@@ -65,6 +68,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
     with engine("m") as at:
         for expert, url in (("math", at), ("law", "http://127.0.0.1:9")):
             cli("register", "--run", str(run), "--expert", expert, "--url", url)
+        used = ExpertUsage({"busy": 7200.0, "idle": 21_600.0}, tokens=9_876_544, last_request_at=1.0)
+        replace_json(RunDir(run).gpu_hours_json, Usage(2.0, {"math": used, "law": ExpertUsage()}).to_json())
         with router(run, "policy=model_field") as client:
             for _ in range(5):
                 client.chat.completions.create(
@@ -88,6 +93,12 @@ def test_a_reader_sees_what_happens(address: tuple[str, str], width: int, height
         experts = table(page, "Experts")
         assert list(experts) == ["law", "math"]
         assert experts["math"][0] == "1 of 1"
+        assert experts["math"][-2] == "0"
+        expect(page.locator("#queues-none")).to_be_visible()
+        hours = table(page, "GPU hours since the first launch")
+        assert {name: cells[:-1] for name, cells in hours.items()} == {
+            "math": ["8.00 h", "75 % (6.00 h)", "2.00 h", "0.00 h", "0.00 h", "1,234,568"]
+        }
         waiting = table(page, "Replicas that are not ready yet")
         assert list(waiting) == ["law-x0.g1"]
         assert "ejected" in waiting["law-x0.g1"][0]
@@ -97,7 +108,9 @@ def test_a_reader_sees_what_happens(address: tuple[str, str], width: int, height
         page.get_by_text("Keys that").click()
         assert page.locator('dd[data-key="policy.kind"]').inner_text() == '"model_field"'
         assert violations(page) == []
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut"
+        for narrower in (width, width // 2 + 200):
+            page.set_viewport_size({"width": narrower, "height": height})
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut"
         content = page.content()
         assert SECRET not in content
         assert token not in content
@@ -134,7 +147,9 @@ def test_two_hundred_replicas_and_hostile_texts(address: tuple[str, str]) -> Non
 
         def made(in_flight: int) -> dict[str, Any]:
             replicas = [one | {"replica": f"math-{n}.g1", "sick": hostile, "in_flight": in_flight} for n in range(200)]
-            expert = real["experts"][1] | {"expert": hostile, "replicas": replicas}
+            queues = {"interactive": {"waiting": 0, "oldest_s": None}, "batch": {"waiting": 3, "oldest_s": 65.0}}
+            more = {"waiting": 3, "wait_s": 9.5, "queues": queues}
+            expert = real["experts"][1] | {"expert": hostile, "replicas": replicas} | more
             event = {"at": 1.0, "kind": hostile, "replica": hostile, "expert": None, "reason": hostile, "by": hostile}
             return real | {"experts": [expert], "attention": [hostile], "events": [event]}
 
@@ -149,6 +164,7 @@ def test_two_hundred_replicas_and_hostile_texts(address: tuple[str, str]) -> Non
         rows = page.get_by_role("table", name="Replicas in service").get_by_role("row")
         expect(rows).to_have_count(201)
         assert rows.nth(200).get_by_role("cell").nth(1).inner_text().startswith("2 of")
+        assert table(page, "Requests that wait") == {hostile: ["batch", "3", "65 s", "about 9.50 s"]}
         assert page.locator("#content img, #content b").count() == 0
         assert page.locator("#attention").inner_text() == hostile
         expect(page.get_by_role("status")).to_contain_text("the connection ended; trying again", timeout=LIMIT_MS)
