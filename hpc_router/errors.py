@@ -115,8 +115,20 @@ class ResponseNotFoundError(RoutingError):
     """No replica has a stored response with this id."""
 
 
+class StoredFileNotFoundError(RoutingError):
+    """The user has no stored file with this id."""
+
+
+class BatchNotFoundError(RoutingError):
+    """The user has no batch with this id."""
+
+
+class QuotaExceededError(RoutingError):
+    """The user's files or unfinished batches would exceed a limit of `router.batch`."""
+
+
 class BodyTooLargeError(RoutingError):
-    """The body is larger than `router.max_body_mb`."""
+    """The body is larger than `router.max_body_mb`, or an uploaded file larger than `router.batch.max_file_mb`."""
 
 
 class RequestTimeoutError(RoutingError):

@@ -2,8 +2,9 @@
 
 Each object has `event` and `at` (Unix seconds). Events of `up` are `run` (it has begun), `replica` (its state has
 changed) and `serving`; those of `down` are `ending` (the jobs that are left) and `down`; those of `apply` are `change`,
-`progress` and `applied`; those of a training `stage` and `trained`; those of a benchmark `sweep`, `point`,
-`point_done`, `measured` and `records`. After an error the last event is `failed`, after Ctrl-C `interrupted`.
+`progress` and `applied`; `batch` with `--wait` has the event `batch` (its state has changed); those of a training are
+`stage` and `trained`; those of a benchmark `sweep`, `point`, `point_done`, `measured` and `records`. After an error the
+last event is `failed`, after Ctrl-C `interrupted`.
 """
 
 import json
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class JsonEvents:
-    """Prints what `up`, `down`, `apply`, a training or a benchmark reports as JSON events, during a `with` block. If
-    the block ends with an error, prints it as the last event; the error is raised nevertheless."""
+    """Prints what `up`, `down`, `apply`, `batch`, a training or a benchmark reports as JSON events, during a `with`
+    block. If the block ends with an error, prints it as the last event; the error is raised nevertheless."""
 
     def __init__(self) -> None:
         self._shown: dict[tuple[str, str], dict[str, Any]] = {}

@@ -14,6 +14,7 @@ from typing import Final
 from hpc_router.cli import (
     INTERRUPTED,
     access,
+    batch,
     benchmark,
     classifier,
     deployment,
@@ -39,6 +40,7 @@ VERBS: Final[Mapping[str, Callable[["Verbs[Parser]"], None]]] = {
     "route": endpoint.add_route,
     "chat": endpoint.add_chat,
     "feedback": endpoint.add_feedback,
+    "batch": batch.add_batch,
     "url": endpoint.add_url,
     "token": access.add_token,
     "env": endpoint.add_env,

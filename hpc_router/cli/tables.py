@@ -42,6 +42,22 @@ def new_table(*columns: str) -> Table:
     return empty
 
 
+def batch_table(batches: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns the table of `batch status`. `batches`: batch objects of OpenAI's API."""
+    table = new_table("batch", "status", "done", "failed", "of", "created", "expires")
+    for one in batches:
+        counts = one["request_counts"]
+        table.add_row(
+            one["id"],
+            one["status"],
+            str(counts["completed"] + counts["failed"]),
+            str(counts["failed"]),
+            str(counts["total"]),
+            *(time.strftime("%Y-%m-%d %H:%M", time.localtime(one[key])) for key in ("created_at", "expires_at")),
+        )
+    return table
+
+
 def token_table(tokens: Sequence[UserToken], *, now: float) -> RenderableType:
     table = new_table("id", "user", "expires", "limits", "experts")
     for token in tokens:

@@ -289,6 +289,18 @@ class ClassesConfig:
 
 
 @dataclass
+class BatchConfig:
+    """The Batch API: files that users upload, and batches of requests that run from them."""
+
+    max_file_mb: float = bounded(1024.0, 1e-3, 1e6)  # maximum size of an uploaded file in MiB
+    user_gb: float = bounded(10.0, 1e-6, 1e6)  # maximum size of all stored files of one user in GB
+    max_lines: int = bounded(1_000_000, 1, 10**8)  # maximum requests of one batch
+    max_batches: int = bounded(16, 1, 10_000)  # maximum batches of one user that have not ended
+    in_flight: int = bounded(64, 1, 10_000)  # maximum requests of all batches in flight, with waiting ones
+    keep_days: float = bounded(30.0, 1e-5, 3650)  # days for which files and ended batches are kept
+
+
+@dataclass
 class RouterConfig:
     """The router: admission, balancing, failover and timeouts."""
 
@@ -311,6 +323,7 @@ class RouterConfig:
     max_in_flight: int = bounded(4096, 1, 10**6)  # maximum requests in the router, with waiting ones; then 429
     max_waiting: int = bounded(1024, 1, 10**6)  # maximum requests that wait for one expert; then 429
     classes: ClassesConfig = field(default_factory=ClassesConfig)  # priorities of interactive and batch requests
+    batch: BatchConfig = field(default_factory=BatchConfig)  # limits of files and batches
     # A replica is chosen for its prefix cache while it has at most this factor of the expert's average number of
     # requests in flight, plus 8; null: the cache does not matter, only the number of requests in flight.
     pin_bound: float | None = bounded(1.5, 1, 1000)

@@ -21,6 +21,8 @@ HANDOVER: Final = "/handover"
 METRICS: Final = "/metrics"
 FEEDBACK: Final = "/feedback"
 """Path at which a client gives a score to an earlier request."""
+FILES: Final = "/v1/files"
+BATCHES: Final = "/v1/batches"
 MODELS: Final = "/v1/models"
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS: Final = "/v1/completions"
@@ -58,6 +60,8 @@ AGENT_SESSION_HEADERS: Final = (
     *("x-session-affinity", "x-opencode-session"),
 )
 """Headers in which coding agents name their session (docs/balance.md lists the agents and sources)."""
+ON_BEHALF_HEADER: Final = "x-hpc-router-on-behalf"
+"""Header of a request with the owner's token that is to be treated as one of the user's token with this ID."""
 PRIORITY_HEADER: Final = "x-priority"
 """Header of a request with its class: interactive or batch."""
 WAIT_HEADER: Final = "x-wait"

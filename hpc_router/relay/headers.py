@@ -11,7 +11,7 @@ CORS headers (by default vLLM allows every page) are not sent downstream.
 from collections.abc import Mapping
 from typing import Any, Final, overload
 
-from hpc_router.net.protocol import PRIORITY_HEADER, REQUEST_ID_HEADER, WAIT_HEADER
+from hpc_router.net.protocol import ON_BEHALF_HEADER, PRIORITY_HEADER, REQUEST_ID_HEADER, WAIT_HEADER
 
 HOP_BY_HOP: Final = frozenset(
     {
@@ -37,6 +37,7 @@ NOT_UPSTREAM: Final = HOP_BY_HOP | {
     b"host",
     b"origin",
     b"x-api-key",
+    ON_BEHALF_HEADER.encode(),
     PRIORITY_HEADER.encode(),
     WAIT_HEADER.encode(),
 }

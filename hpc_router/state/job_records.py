@@ -233,6 +233,11 @@ class JobDir:
         return self.run.logs / f"{self.replica}.reconcile.log"
 
     @property
+    def batches_log(self) -> Path:
+        """Returns the log file of the process that runs batches in the router's job."""
+        return self.run.logs / f"{self.replica}.batches.log"
+
+    @property
     def engine_log(self) -> Path:
         return self.run.logs / f"{self.replica}.engine.log"
 

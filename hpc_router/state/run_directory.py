@@ -77,6 +77,16 @@ class RunDir:
         return self.path / "samples"
 
     @property
+    def files(self) -> Path:
+        """Returns the folder of the files that users have uploaded for batches, and of their results."""
+        return self.path / "files"
+
+    @property
+    def batches(self) -> Path:
+        """Returns the folder of the batches of requests."""
+        return self.path / "batches"
+
+    @property
     def squeue_json(self) -> Path:
         """Returns the path of the file with the last output of `squeue`, which all processes that observe the run
         share."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -43,8 +43,7 @@ class ClientRequest(ParsedRequest, Request):
     async def read(self, *, limit_s: float | None = None) -> bytes:
         check_encoding(self.headers)
         if not self.complete:
-            if self.head.expects and not self.chunks and self.failure is None:
-                self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._continue()
             try:
                 async with asyncio.timeout(limit_s):
                     while not self.complete and self.failure is None:
@@ -54,6 +53,33 @@ class ClientRequest(ParsedRequest, Request):
             if self.failure is not None:
                 raise self.failure
         return b"".join(self.chunks)
+
+    async def body_chunks(self, *, limit_s: float | None = None) -> AsyncIterator[bytes]:
+        check_encoding(self.headers)
+        if not self.complete:
+            self._continue()
+        while True:
+            if self.chunks:
+                part = b"".join(self.chunks)
+                self.chunks.clear()
+                self.size = 0
+                self.connection.resume_reading()
+                yield part
+            elif self.complete:
+                return
+            elif self.failure is not None:
+                raise self.failure
+            else:
+                try:
+                    async with asyncio.timeout(limit_s):
+                        await self.connection.wait_for_event()
+                except TimeoutError as error:
+                    raise RequestTimeoutError(f"no part of the body arrived for {limit_s:g} s") from error
+
+    def _continue(self) -> None:
+        """Tells a client that waits for it to send the body."""
+        if self.head.expects and not self.chunks and self.failure is None:
+            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def start_response(self, status: int, head: bytes, *, length: int | None) -> None:
         self.send(status, head, length)

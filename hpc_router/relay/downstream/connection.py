@@ -35,15 +35,33 @@ class ClientConnection(asyncio.Protocol):
     """One connection of a client to `server`."""
 
     __slots__ = (
-        "_deadline", "_lingering", "_loop", "_parser", "_refusal", "_request", "_timer", "_transport", "_waiter",
-        "_writable", "cross_origin", "idle", "pending", "server", "task",
+        "_deadline",
+        "_lingering",
+        "_loop",
+        "_parser",
+        "_paused",
+        "_refusal",
+        "_request",
+        "_timer",
+        "_transport",
+        "_waiter",
+        "_writable",
+        "cross_origin",
+        "idle",
+        "pending",
+        "server",
+        "task",
     )  # fmt: skip
 
     def __init__(self, server: "Server") -> None:
         self.server = server
         self.cross_origin = server.cross_origin
         self._loop = server.loop
-        self._parser = RequestParser(max_body=server.max_body, request_type=ClientRequest)
+        self._parser = RequestParser(
+            max_body=server.max_body, request_type=ClientRequest, streams_body=server.streams_body,
+            pause=self.pause_reading,
+        )  # fmt: skip
+        self._paused = False  # whether the connection is not read, because the reader of a streamed body is slower
         self._transport: asyncio.Transport | None = None
         self._request: ClientRequest | None = None  # the request that is being served
         self.pending: PendingResponse | Coroutine[Any, Any, Response | None] | None = None
@@ -137,6 +155,7 @@ class ClientConnection(asyncio.Protocol):
             return
         if linger:
             self._lingering = True
+            self.resume_reading()
             if self._transport.can_write_eof():
                 self._transport.write_eof()
             with suppress(TimeoutError):
@@ -158,6 +177,7 @@ class ClientConnection(asyncio.Protocol):
             logger.exception("a connection failed")
         if self._transport is not None and not self._transport.is_closing():
             self.task = self._request = None  # frees the bodies
+            self.resume_reading()  # the handler may have left a part of a streamed body
             self._start_next()
 
     # Called by requests.
@@ -166,6 +186,16 @@ class ClientConnection(asyncio.Protocol):
         """Returns a future that the next event of the connection completes. The connection's task awaits it."""
         self._waiter = waiter = self._loop.create_future()
         return waiter
+
+    def pause_reading(self) -> None:
+        if not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
 
     def write(self, data: bytes) -> bool:
         """Sends `data`. Returns False if `drain` must be called before the next `write`. Raises DownstreamGoneError."""

@@ -6,7 +6,7 @@ returns a short response as a `Response`, and writes a stream through the reques
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -84,6 +84,12 @@ class Request(ABC):
     async def read(self, *, limit_s: float | None = None) -> bytes:
         """Waits for the complete body and returns it. Raises BadRequestError or BodyTooLargeError if it is not valid,
         and RequestTimeoutError after `limit_s` seconds."""
+
+    async def body_chunks(self, *, limit_s: float | None = None) -> AsyncIterator[bytes]:
+        """Yields the body in parts while it arrives. If the server's `streams_body` is true of this request, the body
+        may be longer than `max_body`, and the client is read no faster than the caller takes the parts. Raises what
+        `read` raises; `limit_s` is the time limit in seconds for each part."""
+        yield await self.read(limit_s=limit_s)
 
     def respond(self, status: int, head: bytes, body: bytes) -> None:
         """Sends the complete response of a `PendingResponse`. The arguments are those of `Response`."""

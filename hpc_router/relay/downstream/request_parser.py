@@ -7,6 +7,7 @@ transfer codings, and limits the size of heads and bodies and the number of pipe
 
 import re
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -24,6 +25,8 @@ MAX_WAITING: Final = 64
 """Maximum number of pipelined requests on one connection."""
 MAX_CHUNKS: Final = 256
 """Maximum number of chunks in which a body is kept. More are merged into one."""
+MAX_STREAMED_BYTES: Final = 2**18
+"""Maximum number of bytes of a streamed body that wait for its reader; then the connection is not read."""
 _SLASHES: Final = re.compile("/{2,}")
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 
@@ -96,17 +99,27 @@ R = TypeVar("R", bound=ParsedRequest)
 
 class RequestParser(Generic[R]):
     """The parser of one connection. `feed` appends each request whose head is complete to `waiting`; the body of the
-    last request may be incomplete."""
+    last request may be incomplete. `max_body`: maximum length of a body in bytes, except for requests of which
+    `streams_body` is true; `pause` is called while more than `MAX_STREAMED_BYTES` of such a body wait for a reader."""
 
     __slots__ = (
-        "_bytes_since_progress", "_current", "_ended", "_fields", "_max_body", "_parser", "_request_type", "_target",
-        "waiting",
+        "_bytes_since_progress", "_current", "_ended", "_fields", "_max_body", "_parser", "_pause", "_request_type",
+        "_streamed", "_streams_body", "_target", "waiting",
     )  # fmt: skip
 
-    def __init__(self, *, max_body: int, request_type: type[R]) -> None:
+    def __init__(
+        self,
+        *,
+        max_body: int,
+        request_type: type[R],
+        streams_body: Callable[[RequestHead], bool] | None = None,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
         self.waiting: deque[R] = deque()
         self._request_type = request_type
         self._max_body = max_body
+        self._streams_body, self._pause = streams_body, pause
+        self._streamed = False  # whether the body that is being received is streamed
         self._current: R | None = None  # the request whose body is being received
         self._ended = False  # all further bytes are ignored
         self._target = b""
@@ -234,8 +247,9 @@ class RequestParser(Generic[R]):
         self.waiting.append(message)
         self._current = message
         self._bytes_since_progress = 0
+        self._streamed = self._streams_body is not None and self._streams_body(head)
         length = headers.get(b"content-length")
-        if length is not None and int(length) > self._max_body:
+        if length is not None and int(length) > self._max_body and not self._streamed:
             self._too_large()
 
     def on_body(self, chunk: bytes) -> None:
@@ -249,7 +263,10 @@ class RequestParser(Generic[R]):
             merged = merged if isinstance(merged, bytearray) else bytearray(merged)
             merged += b"".join(message.chunks[1:])
             message.chunks[:] = [merged]
-        if message.size > self._max_body:
+        if self._streamed:
+            if message.size > MAX_STREAMED_BYTES:
+                self._pause()
+        elif message.size > self._max_body:
             self._too_large()
 
     def on_message_complete(self) -> None:

@@ -8,13 +8,14 @@ import asyncio
 import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from hpc_router.relay.downstream.connection import ClientConnection
 from hpc_router.relay.downstream.cross_origin import OFF, CrossOrigin
 from hpc_router.relay.downstream.interface import KEEP_ALIVE_S, Handler
+from hpc_router.relay.downstream.request_parser import RequestHead
 
 BACKLOG: Final = 4096
 """Maximum number of connections that wait in the kernel to be accepted."""
@@ -25,8 +26,17 @@ SHUTDOWN_S: Final = 1.0
 class Server:
     """The state that all client connections of one server share."""
 
-    def __init__(self, handler: Handler, *, max_body: int, keep_alive_s: float, cross_origin: CrossOrigin) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        max_body: int,
+        keep_alive_s: float,
+        cross_origin: CrossOrigin,
+        streams_body: Callable[[RequestHead], bool] | None = None,
+    ) -> None:
         self.handler = handler
+        self.streams_body = streams_body
         self.cross_origin = cross_origin
         self.max_body = max_body
         self.keep_alive_s = keep_alive_s
@@ -74,12 +84,16 @@ async def listening(
     keep_alive_s: float = KEEP_ALIVE_S,
     cross_origin: CrossOrigin = OFF,
     tls: ssl.SSLContext | None = None,
+    streams_body: Callable[[RequestHead], bool] | None = None,
 ) -> AsyncIterator[asyncio.Server]:
     """Serves on `sock` until the end of the block, which closes all connections and cancels running handlers. If the
     caller closes the yielded server earlier, existing connections stay open and no new ones are accepted. Request
     bodies above `max_body` bytes are rejected. `cross_origin` adds its header lines to every response. `tls`: the
-    context to serve HTTPS with; None: plain HTTP."""
-    server = Server(handler, max_body=max_body, keep_alive_s=keep_alive_s, cross_origin=cross_origin)
+    context to serve HTTPS with; None: plain HTTP. `streams_body`: returns whether the handler reads the body of a
+    request with this head through `Request.body_chunks`; such a body may have any length."""
+    server = Server(
+        handler, max_body=max_body, keep_alive_s=keep_alive_s, cross_origin=cross_origin, streams_body=streams_body
+    )
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited by its connections
     listener = await server.loop.create_server(server.connection, sock=sock, backlog=BACKLOG, ssl=tls)
     try:

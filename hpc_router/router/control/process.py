@@ -20,6 +20,7 @@ from typing import Any, Final
 from hpc_router.background_tasks import background
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import HpcRouterError
+from hpc_router.router.control.batch_process import BatchProcess
 from hpc_router.router.control.certificate_watcher import CertificateWatcher
 from hpc_router.router.control.config_watcher import ConfigWatcher
 from hpc_router.router.control.continuity import Continuity
@@ -97,6 +98,7 @@ class ControlProcess:
     config_watcher: ConfigWatcher = field(init=False)
     token_watcher: TokenWatcher = field(init=False)
     registry_file: RegistryFile = field(init=False)
+    batches: BatchProcess = field(init=False)
     workers: Workers = field(init=False)
     continuity: Continuity = field(init=False)
     predecessor: Predecessor = field(init=False)
@@ -131,6 +133,10 @@ class ControlProcess:
         self.workers.on_unknown_session = self.predecessor.fetch
         self.engines = EngineLoads(self.table, self.workers.publish_soon)
         self.registry_file = RegistryFile(self.run, self.replica, self.files)
+        self.batches = BatchProcess(
+            self.run, self.files, replica=self.replica, leads=self._runs_batches,
+            keep_days=lambda: self.deployment.router.batch.keep_days,
+        )  # fmt: skip
         self.discovery = Discovery(
             self.run, self.deployment.router, self.table, on_snapshot=self._registry_read, files=self.files,
             clock=asyncio.get_running_loop().time, seeds=self.workers.seeds, on_ready=self._probed_ready,
@@ -159,8 +165,9 @@ class ControlProcess:
         limit = partial(limit_records_forever, self.run, self.files, lambda: self.deployment.router.records_gb)
         limiting = background("records", limit, self.task_failed)
         reading = background("engine metrics", self.engines.read_forever, self.task_failed)
+        batches = background("batches", self.batches.run_forever, self.task_failed)
         demand = background("demand", self.demand.report_forever, self.task_failed)
-        async with self.discovery, self.config_watcher.watching(), following, limiting, reading, demand:
+        async with self.discovery, self.config_watcher.watching(), following, limiting, reading, demand, batches:
             if self.table.all():
                 self._table_changed()
             try:
@@ -173,6 +180,9 @@ class ControlProcess:
         this router, and tells the workers."""
         self.registry_file.leave()
         self.workers.release()
+
+    def _runs_batches(self) -> bool:
+        return self.registry_file.leads and not self.draining
 
     def task_failed(self, task: str, error: str) -> None:
         """Counts a failure of this process's background task, which is then started again, and records an event."""

@@ -5,25 +5,19 @@ the router. The loop ends when its router ends, because that closes the loop's s
 """
 
 import asyncio
-import contextlib
 import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
 
 from hpc_router.background_tasks import OnFailure, restarting
+from hpc_router.router.control.tied_process import run_process
 from hpc_router.router.ipc.supervisor import STABLE_S, pause_s
-from hpc_router.state.io_thread import FileThread, OutputLog
+from hpc_router.state.io_thread import FileThread
 from hpc_router.state.job_records import JobDir
 from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
-
-STOP_S: Final = 10.0
-"""Maximum time in seconds for the loop to end after SIGTERM, before it is killed."""
-OUTPUT_S: Final = 2.0
-"""Maximum time in seconds to copy the remaining output of a loop that has ended."""
 
 
 def control_argv(run: RunDir, replica: str) -> list[str]:
@@ -69,38 +63,9 @@ class ReconcileProcess:
         while True:
             started_at = self._clock()
             try:
-                status = await self._run_once()
+                status = await run_process(self._argv, self._files, self._log)
                 logger.warning("the control loop ended with status %d; it is started again", status)
             except OSError as error:
                 logger.warning("the control loop cannot be started: %s", error)
             in_a_row = 1 if self._clock() - started_at >= STABLE_S else in_a_row + 1
             await self._sleep(pause_s(in_a_row))
-
-    async def _run_once(self) -> int:
-        """Runs the loop until it ends and returns its exit status. If this task is cancelled, stops the loop."""
-        process = await asyncio.create_subprocess_exec(
-            *self._argv,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        copying = asyncio.create_task(
-            OutputLog(self._files, self._log).copy(process.stdout), name="control loop output"
-        )
-        try:
-            return await process.wait()
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
-                try:
-                    async with asyncio.timeout(STOP_S):
-                        await process.wait()
-                except TimeoutError:
-                    process.kill()
-                    await process.wait()
-            await asyncio.wait({copying}, timeout=OUTPUT_S)
-            copying.cancel()
-            await asyncio.gather(copying, return_exceptions=True)

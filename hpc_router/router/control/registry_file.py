@@ -22,12 +22,15 @@ class RegistryFile:
         self._content: Mapping[str, Any] | None = None
         self._targets: str | None = None
         self._left = False
+        self.leads = False
+        """Whether this router leads, as the last `keep` has seen."""
 
     def keep(self, snapshot: Mapping[str, Record]) -> None:
         """If this router leads and the content of the files has changed, writes them in the background. `snapshot`: the
         records of the registry."""
         leader = leading_router(snapshot)
-        if leader is None or leader.replica != self._replica or self._left:
+        self.leads = leader is not None and leader.replica == self._replica and not self._left
+        if leader is None or not self.leads:
             return
         content = registry_file(snapshot)
         if content != self._content:
@@ -41,7 +44,7 @@ class RegistryFile:
     def leave(self) -> None:
         """Writes the files once more, without this router, after its record was withdrawn. Does nothing if a successor
         leads, which then writes them."""
-        self._left = True
+        self._left, self.leads = True, False
         if self._content is not None:
             self._files.post(self._write_last)
 

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qs
 
@@ -47,6 +48,7 @@ from hpc_router.router.replicas.prefixes import prompt_prefix
 from hpc_router.router.replicas.sessions import PARAM, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker import dashboard
+from hpc_router.router.worker.batch_api import BatchApi, BatchHandler
 from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError, error_code
@@ -86,7 +88,8 @@ Handler = Callable[[Request, str], Awaitable[Response | None]]
 @dataclass(slots=True, eq=False)
 class Gateway:
     """The handler of all requests of a worker. `token`: the owner's token; None turns authentication off. `key`: signs
-    the challenges of `/health`. `link`: the connection to the control process. `users`: the tokens of other users."""
+    the challenges of `/health`. `link`: the connection to the control process. `users`: the tokens of other users.
+    `batch_api`: the handlers of files and batches; None: these paths are not served."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -99,6 +102,7 @@ class Gateway:
     key: str
     users: UserTokens = field(default_factory=UserTokens)
     in_flight: InFlight = field(default_factory=InFlight)
+    batch_api: BatchApi | None = None
     started_at: float = field(default_factory=time.time)
     cross_origin: CrossOrigin = field(default_factory=CrossOrigin)
     routes: Mapping[tuple[str, str], Handler] = field(init=False)
@@ -249,6 +253,8 @@ class Gateway:
             return {"GET": self._model}
         if stored := protocol.STORED_RESPONSE.fullmatch(path):
             return dict.fromkeys(protocol.STORED_METHODS[stored[2]], self._stored_response)
+        if self.batch_api is not None and (methods := self.batch_api.methods(path)):
+            return {method: partial(self._batch_call, handler) for method, handler in methods.items()}
         return {method: handler for (method, at), handler in self.routes.items() if at == path}
 
     def _authorize(self, headers: Headers) -> UserAccess | None:
@@ -262,9 +268,13 @@ class Gateway:
         if access is None or access.revoked:
             given = bearer_token(headers.text("authorization")) or headers.text("x-api-key")
             if equal_secrets(given, token):
-                cached[token] = True
-                return None
-            access = self.users.find(given)
+                user_token_id = headers.text(protocol.ON_BEHALF_HEADER)
+                if not user_token_id:
+                    cached[token] = True
+                    return None
+                access = self.users.access_of(user_token_id)
+            else:
+                access = self.users.find(given)
             if access is None:
                 raise UnauthorizedError(_NO_TOKEN if not given else _UNKNOWN_TOKEN)
             cached[self.users] = access
@@ -398,6 +408,11 @@ class Gateway:
             if access is not None:
                 self.routing.charge(routed, access)
             return await self.dispatcher.respond(routed)
+
+    async def _batch_call(self, handler: BatchHandler, request: Request, request_id: str) -> Response | None:
+        assert self.batch_api is not None
+        with self.in_flight:
+            return await self.batch_api.respond(handler, request, self._access(request))
 
     def _admit(self, endpoint: ApiEndpoint) -> None:
         """Raises ShedError or OverloadedError if the router has as many requests in flight as `router.max_in_flight`

@@ -30,6 +30,7 @@ from hpc_router.router.policies import load_policy
 from hpc_router.router.replicas.admission import queue_limits
 from hpc_router.router.replicas.sessions import Sessions
 from hpc_router.router.replicas.table import ReplicaTable
+from hpc_router.router.worker.batch_api import BatchApi, streams_body
 from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher, stream_timeouts_of
 from hpc_router.router.worker.gateway import Gateway
@@ -102,10 +103,16 @@ async def serving(
             token=identity.token, replica=identity.replica, key=identity.key, started_at=identity.started_at,
             users=link.users, in_flight=in_flight,
         )  # fmt: skip
+        gateway.batch_api = batch_api = BatchApi(
+            run, lambda: gateway.deployment.router.batch, lambda: gateway.deployment.router.idle_timeout_s
+        )
         max_body = int(config.max_body_mb * 2**20)
         tls = await asyncio.to_thread(_tls, config)
-        serve = listen(gateway.handle, sock, max_body=max_body, cross_origin=gateway.cross_origin, tls=tls)
-        with closing(records):
+        serve = listen(
+            gateway.handle, sock, max_body=max_body, cross_origin=gateway.cross_origin, tls=tls,
+            streams_body=streams_body,
+        )  # fmt: skip
+        with closing(records), closing(batch_api):
             async with serve as listener:
                 link.start_serving()
                 try:

@@ -1,13 +1,16 @@
 """The client side against clients that send anything: refused or bounded, and nobody else disturbed."""
 
 import asyncio
-from contextlib import AsyncExitStack
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
 from hpc_router.errors import BadRequestError, BodyTooLargeError, RequestTimeoutError, UnsupportedEncodingError
-from hpc_router.relay.downstream.interface import Request, Response, check_encoding
-from hpc_router.relay.downstream.request_parser import MAX_WAITING
+from hpc_router.relay.downstream.interface import Handler, Request, Response, check_encoding
+from hpc_router.relay.downstream.request_parser import MAX_STREAMED_BYTES, MAX_WAITING
+from hpc_router.relay.downstream.server import listening
 from hpc_router.relay.headers import Headers
 from tests.relay.downstream.support import GET, ODD, POST, REFUSED, SILENT
 from tests.relay.serving import MAX_BODY, STUCK, Client, served
@@ -359,3 +362,91 @@ async def test_doubled_slashes_in_a_path_are_one(listen: Listen, target: str) ->
             await client.send(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target.encode())
             assert await client.status() == 200
     assert seen == [("/a b/c/", "d=//e")] * 3
+
+
+class Slow:
+    """Reads a streamed body only as far as it is told to. `sizes`: lengths of the parts that it took."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+        self.sizes: list[int] = []
+
+    async def __call__(self, request: Request) -> Response:
+        self.begun.set()
+        await self.go_on.wait()
+        async for part in request.body_chunks(limit_s=GUARD_S):
+            self.sizes.append(len(part))
+        return Response(200, body=b"%d" % sum(self.sizes))
+
+
+@asynccontextmanager
+async def streaming(handler: Handler) -> AsyncIterator[int]:
+    """Serves POST requests with streamed bodies; yields the port."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    async with listening(handler, sock, max_body=MAX_BODY, streams_body=lambda head: head.method == "POST"):
+        yield sock.getsockname()[1]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_streamed_body_is_taken_no_faster_than_it_is_read(chunked: bool) -> None:
+    """It is longer than any other body may be, and than the sockets' buffers; the next request is served as well."""
+    slow = Slow()
+    head = b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"Content-Length: %d\r\n\r\n" % STUCK
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (STUCK, b"x" * STUCK) if chunked else b"x" * STUCK
+    async with streaming(slow) as port, Client(port) as client:
+        await client.send(POST + head)
+        sending = asyncio.create_task(client.send(body))
+        await slow.begun.wait()
+        await sending
+        client.writer.transport.set_write_buffer_limits(0)
+        draining = asyncio.create_task(client.writer.drain())
+        await asyncio.wait({draining}, timeout=0.2)
+        assert not draining.done(), "the server has read what its handler did not want yet"
+        slow.go_on.set()
+        await draining
+        assert await client.status() == 200
+        assert await client.until(b"%d" % STUCK) == b"%d" % STUCK
+        assert max(slow.sizes) <= MAX_STREAMED_BYTES + 2**18
+        await client.send(POST + b"Content-Length: 2\r\n\r\nok")
+        assert await client.status() == 200
+
+
+async def test_a_streamed_body_may_be_left_unread() -> None:
+    """The response is sent, and the connection is closed if the body is not complete."""
+
+    async def refuse(request: Request) -> Response:
+        return Response(401)
+
+    async with streaming(refuse) as port:
+        for size in (2, STUCK):
+            async with Client(port) as client:
+                await client.send(POST + b"Content-Length: %d\r\n\r\n" % size + b"x" * min(size, 2**20))
+                assert await client.status() == 401
+        async with Client(port) as client:
+            body = b"x" * (2 * MAX_STREAMED_BYTES)
+            await client.send(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert await client.status() == 401
+
+
+async def test_a_streamed_body_that_stops_is_not_waited_for() -> None:
+    async def hasty(request: Request) -> Response:
+        try:
+            async for _ in request.body_chunks(limit_s=0.05):
+                pass
+        except RequestTimeoutError:
+            return Response(408)
+        return Response(200)
+
+    async with streaming(hasty) as port, Client(port) as client:
+        await client.send(POST + b"Content-Length: 20\r\n\r\nx")
+        assert await client.status() == 408
+
+
+async def test_a_client_that_waits_is_told_to_send_a_streamed_body() -> None:
+    slow = Slow()
+    slow.go_on.set()
+    async with streaming(slow) as port, Client(port) as client:
+        await client.send(POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        assert await client.status() == 100
+        await client.send(b"ok")
+        assert await client.status() == 200

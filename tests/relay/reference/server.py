@@ -126,6 +126,7 @@ async def listening(
     keep_alive_s: float = KEEP_ALIVE_S,
     cross_origin: CrossOrigin = OFF,
     tls: ssl.SSLContext | None = None,
+    streams_body: object = None,
 ) -> AsyncIterator[asyncio.Server]:
     """See `server.listening`. Every request is the handler's from the beginning."""
     loop = asyncio.get_running_loop()
