@@ -80,7 +80,7 @@ class OpenPagesOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class PageWindow:
     """The figures of one window. `cpu`: CPU time of all the router's processes as a share of a core. `hop_ms_p50`,
     `hop_ms_p99`: time from the engine's sending of an event to its arrival at the client."""
 
@@ -98,7 +98,7 @@ class OpenPagesResults:
     """The windows, and the number of failed streams by kind of error."""
 
     options: OpenPagesOptions
-    windows: Sequence[Window]
+    windows: Sequence[PageWindow]
     failed: dict[str, int] = field(default_factory=dict)
 
     def medians(self, name: str, pages: int) -> float:
@@ -189,7 +189,7 @@ def _measure(
         if not len(hops_ms):
             raise LaunchError("no events arrived in a window: the router is too slow for so many streams")
         p50, p99 = (float(value) for value in np.percentile(hops_ms, [50, 99]))
-        windows.append(Window(number, pages, cost.relay_share, p50, p99, len(inside), cost.others_share))
+        windows.append(PageWindow(number, pages, cost.relay_share, p50, p99, len(inside), cost.others_share))
     kinds = {k: count for k, count in errors(rows).items() if count and k != Error.STOPPED.name.lower()}
     return OpenPagesResults(options, windows, kinds)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpc_router.bench.open_pages import OpenPagesOptions, OpenPagesResults, Window, open_page, order_of_round
+from hpc_router.bench.open_pages import OpenPagesOptions, OpenPagesResults, PageWindow, open_page, order_of_round
 from hpc_router.cli.main import main
 from hpc_router.errors import ConfigError, LaunchError
 from tests.router.fakes import a_deployment, a_router, a_run
@@ -37,8 +37,8 @@ def test_each_round_begins_with_another_number_of_pages() -> None:
     ]  # fmt: skip
 
 
-def window(number: int, pages: int, cpu: float, p99_ms: float) -> Window:
-    return Window(number, pages, cpu, 1.0, p99_ms, 100, 0.0)
+def window(number: int, pages: int, cpu: float, p99_ms: float) -> PageWindow:
+    return PageWindow(number, pages, cpu, 1.0, p99_ms, 100, 0.0)
 
 
 def test_pages_are_compared_within_each_round() -> None:
