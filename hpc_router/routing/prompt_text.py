@@ -24,7 +24,7 @@ _LAST_MESSAGES: Final = 60
 """Maximum number of messages, counted from the last one, among which these turns are looked for."""
 
 
-class Conversation(NamedTuple):
+class UserTurns(NamedTuple):
     """The user's part of a conversation. `text`: the messages, oldest first, up to the window. `turns`: the latest
     messages with text, oldest first, each up to the window."""
 
@@ -32,7 +32,7 @@ class Conversation(NamedTuple):
     turns: tuple[str, ...]
 
 
-Prompt = str | Conversation
+Prompt = str | UserTurns
 """What a routing decision reads: the text of a single message, or a conversation."""
 
 
@@ -54,7 +54,7 @@ def user_prompt(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
                 turns.append(turn)
                 if len(turns) == LAST_TURNS:
                     break
-    return Conversation(text, tuple(reversed(turns))) if len(turns) > 1 else text
+    return UserTurns(text, tuple(reversed(turns))) if len(turns) > 1 else text
 
 
 def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing.prompt_text import LAST_TURNS, Conversation, prompt_text, user_prompt
+from hpc_router.routing.prompt_text import LAST_TURNS, UserTurns, prompt_text, user_prompt
 
 
 class CountedList(list[object]):
@@ -168,8 +168,8 @@ def test_the_end_of_a_long_message_counts(field: str) -> None:
 
 def test_the_turns_of_a_conversation_are_returned_one_by_one() -> None:
     body = {"messages": [user("one"), {"role": "assistant", "content": "x"}, user([{"type": "text", "text": "two"}])]}
-    assert user_prompt(body) == Conversation("one\ntwo", ("one", "two"))
-    assert user_prompt({"input": [user("one"), user("two")]}, first="input") == Conversation("one\ntwo", ("one", "two"))
+    assert user_prompt(body) == UserTurns("one\ntwo", ("one", "two"))
+    assert user_prompt({"input": [user("one"), user("two")]}, first="input") == UserTurns("one\ntwo", ("one", "two"))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,6 @@ def test_only_the_latest_turns_are_returned() -> None:
     """The work for a long conversation does not grow with its length."""
     turns = [str(number) for number in range(1000)]
     found = user_prompt({"messages": [user(turn) for turn in turns]}, window=20)
-    assert isinstance(found, Conversation)
+    assert isinstance(found, UserTurns)
     assert found.turns == tuple(turns[-LAST_TURNS:])
     assert found.text == "0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hpc_router.routing.artefact import Artefact, PartDecision, read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.policy import build_policy
-from hpc_router.routing.prompt_text import Conversation, Prompt, user_prompt
+from hpc_router.routing.prompt_text import Prompt, UserTurns, user_prompt
 from hpc_router.routing.question import MIN_CHARS, has_parts, split_message
 from tests.routing.samples import artefact, soft_artefact
 
@@ -101,7 +101,7 @@ def test_other_artefacts_read_every_prompt_as_a_whole(stored: Artefact) -> None:
     trained = Classifier(stored)
     message = f"{RULES}\n\n{PATIENT}"
     assert trained.classify(message) == trained._classify(message)
-    talk = Conversation(f"{RULES}\n{PATIENT}", (RULES, PATIENT))
+    talk = UserTurns(f"{RULES}\n{PATIENT}", (RULES, PATIENT))
     assert trained.classify(talk) == trained._classify(talk.text)
 
 
