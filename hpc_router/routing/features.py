@@ -51,6 +51,13 @@ _TYPOGRAPHIC: Final = tuple(zip("’‘“”–—…\u00a0", ("'", "'", '"', '
 _UNICODE_SPACES: Final = ("\x85", "\u1680", "\u2028", "\u2029")
 
 
+_COURTESY: Final = frozenset(
+    {"hello", "hi", "hey", "dear", "greetings", "please", "thank", "thanks"}
+    | {"grateful", "kindly", "regards", "could", "would", "help"}
+)
+_COURTESY_PREFIXES: Final = frozenset(f"{word[:n]}*" for word in _COURTESY for n in range(5, len(word) + 1))
+
+
 def _word_table(*, fold_numbers: bool) -> bytes:
     """Returns a table for bytes.translate: letters become lower case, digits stay or become `0`, and the rest becomes
     spaces."""
@@ -205,9 +212,16 @@ def _normalised(text: str, *, text_version: int) -> str:
     return _spaced(text.lower(), symbols=True)
 
 
+def is_courtesy(term: str) -> bool:
+    """Returns whether a term is a word of courtesy, contains one, or is the prefix of one. Such words say nothing of
+    the topic but are common in the prompts of some sources, so new vocabularies leave them out."""
+    return any(word in _COURTESY or word in _COURTESY_PREFIXES for word in term.split(" "))
+
+
 def vocabulary_of(texts: Iterable[str], *, features: Features) -> Vocabulary:
-    """Returns all terms of the texts, sorted."""
-    return Vocabulary(tuple(sorted({term for text in texts for term in features.terms(text)})), features)
+    """Returns all terms of the texts without those of courtesy, sorted."""
+    terms = {term for text in texts for term in features.terms(text)}
+    return Vocabulary(tuple(sorted(term for term in terms if not is_courtesy(term))), features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ def has_parts(text: str) -> bool:
     """Returns False for a text of one line, without marked blocks, that does not end in a question mark. In such a text
     `split_message` finds no question."""
     # Looking for one character is many times faster than looking for two.
-    return "\n" in text or "<" in text or text.endswith(QUESTION_MARKS)
+    return "\n" in text or "<" in text or text.rstrip().endswith(QUESTION_MARKS)
 
 
 def split_message(text: str) -> tuple[str, str | None]:

@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.routing.features import _UNSPACED_RUN, Features, clip, clip_ends
+from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.features import _UNSPACED_RUN, Features, clip, clip_ends, vocabulary_of
+from hpc_router.routing.training.feature_spaces import frequent_vocabulary
+from tests.routing.samples import EXEMPLARS, artefact
 
 ANY_TEXT = st.text(st.characters(), max_size=300)
 
@@ -134,3 +137,25 @@ def test_no_term_is_ambiguous_or_breaks_a_line(text: str) -> None:
 def test_an_error_names_a_setting_out_of_range(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Features(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("term", ["please", "pleas*", "hello you", "you thanks", "thank*", "would", "greet*"])
+def test_words_of_courtesy_are_in_no_vocabulary(term: str) -> None:
+    text = "hello you please please greetings to you thanks would the pleasant thankful person sum integers"
+    features = Features(ngrams=2)
+    assert term in features.terms(text)
+    for vocabulary in (
+        vocabulary_of([text], features=features),
+        frequent_vocabulary([text], features=features, min_texts=1),
+    ):
+        assert term not in vocabulary.terms
+        assert {"pleasant", "person", "sum integers"} <= set(vocabulary.terms)
+
+
+def test_words_of_courtesy_change_no_decision() -> None:
+    classifier = Classifier(artefact())
+    for prompt in (prompt for prompts in EXEMPLARS.values() for prompt in prompts):
+        assert (
+            classifier.classify(f"Hello, could you please help? {prompt} Thanks!").expert
+            == classifier.classify(prompt).expert
+        )

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from hpc_router.routing.features import Doubles, Features, Floats, Mask, TermCounts, Vocabulary, counts_of
+from hpc_router.routing.features import Doubles, Features, Floats, Mask, TermCounts, Vocabulary, counts_of, is_courtesy
 
 CBTM_DIMENSIONS: Final = 100
 LEXICAL_DIMENSIONS: Final = 128
@@ -70,7 +70,9 @@ def cbtm(texts: Sequence[str], *, seed: int) -> SvdSpace:
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
     features = Features(kind="cbtm", prefix=0)
-    tfidf = TfidfVectorizer(analyzer=lambda text: [t for t in features.terms(text) if t not in ENGLISH_STOP_WORDS])
+    tfidf = TfidfVectorizer(
+        analyzer=lambda text: [t for t in features.terms(text) if t not in ENGLISH_STOP_WORDS and not is_courtesy(t)]
+    )
     rows = tfidf.fit_transform(texts)
     vocabulary = Vocabulary(tuple(tfidf.get_feature_names_out().tolist()), features)
     return _svd_space(rows, vocabulary, tfidf.idf_, dimensions=CBTM_DIMENSIONS, spherical=False, seed=seed)
@@ -105,13 +107,13 @@ def _svd_space(
 
 
 def frequent_vocabulary(texts: Sequence[str], *, features: Features, min_texts: int) -> Vocabulary:
-    """Returns the terms that occur in at least `min_texts` texts, sorted. If there are more than MAX_TERMS, returns the
-    most frequent ones."""
+    """Returns the terms that occur in at least `min_texts` texts, without those of courtesy, sorted. If there are more
+    than MAX_TERMS, returns the most frequent ones."""
     frequency: dict[str, int] = {}
     for text in texts:
         for term in dict.fromkeys(features.terms(text)):
             frequency[term] = frequency.get(term, 0) + 1
-    terms = [term for term, count in frequency.items() if count >= min_texts]
+    terms = [term for term, count in frequency.items() if count >= min_texts and not is_courtesy(term)]
     if len(terms) > MAX_TERMS:
         terms = sorted(terms, key=lambda term: (-frequency[term], term))[:MAX_TERMS]
     return Vocabulary(tuple(sorted(terms)), features)
