@@ -262,12 +262,17 @@ def open_run(path: Path) -> RunDir:
 
 
 def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
-    """Returns the run directory that a command works on: `given` (from `--run`), else `$HPC_ROUTER_RUN`, else `latest`
-    in the folder `runs`."""
+    """Returns the run directory that a command works on; see `named_path`."""
+    return open_run(named_path(given, runs=runs))
+
+
+def named_path(given: Path | None, *, runs: Path = Path("runs")) -> Path:
+    """Returns the path of the folder that a command works on: `given` (from `--run`), else `$HPC_ROUTER_RUN`, else
+    `latest` in the folder `runs`."""
     if given is not None:
-        return open_run(given)
+        return given
     named = os.environ.get("HPC_ROUTER_RUN")
-    return open_run(Path(named) if named else runs / "latest")
+    return Path(named) if named else runs / "latest"
 
 
 def new_run_path(runs: Path, name: str) -> Path:
