@@ -280,6 +280,17 @@ def new_run_path(runs: Path, name: str) -> Path:
     return runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
+def place_error(path: Path) -> str | None:
+    """Returns why this user cannot have a folder at `path`, which need not exist; None if that is possible."""
+    try:
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists() or folder.is_symlink())
+        if not nearest.is_dir():
+            return f"{nearest} is not a folder"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"you cannot create a folder in {nearest}"
+
+
 def point_latest(runs: Path, run: RunDir) -> None:
     """Makes the link `latest` in the folder `runs` point to `run`, atomically."""
     link = runs / "latest"

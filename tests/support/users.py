@@ -103,5 +103,7 @@ def _become(user: UnixUser) -> None:
 
 def open_to_all(folder: Path) -> None:
     """Lets other users pass through a test's temporary folder."""
-    for path in (folder, *folder.parents[:2]):
-        path.chmod(0o755)
+    for path in (folder, *folder.parents):
+        status = path.stat()
+        if status.st_uid == os.getuid() and status.st_mode & 0o777 == 0o700:
+            path.chmod(0o755)

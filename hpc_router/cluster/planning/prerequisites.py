@@ -21,6 +21,7 @@ from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.scratch_dir import expanded, path_error, usage_error
 from hpc_router.expert.staging.folder_lock import FolderLock
+from hpc_router.state.run_directory import place_error
 from hpc_router.state.share_dir import DIR_KEY, check_share
 
 MOUNTS: Final = Path("/proc/self/mountinfo")
@@ -124,14 +125,16 @@ def sharing(host: CheckedHost) -> CheckResult:
 
 
 def run_directory(host: CheckedHost) -> CheckResult:
-    """Checks that Slurm can name log files in the run directory, and that nodes can see the directory. A directory on a
-    local file system is only a warning, because a cluster may be one host. The first job then shows whether its node
-    sees the directory (FailureReason.RUN_UNSEEN)."""
+    """Checks that the run directory can be created, that Slurm can name log files in it, and that nodes can see it. A
+    directory on a local file system is only a warning, because a cluster may be one host. The first job then shows
+    whether its node sees the directory (FailureReason.RUN_UNSEEN)."""
     runs, kind = host.runs.absolute(), host.cluster.kind
     try:
         check_run_path(runs, kind)
     except ConfigError as error:
         return CheckResult([fault(str(error), key="runs")])
+    if not host.on_node and (problem := place_error(runs)) is not None:
+        return CheckResult([fault(f"runs={runs}: {problem}", key="runs")])
     of = file_system(runs)
     if kind == "local" or of not in _LOCAL_FILE_SYSTEMS:
         return CheckResult([ok(f"{runs} is on {of or 'an unknown file system'}")])

@@ -25,6 +25,7 @@ from hpc_router.net.protocol import challenge_in
 from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir, make_run
 from hpc_router.state.share_dir import open_share, sharing_run
+from tests.support.users import OUTSIDER, as_user, needs_root, open_to_all
 
 RUNS = Path("runs")
 
@@ -187,3 +188,42 @@ def answer_as(server: socket.socket, run: RunDir) -> None:
         answer = challenge_answer(replica_key(run.secret(), "n"), challenge_in(urlsplit(target).query))
         body = json.dumps({"replica": "router-0.g1", "answer": answer})
         connection.sendall(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
+
+
+@pytest.mark.parametrize("kind", ["local", "slurm"])
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_runs_that_cannot_be_a_folder(tmp_path: Path, kind: str, below: str) -> None:
+    """A file is in the place of the folder of runs, or of a folder above it."""
+    (tmp_path / "file").write_text("")
+    runs = tmp_path / "file" / below
+    [fault] = run_directory(ClusterConfig(kind=kind), runs).faults  # type: ignore[arg-type]
+    assert fault == f"runs={runs}: {tmp_path / 'file'} is not a folder"
+    with pytest.raises(ConfigError, match=r"^runs=.*is not a folder"):
+        make_plan(load_deployment(["topology=sim", f"runs={runs}"]), ask_engines=False)
+
+
+def test_a_folder_of_runs_that_cannot_be_created(tmp_path: Path) -> None:
+    assert run_directory(ClusterConfig(), tmp_path / "new" / "deep").faults == []
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    [fault] = run_directory(ClusterConfig(), tmp_path / "dangling" / "runs").faults
+    assert f"{tmp_path / 'dangling'} is not a folder" in fault
+
+
+@pytest.mark.parametrize("verb", ["plan", "up"])
+def test_a_run_that_names_a_file(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    for given in (path, path / "below"):
+        assert main([verb, "--run", str(given), "topology=sim"]) == 2
+        assert "is not a folder" in capsys.readouterr().err
+
+
+@needs_root
+def test_a_folder_of_runs_that_only_another_user_can_write_to(tmp_path: Path) -> None:
+    open_to_all(tmp_path)
+
+    def faults() -> list[str]:
+        return run_directory(ClusterConfig(), tmp_path / "runs").faults
+
+    [fault] = as_user(OUTSIDER, faults)
+    assert fault == f"runs={tmp_path / 'runs'}: you cannot create a folder in {tmp_path}"
