@@ -94,7 +94,9 @@ def _token_revoke(arguments: argparse.Namespace) -> int:
         raise ConfigError("token revoke: name either IDs of tokens or --user U")
     by, run = getpass.getuser(), find_run(arguments.run)
     revoked = revoke_tokens(run, by=by, ids=arguments.ids, user=arguments.user)
-    unshare_tokens(run, revoked)
     if arguments.json:
-        return print_value([token.to_json() for token in revoked])
-    return print_lines(f"revoked {token.id} of {token.user}" for token in revoked)
+        print_value([token.to_json() for token in revoked])
+    else:
+        print_lines(f"revoked {token.id} of {token.user}" for token in revoked)
+    unshare_tokens(run, revoked)  # last, because the tokens are revoked even if the folder cannot be used
+    return 0

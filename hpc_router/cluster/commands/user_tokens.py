@@ -75,13 +75,13 @@ def share_token(run: RunDir, token: UserToken, text: str) -> str | None:
     if share is None:
         return None
     path, group = share
-    folder = claimed_share(path, group, run)
     try:
+        folder = claimed_share(path, group, run)
         reason = write_token(folder, token.user, text)
-    except OSError as error:
-        reason = f"{folder.tokens} cannot be written: {error.strerror}"
+    except (ConfigError, OSError) as error:  # the token exists, and its text must not be lost
+        reason = str(error)
     if reason is not None:
-        return f"not written to {folder.tokens}, because {reason}; give it to its user in a file of mode 0600"
+        return f"not written to {path / 'tokens'}, because {reason}; give it to its user in a file of mode 0600"
     member = "" if is_member(token.user, group) else f"; {token.user} must be in the group {group} to open the folder"
     return f"{token.user} can read it in {folder.tokens / token.user}{member}"
 
