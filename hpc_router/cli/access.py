@@ -48,7 +48,7 @@ def _token_create(arguments: argparse.Namespace) -> int:
     hpc-router token create --user alice
     hpc-router token create --user course --expires 2031-02-01 --limit requests=60,concurrency=4 --experts math,code
     """
-    from hpc_router.cluster.commands.user_tokens import check_experts, parse_expiry, parse_limits
+    from hpc_router.cluster.commands.user_tokens import check_experts, parse_expiry, parse_limits, share_token
     from hpc_router.state.user_tokens import create_token
 
     run, now = find_run(arguments.run), time.time()
@@ -56,9 +56,12 @@ def _token_create(arguments: argparse.Namespace) -> int:
     experts = None if arguments.experts is None else check_experts(run, arguments.experts)
     limits = parse_limits(arguments.limit)
     made, text = create_token(run, arguments.user, expires_at=expires_at, limits=limits, experts=experts)
+    shared = share_token(run, made, text)
+    if shared is not None:
+        sys.stderr.write(f"# {shared}\n")
     if arguments.json:
         return print_value({**made.to_json(), "token": text})
-    sys.stderr.write(f"# token {made.id} of {made.user}; it is not stored and cannot be shown again\n")
+    sys.stderr.write(f"# token {made.id} of {made.user}; it cannot be shown again\n")
     return print_lines([text])
 
 
@@ -84,12 +87,16 @@ def _token_revoke(arguments: argparse.Namespace) -> int:
     hpc-router token revoke 3f2a9c01
     hpc-router token revoke --user alice
     """
+    from hpc_router.cluster.commands.user_tokens import unshare_tokens
     from hpc_router.state.user_tokens import revoke_tokens
 
     if bool(arguments.ids) == (arguments.user is not None):
         raise ConfigError("token revoke: name either IDs of tokens or --user U")
-    by = getpass.getuser()
-    revoked = revoke_tokens(find_run(arguments.run), by=by, ids=arguments.ids, user=arguments.user)
+    by, run = getpass.getuser(), find_run(arguments.run)
+    revoked = revoke_tokens(run, by=by, ids=arguments.ids, user=arguments.user)
     if arguments.json:
-        return print_value([token.to_json() for token in revoked])
-    return print_lines(f"revoked {token.id} of {token.user}" for token in revoked)
+        print_value([token.to_json() for token in revoked])
+    else:
+        print_lines(f"revoked {token.id} of {token.user}" for token in revoked)
+    unshare_tokens(run, revoked)  # last, because the tokens are revoked even if the folder cannot be used
+    return 0

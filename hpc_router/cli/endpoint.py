@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from hpc_router.cli.output import print_lines, print_value
 from hpc_router.cli.parser import Parser, Verbs, add_verb, number, port
-from hpc_router.errors import HpcRouterError, LaunchError
-from hpc_router.state.run_directory import find_run
+from hpc_router.errors import ConfigError, HpcRouterError, LaunchError
+from hpc_router.state.run_directory import RunDir, find_run
+from hpc_router.state.share_dir import ShareDir
 
 if TYPE_CHECKING:
     from hpc_router.cluster.commands.router_access import RouterAccess
@@ -30,10 +31,11 @@ def route(arguments: argparse.Namespace) -> int:
     hpc-router route "What is the derivative of x^2?"
     """
     from hpc_router.cli.tables import route_text
+    from hpc_router.client.router_source import find_folder
     from hpc_router.cluster.commands.router_access import router_access
     from hpc_router.net.http_client import Unreachable, call_blocking
 
-    access = router_access(find_run(arguments.run))
+    access = router_access(find_folder(arguments.run))
     try:
         response = call_blocking(
             "POST", f"{access.url}/route", token=access.token, body={"prompt": arguments.prompt},
@@ -63,9 +65,10 @@ def chat(arguments: argparse.Namespace) -> int:
     hpc-router chat "Is 91 a prime?"
     hpc-router chat --model law
     """
+    from hpc_router.client.router_source import find_folder
     from hpc_router.cluster.commands.router_access import router_access
 
-    run = find_run(arguments.run)
+    run = find_folder(arguments.run)
     prompt = arguments.prompt if arguments.prompt is not None or sys.stdin.isatty() else sys.stdin.read()
     messages: list[dict[str, str]] = []
 
@@ -142,12 +145,15 @@ def url(arguments: argparse.Namespace) -> int:
     curl $(hpc-router url)/health
     hpc-router url --ssh               the `ssh` command to run on the laptop
     """
+    from hpc_router.client.router_source import find_folder
     from hpc_router.cluster.commands.router_access import router_access
     from hpc_router.cluster.commands.tunnel import forwarder_tunnel, tunnel_to
 
-    run = find_run(arguments.run)
+    run = find_folder(arguments.run)
     if not arguments.ssh and not arguments.json:
         return print_lines([router_access(run).url])
+    if not isinstance(run, RunDir):
+        raise ConfigError(f"--run {run.path}: --ssh and --json need the run directory, which only its owner can open")
     tunnel = forwarder_tunnel(run, port=arguments.port) if arguments.ssh else None
     if tunnel is None:
         tunnel = tunnel_to(run, port=arguments.port, unproven=arguments.ssh)
@@ -166,9 +172,10 @@ def env(arguments: argparse.Namespace) -> int:
 
     eval "$(hpc-router env)"           in sh, bash or zsh; then any OpenAI client works
     """
+    from hpc_router.client.router_source import find_folder
     from hpc_router.cluster.commands.env import exports
 
-    lines, note = exports(find_run(arguments.run), os.environ)
+    lines, note = exports(find_folder(arguments.run), os.environ)
     if note is not None:
         sys.stderr.write(f"hpc-router: {note}\n")
     return print_lines(lines)
@@ -194,12 +201,13 @@ def connect(arguments: argparse.Namespace) -> int:
     hpc-router connect --port 8000         then, in another shell: eval "$(hpc-router env)"
     hpc-router connect --detach            then: hpc-router url --ssh
     """
+    from hpc_router.client.router_source import find_folder, shared_limit_mb
     from hpc_router.cluster.control_loop.desired_state import readable_deployment
     from hpc_router.connect.main import ConnectOptions, connect_detached
     from hpc_router.connect.main import connect as serve
 
-    run = find_run(arguments.run)
-    max_body_mb = readable_deployment(run).router.max_body_mb
+    run = find_folder(arguments.run)
+    max_body_mb = shared_limit_mb(run) if isinstance(run, ShareDir) else readable_deployment(run).router.max_body_mb
     options = ConnectOptions(run, port=arguments.port, hold_s=arguments.hold, max_body_mb=max_body_mb)
     if arguments.detach:
         return _print_forwarder(connect_detached(options), json=arguments.json)

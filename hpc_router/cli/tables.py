@@ -175,6 +175,8 @@ def _process_lines(router: Mapping[str, Any]) -> list[str]:
     loads = ", ".join(_text(w["in_flight"]) if w["serving"] else "being started" for w in workers)
     lines = [f"workers {len(workers)}  in flight {loads}"] if workers else []
     lines += process_problems(router)
+    if router.get("share_trouble"):
+        lines.append(f"the router is not shared: {router['share_trouble']}")
     if router.get("settings_trouble"):
         lines.append(f"a change was not applied: {router['settings_trouble']}")
     return lines

@@ -2,7 +2,7 @@
 
 Rules: a request that no router took (no connection, or the router drains) is sent again until a router takes it or
 `follow_s` seconds have passed. A request whose connection ended before a response began, or that got status 401 while
-the run has a new token, is sent again once, if its body can be sent again. Every other response goes to the caller. A
+there is a new token, is sent again once, if its body can be sent again. Every other response goes to the caller. A
 router gets a request only after `router_identity` has checked the process at its address; one check serves all requests
 until one fails. This module knows no HTTP library: subclasses do the I/O.
 """
@@ -16,12 +16,12 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-from hpc_router.client.leader import Leader, NoRouterError
+from hpc_router.client.leader import NoRouterError
 from hpc_router.client.retry import RetryState
-from hpc_router.client.router_identity import IdentityCache, IdentityCheck, check_identity
-from hpc_router.errors import HpcRouterError
+from hpc_router.client.router_identity import IdentityCache, IdentityCheck
+from hpc_router.client.router_source import EndpointFolder, source_of
+from hpc_router.errors import ConfigError, HpcRouterError, UnauthorizedError
 from hpc_router.state.registry import Record
-from hpc_router.state.run_directory import RunDir
 
 LOST_NODE_S: Final = 30
 SOCKET_OPTIONS: Final[Sequence[tuple[int, int, int]]] = (
@@ -58,15 +58,16 @@ T = TypeVar("T")
 
 
 class RouterFollower(ABC, Generic[Q, A]):
-    """Base class: sends the requests of one client to the router that leads the run. Q is the type of a request, A that
-    of a response. The coroutines of a subclass may block instead of awaiting; then `follow` also blocks."""
+    """Base class: sends the requests of one client to the router that leads. `folder`: the run directory, or the share
+    folder for a user other than the owner. Q is the type of a request, A that of a response. The coroutines of a
+    subclass may block instead of awaiting; then `follow` also blocks."""
 
-    def __init__(self, run: RunDir, *, follow_s: float, check_lock: AbstractAsyncContextManager[Any]) -> None:
-        self._run = run
-        self._leader = Leader(run)
+    def __init__(
+        self, folder: EndpointFolder, *, follow_s: float, check_lock: AbstractAsyncContextManager[Any]
+    ) -> None:
+        self._source = source_of(folder)
         self._follow_s = follow_s
         self._token: str | None = None
-        self._secret: str | None = None
         self._identity = IdentityCache()
         self._check_lock = check_lock
 
@@ -88,12 +89,12 @@ class RouterFollower(ABC, Generic[Q, A]):
     async def pause(self, length_s: float) -> None: ...
 
     async def find(self, *, recheck: bool) -> Record | None:
-        """Returns the record of the router that leads; None if no router serves. `recheck`: whether to read all records
-        in the registry folder, not only `registry.json`."""
-        return await self.call(partial(self._leader.find, recheck=recheck))
+        """Returns the record of the router that leads; None if no router serves. `recheck`: whether the last result may
+        be outdated, so that all files are read again."""
+        return await self.call(partial(self._source.find, recheck=recheck))
 
     def adds_token(self, request: Q) -> bool:
-        """Returns whether `send` adds the owner's token to this request. Only then can a new token help after a 401."""
+        """Returns whether `send` adds the token to this request. Only then can a new token help after a 401."""
         return True
 
     def invalidate(self) -> None:
@@ -104,18 +105,23 @@ class RouterFollower(ABC, Generic[Q, A]):
         """Sends the request, again if necessary, until a router takes it, and returns the response. `replayable`:
         whether the request's body can be sent more than once.
 
-        Raises NoRouterError if no router took the request in time, and ResponseLostError if the response was lost and
-        the request must not be sent again. Other exceptions of `send` are passed on.
+        Raises NoRouterError if no router took the request in time, ResponseLostError if the response was lost and the
+        request must not be sent again, and UnauthorizedError if the router does not know the token with which it has to
+        prove itself. Other exceptions of `send` are passed on.
         """
         state = RetryState(follow_s=self._follow_s, now=time.monotonic(), replayable=replayable)
         router: Record | None = None
         while True:
             router = await self._next_router(state, last=router)
-            check = await self._check(router)
+            token = self._token if self._token is not None else await self.call(self._read_token)
+            check = await self._check(router, token)
+            if check is IdentityCheck.TOKEN_UNKNOWN:
+                if not await self.call(partial(self._token_changed, token)):
+                    raise UnauthorizedError(f"{router.replica} at {router.url}: {check}; ask the deployment's owner")
+                continue
             if check is not IdentityCheck.PROVEN:
                 state.not_taken(router, check)
                 continue
-            token = self._token if self._token is not None else await self.call(self._read_token)
             try:
                 response = await self.send(request, router, token)
             except RequestNotTakenError:
@@ -150,34 +156,36 @@ class RouterFollower(ABC, Generic[Q, A]):
                 raise self._no_router_error(state, router and last)
             await self.pause(pause_s)
 
-    async def _check(self, router: Record) -> IdentityCheck:
+    async def _check(self, router: Record, token: str) -> IdentityCheck:
         since = time.monotonic()
         if check := self._identity.lookup(router, since=since, now=since):
             return check
         async with self._check_lock:
             if check := self._identity.lookup(router, since=since, now=time.monotonic()):
                 return check
-            return await self.call(partial(self._run_check, router))
+            return await self.call(partial(self._run_check, router, token))
 
-    def _run_check(self, router: Record) -> IdentityCheck:
-        if self._secret is None:
-            self._secret = self._run.secret()
+    def _run_check(self, router: Record, token: str) -> IdentityCheck:
         begun_at = time.monotonic()
-        result = check_identity(router, self._secret)
+        result = self._source.check(router, token)
         self._identity.store(router, result, begun_at=begun_at, ended_at=time.monotonic())
         return result
 
     def _read_token(self) -> str:
-        self._token = self._run.token()
+        self._token = self._source.token()
         return self._token
 
     def _token_changed(self, token: str) -> bool:
-        """Reads the run's token again, and returns whether it differs from `token`, which the router refused."""
+        """Reads the token again, and returns whether it differs from `token`, which the router refused. If there is
+        none any more, `token` is kept."""
         self.invalidate()
-        return self._read_token() != token
+        try:
+            return self._read_token() != token
+        except ConfigError:
+            return False
 
     def _no_router_error(self, state: RetryState, last: Record | None) -> NoRouterError:
-        error = self._leader.no_router_error()
+        error = self._source.no_router_error()
         if last is None:
             return error
         reason = f": {state.last_check}" if state.last_check else ""

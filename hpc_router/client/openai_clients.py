@@ -10,10 +10,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hpc_router.client.leader import Leader, NoRouterError
-from hpc_router.client.router_identity import IdentityCheck, check_identity
-from hpc_router.errors import ConfigError
-from hpc_router.state.run_directory import RunDir, find_run
+from hpc_router.client.leader import NoRouterError
+from hpc_router.client.router_identity import IdentityCheck
+from hpc_router.client.router_source import EndpointFolder, find_folder, source_of, users_token
+from hpc_router.errors import ConfigError, UnauthorizedError
+from hpc_router.state.run_directory import RunDir
 
 if TYPE_CHECKING:
     import openai
@@ -29,7 +30,7 @@ _KEY: Final = "from-the-run-directory"
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The current address of the router, and the owner's token."""
+    """The current address of the router, and the token for it."""
 
     url: str
     token: str = field(repr=False)
@@ -41,32 +42,35 @@ class Endpoint:
 
 
 def endpoint(run: str | PathLike[str] | None = None) -> Endpoint:
-    """Returns the address and token of the router of `run`, a run directory (default: $HPC_ROUTER_RUN, then
-    runs/latest).
+    """Returns the address and token of the router of `run`: a run directory, or the share folder of another user's
+    deployment (default: $HPC_ROUTER_RUN, then runs/latest).
 
-    Raises NoRouterError if no router serves, or if the process at its address does not prove that it is the router.
+    Raises NoRouterError if no router serves, or if the process at its address does not prove that it is the router, and
+    UnauthorizedError if the router does not know this user's token.
     """
-    found = _run(run)
-    leader = Leader(found)
-    router = leader.find(recheck=True)
+    source = source_of(_folder(run))
+    router = source.find(recheck=True)
     if router is None:
-        raise leader.no_router_error()
-    check = check_identity(router, found.secret())
+        raise source.no_router_error()
+    token = source.token()
+    check = source.check(router, token)
+    if check is IdentityCheck.TOKEN_UNKNOWN:
+        raise UnauthorizedError(f"{router.replica} at {router.url}: {check}; ask the deployment's owner")
     if check is not IdentityCheck.PROVEN:
-        raise NoRouterError(f"{router.replica} at {router.url}: {check}; {leader.no_router_error()}")
-    return Endpoint(router.url, found.token())
+        raise NoRouterError(f"{router.replica} at {router.url}: {check}; {source.no_router_error()}")
+    return Endpoint(router.url, token)
 
 
 def openai_client(
     run: str | PathLike[str] | None = None, *, follow_s: float = FOLLOW_S, **options: Any
 ) -> "openai.OpenAI":
-    """Returns an `openai.OpenAI` that sends its requests to the router of `run`, a run directory (default: as for
-    `endpoint`). `options`: further arguments of `openai.OpenAI`, such as `timeout` and `max_retries`.
+    """Returns an `openai.OpenAI` that sends its requests to the router of `run`, a run directory or a share folder
+    (default: as for `endpoint`). `options`: further arguments of `openai.OpenAI`, such as `timeout` and `max_retries`.
 
     A request waits for a router for at most `follow_s` seconds, then raises NoRouterError.
     """
     _check_options(options)
-    found = _run(run)
+    found = _folder(run)
     _need_openai()
     import openai
 
@@ -82,7 +86,7 @@ def async_openai_client(
 ) -> "openai.AsyncOpenAI":
     """Returns an `openai.AsyncOpenAI`. The arguments have the same meaning as those of `openai_client`."""
     _check_options(options)
-    found = _run(run)
+    found = _folder(run)
     _need_openai()
     import openai
 
@@ -95,8 +99,13 @@ def async_openai_client(
     )
 
 
-def _run(run: str | PathLike[str] | None) -> RunDir:
-    return find_run(None if run is None else Path(run))
+def _folder(run: str | PathLike[str] | None) -> EndpointFolder:
+    """Returns the run directory or share folder `run`. Raises ConfigError if it cannot be used, or if a share folder
+    has no token for this user."""
+    folder = find_folder(None if run is None else Path(run))
+    if not isinstance(folder, RunDir):
+        users_token(folder)
+    return folder
 
 
 def _check_options(options: dict[str, Any]) -> None:

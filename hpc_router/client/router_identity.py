@@ -1,9 +1,10 @@
-"""Checks that the process at a router's address is that router, before it gets the owner's token.
+"""Checks that the process at a router's address is that router, before it gets a token.
 
 A killed router leaves its record behind, and any user of that node may then bind its port. Only the router can answer a
-challenge, because it has the deployment's secret and the nonce of its record (`net.auth`). A positive result is valid
-for `PROOF_S` seconds, or until a request fails. This module knows no tokens, runs or HTTP library: the in-cluster
-client loads an HTTP library only when it is used.
+challenge, because it has the deployment's secret, the digests of the users' tokens and the nonce of its record
+(`net.auth`). The owner's clients check the answer with the secret, those of other users with the digest of their own
+token. A positive result is valid for `PROOF_S` seconds, or until a request fails. This module knows no runs and no HTTP
+library: the in-cluster client loads an HTTP library only when it is used.
 """
 
 import contextlib
@@ -18,10 +19,11 @@ from enum import StrEnum
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from hpc_router.net.auth import challenge_answer, equal_secrets, new_token, replica_key
-from hpc_router.net.protocol import HEALTH, ProbeResponse
+from hpc_router.net.auth import challenge_answer, equal_secrets, new_token, replica_key, token_digest, user_key
+from hpc_router.net.protocol import ProbeResponse, challenge_target
 from hpc_router.net.tls import client_context
 from hpc_router.state.registry import Record
+from hpc_router.state.user_tokens import token_id
 
 PROOF_S: Final = 10.0
 CHECK_TIMEOUT_S: Final = 2.0
@@ -33,16 +35,18 @@ class IdentityCheck(StrEnum):
 
     PROVEN = "it is the router"
     UNREACHABLE = "no process answers there"
+    TOKEN_UNKNOWN = "it does not know this token, which was not sent: it was revoked, or belongs to another run"
     OTHER_PROCESS = "something else answers there, and was not given the token"
     NO_NONCE = "an older version started it, so its record has no nonce to check it with; restart it"
 
 
-def proves(answer: object, *, record: Record, secret: str, challenge: str) -> bool:
-    """Returns whether `answer`, the JSON from `/health`, solves `challenge` as only the owner of `record` can. Pure."""
+def proves(answer: object, *, record: Record, key: str, challenge: str) -> bool:
+    """Returns whether `answer`, the JSON from `/health`, solves `challenge` as only the owner of `record` can. `key`:
+    the key that the client shares with that router. Pure."""
     health = ProbeResponse.from_json(answer) if isinstance(answer, dict) else None
     if health is None or health.replica != record.replica or not record.nonce:
         return False
-    return equal_secrets(health.answer or "", challenge_answer(replica_key(secret, record.nonce), challenge))
+    return equal_secrets(health.answer or "", challenge_answer(key, challenge))
 
 
 def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIMEOUT_S) -> IdentityCheck:
@@ -50,17 +54,39 @@ def check_identity(record: Record, secret: str, *, timeout_s: float = CHECK_TIME
     at most `timeout_s` seconds, even if the response arrives slowly."""
     if not record.nonce:
         return IdentityCheck.NO_NONCE
+    return _check(record, replica_key(secret, record.nonce), token=None, timeout_s=timeout_s)
+
+
+def check_identity_to_user(record: Record, token: str, *, timeout_s: float = CHECK_TIMEOUT_S) -> IdentityCheck:
+    """Like `check_identity`, but for a user who has a token and not the secret: the router must know the token. Sends
+    the token's ID and not the token."""
+    if not record.nonce:
+        return IdentityCheck.NO_NONCE
+    return _check(record, user_key(token_digest(token), record.nonce), token=token_id(token), timeout_s=timeout_s)
+
+
+def _check(record: Record, key: str, *, token: str | None, timeout_s: float) -> IdentityCheck:
+    """Sends a challenge that the router must answer with `key`. `token`: ID of the user's token; None: the owner's."""
     challenge = new_token()
+    target = challenge_target(challenge, token_id=token)
     try:
-        answer = _get(record, f"{HEALTH}?challenge={challenge}", deadline=time.monotonic() + timeout_s)
-        proven = proves(json.loads(answer), record=record, secret=secret, challenge=challenge)
+        answer = json.loads(_get(record, target, deadline=time.monotonic() + timeout_s))
+        proven = proves(answer, record=record, key=key, challenge=challenge)
     except ssl.SSLError:
         return IdentityCheck.OTHER_PROCESS
     except OSError:
         return IdentityCheck.UNREACHABLE
     except (ValueError, RecursionError):
         return IdentityCheck.OTHER_PROCESS
+    if not proven and token is not None and _knows_no_token(answer, record):
+        return IdentityCheck.TOKEN_UNKNOWN
     return IdentityCheck.PROVEN if proven else IdentityCheck.OTHER_PROCESS
+
+
+def _knows_no_token(answer: object, record: Record) -> bool:
+    """Returns whether the process claims to be the router of `record` and not to know the token. This claim cannot be
+    proven to the client, but it only ends the request."""
+    return isinstance(answer, dict) and answer.get("replica") == record.replica and answer.get("answer", "") is None
 
 
 def _get(record: Record, target: str, *, deadline: float) -> bytes:

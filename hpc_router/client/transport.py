@@ -19,9 +19,10 @@ import openai
 
 from hpc_router.client.following import SOCKET_OPTIONS, RequestNotTakenError, ResponseLostError, RouterFollower
 from hpc_router.client.leader import REGISTRY_TIMEOUT_S, NoRouterError
+from hpc_router.client.router_source import EndpointFolder
+from hpc_router.errors import UnauthorizedError
 from hpc_router.net.tls import client_context
 from hpc_router.state.registry import Record
-from hpc_router.state.run_directory import RunDir
 
 if TYPE_CHECKING:
     import httpx2 as http
@@ -58,6 +59,9 @@ class _HttpFollower(RouterFollower["http.Request", "http.Response"]):
             return await self.follow(request, replayable=_replayable(request))
         except NoRouterError as error:
             raise NoRouterConnectionError(str(error), request=request) from None
+        except UnauthorizedError as error:
+            body = {"message": str(error), "type": "authentication_error", "code": "unauthorized", "param": None}
+            return http.Response(401, json={"error": body}, request=request)
         except ResponseLostError as error:
             raise openai.APIConnectionError(message=str(error), request=request) from error.__cause__
 
@@ -78,8 +82,8 @@ class _HttpFollower(RouterFollower["http.Request", "http.Response"]):
 class FollowingTransport(_HttpFollower, http.BaseTransport):
     """Transport of synchronous clients. Threads may share it."""
 
-    def __init__(self, run: RunDir, *, follow_s: float) -> None:
-        super().__init__(run, follow_s=follow_s, check_lock=_BlockingLock())
+    def __init__(self, folder: EndpointFolder, *, follow_s: float) -> None:
+        super().__init__(folder, follow_s=follow_s, check_lock=_BlockingLock())
         self._inner: dict[str | None, http.HTTPTransport] = {None: http.HTTPTransport(**_options())}
 
     def handle_request(self, request: "http.Request") -> "http.Response":
@@ -109,8 +113,8 @@ class AsyncFollowingTransport(_HttpFollower, http.AsyncBaseTransport):
     """Transport of asynchronous clients, on asyncio or trio. Reads the registry in threads, so that it does not block
     the event loop."""
 
-    def __init__(self, run: RunDir, *, follow_s: float) -> None:
-        super().__init__(run, follow_s=follow_s, check_lock=anyio.Lock())
+    def __init__(self, folder: EndpointFolder, *, follow_s: float) -> None:
+        super().__init__(folder, follow_s=follow_s, check_lock=anyio.Lock())
         self._inner: dict[str | None, http.AsyncHTTPTransport] = {None: http.AsyncHTTPTransport(**_options())}
 
     async def handle_async_request(self, request: "http.Request") -> "http.Response":
@@ -135,7 +139,7 @@ class AsyncFollowingTransport(_HttpFollower, http.AsyncBaseTransport):
     async def find(self, *, recheck: bool) -> Record | None:
         with anyio.move_on_after(REGISTRY_TIMEOUT_S):
             return await super().find(recheck=recheck)
-        return self._leader.last
+        return self._source.last
 
     async def pause(self, length_s: float) -> None:
         await _async_sleep(length_s)

@@ -317,6 +317,9 @@ class RouterConfig:
     # Absolute path of the PEM file with the router's certificate chain: the router then serves HTTPS; null: HTTP.
     tls_cert: str | None = None
     tls_key: str | None = None  # absolute path of the PEM file with the private key of router.tls_cert
+    # Absolute path of a folder outside the run directory through which other users find the router; null: none.
+    share_dir: str | None = None
+    share_group: str | None = None  # Unix group, by name or id, whose members can read router.share_dir
     max_body_mb: float = bounded(32.0, 1e-6, 4096)  # maximum size of a request body in MiB; larger ones get 413
     # Maximum size in MiB of an unstreamed response that is buffered until complete, so that the request can be retried.
     hold_mb: float = bounded(8.0, 1e-6, 4096)

@@ -189,6 +189,9 @@ def _check_dependency(at: str, options: Mapping[str, Any]) -> None:
         valid = "such as singleton, or afterok:1:2,afterany:3"
         if not isinstance(value, str) or not value.strip():
             raise ConfigError(f"{key}={value}: not a dependency in Slurm's format (valid: {valid})", key=key)
+        if any(part.strip().lower().startswith("expand") for part in value.split(",")):
+            problem = "'expand' gives the resources of this job to another one, so nothing could serve in it"
+            raise ConfigError(f"{key}={value}: {problem} (valid: {valid})", key=key)
         if "?" in value:
             problem = "'?' (any of them) cannot be combined with a router's wait for its predecessor"
             raise ConfigError(f"{key}={value}: {problem} (valid: {valid})", key=key)

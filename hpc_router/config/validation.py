@@ -111,6 +111,7 @@ def check_router(router: RouterConfig) -> None:
     for origin in router.allowed_origins:
         _check_origin(origin)
     _check_tls(router)
+    _check_share(router)
     if router.eject_most_s < router.eject_s:
         key = "router.eject_most_s"
         valid = f"router.eject_s={router.eject_s:g} or more"
@@ -127,6 +128,19 @@ def _check_tls(router: RouterConfig) -> None:
             raise ConfigError(f"{key}=null: HTTPS needs both router.tls_cert and router.tls_key", key=key)
         if path is not None and not path.startswith("/"):
             raise ConfigError(f"{key}={path}: not an absolute path (valid: /path/to/file.pem)", key=key)
+
+
+def _check_share(router: RouterConfig) -> None:
+    if router.share_group is not None:
+        check_not_empty("router.share_group", router.share_group)
+    if (router.share_dir is None) != (router.share_group is None):
+        key = f"router.{'share_dir' if router.share_dir is None else 'share_group'}"
+        raise ConfigError(f"{key}=null: sharing needs both router.share_dir and router.share_group", key=key)
+    if router.share_dir is not None and not router.share_dir.startswith("/"):
+        key = "router.share_dir"
+        raise ConfigError(f"{key}={router.share_dir}: not an absolute path (valid: /path/to/folder)", key=key)
+    if router.share_dir is not None and router.open:
+        raise ConfigError("router.open=true: a shared router needs tokens (valid: false)", key="router.open")
 
 
 def _check_origin(origin: str) -> None:

@@ -19,10 +19,12 @@ from typing import Any, Final, TypeVar
 
 from hpc_router.client.following import SOCKET_OPTIONS, RequestNotTakenError, ResponseLostError, RouterFollower
 from hpc_router.client.leader import REGISTRY_TIMEOUT_S, NoRouterError
+from hpc_router.client.router_source import EndpointFolder
 from hpc_router.errors import (
     BadRequestError,
     BodyTooLargeError,
     RequestTimeoutError,
+    UnauthorizedError,
     UpstreamConnectError,
     UpstreamError,
 )
@@ -41,7 +43,6 @@ from hpc_router.relay.upstream.client import UpstreamClient
 from hpc_router.relay.upstream.interface import UpstreamResponse, UpstreamTimeouts, address_of
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.registry import Record
-from hpc_router.state.run_directory import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,14 @@ class ForwardedResponse:
 
 class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
     """Forwards the requests that a server receives. `adds_tokens`: whether a request without credentials gets the
-    owner's token (see `needs_token`). `held`: number of requests that wait for a router. `files`: the thread that reads
-    the registry."""
+    owner's token, or with a share folder this user's (see `needs_token`). `held`: number of requests that wait for a
+    router. `files`: the thread that reads the registry."""
 
-    def __init__(self, run: RunDir, *, hold_s: float, adds_tokens: bool) -> None:
-        super().__init__(run, follow_s=hold_s, check_lock=asyncio.Lock())
+    def __init__(self, folder: EndpointFolder, *, hold_s: float, adds_tokens: bool) -> None:
+        super().__init__(folder, follow_s=hold_s, check_lock=asyncio.Lock())
         self._client = UpstreamClient(ROUTER_LIMITS, resend=False, socket_options=SOCKET_OPTIONS)
         self._adds_tokens = adds_tokens
-        self._token, self._secret = run.token(), run.secret()
+        self._token = self._source.token()
         self.files = FileThread("registry")
         self._calls = FileThread("identity checks")  # a separate thread, because `files` may hang
         self._look: asyncio.Task[Record | None] | None = None
@@ -124,6 +125,10 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
             return unreadable_response(error, path=request.path)
         except NoRouterError as error:
             return _unavailable(error, path=request.path)
+        except UnauthorizedError as error:
+            return error_response(
+                401, kind="authentication_error", code="unauthorized", message=str(error), path=request.path
+            )
         except ResponseLostError as error:
             return _lost(error, path=request.path)
         except UpstreamError as error:
@@ -188,7 +193,7 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
 
     async def pause(self, length_s: float) -> None:
         if self.held >= MAX_HELD:
-            raise HoldFullError(f"{self._leader.no_router_error()}; {self.held} requests wait for one")
+            raise HoldFullError(f"{self._source.no_router_error()}; {self.held} requests wait for one")
         self.held += 1
         try:
             await _sleep(length_s)
@@ -201,17 +206,17 @@ class Forwarder(RouterFollower[ForwardedRequest, ForwardedResponse]):
         REGISTRY_TIMEOUT_S continues in the background; until it ends, the last result is used."""
         now = time.monotonic()
         if not recheck and now - self._looked_at < VIEW_S:
-            return self._leader.last
+            return self._source.last
         if self._look is None:
             self._look, self._look_began_at = asyncio.create_task(self._look_up(recheck=recheck)), now
         left_s = max(0.0, self._look_began_at + REGISTRY_TIMEOUT_S - now)
         done, _ = await asyncio.wait({self._look}, timeout=left_s)
-        return done.pop().result() if done else self._leader.last
+        return done.pop().result() if done else self._source.last
 
     async def _look_up(self, *, recheck: bool) -> Record | None:
-        before = self._leader.last
+        before = self._source.last
         try:
-            found = await self.files.run(lambda: self._leader.find(recheck=recheck))
+            found = await self.files.run(lambda: self._source.find(recheck=recheck))
         finally:
             self._look = None
         self._looked_at = time.monotonic()

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from hpc_router.client.router_source import EndpointFolder
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.state.atomic_files import load_json, replace_json
 from hpc_router.state.job_records import start_ticks
 from hpc_router.state.private_folder import is_private, make_private, user_folder
-from hpc_router.state.run_directory import RunDir
 
 SCRATCH: Final = Path("/tmp")
 """Parent of the private folder. $XDG_RUNTIME_DIR is only the second choice, because it is removed when the user's last
@@ -32,8 +32,9 @@ _BACKLOG: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class RunningForwarder:
-    """A `connect` process that serves `run`. `address`: `http://127.0.0.1:PORT` if `port` is set, else the path of a
-    unix socket. `log`: its log file; None if it runs in the foreground."""
+    """A `connect` process. `run`: path of the run directory or share folder by which it finds the router. `address`:
+    `http://127.0.0.1:PORT` if `port` is set, else the path of a unix socket. `log`: its log file; None if it runs in
+    the foreground."""
 
     run: str
     address: str
@@ -43,7 +44,7 @@ class RunningForwarder:
     log: str | None
 
 
-def running_forwarder(run: RunDir, *, tcp: bool) -> RunningForwarder | None:
+def running_forwarder(run: EndpointFolder, *, tcp: bool) -> RunningForwarder | None:
     """Returns the `connect` process that serves this run on this host: on a TCP port if `tcp` is true, else on a unix
     socket. Returns None if there is none."""
     for folder in _folders():
@@ -56,7 +57,7 @@ def running_forwarder(run: RunDir, *, tcp: bool) -> RunningForwarder | None:
 
 @contextlib.contextmanager
 def serving_address(
-    run: RunDir, *, port: int | None, log: str | None = None
+    run: EndpointFolder, *, port: int | None, log: str | None = None
 ) -> Iterator[tuple[RunningForwarder, socket.socket]]:
     """Listens on the run's unix socket if `port` is None, else on `port` of the loopback. During the block, other verbs
     find the address through a file. Yields the description of this process, and the listening socket.
@@ -64,7 +65,7 @@ def serving_address(
     Raises LaunchError if another process already serves the run in the same way, on a socket or on a port, and
     ConfigError if the port is in use.
     """
-    tcp, folder = port is not None, _private_folder()
+    tcp, folder = port is not None, private_folder()
     description = _description(folder, run, tcp=tcp)
     with _one_at_a_time(folder):
         other = running_forwarder(run, tcp=tcp)
@@ -93,7 +94,8 @@ def _folders() -> list[Path]:
     return [user_folder(SCRATCH), *([Path(runtime) / "hpc-router"] if runtime else [])]
 
 
-def _private_folder() -> Path:
+def private_folder() -> Path:
+    """Returns this user's folder for `connect` on this host, and creates it. Raises LaunchError."""
     tried = []
     for folder in _folders():
         try:
@@ -108,7 +110,7 @@ def _private_folder() -> Path:
     )
 
 
-def _description(folder: Path, run: RunDir, *, tcp: bool) -> Path:
+def _description(folder: Path, run: EndpointFolder, *, tcp: bool) -> Path:
     name = hashlib.sha256(os.fsencode(run.path.resolve())).hexdigest()[:12]
     return folder / f"connect-{name}{'-tcp' if tcp else ''}.json"
 

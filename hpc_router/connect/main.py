@@ -4,6 +4,7 @@ The detached process reports its address, or why it could not serve, to the comm
 """
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -17,8 +18,9 @@ from typing import Final, NoReturn
 
 import uvloop
 
+from hpc_router.client.router_source import EndpointFolder
 from hpc_router.connect.forwarder import Forwarder
-from hpc_router.connect.listener import RunningForwarder, running_forwarder, serving_address
+from hpc_router.connect.listener import RunningForwarder, private_folder, running_forwarder, serving_address
 from hpc_router.errors import ConfigError, HpcRouterError, LaunchError
 from hpc_router.relay.downstream.server import listening, raise_file_limit
 from hpc_router.state.io_thread import file_thread
@@ -32,10 +34,11 @@ OnServing = Callable[[RunningForwarder], object]
 
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
-    """Options of `connect`. `port`: TCP port on the loopback; None: a unix socket is served. `hold_s`: seconds that a
-    request waits for a router. `max_body_mb`: the router's limit for the body of a request."""
+    """Options of `connect`. `run`: the run directory or share folder. `port`: TCP port on the loopback; None: a unix
+    socket is served. `hold_s`: seconds that a request waits for a router. `max_body_mb`: the router's limit for the
+    body of a request."""
 
-    run: RunDir
+    run: EndpointFolder
     port: int | None
     hold_s: float
     max_body_mb: float
@@ -69,7 +72,12 @@ def connect_detached(options: ConnectOptions) -> RunningForwarder:
 
 
 def _log_path(options: ConnectOptions) -> Path:
-    return options.run.logs / f"connect{'' if options.port is None else '-tcp'}.{socket.gethostname()}.log"
+    """Returns the path of the log of a detached process. Members cannot write to a share folder, so with one the log is
+    in the user's private folder on this host."""
+    name = f"connect{'' if options.port is None else '-tcp'}"
+    if isinstance(options.run, RunDir):
+        return options.run.logs / f"{name}.{socket.gethostname()}.log"
+    return private_folder() / f"{name}-{hashlib.sha256(os.fsencode(options.run.path)).hexdigest()[:12]}.log"
 
 
 def _detached(options: ConnectOptions, report_to: int) -> NoReturn:

@@ -23,7 +23,7 @@ from hpc_router.errors import ConfigError, HpcRouterError, suggest
 from hpc_router.expert.agent.agent import Agent
 from hpc_router.expert.engine_process.guard import become_subreaper
 from hpc_router.expert.multinode.follower import Follower
-from hpc_router.net.job_environment import WARNING_SIGNALS
+from hpc_router.net.job_environment import END_SIGNALS, WARNING_SIGNALS
 from hpc_router.state.io_thread import FileThread, file_thread
 from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.registry import split_replica
@@ -31,7 +31,7 @@ from hpc_router.state.run_directory import RunDir, open_run, private_umask
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *WARNING_SIGNALS, *END_SIGNALS)
 
 RANK: Final = "HPC_ROUTER_RANK"
 """Environment variable with the rank of this node, set by a launcher that starts one process per node."""
@@ -73,7 +73,8 @@ async def _run(run: RunDir, replica: str, deployment: Deployment | None, files: 
         raise
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, body.signalled, number)
+        if signal.getsignal(number) is not signal.SIG_IGN or number is not signal.SIGHUP:  # `nohup` ignores SIGHUP
+            loop.add_signal_handler(number, body.signalled, number)
     end = await body.run()
     return 0 if end.ok else 1
 

@@ -3,7 +3,8 @@
 Each replica has its own key, HMAC-SHA256(secret, nonce). The deployment's `secret` stays in a file of mode 0600; the
 nonce is in the replica's record. A replica uses its key to answer the router's challenge, and the router sends the key
 as the token of its requests. A process that took over a replica's port therefore cannot answer the challenge, and
-learns no token of another replica. Comparisons take constant time.
+learns no token of another replica. A user other than the owner has no secret, so the router also proves itself with a
+key that both derive from the digest of the user's token. Comparisons take constant time.
 """
 
 import hashlib
@@ -19,6 +20,17 @@ def new_token() -> str:
 def replica_key(secret: str, nonce: str) -> str:
     """Returns the key of the replica that published `nonce`, in hex."""
     return hmac.new(secret.encode(), b"replica:" + nonce.encode(), hashlib.sha256).hexdigest()
+
+
+def token_digest(token: str) -> str:
+    """Returns the SHA-256 digest of a user's token, in hex. The router stores only this."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
+def user_key(digest: str, nonce: str) -> str:
+    """Returns the key, in hex, with which the router that published `nonce` proves itself to the user whose token has
+    this digest. It is not valid for another user or another router, and does not reveal the digest."""
+    return hmac.new(digest.encode(), b"user:" + nonce.encode(), hashlib.sha256).hexdigest()
 
 
 def challenge_answer(key: str, challenge: str) -> str:

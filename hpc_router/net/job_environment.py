@@ -19,6 +19,10 @@ WARNING_SIGNALS: Final = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals with which Slurm announces the end of the walltime. Our jobs ask for SIGUSR2; a job of the user, in which
 `cluster=allocation` runs its steps, often asks for SIGUSR1."""
 
+END_SIGNALS: Final = (signal.SIGALRM, signal.SIGQUIT)
+"""Further signals that a user may send to a job with `scancel --signal` or `--signal`, and that end a process without
+a record unless it handles them. SIGHUP is another one; to the router, it means that it reads its settings again."""
+
 
 def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:
     """Returns the id of the Slurm job that this process runs in; None if it runs in no job."""

@@ -1,8 +1,9 @@
 """The HTTP protocol between router and agent, and between the agents of an engine on several nodes.
 
-`GET /health?challenge=HEX` needs no token; the response is a `ProbeResponse` as JSON. `POST /drain` and the API paths
-need `Authorization: Bearer <replica key>`. A draining agent answers new requests with 503 and `DRAINING_HEADER`. `POST
-/rank` takes a `RankReport`, which contains a token of its own; the response is a `RankOrder`.
+`GET /health?challenge=HEX` needs no token; the response is a `ProbeResponse` as JSON. With `&token=ID`, a router
+answers with the key of the user whose token has this ID. `POST /drain` and the API paths need `Authorization: Bearer
+<replica key>`. A draining agent answers new requests with 503 and `DRAINING_HEADER`. `POST /rank` takes a `RankReport`,
+which contains a token of its own; the response is a `RankOrder`.
 """
 
 import re
@@ -88,6 +89,17 @@ def url_at(url: str, target: str) -> str:
 def challenge_in(query: str) -> str:
     """Returns the value of `challenge` in a query string; empty if there is none."""
     return parse_qs(query).get("challenge", [""])[-1]
+
+
+def challenge_target(challenge: str, *, token_id: str | None = None) -> str:
+    """Returns path and query of a health call with a challenge. `token_id`: ID of a user's token, if the router must
+    prove that it knows this token; None: it must prove that it has the deployment's secret."""
+    return f"{HEALTH}?challenge={challenge}" + ("" if token_id is None else f"&token={token_id}")
+
+
+def token_id_in(query: str) -> str | None:
+    """Returns the ID of a user's token in the query string of a health call; None if there is none."""
+    return parse_qs(query).get("token", [None])[-1]
 
 
 def skip_in(query: str) -> int:

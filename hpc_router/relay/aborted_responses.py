@@ -20,7 +20,7 @@ from hpc_router.relay.sse import DONE, payloads
 _ABORT: Final = b'"abort"'
 _ABORTED_CHOICE: Final = re.compile(rb'"finish_reason"\s*:\s*"abort"')
 _NO_TOKENS: Final = re.compile(rb'"output_tokens"\s*:\s*0')
-_FINAL_TYPES: Final = frozenset({"message_stop", "response.completed"})
+_FINAL_TYPES: Final = frozenset({"message_stop", "response.completed", "response.incomplete", "response.failed"})
 """Types of the events that end a stream of an API without `[DONE]`."""
 _OVERLAP_BYTES: Final = 64
 """Number of bytes kept of the previous chunk, to find a mark that is split between two chunks. A mark is shorter."""

@@ -85,6 +85,7 @@ def supervise(run: RunDir, deployment: Deployment, job: JobDir) -> int:
         identity = Identity(
             replica=job.replica,
             key=replica_key(run.secret(), nonce),
+            nonce=nonce,
             token=None if config.open else run.token(),
             started_at=time.time(),
         )

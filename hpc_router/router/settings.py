@@ -21,7 +21,7 @@ KEY: Final = "settings"
 _FIXED: Final = frozenset(
     {
         *("place", "resources", "host", "port", "workers", "open", "reconcile", "standby", "drain_s", "max_body_mb"),
-        *("tls_cert", "tls_key"),
+        *("tls_cert", "tls_key", "share_dir", "share_group"),
     }
 )
 

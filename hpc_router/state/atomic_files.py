@@ -31,12 +31,15 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def replace_text(path: Path, text: str, *, mode: int = 0o600) -> None:
-    """Writes `text` to `path` atomically. The file gets exactly `mode`, regardless of the umask."""
+def replace_text(path: Path, text: str, *, mode: int = 0o600, group: int | None = None) -> None:
+    """Writes `text` to `path` atomically. The file gets exactly `mode`, regardless of the umask, and the group with the
+    id `group`; with None, it gets this process's group."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode & 0o700)
     try:
         with naming(path), os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            if group is not None:
+                os.fchown(stream.fileno(), -1, group)
             os.fchmod(stream.fileno(), mode)
             stream.write(text)
             stream.flush()
@@ -61,9 +64,9 @@ def create_text(path: Path, text: str, *, mode: int = 0o600) -> bool:
     return True
 
 
-def replace_json(path: Path, value: Any, *, mode: int = 0o600) -> None:
-    """Writes a JSON value to `path` atomically."""
-    replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", mode=mode)
+def replace_json(path: Path, value: Any, *, mode: int = 0o600, group: int | None = None) -> None:
+    """Writes a JSON value to `path` atomically. `mode`, `group`: as in `replace_text`."""
+    replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", mode=mode, group=group)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -262,17 +262,33 @@ def open_run(path: Path) -> RunDir:
 
 
 def find_run(given: Path | None, *, runs: Path = Path("runs")) -> RunDir:
-    """Returns the run directory that a command works on: `given` (from `--run`), else `$HPC_ROUTER_RUN`, else `latest`
-    in the folder `runs`."""
+    """Returns the run directory that a command works on; see `named_path`."""
+    return open_run(named_path(given, runs=runs))
+
+
+def named_path(given: Path | None, *, runs: Path = Path("runs")) -> Path:
+    """Returns the path of the folder that a command works on: `given` (from `--run`), else `$HPC_ROUTER_RUN`, else
+    `latest` in the folder `runs`."""
     if given is not None:
-        return open_run(given)
+        return given
     named = os.environ.get("HPC_ROUTER_RUN")
-    return open_run(Path(named) if named else runs / "latest")
+    return Path(named) if named else runs / "latest"
 
 
 def new_run_path(runs: Path, name: str) -> Path:
     """Returns a path in the folder `runs` that does not exist yet: `<name>-<date>-<time>-<random>`."""
     return runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def place_error(path: Path) -> str | None:
+    """Returns why this user cannot have a folder at `path`, which need not exist; None if that is possible."""
+    try:
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists() or folder.is_symlink())
+        if not nearest.is_dir():
+            return f"{nearest} is not a folder"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"you cannot create a folder in {nearest}"
 
 
 def point_latest(runs: Path, run: RunDir) -> None:

@@ -1,7 +1,8 @@
 """JSON files that are read often, but parsed again only after they were replaced.
 
 A file's stamp consists of its modification time, inode and size. A file that was replaced atomically has another inode.
-Only regular files of this user are read, because other users could put files into a shared folder.
+Only regular files of one user are read, by default of this one, because other users could put files into a shared
+folder.
 """
 
 import logging
@@ -36,6 +37,7 @@ def stamp_at(path: Path) -> Stamp | None:
 @dataclass(slots=True)
 class StampedFile(Generic[T]):
     """A JSON file and its parsed content. `parse` makes the content from the JSON object, and may raise RegistryError.
+    `owner`: uid of the user who must own the file; None: this user.
 
     `value` is the content at the last `read`; None while there is no valid file.
     """
@@ -43,6 +45,7 @@ class StampedFile(Generic[T]):
     path: Path
     parse: Callable[[dict[str, Any]], T]
     value: T | None = None
+    owner: int | None = None
     _stamp: Stamp | None = None
 
     def read(self) -> T | None:
@@ -60,7 +63,7 @@ class StampedFile(Generic[T]):
     def _load(self, status: os.stat_result) -> None:
         """Reads and parses the file. If it is not valid, logs a warning, once per version of the file."""
         value, self._stamp = None, stamp_of(status)
-        if status.st_uid != os.getuid():
+        if status.st_uid != (os.getuid() if self.owner is None else self.owner):
             logger.warning("%s belongs to uid %d: refused", self.path, status.st_uid)
         elif not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
             logger.warning("%s is not a small regular file: refused", self.path)

@@ -6,7 +6,6 @@ bits. The ID finds the entry, so only one digest has to be compared, in constant
 a new token does not get the counters of one that was just revoked.
 """
 
-import hashlib
 import hmac
 import json
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.errors import ConfigError, LaunchError, RegistryError
-from hpc_router.net.auth import new_token
+from hpc_router.net.auth import new_token, token_digest
 from hpc_router.state.atomic_files import MAX_FILE_BYTES, load_json, replace_json
 from hpc_router.state.exclusive import exclusive
 from hpc_router.state.run_directory import RunDir
@@ -30,7 +29,7 @@ MAX_TOKENS: Final = 1024
 """Maximum number of tokens in the file. There are more slots, so that a slot is not reused at once."""
 _TOKEN: Final = re.compile(r"hpcr-([0-9a-f]{8})-[0-9a-f]{64}")
 _USER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]{0,63}")
-_NO_DIGEST: Final = hashlib.sha256(b"").hexdigest()
+_NO_DIGEST: Final = token_digest("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +67,18 @@ class UserToken:
         return value
 
 
+def token_id(text: str) -> str | None:
+    """Returns the ID in the text of a token; None if `text` does not have the form of a token."""
+    match = _TOKEN.fullmatch(text)
+    return None if match is None else match[1]
+
+
 def find_token(text: str, by_id: Mapping[str, UserToken]) -> UserToken | None:
     """Returns the entry of the token whose text is `text`; None if there is none. The duration depends neither on the
     secret nor on whether the ID exists, so that it reveals nothing."""
-    match = _TOKEN.fullmatch(text)
-    found = None if match is None else by_id.get(match[1])
-    equal = hmac.compare_digest(_digest(text), _NO_DIGEST if found is None else found.digest)
+    name = token_id(text)
+    found = None if name is None else by_id.get(name)
+    equal = hmac.compare_digest(token_digest(text), _NO_DIGEST if found is None else found.digest)
     return found if equal else None
 
 
@@ -126,7 +131,7 @@ def create_token(
         )
         text = f"hpcr-{name}-{new_token()}"
         entry = UserToken(
-            name, user, _digest(text), slot, round(time.time(), 3), expires_at, limits,
+            name, user, token_digest(text), slot, round(time.time(), 3), expires_at, limits,
             None if experts is None else tuple(experts),
         )  # fmt: skip
         content["next_slot"] = (slot + 1) % SLOTS
@@ -160,10 +165,6 @@ def revoke_tokens(run: RunDir, *, by: str, ids: Collection[str] = (), user: str 
     for token in revoked:
         run.event("token_revoked", replica=None, expert=None, reason=f"token {token.id} of {token.user}", by=by)
     return revoked
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
 def _stored(token: UserToken) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_a_record_without_a_nonce_cannot_be_checked(nonce: str | None) -> None:
     older = replace(RECORD, nonce=nonce)
     assert check_identity(older, SECRET) is IdentityCheck.NO_NONCE
     answer = json.loads(answered("c", nonce=nonce or ""))
-    assert not proves(answer, record=older, secret=SECRET, challenge="c")
+    assert not proves(answer, record=older, key=replica_key(SECRET, ""), challenge="c")
 
 
 class TestIdentityCache:

@@ -111,6 +111,8 @@ def test_a_dependency_can_be_combined_with_that_of_a_standby() -> None:
         check_options("cluster", JobOptions(sbatch={"dependency": fine}), warn_s=90)
     message = refused(sbatch={"dependency": "afterok:1?afterok:2"})
     assert message.startswith("cluster.sbatch.dependency=afterok:1?afterok:2: ")
+    message = refused(sbatch={"dependency": "afterok:1,Expand:2"})
+    assert "'expand' gives the resources of this job to another one" in message
     for short in ("dep", "dependenc"):
         assert "is short for --dependency; write it out" in refused(sbatch={short: "singleton"})
     for value in (True, 17, ""):

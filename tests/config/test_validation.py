@@ -204,6 +204,21 @@ def test_https_needs_a_certificate_and_its_key(router: dict[str, Any], message: 
     check(replace(deployment(), router=RouterConfig(tls_cert="/c.pem", tls_key="/k.pem")))
 
 
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"share_dir": "/s"}, "router.share_group=null: sharing needs both router.share_dir and router.share_group"),
+        ({"share_group": "g"}, "router.share_dir=null: sharing needs both router.share_dir and router.share_group"),
+        ({"share_dir": "s", "share_group": "g"}, "router.share_dir=s: not an absolute path"),
+        ({"share_dir": "/s", "share_group": ""}, "router.share_group"),
+        ({"share_dir": "/s", "share_group": "g", "open": True}, "router.open=true: a shared router needs tokens"),
+    ],
+)
+def test_sharing_needs_a_folder_and_a_group(router: dict[str, Any], message: str) -> None:
+    assert message in refused(replace(deployment(), router=RouterConfig(**router)))
+    check(replace(deployment(), router=RouterConfig(share_dir="/s", share_group="1000")))
+
+
 def elastic(**expert: Any) -> Deployment:
     own = ExpertConfig(model="m", engine=EngineConfig(kind="sim"), **expert)
     return Deployment(experts={"math": own}, policy=PolicyConfig(kind="model_field"))

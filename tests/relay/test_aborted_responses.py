@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import UpstreamAbortedError
 from hpc_router.net import protocol
-from hpc_router.relay.aborted_responses import ChoicesAbortDetector, UnbufferedAbortDetector
+from hpc_router.relay.aborted_responses import ChoicesAbortDetector, UnbufferedAbortDetector, ends_stream
 from hpc_router.relay.sse import CONTENT_TYPE
 from tests.relay.scripted import CHUNKED, Answer, End, head, sized
 from tests.relay.serving import Client, relayed
@@ -305,3 +305,13 @@ def test_odd_shapes_are_no_abort(value: Any) -> None:
     body = json.dumps([value, "abort"]).encode() if not isinstance(value, dict) else json.dumps(value).encode()
     ChoicesAbortDetector().check_body(body)
     ChoicesAbortDetector().check_events(b"data: " + body + b"\n\n")
+
+
+@pytest.mark.parametrize("kind", ["message_stop", "response.completed", "response.incomplete", "response.failed"])
+def test_events_that_end_a_stream(kind: str) -> None:
+    """After one of them the response is complete, even if the connection then ends with an error."""
+    delta = b'data: {"type": "response.output_text.delta", "delta": "x"}\n\n'
+    last = f'event: {kind}\ndata: {{"type": "{kind}", "response": {{}}}}\n\n'.encode()
+    assert ends_stream(delta + last)
+    assert not ends_stream(last + delta)
+    assert not ends_stream(delta)

@@ -217,7 +217,7 @@ async def a_router(
     counters = Counters(workers=1)
     policy = load_policy(run, deployment)
     identity = Identity(
-        replica=replica, key=replica_key(run.secret(), NONCE), started_at=time.time(),
+        replica=replica, key=replica_key(run.secret(), NONCE), nonce=NONCE, started_at=time.time(),
         token=None if deployment.router.open else run.token(),
     )  # fmt: skip
     artefact, shadow = versions(policy)

@@ -73,6 +73,9 @@ SLURM_ADVICE: Final = (
     "once it answers"
 )
 LOG_ADVICE: Final = "`hpc-router logs router` shows more"
+SHARE_ADVICE: Final = (
+    "`hpc-router doctor` checks the folder on a node; `hpc-router apply router.share_dir=DIR` names another one"
+)
 SETTINGS_ADVICE: Final = "`hpc-router set KEY=` restores the configured value; an artefact can be trained again"
 SPACE_ADVICE: Final = "free space or raise the quota: records, logs and the control loop need it"
 NODE_EXCLUDED_ADVICE: Final = "`hpc-router nodes forget {node}` lets jobs start there again, once it is repaired"

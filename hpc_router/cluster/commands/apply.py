@@ -21,6 +21,7 @@ from hpc_router.cluster.control_loop.slots import Attempt, all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.cluster.planning.plan import make_plan
 from hpc_router.cluster.planning.run_target import with_requested
+from hpc_router.cluster.planning.share_claim import claim_share
 from hpc_router.cluster.signals import Interrupted, explaining_interrupt, interrupt_event
 from hpc_router.config import frozen
 from hpc_router.config.adapters import hosts
@@ -145,6 +146,7 @@ def write_change(change: Change) -> ControlLoop:
     run replaces the outdated jobs. Raises ConfigError if another `apply` has changed the config in the meantime."""
     run = change.run
     observed = ControlLoop(run, read_only=True).preview(fresh=True).observed  # may wait for Slurm
+    claim_share(run, change.after)
     with exclusive(run.config_claim):
         _check_config_is(run, change.before)
         # The config last: until then the loop ignores the wanted revisions, so an interrupted `apply` changes nothing.

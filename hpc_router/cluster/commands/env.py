@@ -9,25 +9,25 @@ from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
+from hpc_router.client.router_source import EndpointFolder, source_of
 from hpc_router.cluster.commands.router_access import router_access
 from hpc_router.connect.listener import running_forwarder
-from hpc_router.state.run_directory import RunDir
 
 _PROXIES: Final = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
 
 
-def exports(run: RunDir, environment: Mapping[str, str]) -> tuple[list[str], str | None]:
+def exports(folder: EndpointFolder, environment: Mapping[str, str]) -> tuple[list[str], str | None]:
     """Returns lines for a POSIX shell, and a note for the user or None. Raises LaunchError if no router serves, or if
     the process at its address does not prove its identity.
 
     If `environment` names a proxy, the lines make clients reach the router without it, so that no token passes through
     the proxy.
     """
-    forwarder, note = running_forwarder(run, tcp=True), None
+    forwarder, note = running_forwarder(folder, tcp=True), None
     if forwarder is not None:
-        url, token = forwarder.address, run.token()
+        url, token = forwarder.address, source_of(folder).token()
     else:
-        access = router_access(run)
+        access = router_access(folder)
         url, token = access.url, access.token
         note = f"the address of {access.replica} changes when it moves; that of `hpc-router connect --port N` does not"
         if access.certificate is not None:

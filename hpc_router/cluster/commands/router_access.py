@@ -7,17 +7,20 @@ be live, and the process must prove that it is the router in the record. Every v
 from dataclasses import dataclass
 
 from hpc_router.client.router_identity import IdentityCheck, check_identity
+from hpc_router.client.router_source import EndpointFolder, SharedSource
 from hpc_router.cluster.control_loop.desired_state import readable_deployment
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.cluster.launchers.select import launcher_for
 from hpc_router.errors import LaunchError
 from hpc_router.state.registry import Record, RecordKind, RegistryReader, leading_router
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.share_dir import ShareDir
 
 
 @dataclass(frozen=True, slots=True)
 class RouterAccess:
-    """The record of a router whose identity is proven, and the owner's token."""
+    """The record of a router whose identity is proven, and the token for it: the owner's, or with a share folder that
+    of this user."""
 
     record: Record
     token: str
@@ -46,10 +49,21 @@ def live_router(run: RunDir) -> Record | None:
 _MAY_LIVE = (JobState.RUNNING, JobState.UNKNOWN)
 
 
-def router_access(run: RunDir) -> RouterAccess:
-    """Returns access to the run's router after it has proven its identity. Raises LaunchError if no router serves, or
-    if the process at its address does not prove that it is the router."""
-    return prove_identity(run, recorded_router(run))
+def router_access(folder: EndpointFolder) -> RouterAccess:
+    """Returns access to the router of a run directory or a share folder after it has proven its identity. Raises
+    LaunchError if no router serves, or if the process at its address does not prove that it is the router."""
+    return prove_identity(folder, recorded_router(folder)) if isinstance(folder, RunDir) else _shared_access(folder)
+
+
+def _shared_access(share: ShareDir) -> RouterAccess:
+    source = SharedSource(share)
+    record, token = source.find(recheck=True), source.token()
+    if record is None:
+        raise LaunchError(str(source.no_router_error()))
+    check = source.check(record, token)
+    if check is not IdentityCheck.PROVEN:
+        raise LaunchError(f"{record.replica} at {record.url}: {check}; ask the deployment's owner")
+    return RouterAccess(record, token)
 
 
 def recorded_router(run: RunDir) -> Record:

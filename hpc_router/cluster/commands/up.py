@@ -25,6 +25,7 @@ from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
 from hpc_router.cluster.planning.classifier_training import needs_training, trained_classifier
 from hpc_router.cluster.planning.plan import Plan, make_plan
 from hpc_router.cluster.planning.run_target import RunTarget, discard, latest_of
+from hpc_router.cluster.planning.share_claim import claim_share
 from hpc_router.cluster.signals import Interrupted, explaining_interrupt, interrupt_event
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
@@ -80,6 +81,7 @@ def up(target: RunTarget, *, wait_all: bool, reporter: Reporter) -> Served:
             try:
                 attempt = _BringUp(run, deployment, made_over=before if made else None, made=made)
                 reporter.begin(run, plan)
+                claim_share(run, deployment)
                 train_classifier(run, deployment)
             except (OSError, HpcRouterError):
                 if made:  # nothing was submitted yet

@@ -6,12 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 from hpc_router.cluster.control_loop.desired_state import readable_deployment
 from hpc_router.errors import ConfigError, suggest
 from hpc_router.state.registry import RegistryReader
 from hpc_router.state.run_directory import RunDir
+from hpc_router.state.share_dir import claimed_share, is_member, remove_token, write_token
 from hpc_router.state.user_tokens import LIMITS, TokenLimits, UserToken
 
 MAX_LIMIT: Final = 10**9
@@ -64,6 +66,41 @@ def check_experts(run: RunDir, names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise ConfigError(f"--experts: no expert is named{suggest('', valid)}")
     return tuple(dict.fromkeys(names))
+
+
+def share_token(run: RunDir, token: UserToken, text: str) -> str | None:
+    """If the run has a share folder, writes the token's text to its user's file there. Returns a note for the owner;
+    None without a share folder. `token`: the entry of the new token."""
+    share = _share_of(run)
+    if share is None:
+        return None
+    path, group = share
+    try:
+        folder = claimed_share(path, group, run)
+        reason = write_token(folder, token.user, text)
+    except (ConfigError, OSError) as error:  # the token exists, and its text must not be lost
+        reason = str(error)
+    if reason is not None:
+        return f"not written to {path / 'tokens'}, because {reason}; give it to its user in a file of mode 0600"
+    member = "" if is_member(token.user, group) else f"; {token.user} must be in the group {group} to open the folder"
+    return f"{token.user} can read it in {folder.tokens / token.user}{member}"
+
+
+def unshare_tokens(run: RunDir, revoked: Sequence[UserToken]) -> None:
+    """Removes the files of revoked tokens from the run's share folder, if it has one. Raises ConfigError and
+    OSError."""
+    share = _share_of(run)
+    if share is not None:
+        folder = claimed_share(*share, run)
+        for token in revoked:
+            remove_token(folder, token.user, token.id)
+
+
+def _share_of(run: RunDir) -> tuple[Path, str] | None:
+    router = readable_deployment(run).router
+    if router.share_dir is None or router.share_group is None:
+        return None
+    return Path(router.share_dir), router.share_group
 
 
 def described(token: UserToken, *, now: float) -> dict[str, Any]:

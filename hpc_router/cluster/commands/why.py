@@ -25,6 +25,7 @@ from hpc_router.cluster.commands.advice import (
     NODE_FAILING_ADVICE,
     ROUTER_OPTION_ADVICE,
     SETTINGS_ADVICE,
+    SHARE_ADVICE,
     SLURM_ADVICE,
     SPACE_ADVICE,
     STATE_TEXT,
@@ -225,6 +226,8 @@ def router_causes(shown: Sequence[ReplicaView], answer: Mapping[str, Any]) -> li
     stopped = [w for w in router.get("workers") or () if not w["serving"]]
     problems = [f"worker {w['worker']} does not serve: {w.get('last_end') or 'it is being started'}" for w in stopped]
     causes = [Cause(view, what, LOG_ADVICE) for what in [*problems, *process_problems(router)]]
+    if router.get("share_trouble"):
+        causes.append(Cause(view, f"the router is not shared: {router['share_trouble']}", SHARE_ADVICE))
     if router.get("settings_trouble"):
         causes.append(Cause(view, f"a change was not applied: {router['settings_trouble']}", SETTINGS_ADVICE))
     return causes

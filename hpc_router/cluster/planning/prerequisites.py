@@ -13,6 +13,7 @@ from typing import Final
 
 from hpc_router.cluster.planning.finding import CheckResult, Finding, fault, note, ok
 from hpc_router.cluster.planning.host_checks import home, hub_cache, proxies
+from hpc_router.cluster.planning.share_claim import other_user
 from hpc_router.cluster.planning.slurm_checks import slurm
 from hpc_router.cluster.planning.software_checks import software_faults
 from hpc_router.config.schema import ClusterConfig, Deployment
@@ -20,6 +21,8 @@ from hpc_router.config.slurm_options import check_run_path
 from hpc_router.errors import ConfigError
 from hpc_router.expert.engine_process.scratch_dir import expanded, path_error, usage_error
 from hpc_router.expert.staging.folder_lock import FolderLock
+from hpc_router.state.run_directory import place_error
+from hpc_router.state.share_dir import DIR_KEY, check_share
 
 MOUNTS: Final = Path("/proc/self/mountinfo")
 _LOCAL_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "overlay", "squashfs", "devtmpfs"})
@@ -101,15 +104,37 @@ def _folder_of_nodes(host: CheckedHost, key: str, value: str, found: Callable[..
     return CheckResult([fault(f"{key}={value}: {problem}", key=key) if problem is not None else ok(f"{key}={value}")])
 
 
+def sharing(host: CheckedHost) -> CheckResult:
+    """Checks that the owner can share the router through the folder `router.share_dir`, and that no other run uses
+    it."""
+    router = host.deployment.router
+    if router.share_dir is None or router.share_group is None:
+        return CheckResult()
+    path = Path(router.share_dir)
+    try:
+        warnings = check_share(path, router.share_group)
+        user = other_user(path, host.runs)
+    except ConfigError as error:
+        return CheckResult([fault(str(error), key=error.key)])
+    except OSError as error:
+        return CheckResult([fault(f"{DIR_KEY}={path}: {error.strerror}: {error.filename}", key=DIR_KEY)])
+    if user is not None:
+        fix = f"`hpc-router down --run {user}`, or another folder"
+        return CheckResult([fault(f"{DIR_KEY}={path}: the router of {user} serves through it", fix, DIR_KEY)])
+    return CheckResult([note(warning, key=DIR_KEY) for warning in warnings] or [ok(f"{DIR_KEY}={path}")])
+
+
 def run_directory(host: CheckedHost) -> CheckResult:
-    """Checks that Slurm can name log files in the run directory, and that nodes can see the directory. A directory on a
-    local file system is only a warning, because a cluster may be one host. The first job then shows whether its node
-    sees the directory (FailureReason.RUN_UNSEEN)."""
+    """Checks that the run directory can be created, that Slurm can name log files in it, and that nodes can see it. A
+    directory on a local file system is only a warning, because a cluster may be one host. The first job then shows
+    whether its node sees the directory (FailureReason.RUN_UNSEEN)."""
     runs, kind = host.runs.absolute(), host.cluster.kind
     try:
         check_run_path(runs, kind)
     except ConfigError as error:
         return CheckResult([fault(str(error), key="runs")])
+    if not host.on_node and (problem := place_error(runs)) is not None:
+        return CheckResult([fault(f"runs={runs}: {problem}", key="runs")])
     of = file_system(runs)
     if kind == "local" or of not in _LOCAL_FILE_SYSTEMS:
         return CheckResult([ok(f"{runs} is on {of or 'an unknown file system'}")])
@@ -163,13 +188,14 @@ CHECKS: Final[Mapping[str, Check]] = {
     "scratch": scratch,
     "staging": staging,
     "run directory": run_directory,
+    "sharing": sharing,
     "software": software,
     "home": lambda host: home(),
     "proxies": lambda host: proxies(host.cluster, on_node=host.runs_jobs),
     "hub cache": lambda host: hub_cache(host.deployment),
     "Slurm": slurm_settings,
 }
-BLOCKING: Final = frozenset({"scratch", "staging", "run directory", "software"})
+BLOCKING: Final = frozenset({"scratch", "staging", "run directory", "sharing", "software"})
 """Names of the checks whose faults end `plan` and `up`. The other checks concern a node or a service that this machine
 knows only in part."""
 PROGRAM_CHECKS: Final = frozenset({"software", "home", "Slurm"})

@@ -21,7 +21,7 @@ from hpc_router.config.schema import Deployment
 from hpc_router.config.sources import parse_override
 from hpc_router.errors import ConfigError
 from hpc_router.state.atomic_files import create_text
-from hpc_router.state.run_directory import RunDir, make_run, new_run_path, open_run, point_latest
+from hpc_router.state.run_directory import RunDir, make_run, new_run_path, open_run, place_error, point_latest
 
 MAX_KEYS_SHOWN: Final = 5
 
@@ -74,6 +74,8 @@ def find_target(given: Path | None, overrides: Sequence[str], *, config_dir: Pat
         if overrides or config_dir is not None:
             _refuse_differing(run, base, with_requested(base, overrides, config_dir=config_dir))
         return RunTarget(base, path)
+    if path is not None and (problem := place_error(path.absolute())) is not None:
+        raise ConfigError(f"--run {path}: {problem}")
     deployment = with_absolute_paths(compose.load_deployment(overrides, config_dir=config_dir))
     if path is not None:
         if path.exists() and any(path.iterdir()):

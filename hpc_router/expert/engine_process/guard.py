@@ -25,7 +25,9 @@ PR_GET_CHILD_SUBREAPER = 37
 CANNOT_RUN = 127
 KILL_PAUSE_S = 0.01
 TRACKER_GRACE_S = 5.0
-HANDLED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+AGENT_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGALRM, signal.SIGQUIT)
+"""Signals that drain the agent, and that the engine and its descendants ignore."""
+HANDLED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, *AGENT_SIGNALS)
 """Signals that do not end the guard, because the agent decides when the engine ends. The guard acts on the first two
 and ignores the others."""
 
@@ -52,14 +54,14 @@ def start(argv: list[str]) -> int:
     """Starts the engine in its own process group, without stdin, with all output to the guard's stderr. Returns its
     process id.
 
-    The engine and its descendants ignore SIGUSR1 and SIGUSR2. Slurm sends one of them before the walltime ends; it is
-    meant for the agent, but at some sites (proctrack/linuxproc) every process of the job gets it.
+    The engine and its descendants ignore AGENT_SIGNALS. Slurm sends one of them before the walltime ends; it is meant
+    for the agent, but at some sites (proctrack/linuxproc) every process of the job gets it.
     """
     guard = os.getpid()
 
     def before_exec() -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        for number in AGENT_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         _prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
         if os.getppid() != guard:
             os._exit(CANNOT_RUN)

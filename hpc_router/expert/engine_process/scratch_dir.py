@@ -6,6 +6,7 @@ others cannot access. If another user has taken its name, the agent's folder is 
 its host that have ended.
 """
 
+import errno
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, Final
 
-from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.errors import ConfigError, HpcRouterError, LaunchError
 from hpc_router.expert.engines import Place
 from hpc_router.state.atomic_files import load_json, replace_json
 from hpc_router.state.job_records import start_ticks
@@ -30,13 +31,15 @@ logger = logging.getLogger(__name__)
 MAX_FOLDER_BYTES: Final = 107 - len("/tmp/") - 40
 """Maximum length of the folder's path. A socket's path has at most 107 bytes, and engines put sockets named by a UUID
 into the folder for temporary files."""
+KEY: Final = "cluster.scratch"
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
 _OWNER: Final = "owner.json"
 _RANDOM: Final = "[a-z0-9_]" * 8
 """Pattern of the characters that `tempfile.mkdtemp` adds to its prefix."""
 _UNFINISHED_S: Final = 60.0
 
 
-def expanded(folder: str, environment: Mapping[str, str], *, key: str = "cluster.scratch") -> Path:
+def expanded(folder: str, environment: Mapping[str, str], *, key: str = KEY) -> Path:
     """Returns the path `folder` with the job's variables replaced by their values. Raises ConfigError for a variable
     that is not set, and names the config `key` that has the path."""
     try:
@@ -77,16 +80,19 @@ def scratch_folder(scratch: str | Path) -> Iterator[Place]:
     LaunchError."""
     fault = path_error(Path(scratch)) or usage_error(Path(scratch))
     if fault is not None:
-        raise ConfigError(f"cluster.scratch={scratch}: {fault}", key="cluster.scratch")
+        raise ConfigError(f"{KEY}={scratch}: {fault}", key=KEY)
     parent = user_folder(Path(scratch))
     own_parent = _make_parent(parent)
     sweep(parent)
     folder = _new_folder(parent, own_parent=own_parent)
     place = Place(folder)
     try:
-        replace_json(folder / _OWNER, _this_process())
-        place.temporary.mkdir(mode=0o700)
-        place.cache.mkdir(mode=0o700)
+        try:
+            replace_json(folder / _OWNER, _this_process())
+            place.temporary.mkdir(mode=0o700)
+            place.cache.mkdir(mode=0o700)
+        except OSError as error:
+            raise _unwritable(Path(scratch), folder, error) from error
         yield place
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -142,8 +148,7 @@ def _make_parent(parent: Path) -> bool:
     try:
         return make_private(parent)
     except OSError as error:
-        key = "cluster.scratch"
-        raise ConfigError(f"{key}={parent.parent}: cannot make {parent}: {error.strerror}", key=key) from error
+        raise _unwritable(parent.parent, parent, error) from error
 
 
 def _new_folder(parent: Path, *, own_parent: bool) -> Path:
@@ -153,4 +158,11 @@ def _new_folder(parent: Path, *, own_parent: bool) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=prefix, dir=where))
     except OSError as error:
-        raise LaunchError(f"cannot make a folder {where}/{prefix}...: {error.strerror}") from error
+        raise _unwritable(parent.parent, where / f"{prefix}...", error) from error
+
+
+def _unwritable(scratch: Path, folder: Path, error: OSError) -> HpcRouterError:
+    """Returns the error for a folder in `scratch` that could not be written. A full disk is not a wrong value, because
+    it may have room later: that is a LaunchError."""
+    what = f"{KEY}={scratch}: cannot write {folder} on {socket.gethostname()}: {error.strerror}"
+    return LaunchError(what) if error.errno in _FULL else ConfigError(what, key=KEY)

@@ -239,6 +239,8 @@ def _router_problems(router: Mapping[str, Any]) -> Iterable[str]:
         yield f"a change was not applied: {router['settings_trouble']}"
     if router["write_trouble"]:
         yield f"the run directory: {router['write_trouble']}"
+    if router.get("share_trouble"):
+        yield f"the router is not shared: {router['share_trouble']}"
     for failure in router["task_failures"]:
         yield f"the background task '{failure['task']}' failed: {failure['last_error'] or 'unknown error'}"
 

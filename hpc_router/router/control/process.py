@@ -41,6 +41,7 @@ from hpc_router.router.control.predecessor import Predecessor, handover_page
 from hpc_router.router.control.record_limit import limit_records_forever
 from hpc_router.router.control.registry_file import RegistryFile
 from hpc_router.router.control.replica_stats import ReplicaStats, increase, totals_by_replica
+from hpc_router.router.control.shared_address import SharedAddress, shared_address
 from hpc_router.router.control.status import status
 from hpc_router.router.control.token_watcher import TokenWatcher
 from hpc_router.router.control.workers import WorkerConnection, Workers
@@ -99,6 +100,7 @@ class ControlProcess:
     token_watcher: TokenWatcher = field(init=False)
     registry_file: RegistryFile = field(init=False)
     batches: BatchProcess = field(init=False)
+    shared: SharedAddress | None = field(init=False)
     workers: Workers = field(init=False)
     continuity: Continuity = field(init=False)
     predecessor: Predecessor = field(init=False)
@@ -132,11 +134,12 @@ class ControlProcess:
         self.predecessor = Predecessor(self.replica, self.run.secret(), self.workers.sessions, self.continuity)
         self.workers.on_unknown_session = self.predecessor.fetch
         self.engines = EngineLoads(self.table, self.workers.publish_soon)
-        self.registry_file = RegistryFile(self.run, self.replica, self.files)
         self.batches = BatchProcess(
             self.run, self.files, replica=self.replica, leads=self._runs_batches,
             keep_days=lambda: self.deployment.router.batch.keep_days,
         )  # fmt: skip
+        self.shared = shared_address(self.run, self.base.router)
+        self.registry_file = RegistryFile(self.run, self.replica, self.files, self.shared)
         self.discovery = Discovery(
             self.run, self.deployment.router, self.table, on_snapshot=self._registry_read, files=self.files,
             clock=asyncio.get_running_loop().time, seeds=self.workers.seeds, on_ready=self._probed_ready,
@@ -302,6 +305,7 @@ class ControlProcess:
             open=self.deployment.router.open,
             settings_trouble=self.config_watcher.trouble,
             write_trouble=None if self.lease is None else self.lease.trouble,
+            share_trouble=None if self.shared is None else self.shared.trouble,
             task_failures=[
                 {"task": task, "count": count, "last_error": self._last_errors.get(task)}
                 for (task,), count in counted.task_failures.items()

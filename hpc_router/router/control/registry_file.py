@@ -1,5 +1,6 @@
 """Writes the files by which other programs find the deployment, while this router leads: `registry.json`, the whole
-registry in one file, for people and scripts; and `prometheus_sd.json`, with the router's address, for Prometheus."""
+registry in one file, for people and scripts; `prometheus_sd.json`, with the router's address, for Prometheus; and the
+address in the share folder, for other users."""
 
 import json
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hpc_router.net import protocol
+from hpc_router.router.control.shared_address import SharedAddress
 from hpc_router.state.atomic_files import replace_json, replace_text
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.registry import SCHEMA, Record, RegistryReader, leading_router, split_replica
@@ -15,10 +17,11 @@ from hpc_router.state.run_directory import RunDir
 
 
 class RegistryFile:
-    """Writes both files while this router leads. `replica`: name of this router."""
+    """Writes the files while this router leads. `replica`: name of this router. `shared`: its address in the share
+    folder; None if it is not shared."""
 
-    def __init__(self, run: RunDir, replica: str, files: FileThread) -> None:
-        self._run, self._replica, self._files = run, replica, files
+    def __init__(self, run: RunDir, replica: str, files: FileThread, shared: SharedAddress | None = None) -> None:
+        self._run, self._replica, self._files, self._shared = run, replica, files, shared
         self._content: Mapping[str, Any] | None = None
         self._targets: str | None = None
         self._left = False
@@ -40,6 +43,8 @@ class RegistryFile:
         if targets != self._targets:
             self._targets = targets
             self._files.post(partial(replace_text, self._run.prometheus_sd_json, targets))
+        if self._shared is not None:
+            self._files.post(partial(self._shared.keep, leader))
 
     def leave(self) -> None:
         """Writes the files once more, without this router, after its record was withdrawn. Does nothing if a successor
@@ -54,6 +59,8 @@ class RegistryFile:
         if leader is None or leader.generation < split_replica(self._replica)[2]:  # else the successor writes the file
             replace_json(self._run.registry_json, registry_file(others))
             replace_text(self._run.prometheus_sd_json, prometheus_targets(leader, self._run.path.name))
+            if self._shared is not None:
+                self._shared.leave()
 
 
 def registry_file(records: Mapping[str, Record]) -> dict[str, Any]:

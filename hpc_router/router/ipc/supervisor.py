@@ -22,7 +22,7 @@ from typing import Final, NoReturn
 
 from hpc_router import backoff
 from hpc_router.errors import LaunchError
-from hpc_router.net.job_environment import WARNING_SIGNALS
+from hpc_router.net.job_environment import END_SIGNALS, WARNING_SIGNALS
 from hpc_router.router.ipc import messages
 from hpc_router.router.ipc.shared_counters import CUT_OFF, IN_FLIGHT, Counters
 from hpc_router.router.ipc.supervisor_commands import send_command
@@ -43,7 +43,7 @@ other workers.
 """
 MAX_FAILURES_IN_A_ROW: Final = 8
 """The router gives up when every process of one kind has ended this many times in a row."""
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS, *END_SIGNALS)
 _PR_SET_PDEATHSIG: Final = 1
 
 

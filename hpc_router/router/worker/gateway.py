@@ -28,7 +28,7 @@ from hpc_router.errors import (
     UnknownPathError,
 )
 from hpc_router.net import protocol
-from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets
+from hpc_router.net.auth import bearer_token, challenge_answer, equal_secrets, user_key
 from hpc_router.relay.downstream.cross_origin import CrossOrigin
 from hpc_router.relay.downstream.interface import (
     DownstreamGoneError,
@@ -88,8 +88,9 @@ Handler = Callable[[Request, str], Awaitable[Response | None]]
 @dataclass(slots=True, eq=False)
 class Gateway:
     """The handler of all requests of a worker. `token`: the owner's token; None turns authentication off. `key`: signs
-    the challenges of `/health`. `link`: the connection to the control process. `users`: the tokens of other users.
-    `batch_api`: the handlers of files and batches; None: these paths are not served."""
+    the challenges of `/health`. `nonce`: that of the router's record. `link`: the connection to the control process.
+    `users`: the tokens of other users. `batch_api`: the handlers of files and batches; None: these paths are not
+    served."""
 
     deployment: Deployment
     table: ReplicaTable
@@ -100,6 +101,7 @@ class Gateway:
     token: str | None
     replica: str
     key: str
+    nonce: str
     users: UserTokens = field(default_factory=UserTokens)
     in_flight: InFlight = field(default_factory=InFlight)
     batch_api: BatchApi | None = None
@@ -299,8 +301,18 @@ class Gateway:
         challenge = protocol.challenge_in(request.query)
         if challenge and not _CHALLENGE.fullmatch(challenge):
             raise BadRequestError("a challenge has 1 to 256 digits of 0-9 and a-f", param="challenge")
-        answer = challenge_answer(self.key, challenge) if challenge else None
+        key = self._challenged_key(request.query)
+        answer = challenge_answer(key, challenge) if challenge and key is not None else None
         return json_response({"status": "ok", "replica": self.replica, "answer": answer})
+
+    def _challenged_key(self, query: str) -> str | None:
+        """Returns the key with which the router proves itself to the sender of a challenge: for a user's token, which
+        the query names by its ID, the key derived from the token; None if there is no such token."""
+        name = protocol.token_id_in(query)
+        if name is None:
+            return self.key
+        access = self.users.access_of(name)
+        return None if access is None else user_key(access.token.digest, self.nonce)
 
     async def _ready(self, request: Request, request_id: str) -> Response:
         ready = [] if self.draining else sorted(self.table.ready())

@@ -46,10 +46,12 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """The identity of a router, the same in all of its workers. `token`: the owner's token; None turns authentication
-    off. `key`: signs the challenges of `/health`."""
+    off. `key`: signs the challenges of `/health`. `nonce`: that of the router's record, for challenges of other
+    users."""
 
     replica: str
     key: str
+    nonce: str
     token: str | None
     started_at: float
 
@@ -100,7 +102,8 @@ async def serving(
         routing = RequestRouting(deployment, link.table, policy, dispatcher, link.metrics, link.sessions)
         gateway = Gateway(
             deployment, link.table, routing, dispatcher, link.metrics, link,
-            token=identity.token, replica=identity.replica, key=identity.key, started_at=identity.started_at,
+            token=identity.token, replica=identity.replica, key=identity.key, nonce=identity.nonce,
+            started_at=identity.started_at,
             users=link.users, in_flight=in_flight,
         )  # fmt: skip
         gateway.batch_api = batch_api = BatchApi(

@@ -464,10 +464,12 @@ def test_the_loop_ends_on_sigterm(run: RunDir, options: list[str]) -> None:
         text=True,
     ) as loop:
         eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM) and _ignores(loop.pid, signal.SIGUSR2))
-        assert _ignores(loop.pid, signal.SIGUSR1)
+        assert all(_ignores(loop.pid, number) for number in (signal.SIGUSR1, signal.SIGALRM, signal.SIGQUIT))
+        assert _ignores(loop.pid, signal.SIGHUP) is bool(options), "a loop on a terminal ends with it"
         if options:
             eventually_sync(lambda: len(list(Path(f"/proc/{loop.pid}/task").iterdir())) > 1)  # the one that reads
-        loop.send_signal(signal.SIGUSR1)
+        for number in (signal.SIGUSR1, signal.SIGALRM, signal.SIGQUIT, *([signal.SIGHUP] if options else [])):
+            loop.send_signal(number)
         loop.send_signal(signal.SIGUSR2)
         loop.terminate()
         assert loop.wait(20) == 0

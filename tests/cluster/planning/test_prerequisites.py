@@ -1,8 +1,12 @@
 """One list of checks finds missing prerequisites of jobs before they run."""
 
+import json
 import os
+import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -11,10 +15,17 @@ from hpc_router.cluster.planning import prerequisites
 from hpc_router.cluster.planning.finding import CheckResult
 from hpc_router.cluster.planning.plan import make_plan
 from hpc_router.cluster.planning.prerequisites import BLOCKING, CHECKS, Check, CheckedHost, file_system
+from hpc_router.cluster.planning.share_claim import claim_share
 from hpc_router.config.compose import load_deployment
 from hpc_router.config.schema import ClusterConfig, Deployment
-from hpc_router.errors import ConfigError
+from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.expert.engine_process.scratch_dir import MAX_FOLDER_BYTES, path_error, scratch_folder
+from hpc_router.net.auth import challenge_answer, replica_key
+from hpc_router.net.protocol import challenge_in
+from hpc_router.state.registry import Record, RecordKind, State, publish
+from hpc_router.state.run_directory import RunDir, make_run
+from hpc_router.state.share_dir import open_share, sharing_run
+from tests.support.users import OUTSIDER, as_user, needs_root, open_to_all
 
 RUNS = Path("runs")
 
@@ -128,3 +139,91 @@ def test_the_parent_of_the_staging_folder_must_exist(tmp_path: Path) -> None:
     assert fault == "cluster.stage_to=/$HPC_ROUTER_NOPE: $HPC_ROUTER_NOPE is not set in this job"
     assert staging(ClusterConfig(kind="slurm", stage_to=f"{tmp_path}/no/new"), RUNS).faults == []
     assert staging(ClusterConfig(kind="slurm", stage_to="/$HPC_ROUTER_NOPE"), RUNS).faults == []
+
+
+def share_overrides(path: Path, group: str = str(os.getgid())) -> list[str]:
+    return ["topology=sim", f"router.share_dir={path}", f"router.share_group={group}"]
+
+
+def test_a_folder_that_cannot_be_shared_is_found_before_anything_starts(tmp_path: Path) -> None:
+    make_plan(load_deployment(share_overrides(tmp_path / "share")), ask_engines=False)
+    assert not (tmp_path / "share").exists(), "`plan` creates nothing"
+    run = make_run(tmp_path / "run")
+    for path, group, message in (
+        (tmp_path / "share", "no-such-group", r"router\.share_group=no-such-group: there is no such group"),
+        (run.path / "share", str(os.getgid()), r"router\.share_dir=.*is inside the run directory"),
+        (tmp_path / "nope" / "share", str(os.getgid()), r"router\.share_dir=.*there is no folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_plan(load_deployment(share_overrides(path, group)), ask_engines=False)
+
+
+def test_a_share_folder_goes_to_another_run_when_its_router_has_ended(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second")
+    deployment = load_deployment(share_overrides(tmp_path / "share"))
+    claim_share(first, deployment)
+    share = open_share(tmp_path / "share")
+    assert sharing_run(share) == first.path
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        publish(first.registry, Record(RecordKind.ROUTER, "router-0.g1", url, State.READY, {}, nonce="n"))
+        with ThreadPoolExecutor(1) as pool:
+            serving = pool.submit(answer_as, server, first)
+            with pytest.raises(LaunchError, match=f"the router of {first.path} serves through it"):
+                claim_share(second, deployment)
+            serving.result()
+            serving = pool.submit(answer_as, server, first)
+            [fault] = CHECKS["sharing"](CheckedHost(deployment, second.path)).faults
+            assert f"the router of {first.path} serves through it" in fault
+            serving.result()
+    assert CHECKS["sharing"](CheckedHost(deployment, second.path)).faults == []
+    claim_share(second, deployment)
+    assert sharing_run(share) == second.path
+
+
+def answer_as(server: socket.socket, run: RunDir) -> None:
+    """Answers one challenge as the router of `run`."""
+    with server.accept()[0] as connection:
+        target = connection.recv(4096).split()[1].decode()
+        answer = challenge_answer(replica_key(run.secret(), "n"), challenge_in(urlsplit(target).query))
+        body = json.dumps({"replica": "router-0.g1", "answer": answer})
+        connection.sendall(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
+
+
+@pytest.mark.parametrize("kind", ["local", "slurm"])
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_runs_that_cannot_be_a_folder(tmp_path: Path, kind: str, below: str) -> None:
+    """A file is in the place of the folder of runs, or of a folder above it."""
+    (tmp_path / "file").write_text("")
+    runs = tmp_path / "file" / below
+    [fault] = run_directory(ClusterConfig(kind=kind), runs).faults  # type: ignore[arg-type]
+    assert fault == f"runs={runs}: {tmp_path / 'file'} is not a folder"
+    with pytest.raises(ConfigError, match=r"^runs=.*is not a folder"):
+        make_plan(load_deployment(["topology=sim", f"runs={runs}"]), ask_engines=False)
+
+
+def test_a_folder_of_runs_that_cannot_be_created(tmp_path: Path) -> None:
+    assert run_directory(ClusterConfig(), tmp_path / "new" / "deep").faults == []
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    [fault] = run_directory(ClusterConfig(), tmp_path / "dangling" / "runs").faults
+    assert f"{tmp_path / 'dangling'} is not a folder" in fault
+
+
+@pytest.mark.parametrize("verb", ["plan", "up"])
+def test_a_run_that_names_a_file(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    for given in (path, path / "below"):
+        assert main([verb, "--run", str(given), "topology=sim"]) == 2
+        assert "is not a folder" in capsys.readouterr().err
+
+
+@needs_root
+def test_a_folder_of_runs_that_only_another_user_can_write_to(tmp_path: Path) -> None:
+    open_to_all(tmp_path)
+
+    def faults() -> list[str]:
+        return run_directory(ClusterConfig(), tmp_path / "runs").faults
+
+    [fault] = as_user(OUTSIDER, faults)
+    assert fault == f"runs={tmp_path / 'runs'}: you cannot create a folder in {tmp_path}"

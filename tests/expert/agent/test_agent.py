@@ -125,7 +125,9 @@ async def test_requests_that_do_not_finish_in_time_are_aborted(run: RunDir, scra
         assert (ended.ok, ended.cut, ended.message) == (True, 1, "drained after SIGTERM; 1 answer was cut off")
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGALRM, signal.SIGQUIT], ids=lambda n: n.name
+)
 async def test_a_walltime_warning_to_every_process_of_the_job_cuts_nothing(
     run: RunDir, scratch: Path, number: signal.Signals
 ) -> None:
@@ -262,6 +264,7 @@ async def test_draining_while_the_engine_loads(run: RunDir, scratch: Path) -> No
         ([signal.SIGUSR2], FailureReason.WALLTIME, "its walltime ended before its engine was ready: raise walltime"),
         ([signal.SIGUSR1], FailureReason.WALLTIME, "its walltime ended"),
         ([signal.SIGUSR2, signal.SIGTERM], FailureReason.WALLTIME, "its walltime ended"),
+        ([signal.SIGQUIT], FailureReason.CANCELLED, "ended from outside before it was ready"),
         ([signal.SIGTERM], FailureReason.CANCELLED, "ended from outside before it was ready"),
     ],
 )

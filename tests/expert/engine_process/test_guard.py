@@ -140,7 +140,10 @@ def test_a_killed_guard_ends_the_engine(tmp_path: Path) -> None:
         assert tree.all_gone()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+OF_THE_AGENT = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGALRM, signal.SIGQUIT]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *OF_THE_AGENT])
 def test_other_signals_end_neither_guard_nor_engine(number: signal.Signals, tmp_path: Path) -> None:
     with guarded(at=tmp_path) as tree:
         tree.started()
@@ -149,9 +152,9 @@ def test_other_signals_end_neither_guard_nor_engine(number: signal.Signals, tmp_
         assert tree.guard.wait(GUARD_S) == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_the_whole_tree_ignores_the_walltime_warning(number: signal.Signals, tmp_path: Path) -> None:
-    """The warning is for the agent; at some sites Slurm sends it to every process of a job."""
+@pytest.mark.parametrize("number", OF_THE_AGENT)
+def test_the_whole_tree_ignores_the_signals_that_drain_the_agent(number: signal.Signals, tmp_path: Path) -> None:
+    """At some sites Slurm sends the signals of a job to every process of it."""
     with guarded(at=tmp_path) as tree:
         engine = tree.started()
         for pid in [engine, *descendants(engine)]:

@@ -1,5 +1,6 @@
 """The agent's folder on its node: private, with a short path; removal of the folders of dead agents and no others."""
 
+import errno
 import json
 import os
 import re
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_router.errors import ConfigError
+from hpc_router.errors import ConfigError, LaunchError
+from hpc_router.expert.engine_process import scratch_dir
 from hpc_router.expert.engine_process.scratch_dir import expanded, scratch_folder, sweep
 from hpc_router.state.atomic_files import read_json
 
@@ -271,3 +273,23 @@ def test_a_variable_that_the_job_does_not_have(scratch: str) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.scratch=") as caught:
         expanded(scratch, {"EMPTY": ""})
     assert caught.value.key == "cluster.scratch"
+
+
+@pytest.mark.parametrize("at", ["parent", "folder", "file"])
+def test_a_full_disk_names_the_key(scratch: Path, parent: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no wrong value: the job may start on another node, or once there is room."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    match at:
+        case "parent":
+            monkeypatch.setattr(scratch_dir, "make_private", full)
+        case "folder":
+            monkeypatch.setattr(scratch_dir.tempfile, "mkdtemp", full)  # type: ignore[attr-defined]
+        case "file":
+            monkeypatch.setattr(os, "fsync", full)
+    message = rf"^cluster\.scratch={scratch}: cannot write .*: No space left on device"
+    with pytest.raises(LaunchError, match=message), scratch_folder(scratch):
+        pass
+    assert not parent.exists() or list(parent.iterdir()) == []

@@ -84,7 +84,9 @@ with socket.socket() as reserved:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGALRM, signal.SIGQUIT]
+)
 def test_an_idle_router_gives_its_workers_the_whole_time_to_drain(number: signal.Signals) -> None:
     """The time to drain begins with the signal, not with the last thing that happened before it."""
     program = QUIET_FOR_LONG.replace("STOP_SIGNAL", str(number.value))

@@ -170,8 +170,8 @@ def excluded(cluster: ClusterConfig, request: JobRequest) -> str | None:
 
 def without_job_dependencies(dependency: str) -> str | None:
     """Returns the parts of a dependency that name no other job, such as `singleton`; None if there are none. Such parts
-    remain when the named jobs have ended."""
-    parts = [part for part in dependency.split(",") if not part.strip().lower().startswith("after")]
+    remain when the named jobs have ended. A part that names jobs has a colon, whatever its type."""
+    parts = [part for part in dependency.split(",") if ":" not in part]
     return ",".join(parts) or None
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpc_router.cluster.control_loop.job_requests import job_requests
-from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs
+from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs, without_job_dependencies
 from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig, ResourceConfig, RouterConfig
 from hpc_router.state.job_records import Ended, JobDir, JobInfo, Process, Runner
 from hpc_router.state.run_directory import RunDir
@@ -81,3 +81,17 @@ def test_a_router_on_the_login_node_does_not_count(run: RunDir) -> None:
 
 def test_a_run_without_a_directory_has_met_no_dependency(tmp_path: Path) -> None:
     assert dependency_of(RunDir(tmp_path / "none"), "math-0.g1") == WANTED
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("afterok:1:2,singleton", "singleton"),
+        ("singleton", "singleton"),
+        ("expand:7", None),  # in the config of a run that an earlier version started
+        ("aftercorr:1+10,singleton,afterburstbuffer:3", "singleton"),
+        (" AfterAny:1 , Singleton", " Singleton"),
+    ],
+)
+def test_only_parts_that_name_no_job_stay(given: str, left: str | None) -> None:
+    assert without_job_dependencies(given) == left
