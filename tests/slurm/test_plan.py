@@ -117,7 +117,6 @@ def test_a_submit_plugin_decides_beside_a_default_partition(
         ("cluster.qos=best", "cluster.qos=best: Slurm refuses it: Invalid qos"),
         (f"{MATH}.reservation=ours", f"{MATH}.reservation=ours: Slurm refuses it: Requested reservation is invalid"),
         ("cluster.exclude=m1", "cluster.exclude=m1: Slurm refuses it: Invalid node name"),
-        ("cluster.sbatch.nodelist=n[1-2]", "cluster.sbatch.nodelist=n[1-2], router.resources.nodes=1: Slurm refuses"),
         ("cluster.sbatch={licenses: x}", "cluster.sbatch.licenses=x: Slurm refuses it: Invalid license"),
         ("cluster.sbatch={bogus: 1}", "cluster.sbatch.bogus=1: Slurm refuses it: unrecognized option '--bogus=1'"),
         (
@@ -131,6 +130,14 @@ def test_a_deployment_that_does_not_fit_is_refused(
 ) -> None:
     assert plan(*re.split(r" (?=\w+\.)", overrides)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_list_of_more_nodes_than_the_job_has(cluster: SlurmCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    """From 24.11 on, Slurm takes one node of the list."""
+    refused = cluster.version < (24, 11)
+    assert plan("cluster.sbatch.nodelist=n[1-2]") == (2 if refused else 0)
+    message = "cluster.sbatch.nodelist=n[1-2], router.resources.nodes=1: Slurm refuses"
+    assert (message in capsys.readouterr().err) is refused
 
 
 SENTENCES = {
