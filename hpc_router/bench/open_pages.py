@@ -165,13 +165,13 @@ def measure_open_pages(options: OpenPagesOptions, console: Console) -> OpenPages
 def _measure(
     options: OpenPagesOptions, started: StartedRelay, meter: Meter, folder: Path, show: Callable[[str], None]
 ) -> OpenPagesResults:
-    ramp_s = max(0.5, options.streams / STARTS_PER_S)
+    ramp_s = max(0.5, options.streams / STARTS_PER_S)  # the streams then run until `stop`, as `drain_s` allows
     windows_s = options.rounds * len(options.wanted) * (options.seconds + SETTLE_S + PAGE_TIMEOUT_S / 10)
     events = max(1, round(options.rate * (ramp_s + SETTLE_S + windows_s)))
     sent = requests.streaming(started.port, token=started.token, events=events)
     spec = LoadSpec(
         requests=write_requests(folder / "load.requests", sent), port=started.port, connections=options.streams,
-        count=options.streams, ramp_s=ramp_s, events=True, timeout_s=PAGE_TIMEOUT_S + windows_s,
+        count=options.streams, ramp_s=ramp_s, events=True, drain_s=windows_s,
     )  # fmt: skip
     costs: list[tuple[int, int, CpuCost]] = []
     with running(spec, folder / "load") as load:
@@ -181,7 +181,7 @@ def _measure(
                 show(f"round {number + 1} of {options.rounds}, {pages} pages")
                 costs.append((number, pages, _window(load, started, meter, pages, options.seconds)))
         load.stop()
-        found = load.wait(timeout_s=EXIT_TIMEOUT_S + spec.drain_s)
+        found = load.wait(timeout_s=EXIT_TIMEOUT_S)
     rows, arrived, windows = found.requests, found.events, []
     for number, pages, cost in costs:
         inside = arrived[(arrived["at"] >= cost.begin.at_ns) & (arrived["at"] < cost.end.at_ns)]

@@ -1,4 +1,5 @@
-"""`hpc-router bench router --quick` with all installed relays: no failures, and no processes or files left.
+"""`hpc-router bench router --quick` with all installed relays, and `bench pages`: no failures, and no processes or
+files left.
 
 No assertion on speed: the machine may run other work at the same time.
 """
@@ -34,7 +35,11 @@ def place() -> Iterator[Path]:
 
 
 def started(place: Path, *arguments: str) -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-m", "hpc_router.cli", "bench", "router", *TINY, "--out", str(place / "out"), *arguments]
+    return bench(place, "router", *TINY, "--out", str(place / "out"), *arguments)
+
+
+def bench(place: Path, *arguments: str) -> "subprocess.Popen[str]":
+    argv = [sys.executable, "-m", "hpc_router.cli", "bench", *arguments]
     environment = os.environ | {"TMPDIR": str(place), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(argv, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -79,3 +84,16 @@ def test_an_interrupt_ends_all_processes(place: Path, number: signal.Signals) ->
         process.send_signal(number)
         process.communicate(timeout=60)
     assert process.returncode == 130
+
+
+def test_open_pages_are_measured(place: Path) -> None:
+    options = ("--streams", "12", "--seconds", "0.3", "--rounds", "2", "--pages", "3", "--json")
+    with bench(place, "pages", *options) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    value = json.loads(out)
+    assert value["failed"] == {}
+    found = [(window["round"], window["pages"]) for window in value["windows"]]
+    assert found == [(0, 0), (0, 1), (0, 3), (1, 1), (1, 3), (1, 0)]
+    assert all(window["events"] > 0 and window["cpu"] > 0 for window in value["windows"])
+    assert all(0 < window["hop_ms_p50"] <= window["hop_ms_p99"] for window in value["windows"])
