@@ -1,5 +1,6 @@
 """Runs parts of a test as another Unix user, which only root can."""
 
+import codecs
 import json
 import os
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+for encoding in ("ascii", "idna"):  # Python loads them on first use, when another user may be unable to read its files
+    codecs.lookup(encoding)
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
@@ -78,6 +82,8 @@ def running_as(user: UnixUser, function: Callable[[Callable[[Any], None]], None]
                     json.dump(value, stream)
 
             function(report)
+        except BaseException:  # noqa: BLE001 - pytest shows it
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(writing)
