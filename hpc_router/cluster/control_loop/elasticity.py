@@ -31,6 +31,8 @@ GROWTH: Final = 2
 replicas."""
 MAX_GROWTH: Final = 3.0
 """Maximum of the demand to which a trend is continued, as a multiple of the present demand."""
+NOISE: Final = 3.0
+"""Standard deviations of a steady demand by which it must grow before the growth counts as a trend."""
 TREND_S: Final = (10.0, 60.0)
 """Minimum and maximum length in seconds of the time from which the trend is taken; between them, a quarter of
 `idle_s`."""
@@ -193,13 +195,16 @@ def _lower(expert: Expert, needed: int, now: float) -> tuple[int, str]:
 
 def _expected(expert: Expert, requests: int) -> float:
     """Returns the demand that is expected when a replica that is submitted now would be ready: the present `requests`,
-    plus the recent growth continued until then."""
+    plus the recent growth continued until then. Requests that come at random vary by the square root of their mean
+    number (Poisson distribution), so only growth beyond NOISE times that counts."""
     policy = expert.policy
     window = [most for _, most in expert.state.history[-_BINS:]]
     if len(window) < _BINS:
         return requests
-    early, late = window[: _BINS // 2], window[_BINS // 2 :]
-    growth_per_s = (sum(late) - sum(early)) / len(late) / (len(late) * _bin_s(policy))
+    half = _BINS // 2
+    early, late = sum(window[:half]) / half, sum(window[half:]) / half
+    noise = NOISE * math.sqrt(max(1.0, (early + late) / 2))
+    growth_per_s = (late - early - noise) / (half * _bin_s(policy))
     horizon_s = expert.supply.until_ready_s + policy.idle_s / 2
     return min(requests + max(0.0, growth_per_s) * horizon_s, MAX_GROWTH * requests)
 

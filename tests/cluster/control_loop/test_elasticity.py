@@ -144,6 +144,22 @@ def test_in_twice_idle_s_there_are_at_most_two_changes_besides_starts_and_long_w
     assert all(c - a >= 2 * idle_s for a, c in zip(counted, counted[2:], strict=False))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_noise_of_a_steady_demand_is_not_a_trend(seed: int) -> None:
+    """Requests that come at random, one in ten seconds, and take ten seconds each: one at a time on average. In six
+    hours, several may come at once and cause one replica more for a time."""
+    one = Simulated(policy(min_replicas=1, idle_s=300.0), ready_s=120.0)
+    drawn, ends = random.Random(seed), list[float]()
+
+    def load(now: float) -> float:
+        while not ends or ends[-1] < now:
+            ends.append((ends[-1] if ends else 0.0) + drawn.expovariate(0.1))
+        return sum(now - 10.0 < at <= now for at in ends) / PLACES
+
+    one.run(load, 6 * 3600.0)
+    assert len(one.changes) <= 2
+
+
 def test_the_first_request_starts_a_replica_even_if_it_was_refused() -> None:
     simulated = Simulated(policy())
     assert simulated.step(0).replicas == 0
