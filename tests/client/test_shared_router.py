@@ -41,7 +41,7 @@ from hpc_router.state.share_dir import (
 from hpc_router.state.user_tokens import create_token, revoke_tokens
 from tests.router.fakes import NONCE, RunningRouter, a_deployment, a_router, a_run, fake_replica
 from tests.router.support import ready
-from tests.support.users import MEMBER, OTHER_MEMBER, OUTSIDER, UnixUser, as_user, needs_root, open_to_all
+from tests.support.users import MEMBER, OTHER_MEMBER, OUTSIDER, UnixUser, as_user, needs_root
 from tests.support.waiting import GUARD_S, eventually
 
 ME = pwd.getpwuid(os.getuid()).pw_name
@@ -282,12 +282,11 @@ def status_of(folder: Path, path: str) -> int:
 
 
 @needs_root
-async def test_members_call_and_others_do_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_members_call_and_others_do_nothing(open_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Real Unix users: two members of the group, and one user outside it. No log has a token or its digest."""
     caplog.set_level(logging.DEBUG)
-    open_to_all(tmp_path)
-    run = a_run(tmp_path)
-    share = claimed_share(tmp_path / "share", "games", run)
+    run = a_run(open_path)
+    share = claimed_share(open_path / "share", "games", run)
     texts = {name: create_token(run, name)[1] for name in ("games", "man")}
     for name, text in texts.items():
         assert write_token(share, name, text) is None

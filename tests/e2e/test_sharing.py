@@ -25,7 +25,6 @@ from tests.support.users import (
     UnixUser,
     as_user,
     needs_root,
-    open_to_all,
     running_as,
 )
 from tests.support.waiting import eventually_sync
@@ -102,11 +101,10 @@ def assert_no_token_is_shown(one: Deployed, token: str) -> None:
         assert not any(secret in log for log in logs)
 
 
-def test_members_of_the_group_call_and_others_do_nothing(tmp_path: Path) -> None:
-    open_to_all(tmp_path)
-    share = tmp_path / "share"
+def test_members_of_the_group_call_and_others_do_nothing(open_path: Path) -> None:
+    share = open_path / "share"
     sharing = (f"router.share_dir={share}", "router.share_group=games")
-    with deployed(tmp_path, *EXPERTS, *sharing) as one:
+    with deployed(open_path, *EXPERTS, *sharing) as one:
         assert asked(one.run) == "answered"  # also loads what the forks below need
         tokens = {user: one.verb("token", "create", "--user", user).stdout.strip() for user in ("games", "man")}
         for user in (MEMBER, OTHER_MEMBER):

@@ -35,7 +35,6 @@ from tests.support.users import (
     SHARED_GROUP,
     as_user,
     needs_root,
-    open_to_all,
 )
 
 ROUTER = Record(
@@ -218,10 +217,9 @@ def test_without_access_control_lists_no_file_is_written(
 
 
 @needs_root
-def test_what_members_and_others_can_read(tmp_path: Path) -> None:
+def test_what_members_and_others_can_read(open_path: Path) -> None:
     """A real owner, two real members and a user outside the group; the owner is not root."""
-    open_to_all(tmp_path)
-    place = tmp_path / "place"
+    place = open_path / "place"
     place.mkdir()
     os.chown(place, OWNER.uid, OWNER.gid)
     path = place / "share"
@@ -264,16 +262,15 @@ def test_what_members_and_others_can_read(tmp_path: Path) -> None:
 
 @needs_root
 @pytest.mark.parametrize("entry", ["folder", "tokens", "router", "token", "above"])
-def test_what_another_user_has_put_there_is_refused(tmp_path: Path, entry: str) -> None:
+def test_what_another_user_has_put_there_is_refused(open_path: Path, entry: str) -> None:
     """A member, or a user who could write to a folder above, plants an address and a token for others to use."""
-    open_to_all(tmp_path)
-    run, path = make_run(tmp_path / "run"), tmp_path / "share"
+    run, path = make_run(open_path / "run"), open_path / "share"
     share = make_share(path, "games")
     write_router(share, content(run), group="games")
     write_token(share, "games", "hpcr-x")
     planted = {"folder": path, "tokens": share.tokens, "router": share.router_json, "token": share.tokens / "games"}
     if entry == "above":
-        os.chown(tmp_path, OUTSIDER.uid, -1)
+        os.chown(open_path, OUTSIDER.uid, -1)
     elif entry == "folder":
         path.chmod(0o770)
     else:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -107,9 +108,10 @@ def _become(user: UnixUser) -> None:
     os.setresuid(user.uid, user.uid, user.uid)
 
 
-def open_to_all(folder: Path) -> None:
-    """Lets other users pass through a test's temporary folder."""
-    for path in (folder, *folder.parents):
-        status = path.stat()
-        if status.st_uid == os.getuid() and status.st_mode & 0o777 == 0o700:
-            path.chmod(0o755)
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A temporary folder that other users may pass through. pytest's own are below one that is private, which each
+    session of pytest closes again if a test has opened it."""
+    with TemporaryDirectory(prefix="hpcr-open-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)

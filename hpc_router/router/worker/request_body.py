@@ -9,6 +9,7 @@ error messages.
 import json
 import re
 from codecs import BOM_UTF16_LE, BOM_UTF32_LE
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from json.decoder import JSONDecoder, scanstring  # type: ignore[attr-defined]
 from typing import Any, Final
@@ -34,6 +35,16 @@ _BYTE_ORDER_MARK: Final = "\ufeff"
 _SURROGATES: Final = "surrogatepass"
 """Half of a surrogate pair in the bytes is taken, as by `json.loads`; it is no valid Unicode text."""
 _space = re.compile(r"[ \t\n\r]*").match
+_MEDIA: Final = {
+    **dict.fromkeys(("image_url", "image", "input_image", "image_pil", "image_embeds", "video_url"), "image"),
+    **dict.fromkeys(("input_audio", "audio_url", "audio"), "audio"),
+}
+"""Type of a part of a message -> the kind of input that it is."""
+MEDIA_KINDS: Final = frozenset(_MEDIA.values())
+_CONVERSATIONS: Final = ("messages", "input")
+_MAX_TOKENS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+BYTES_PER_TOKEN: Final = 4
+"""Bytes of a body per token, for the estimate of a request's length."""
 
 
 class ApiCall:
@@ -43,13 +54,18 @@ class ApiCall:
     prompt: Prompt | None = None
     """What a routing decision reads, if it was extracted in a thread; else None."""
     needs: frozenset[str] | None = None
-    """What the request contains beyond text, if that was found in a thread (`capabilities.needs_of`); else None."""
+    """What the request contains beyond text, if that was found in a thread (`needs_of`); else None."""
     _span: tuple[int, int] | None = None
 
     def __init__(self, raw: bytes, fields: dict[str, Any], model_at: int = -1) -> None:
         self.raw = raw
         self.fields = fields
         self.model_at = model_at
+
+    def estimated_tokens(self) -> int:
+        """Returns an estimate of the tokens of the prompt and the longest response together."""
+        allowed = next((n for name in _MAX_TOKENS if type(n := self.fields.get(name)) is int), 0)
+        return len(self.raw) // BYTES_PER_TOKEN + max(allowed, 0)
 
     @property
     def model_span(self) -> tuple[int, int]:
@@ -234,3 +250,35 @@ def _expect(text: str, at: int, mark: str) -> int:
     if text[at] != mark:
         raise ValueError(f"{mark!r} expected at character {at}")
     return at + 1
+
+
+def needs_of(fields: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the kinds of input in a decoded body beyond text: `image`, `audio`, `tools`. Tools count if the model may
+    choose whether to call one, because engines serve a forced call without knowing the model's format of calls."""
+    needs = set()
+    if (fields.get("tools") or fields.get("functions")) and _may_choose(fields.get("tool_choice")):
+        needs.add("tools")
+    for name in _CONVERSATIONS:
+        value = fields.get(name)
+        if type(value) is list:
+            for item in value:
+                parts = item.get("content", item.get("output")) if type(item) is dict else None
+                if type(parts) is list:
+                    needs.update(_media(parts))
+    return frozenset(needs)
+
+
+def _may_choose(choice: object) -> bool:
+    if isinstance(choice, dict):
+        choice = choice.get("type")
+    return choice is None or choice == "auto"
+
+
+def _media(parts: list[Any]) -> Iterator[str]:
+    for part in parts:
+        if type(part) is dict:
+            kind = part.get("type")
+            if type(kind) is str and kind in _MEDIA:
+                yield _MEDIA[kind]
+            elif kind == "tool_result" and type(part.get("content")) is list:
+                yield from _media([one for one in part["content"] if type(one) is dict and "content" not in one])

@@ -18,9 +18,9 @@ from hpc_router.router.replicas.admission import should_spill
 from hpc_router.router.replicas.fair_order import CLASSES, RequestClass
 from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
-from hpc_router.router.worker.capabilities import MEDIA_KINDS, SHORT_TOKENS, estimated_tokens, lacking, needs_of
+from hpc_router.router.worker.capabilities import SHORT_TOKENS, lacking
 from hpc_router.router.worker.dispatcher import Dispatcher
-from hpc_router.router.worker.request_body import ApiCall, check_values, decode
+from hpc_router.router.worker.request_body import MEDIA_KINDS, ApiCall, check_values, decode, needs_of
 from hpc_router.router.worker.routed_request import ApiEndpoint, RoutedRequest
 from hpc_router.router.worker.stored_responses import StoredResponses, not_found
 from hpc_router.routing.policy import Decision, Explanation, Policy, RouteReason
@@ -162,7 +162,7 @@ class RequestRouting:
         """Returns those of the experts that the token allows which do not accept the request `call`. Raises
         BadRequestError if none of them accepts it."""
         needs = call.needs if call.needs is not None else needs_of(call.fields)
-        tokens = 0 if needs & MEDIA_KINDS else estimated_tokens(call)  # the bytes of media are no tokens
+        tokens = 0 if needs & MEDIA_KINDS else call.estimated_tokens()  # the bytes of media are no tokens
         if not needs and tokens < SHORT_TOKENS:
             return _NONE
         experts = self.experts() if access is None else access.allowed(self.experts())

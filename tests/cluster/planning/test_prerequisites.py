@@ -25,7 +25,7 @@ from hpc_router.net.protocol import challenge_in
 from hpc_router.state.registry import Record, RecordKind, State, publish
 from hpc_router.state.run_directory import RunDir, make_run
 from hpc_router.state.share_dir import open_share, sharing_run
-from tests.support.users import OUTSIDER, as_user, needs_root, open_to_all
+from tests.support.users import OUTSIDER, as_user, needs_root
 
 RUNS = Path("runs")
 
@@ -219,11 +219,9 @@ def test_a_run_that_names_a_file(tmp_path: Path, verb: str, capsys: pytest.Captu
 
 
 @needs_root
-def test_a_folder_of_runs_that_only_another_user_can_write_to(tmp_path: Path) -> None:
-    open_to_all(tmp_path)
-
+def test_a_folder_of_runs_that_only_another_user_can_write_to(open_path: Path) -> None:
     def faults() -> list[str]:
-        return run_directory(ClusterConfig(), tmp_path / "runs").faults
+        return run_directory(ClusterConfig(), open_path / "runs").faults
 
     [fault] = as_user(OUTSIDER, faults)
-    assert fault == f"runs={tmp_path / 'runs'}: you cannot create a folder in {tmp_path}"
+    assert fault == f"runs={open_path / 'runs'}: you cannot create a folder in {open_path}"
