@@ -1,4 +1,4 @@
-"""The verb `bench`, with a task for each benchmark. Only `agreement` needs a running deployment."""
+"""The verb `bench`, with a task for each benchmark. None needs a running deployment."""
 
 import argparse
 from dataclasses import asdict
@@ -8,7 +8,6 @@ from typing import Any
 from hpc_router.cli.output import print_lines, print_value, stderr_console
 from hpc_router.cli.parser import Parser, Verbs, add_verb, count, name_list, named_folder, number
 from hpc_router.config.assignments import unique
-from hpc_router.state.run_directory import find_run
 
 
 def add_bench(verbs: "Verbs[Parser]") -> None:
@@ -23,7 +22,6 @@ def add_bench(verbs: "Verbs[Parser]") -> None:
     _add_router(benchmarks)
     _add_soak(benchmarks)
     _add_fairness(benchmarks)
-    _add_agreement(benchmarks)
     _add_passes(benchmarks)
     _add_scrape(benchmarks)
     _add_pages(benchmarks)
@@ -172,32 +170,6 @@ def _bench_fairness(arguments: argparse.Namespace) -> int:
     else:
         print_lines([results.markdown()])
     return 0
-
-
-def _add_agreement(benchmarks: "Verbs[Parser]") -> None:
-    parser = add_verb(benchmarks, _bench_agreement)
-    parser.add_argument("--vllm", required=True, metavar="PYTHON", help="interpreter that has vLLM")
-    parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="a tokenizer's folder")
-    parser.add_argument("--model", metavar="EXPERT", help="model of the requests (default auto)")
-    parser.add_argument("--users", type=count, metavar="N", help="number of users (default 8)")
-    parser.add_argument("--requests", type=count, metavar="N", help="requests per tool and round (default 200)")
-    parser.add_argument("--tokens", type=count, metavar="N", help="most tokens of an answer (default 32)")
-    parser.add_argument("--rounds", type=count, metavar="N", help="rounds, each with both tools (default 3)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the result (default: analysis/results)")
-
-
-def _bench_agreement(arguments: argparse.Namespace) -> int:
-    """compare the load generator's figures with those of `vllm bench serve`, on a running deployment
-
-    hpc-router bench agreement --vllm .venv-vllm/bin/python --tokenizer /models/llama
-    """
-    from hpc_router.bench.agreement import AgreementOptions, agreement
-    from hpc_router.bench.output import default_out
-
-    given = _given(arguments, "model", "users", "requests", "tokens", "rounds")
-    vllm, tokenizer = str(Path(arguments.vllm).absolute()), arguments.tokenizer.absolute()
-    options = AgreementOptions(vllm=vllm, tokenizer=tokenizer, out=arguments.out or default_out(), **given)
-    return print_lines([agreement(find_run(arguments.run), options)])
 
 
 def _add_passes(benchmarks: "Verbs[Parser]") -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+from launch import tiny_model
 from tests.e2e.deployment import Deployed, deployed
 from tests.support.needs import ROOT, need
 
@@ -29,6 +30,13 @@ def program(environment: str, name: str) -> str:
     path = ROOT / f".venv-{environment}" / "bin" / name
     need(path.exists(), f".venv-{environment} (make clients)")
     return str(path)
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A folder with a model and its tokenizer, for tools that count tokens themselves."""
+    argv = [program("clients", "python"), tiny_model.__file__, str(folder / "model")]
+    subprocess.run(argv, env=os.environ | OFFLINE, capture_output=True, timeout=_LIMIT_S, check=True)
+    return folder / "model"
 
 
 @dataclass
@@ -87,8 +95,9 @@ async def _engine(socket: Path, path: str, body: object = None) -> Any:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[Endpoint]:
-    with deployed(folder, "--config-dir", "tests/clients/conf", "topology=clients") as one:
+def served(folder: Path, *, topology: str = "clients") -> Iterator[Endpoint]:
+    """A deployment of one of the topologies in `tests/clients/conf`."""
+    with deployed(folder, "--config-dir", "tests/clients/conf", f"topology={topology}") as one:
         sockets = list(one.scratch.glob("*/*/engine.sock"))
         models = [asyncio.run(_engine(socket, "/v1/models"))["data"][0]["id"] for socket in sockets]
         yield Endpoint(one, one.url, dict(zip(models, sockets, strict=True)))

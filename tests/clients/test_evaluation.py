@@ -1,4 +1,4 @@
-"""Programs that evaluate and load a deployment, unmodified: lm-eval and guidellm. Nothing is fetched from a hub."""
+"""A program that evaluates a deployment, unmodified: lm-eval. Nothing is fetched from a hub."""
 
 import json
 from itertools import accumulate
@@ -7,21 +7,12 @@ from typing import Any
 
 import pytest
 
-from launch import tiny_model
 from tests.clients.endpoint import Endpoint, program
 from tests.support.needs import ROOT
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 TASKS = ROOT / "tests/clients/tasks"
-REQUESTS = 6
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory, endpoint: Endpoint) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer") / "model"
-    endpoint.run([program("clients", "python"), tiny_model.__file__, str(folder)], {})
-    return folder
 
 
 def evaluated(endpoint: Endpoint, out: Path, kind: str, options: str, *more: str) -> dict[str, Any]:
@@ -71,27 +62,3 @@ def test_lm_eval_chats(endpoint: Endpoint, tmp_path: Path) -> None:
         endpoint, tmp_path, "local-chat-completions", options, "--tasks", "facts_open", "--apply_chat_template"
     )
     assert results["facts_open"]["sample_len"] == 3
-
-
-def test_guidellm(endpoint: Endpoint, tokenizer: Path, tmp_path: Path) -> None:
-    """The token is in a file that only its owner can read: an argument would show in `ps`."""
-    scenario, report = tmp_path / "scenario.json", tmp_path / "report.json"
-    backend = {"kind": "openai_http", "target": f"{endpoint.url}/v1", "model": "math", "api_key": endpoint.one.token}
-    spec = {
-        "backend": backend,
-        "profile": {"kind": "concurrent", "streams": 2},
-        "constraints": [{"kind": "max_requests", "count": REQUESTS}],
-        "data": [{"kind": "synthetic_text", "prompt_tokens": 16, "output_tokens": 8}],
-        "tokenizer": {"kind": "huggingface_auto", "model": str(tokenizer)},
-    }
-    scenario.touch(mode=0o600)
-    scenario.write_text(json.dumps({"spec": spec}))
-    endpoint.run(
-        [program("clients", "guidellm"), "run", "--config", str(scenario), "--output", f"kind=json,path={report}",
-         "--disable-console"],
-        {},
-    )  # fmt: skip
-    (benchmark,) = json.loads(report.read_text())["benchmarks"]
-    totals = {"successful": REQUESTS, "errored": 0, "incomplete": 0, "total": REQUESTS}
-    assert benchmark["metrics"]["request_totals"] == totals
-    assert endpoint.one.token not in report.read_text()
