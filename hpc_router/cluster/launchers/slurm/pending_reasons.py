@@ -39,7 +39,9 @@ _REASONS: Final[dict[str, PendingReason]] = {
         "`scontrol show job JOBID` names that job",
     ),
     "DependencyNeverSatisfied": PendingReason(
-        "it waits for a job that cannot end as its dependency asks", _EDIT.format("resources.sbatch.dependency"), True
+        "it waits for a job that cannot end as its dependency asks",
+        _EDIT.format("dependency in cluster.sbatch or resources.sbatch"),
+        True,
     ),
     "Licenses": PendingReason("it waits for a license", "`scontrol show licenses` shows which are in use"),
     "JobHeldUser": PendingReason("it is held by its owner", _HELD),

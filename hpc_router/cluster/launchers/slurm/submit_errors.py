@@ -205,7 +205,8 @@ TABLE: Final = (
     _permanent(
         "sbatch.dependency",
         "Slurm knows no such job, or has forgotten it: five minutes after its end by default; `sacct --jobs=ID` shows "
-        "how it ended, and a dependency that was met can be left out",
+        "how it ended, and a dependency that was met can be left out. Or it knows no such kind of dependency: "
+        "`man sbatch` lists them",
         r"Job dependency problem",
     ),
     _permanent(
