@@ -15,6 +15,7 @@ from typing import Final
 
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState
+from hpc_router.cluster.launchers.slurm.pending_reasons import STEP_RESOURCES
 from hpc_router.cluster.launchers.slurm.sbatch import BatchJob, batch_jobs, excluded
 from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot, running_steps
 from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_temporary
@@ -32,6 +33,8 @@ SCONTROL_TIMEOUT_S: Final = 30.0
 QUERY_AGAIN_S: Final = 3.0
 """Seconds between a submission or cancellation and the next query of Slurm."""
 MIN_MISSED_ANSWERS: Final = 2
+STEP_WAITS_S: Final = 5.0
+"""Time in seconds after which a step that has not started waits for resources. Slurm gives no reason for steps."""
 SETTLE_S: Final = 10.0
 """Seconds to wait for Slurm's state of a job whose batch script has ended without a record."""
 
@@ -335,11 +338,14 @@ def _report(job: JobRecords, snapshot: QueueSnapshot | None, *, purged: bool) ->
     state = JobState.ENDED if purged else _state(job, info, snapshot, started=process is not None)
     running = state is JobState.RUNNING and queued is not None
     waiting = state is JobState.PENDING and queued is not None
+    reason = queued.reason if waiting and queued is not None else None
+    if waiting and info.runner is Runner.STEP and time.time() - info.submitted_at > STEP_WAITS_S:
+        reason = STEP_RESOURCES
     return JobReport(
         state=state,
         node=node,
         native_state=queued.state if queued is not None else None,
-        pending_reason=queued.reason if waiting and queued is not None else None,
+        pending_reason=reason,
         starts_at=queued.starts_at if waiting and queued is not None else None,
         ends_at=queued.ends_at if running and queued is not None else None,
         end=_end(queued, ended) if state in (JobState.ENDING, JobState.ENDED) else None,

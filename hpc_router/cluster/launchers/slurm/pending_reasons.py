@@ -28,7 +28,13 @@ _MOVE: Final = (
     "`scontrol update JobId=JOBID Partition=NAME` moves it; for all jobs, cluster.partition by `hpc-router apply`"
 )
 
+STEP_RESOURCES: Final = "StepResources"
+"""The reason of a step that does not start. Slurm has no word for it."""
+
 _REASONS: Final[dict[str, PendingReason]] = {
+    STEP_RESOURCES: PendingReason(
+        "its step waits for resources that other steps of the job hold", "`squeue --steps --jobs=JOBID` shows them"
+    ),
     "Resources": PendingReason("it is next in line and waits for nodes to become free"),
     "Priority": PendingReason(
         "jobs of higher priority go first", f"a shorter time lets it fill gaps sooner: {_SHORTER}"

@@ -10,6 +10,7 @@ import pytest
 
 from hpc_router.cluster.launchers.interface import JobState
 from hpc_router.cluster.launchers.slurm.launcher import MIN_MISSED_ANSWERS, SETTLE_S, SlurmLauncher
+from hpc_router.cluster.launchers.slurm.pending_reasons import explain_pending
 from hpc_router.cluster.launchers.slurm.squeue import Queue, QueuedJob, QueueSnapshot
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_reader import JobReader
@@ -79,6 +80,18 @@ def test_the_report_of_a_waiting_job_has_reason_and_estimate(run: RunDir) -> Non
     submitted(run)
     report = observed(run, QueuedJob("PENDING", reason="Priority", starts_at=NOW + 60))
     assert (report.pending_reason, report.starts_at, report.ends_at) == ("Priority", NOW + 60, None)
+
+
+def test_a_step_that_does_not_start_waits_for_the_resources_of_its_job(run: RunDir) -> None:
+    job = submitted(run, runner=Runner.STEP, at=time.time())
+    held = QueuedJob("RUNNING", node="n1")
+    assert observed(run, held).pending_reason is None
+    submitted(run, runner=Runner.STEP, at=time.time() - 6)
+    report = observed(run, held)
+    assert (report.state, report.pending_reason) == (JobState.PENDING, "StepResources")
+    assert "other steps of the job" in explain_pending("StepResources", "7").what
+    job.write(Process(1, 1, "n1", step_id="3"))
+    assert observed(run, held).pending_reason is None
 
 
 def test_the_report_of_a_running_job_has_node_and_end(run: RunDir) -> None:
