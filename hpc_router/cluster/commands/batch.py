@@ -4,6 +4,7 @@ Each call finds the router again, because it may have moved since the last one.
 """
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -119,7 +120,7 @@ async def _upload(access: RouterAccess, content: BinaryIO, name: str) -> dict[st
             body = await bounded_body(response)
             if response.status != 200:
                 raise LaunchError(f"the router refused the file: {body.decode(errors='replace')[:500]}")
-            uploaded: dict[str, Any] = await response.json()
+            uploaded: dict[str, Any] = json.loads(body)
             return uploaded
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         raise LaunchError(f"the upload to {access.url} failed: {error}") from error
