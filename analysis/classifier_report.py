@@ -11,6 +11,7 @@ from statistics import mean, median
 from typing import Any, Final
 
 from analysis import classifier_figures as figures
+from analysis import markdown
 from analysis.classifiers import DRAWS, ROOT, Experiment, Result, read
 from hpc_router.bench.provenance import git_state, hardware
 
@@ -64,7 +65,7 @@ def _markdown(report: Mapping[str, Any]) -> Iterator[str]:
     )
     yield "\nA command printed each figure; `classifiers.json` has the command next to it. Training times are those of"
     yield "whole commands.\n"
-    yield from _table(
+    yield from markdown.table(
         ("training", "accuracy (interval)", "NMI", "other source", "s", "MB", "balance"),
         (_row(name, result) for name, result in steps.items() if "training" in result),
     )
@@ -74,17 +75,17 @@ def _markdown(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{mean(same):.4f} ({min(same):.4f} to {max(same):.4f});"
     yield f"on the other source {mean(other):.3f} ({min(other):.3f} to {max(other):.3f}).\n"
     yield "## Targets\n"
-    yield from _table(("quantity", "target", "measured", ""), _checks(steps, mean(same)))
+    yield from markdown.table(("quantity", "target", "measured", ""), _checks(steps, mean(same)))
     yield "\n## Decisions, in microseconds\n"
     runs = steps["latency"]["runs"]
     yield f"Median of {len(runs)} runs and their range; `sum(range(1000))` shows the speed of the machine.\n"
-    yield from _table(
+    yield from markdown.table(
         ("prompt", "p50", "p99"), ((k, _spread(runs, k, "p50_us"), _spread(runs, k, "p99_us")) for k in runs[0])
     )
     yield "\n## Cost and quality of two models, mmlu_test\n"
     quality = steps["measured"]["test"]["cost_quality"]
     rows = quality["curve"]
-    yield from _table(
+    yield from markdown.table(
         ("cost", "accuracy", "random mixing", "above it (interval)", "oracle"),
         (
             (r["cost"], f"{r['accuracy']:.3f}", f"{r['random']:.3f}",
@@ -97,7 +98,7 @@ def _markdown(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"\nSingle models: {single}; oracle {quality['oracle']:.3f}.\n"
     yield "## Six equal experts, domains_test, no share above 1.3 x its capacity\n"
     packed = {name.partition("-")[2]: result for name, result in steps.items() if name.startswith("packed")}
-    yield from _table(
+    yield from markdown.table(
         ("clusters of", "largest / capacity before", "after", "accuracy lost", "clusters moved"),
         (
             (name, f"{len(p['shares']) * max(p['shares_before'].values()):.2f}", f"{p['largest_over_capacity']:.2f}",
@@ -146,10 +147,3 @@ def _checks(steps: Mapping[str, Result], exemplars: float) -> Iterator[Sequence[
 def _spread(runs: Sequence[Mapping[str, Any]], length: str, key: str) -> str:
     values = [run[length][key] for run in runs]
     return f"{median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
-
-
-def _table(columns: Sequence[str], rows: Iterator[Sequence[object]]) -> Iterator[str]:
-    yield "| " + " | ".join(columns) + " |"
-    yield "| " + " | ".join("---" for _ in columns) + " |"
-    for row in rows:
-        yield "| " + " | ".join(map(str, row)) + " |"

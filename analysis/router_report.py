@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from analysis import markdown
 from analysis.figures import RC, STYLES, WIDTH_IN, Drawing
 from hpc_router.bench.provenance import git_state, hardware
 
@@ -64,7 +65,7 @@ def _markdown(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"\n### Test: {SPLITS[split]}\n"
         rows = [(name, _interval(one["macro"]), _interval(one["prompts"])) for name, one in scores["routers"].items()]
         rows += [(name, f"{one[split]:.4f}, as published", "") for name, one in result["published"].items()]
-        yield from _table(("router", "mean over data sets", "over prompts"), rows)
+        yield from markdown.table(("router", "mean over data sets", "over prompts"), rows)
         best = max(scores["models"], key=scores["models"].get)
         yield f"\nThe best model alone, in hindsight: {best}, {scores['models'][best]:.4f} over data sets."
     if result["labels"] is not None:
@@ -74,7 +75,7 @@ def _markdown(result: Mapping[str, Any]) -> Iterator[str]:
     yield "\n### Robustness, time and size\n"
     yield "Robustness: share of the prompts that keep their model after a change.\n"
     changes = [*next(iter(result["families"].values()))["robustness"]]
-    yield from _table(
+    yield from markdown.table(
         ("classifier", *changes, "us per decision of 200 / 2,000 characters (p50)", "MB", "training, s"),
         [
             (
@@ -159,10 +160,3 @@ def _cost(table: str, cost: Mapping[str, Any]) -> Drawing:
 
 def _interval(value: Sequence[float]) -> str:
     return f"{value[0]:.4f} ({value[1]:.3f} to {value[2]:.3f})"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
-    yield "| " + " | ".join(columns) + " |"
-    yield "| " + " | ".join("---" for _ in columns) + " |"
-    for row in rows:
-        yield "| " + " | ".join(map(str, row)) + " |"

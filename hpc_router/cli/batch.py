@@ -92,8 +92,9 @@ def _batch_results(arguments: argparse.Namespace) -> int:
     hpc-router batch results batch_1a22... > answers.jsonl
     hpc-router batch results batch_1a22... --output answers.jsonl --errors failed.jsonl
     """
-    from hpc_router.cluster.commands.batch import ENDED, fetch, fetch_to
     from hpc_router.cluster.commands.batch import batch as one
+    from hpc_router.cluster.commands.batch import fetch, fetch_to
+    from hpc_router.router.batches.stored_batches import ENDED
 
     run = find_run(arguments.run)
     found = one(run, arguments.id)

@@ -125,6 +125,13 @@ class Submitter:
     after: str | None = None
     revision: str | None = None
 
+    def job_info(self, job_id: str, **more: Any) -> JobInfo:
+        """Returns the record of the job that it has submitted. `more`: the fields that it does not know beforehand."""
+        shared = len(self.replicas) > 1
+        return JobInfo(
+            job_id, self.host, argv=self.argv, shared=shared, after=self.after, revision=self.revision, **more
+        )
+
     @property
     def is_alive(self) -> bool:
         """Whether it lives on this host. A process on another host counts as gone."""

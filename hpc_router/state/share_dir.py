@@ -37,7 +37,8 @@ ROUTER_MODE: Final = 0o640
 MAX_TOKEN_BYTES: Final = 4096
 """Maximum size of a file with a token, in bytes."""
 _ACL: Final = "system.posix_acl_access"
-_OURS: Final = frozenset({"router.json", "tokens"})
+ROUTER_FILE: Final = "router.json"
+_OURS: Final = frozenset({ROUTER_FILE, "tokens"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class ShareDir:
 
     @property
     def router_json(self) -> Path:
-        return self.path / "router.json"
+        return self.path / ROUTER_FILE
 
     @property
     def tokens(self) -> Path:

@@ -5,8 +5,6 @@ import contextlib
 import logging
 import os
 import pwd
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
@@ -41,6 +39,7 @@ from hpc_router.state.share_dir import (
 from hpc_router.state.user_tokens import create_token, revoke_tokens
 from tests.router.fakes import NONCE, RunningRouter, a_deployment, a_router, a_run, fake_replica
 from tests.router.support import ready
+from tests.support.shared_router import status_of
 from tests.support.users import MEMBER, OTHER_MEMBER, OUTSIDER, UnixUser, as_user, needs_root
 from tests.support.waiting import GUARD_S, eventually
 
@@ -268,17 +267,6 @@ def answered(folder: Path) -> str:
             return client.chat.completions.create(model="math", messages=TURNS).model
     except (HpcRouterError, openai.OpenAIError) as error:
         return str(error)
-
-
-def status_of(folder: Path, path: str) -> int:
-    """The status of a GET with the user's token."""
-    at = endpoint(folder)
-    asked = urllib.request.Request(at.url + path, headers={"authorization": f"Bearer {at.token}"})
-    try:
-        with urllib.request.urlopen(asked) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        return error.code
 
 
 @needs_root

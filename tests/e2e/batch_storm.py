@@ -12,10 +12,9 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Final
 import openai
 import psutil
 
+from hpc_router.bench.background import repeated
 from tests.e2e.deployment import Deployed, deployed
 from tests.support.waiting import eventually_sync
 
@@ -151,13 +151,13 @@ def storm(folder: Path, lines: int, *, report: Callable[[str], None] = lambda te
         processes = RouterProcesses(one)
         write_lines(folder / "warm-up.jsonl", WARM_UP_LINES)
         write_lines(folder / "lines.jsonl", lines)
-        with sampled(processes):
+        with repeated(processes.sample, every_s=SAMPLE_S):
             wait(one, submit(one.client(), folder / "warm-up.jsonl"))
         before = processes.peaks
         report(f"warm-up done, own memory in MB: {_rounded(before)}")
         processes.peaks = {}
         begun = time.monotonic()
-        with sampled(processes):
+        with repeated(processes.sample, every_s=SAMPLE_S):
             batch = submit(one.client(), folder / "lines.jsonl")
             for share, what, act in actions(one, processes):
                 done = eventually_sync(partial(reached, one, batch, share * lines), within_s=LIMIT_S, every_s=0.2)
@@ -239,24 +239,6 @@ def check(one: Deployed, batch: str, result: StormResult) -> None:
                 expected += 1
         result.results = expected
         result.failed = 0 if shown.request_counts is None else shown.request_counts.failed
-
-
-@contextmanager
-def sampled(processes: RouterProcesses) -> Iterator[None]:
-    """Samples the memory of the router's processes during the block."""
-    ended = threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(SAMPLE_S):
-            processes.sample()
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _rounded(peaks: dict[str, float]) -> dict[str, float]:

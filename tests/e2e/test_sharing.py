@@ -4,8 +4,6 @@ import http.client
 import json
 import socket
 import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,12 @@ from typing import Any
 import openai
 import pytest
 
-from hpc_router.client import endpoint, openai_client
+from hpc_router.client import openai_client
 from hpc_router.connect.main import ConnectOptions, connect
 from hpc_router.errors import HpcRouterError
 from hpc_router.state.share_dir import open_share
 from tests.e2e.deployment import Deployed, deployed, kill
+from tests.support.shared_router import status_of
 from tests.support.users import (
     MEMBER,
     OTHER_MEMBER,
@@ -43,17 +42,6 @@ def asked(folder: Path) -> str:
             return "answered" if made.choices else "nothing"
     except (HpcRouterError, openai.OpenAIError) as error:
         return f"{type(error).__name__}: {error}"
-
-
-def status_of(folder: Path, path: str) -> int:
-    """The status of a GET with the user's token."""
-    at = endpoint(folder)
-    request = urllib.request.Request(at.url + path, headers={"authorization": f"Bearer {at.token}"})
-    try:
-        with urllib.request.urlopen(request) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        return error.code
 
 
 def until(user: UnixUser, share: Path, expected: str) -> None:

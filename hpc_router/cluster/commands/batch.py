@@ -17,10 +17,9 @@ from hpc_router.cluster.commands.router_access import RouterAccess, router_acces
 from hpc_router.errors import ConfigError, LaunchError
 from hpc_router.net import protocol
 from hpc_router.net.http_client import Unreachable, bounded_body, call_blocking, session, tls_option
+from hpc_router.router.batches.stored_batches import ENDED
 from hpc_router.state.run_directory import RunDir
 
-ENDED: Final = ("completed", "failed", "expired", "cancelled")
-"""The statuses of batches that have ended."""
 POLL_S: Final = 1.0
 """Interval in seconds at which `followed` asks for the state of a batch."""
 AWAY_S: Final = 600.0

@@ -7,9 +7,7 @@ again. An error of a job or of the file system never ends the loop.
 
 import contextlib
 import logging
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +53,7 @@ from hpc_router.config.revision import revisions
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import LaunchError
 from hpc_router.net.job_environment import END_SIGNALS, WARNING_SIGNALS
+from hpc_router.net.tie import when_stdin_ends
 from hpc_router.state import registry
 from hpc_router.state.atomic_files import exists_now
 from hpc_router.state.demand import read_demand
@@ -384,15 +383,8 @@ def _stop_event(*, tied: bool) -> Iterator[threading.Event]:
     """Yields an event that SIGTERM and SIGINT set; if `tied`, the end of stdin sets it as well. Ignores
     WARNING_SIGNALS and END_SIGNALS, and if `tied` SIGHUP: at some sites Slurm sends them to every process of a job, but
     only the router in that job must handle them."""
-    descriptor = sys.stdin.fileno() if tied else -1
     unhandled = (*WARNING_SIGNALS, *END_SIGNALS, *((signal.SIGHUP,) if tied else ()))
     with ignored(*unhandled), interrupt_event(once=False) as event:
-
-        def watch() -> None:
-            while os.read(descriptor, 4096):  # a buffered reader would hold a lock, which aborts the exit
-                pass
-            event.set()
-
         if tied:
-            threading.Thread(target=watch, name="tie", daemon=True).start()
+            when_stdin_ends(event.set)
         yield event

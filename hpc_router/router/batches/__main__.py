@@ -7,16 +7,15 @@ has started it.
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import uvloop
 
 from hpc_router.config import frozen
 from hpc_router.errors import HpcRouterError
+from hpc_router.net.tie import when_stdin_ends
 from hpc_router.router.batches.executor import execute
 from hpc_router.router.settings import with_desired
 from hpc_router.state.io_thread import LOG_FORMAT
@@ -43,14 +42,7 @@ async def _run(run: RunDir, replica: str) -> None:
         loop.add_signal_handler(number, stopping.set)
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # Slurm's warnings are for the router
         signal.signal(number, signal.SIG_IGN)
-    descriptor = sys.stdin.fileno()
-
-    def watch() -> None:
-        while os.read(descriptor, 4096):
-            pass
-        loop.call_soon_threadsafe(stopping.set)
-
-    threading.Thread(target=watch, name="tie", daemon=True).start()
+    when_stdin_ends(lambda: loop.call_soon_threadsafe(stopping.set))
     await execute(run, with_desired(frozen.read(run.config), run.read_desired()), replica=replica, stopping=stopping)
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Final
 
 from hpc_router import backoff
+from hpc_router.config.schema import DAY_S
 from hpc_router.router.batches.stored_batches import StoredBatches
 from hpc_router.router.batches.stored_files import StoredFiles
 from hpc_router.router.control.tied_process import run_process
@@ -27,7 +28,6 @@ CHECK_S: Final = 0.5
 CLEAN_S: Final = 600.0
 """Interval in seconds at which expired files and old batches are removed."""
 MAX_PAUSE_S: Final = 30.0
-DAY_S: Final = 86400.0
 
 
 def batch_argv(run: RunDir, replica: str) -> list[str]:

@@ -12,7 +12,7 @@ from hpc_router.config.schema import RouterConfig
 from hpc_router.errors import HpcRouterError
 from hpc_router.state.registry import Record
 from hpc_router.state.run_directory import RunDir
-from hpc_router.state.share_dir import SharedRouter, claimed_share, shared_record, write_router
+from hpc_router.state.share_dir import ROUTER_FILE, SharedRouter, claimed_share, shared_record, write_router
 from hpc_router.state.stamped_file import Stamp, stamp_at
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,9 @@ class SharedAddress:
         """Writes the address in `router`, the record of this router, unless the file has it already."""
         record = shared_record(router)
         try:
-            if self._written is None or self._written != (record, stamp_at(self._path / "router.json")):
+            if self._written is None or self._written != (record, stamp_at(self._path / ROUTER_FILE)):
                 self._write(record)
-                self._written = record, stamp_at(self._path / "router.json")
+                self._written = record, stamp_at(self._path / ROUTER_FILE)
         except (HpcRouterError, OSError) as error:
             self._failed(str(error))
         else:

@@ -22,7 +22,7 @@ from hpc_router.cluster.launchers.slurm.submit_errors import explain, is_tempora
 from hpc_router.cluster.launchers.submitit.submission import Submission, record_refusals, submit_all
 from hpc_router.config.schema import Deployment
 from hpc_router.state.job_reader import JobReader, JobRecords
-from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner, Submitter
+from hpc_router.state.job_records import Ended, Exit, FailureReason, JobDir, JobInfo, Runner
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
 
@@ -226,7 +226,7 @@ class SlurmLauncher:
         with suppress(OSError):
             for job in jobs:
                 if (planned := job.submitter()) is not None:
-                    job.write(_info(planned, job_id, submitted_at=first.claimed_at()))
+                    job.write(planned.job_info(job_id, runner=Runner.SLURM, submitted_at=first.claimed_at()))
             logger.warning("job %s (%s) was submitted, but not recorded: recorded it now", job_id, queued.name)
 
     def _unknown_jobs(self, snapshot: QueueSnapshot) -> set[str]:
@@ -309,19 +309,6 @@ def _submission(job: BatchJob) -> Submission:
 def _named(run: RunDir, queued: QueuedJob) -> JobDir:
     """Returns the folder of the replica after which the job is named, which is the job's first."""
     return JobDir(run, (queued.name or "").partition(":")[0])
-
-
-def _info(planned: Submitter, job_id: str, *, submitted_at: float) -> JobInfo:
-    return JobInfo(
-        job_id,
-        planned.host,
-        submitted_at=submitted_at,
-        argv=planned.argv,
-        runner=Runner.SLURM,
-        shared=len(planned.replicas) > 1,
-        after=planned.after,
-        revision=planned.revision,
-    )
 
 
 def _holds_resources(queued: QueuedJob) -> bool:

@@ -21,7 +21,7 @@ import hpc_router
 from hpc_router.cluster.launchers import job_entry
 from hpc_router.cluster.launchers.commands import SlurmCommandError, run_slurm_command
 from hpc_router.cluster.launchers.submitit.submission import CANCELLED, Submission, from_json
-from hpc_router.state.job_records import JobInfo, Runner, Submitter, start_ticks
+from hpc_router.state.job_records import JobDir, Runner, Submitter, start_ticks
 
 SCANCEL_TIMEOUT_S: Final = 60.0
 A_YEAR_MIN: Final = 60 * 24 * 365
@@ -66,35 +66,28 @@ def write_submitter(submission: Submission, ticks: int) -> None:
     """Records this process, started at `ticks`, as the submitter of each replica. If it dies after a submission, the
     control loop makes `job.json` from this record."""
     for job in submission.jobs:
-        job.write(
-            Submitter(
-                os.getpid(),
-                ticks,
-                socket.gethostname(),
-                replicas=tuple(submission.argv_of),
-                argv=tuple(submission.argv_of[job.replica]),
-                after=submission.after,
-                revision=submission.revisions.get(job.replica),
-            )
-        )
+        job.write(_submitter(submission, job, ticks))
+
+
+def _submitter(submission: Submission, job: JobDir, ticks: int) -> Submitter:
+    return Submitter(
+        os.getpid(),
+        ticks,
+        socket.gethostname(),
+        replicas=tuple(submission.argv_of),
+        argv=tuple(submission.argv_of[job.replica]),
+        after=submission.after,
+        revision=submission.revisions.get(job.replica),
+    )
 
 
 def _write_info(submission: Submission, job_id: str) -> None:
-    host, local = socket.gethostname(), submission.script is None
+    local = submission.script is None
+    runner = Runner.PROCESS if local else Runner.SLURM
+    ticks = start_ticks(int(job_id)) if local else None
     for job in submission.jobs:
-        job.write(
-            JobInfo(
-                job_id=job_id,
-                host=host,
-                start_ticks=start_ticks(int(job_id)) if local else None,
-                gpus=submission.gpus,
-                argv=tuple(submission.argv_of[job.replica]),
-                runner=Runner.PROCESS if local else Runner.SLURM,
-                shared=len(submission.argv_of) > 1,
-                after=submission.after,
-                revision=submission.revisions.get(job.replica),
-            )
-        )
+        planned = _submitter(submission, job, 0)
+        job.write(planned.job_info(job_id, start_ticks=ticks, gpus=submission.gpus, runner=runner))
 
 
 class _BatchExecutor(submitit.SlurmExecutor):
