@@ -97,7 +97,9 @@ class JobInfo:
 
     The id of a local job is a process id; `start_ticks` shows whether that id now belongs to another process. `shared`:
     whether the Slurm job runs several replicas, each as one of its steps. `after`: id of the job for whose end this job
-    had to wait. `revision`: revision of the config with which it was submitted (`config.revision`).
+    had to wait. `revision`: revision of the config with which it was submitted (`config.revision`). `dependency`: the
+    `sbatch.dependency` of that config, even if the job was submitted without it because it was met; empty if the config
+    had none, None in records of earlier versions.
     """
 
     job_id: str
@@ -110,6 +112,7 @@ class JobInfo:
     shared: bool = False
     after: str | None = None
     revision: str | None = None
+    dependency: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +127,20 @@ class Submitter:
     argv: tuple[str, ...] = ()
     after: str | None = None
     revision: str | None = None
+    dependency: str | None = None
 
     def job_info(self, job_id: str, **more: Any) -> JobInfo:
         """Returns the record of the job that it has submitted. `more`: the fields that it does not know beforehand."""
         shared = len(self.replicas) > 1
         return JobInfo(
-            job_id, self.host, argv=self.argv, shared=shared, after=self.after, revision=self.revision, **more
+            job_id,
+            self.host,
+            argv=self.argv,
+            shared=shared,
+            after=self.after,
+            revision=self.revision,
+            dependency=self.dependency,
+            **more,
         )
 
     @property

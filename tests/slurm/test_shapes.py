@@ -235,6 +235,11 @@ def test_a_dependency_that_was_met_is_not_submitted_again(cluster: SlurmCluster)
         second = one.until_ready("math-0", after=first)
         assert not [line for line in script_of(one, second) if "--dependency" in line]
         assert "--dependency" not in one.verb("plan", *one.overrides).stdout
+        another = cluster.run(["sbatch", "--parsable", "--output=/dev/null", "--wrap=true"]).strip()
+        changed = f"cluster.sbatch={{dependency: afterok:{another}}}"
+        one.verb("apply", *(changed if word == wish else word for word in one.overrides))
+        third = one.until_ready("math-0", after=second)
+        assert script_of(one, third) & {f"#SBATCH --dependency=afterok:{another}"}
 
 
 def script_of(one: OnSlurm, replica: str) -> set[str]:

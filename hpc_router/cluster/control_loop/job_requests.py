@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from hpc_router.cluster.launchers.interface import ROUTER, JobRequest
-from hpc_router.cluster.launchers.slurm.dependency import dependency_of, met_dependencies
+from hpc_router.cluster.launchers.slurm.dependency import met_dependencies
 from hpc_router.cluster.launchers.slurm.node_fit import resources_of
-from hpc_router.cluster.launchers.slurm.sbatch import python_of
+from hpc_router.cluster.launchers.slurm.sbatch import dependency_of, python_of
 from hpc_router.config.revision import revision
 from hpc_router.config.schema import Deployment
 from hpc_router.state.registry import split_replica
@@ -19,7 +19,7 @@ def job_requests(
     experts = {replica: split_replica(replica)[0] for replica in replicas}
     resources = {expert: resources_of(deployment, expert)[1] for expert in experts.values()}
     revisions = {expert: revision(deployment, expert) for expert in resources}
-    dependencies = {expert: dependency_of(deployment, own) for expert, own in resources.items()}
+    dependencies = {expert: dependency_of(deployment.cluster, own) for expert, own in resources.items()}
     met = met_dependencies(run, deployment, {name for name in dependencies.values() if name is not None})
     python = python_of(deployment.cluster)
     return [

@@ -5,17 +5,14 @@ forgotten (MinJobAge, five minutes). So further jobs are submitted without it as
 """
 
 from collections.abc import Set
-from typing import Final
 
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.cluster.launchers.slurm.node_fit import resources_of
-from hpc_router.cluster.launchers.slurm.sbatch import effective_options
-from hpc_router.config.schema import Deployment, ResourceConfig
+from hpc_router.cluster.launchers.slurm.sbatch import dependency_of
+from hpc_router.config.schema import Deployment
 from hpc_router.state.job_records import JobDir, Runner
 from hpc_router.state.registry import split_replica
 from hpc_router.state.run_directory import RunDir
-
-OPTION: Final = "dependency"
 
 
 def met_dependencies(run: RunDir, deployment: Deployment, wanted: Set[str]) -> Set[str]:
@@ -28,17 +25,15 @@ def met_dependencies(run: RunDir, deployment: Deployment, wanted: Set[str]) -> S
 
 
 def _started_with(job: JobDir, deployment: Deployment) -> str | None:
-    """Returns the dependency with which `job` was submitted and started; None if it had none or has not started."""
-    expert = split_replica(job.replica)[0]
-    if expert != ROUTER and expert not in deployment.experts:
-        return None
+    """Returns the dependency that the config had when `job`, which has started, was submitted; None if it had none or
+    the job has not started. A job of an earlier version, which did not record it, is assumed to have had the one that
+    `deployment` has now."""
     info = job.info()
     if info is None or info.runner is not Runner.SLURM or (job.process() is None and job.ended() is None):
         return None
-    return dependency_of(deployment, resources_of(deployment, expert)[1])
-
-
-def dependency_of(deployment: Deployment, resources: ResourceConfig) -> str | None:
-    """Returns the `sbatch.dependency` of a job with these resources; None if it has none."""
-    value = effective_options(deployment.cluster, resources).sbatch.get(OPTION)
-    return value if isinstance(value, str) else None
+    if info.dependency is not None:
+        return info.dependency or None
+    expert = split_replica(job.replica)[0]
+    if expert != ROUTER and expert not in deployment.experts:
+        return None
+    return dependency_of(deployment.cluster, resources_of(deployment, expert)[1])

@@ -303,7 +303,14 @@ class SlurmLauncher:
 def _submission(job: BatchJob) -> Submission:
     argv_of = {request.replica: request.argv for request in job.requests}
     revisions = {request.replica: request.revision for request in job.requests}
-    return Submission(str(job.run.path), argv_of, job.script(), after=job.requests[0].after, revisions=revisions)
+    return Submission(
+        str(job.run.path),
+        argv_of,
+        job.script(),
+        after=job.requests[0].after,
+        revisions=revisions,
+        dependency=job.dependency or "",
+    )
 
 
 def _named(run: RunDir, queued: QueuedJob) -> JobDir:

@@ -52,6 +52,12 @@ class BatchJob:
         """Returns the job folder of the first replica, which contains the files of the Slurm job."""
         return self.run.jobs / self.replicas[0]
 
+    @property
+    def dependency(self) -> str | None:
+        """The configured `sbatch.dependency`, even if `options` leaves it out because it was met; None if there is
+        none."""
+        return dependency_of(self.cluster, self.resources)
+
     def options(self) -> dict[str, Any]:
         """Returns the options of sbatch by their long names. An option without an argument has the value True."""
         options, count = effective_options(self.cluster, self.resources), len(self.requests)
@@ -74,8 +80,8 @@ class BatchJob:
             **{name: getattr(options, name) for name in _SAME_NAME},
             "exclude": excluded(self.cluster, self.requests[0]),
         }
-        after, own = self.requests[0].after, options.sbatch.get("dependency")
-        if self.requests[0].dependency_met and isinstance(own, str):
+        after, own = self.requests[0].after, self.dependency
+        if self.requests[0].dependency_met and own is not None:
             own = without_job_dependencies(own)
         both = [f"afterany:{after}" if after else None, own]  # without `after` a standby would get a standby of its own
         extra = {**options.sbatch, "dependency": ",".join(str(each) for each in both if each) or None}
@@ -166,6 +172,12 @@ def excluded(cluster: ClusterConfig, request: JobRequest) -> str | None:
     and those in the request. Returns None if there are none."""
     configured = effective_options(cluster, request.resources).exclude
     return ",".join(filter(None, [configured, *request.exclude])) or None
+
+
+def dependency_of(cluster: ClusterConfig, resources: ResourceConfig) -> str | None:
+    """Returns the `sbatch.dependency` of a job with these resources; None if it has none."""
+    value = effective_options(cluster, resources).sbatch.get("dependency")
+    return value if isinstance(value, str) else None
 
 
 def without_job_dependencies(dependency: str) -> str | None:

@@ -78,6 +78,7 @@ def _submitter(submission: Submission, job: JobDir, ticks: int) -> Submitter:
         argv=tuple(submission.argv_of[job.replica]),
         after=submission.after,
         revision=submission.revisions.get(job.replica),
+        dependency=submission.dependency,
     )
 
 

@@ -29,7 +29,8 @@ _PROCESS_FAILED: Final = "the submitting process failed"
 @dataclass(frozen=True, slots=True)
 class Submission:
     """Claimed replicas that share one job. `script`: the batch script for Slurm; None for a job of this machine.
-    `after`: id of the job for whose end the submitted job waits. `revisions`: the config revision of each replica."""
+    `after`: id of the job for whose end the submitted job waits. `revisions`: the config revision of each replica.
+    `dependency`: as in JobInfo."""
 
     run: str
     argv_of: Mapping[str, Sequence[str]]
@@ -37,6 +38,7 @@ class Submission:
     gpus: tuple[int, ...] = ()
     after: str | None = None
     revisions: Mapping[str, str | None] = field(default_factory=dict)
+    dependency: str | None = None
 
     @property
     def jobs(self) -> list[JobDir]:

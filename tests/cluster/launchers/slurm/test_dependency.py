@@ -1,5 +1,6 @@
 """A site's dependency counts as met as soon as one job of the run has started with it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_the_jobs_are_read_once_for_all_requests(run: RunDir, monkeypatch: pytes
 
 @pytest.mark.parametrize("replica", ["code-0.g1", "law-0.g1"])
 def test_a_job_with_another_dependency_does_not_count(run: RunDir, replica: str) -> None:
-    """Neither does a job of an expert that was removed."""
+    """Neither does a job of an expert that was removed and whose record names no dependency."""
     submitted(run, replica).write(Process(1, 1, "n1"))
     assert dependency_of(run, "math-0.g1", code="afterok:18") == WANTED
 
@@ -95,3 +96,31 @@ def test_a_run_without_a_directory_has_met_no_dependency(tmp_path: Path) -> None
 )
 def test_only_parts_that_name_no_job_stay(given: str, left: str | None) -> None:
     assert without_job_dependencies(given) == left
+
+
+def test_a_changed_dependency_was_not_met_by_jobs_of_the_earlier_config(run: RunDir) -> None:
+    """Nor does a job that left the earlier one out. Changed back, the earlier one is still met."""
+    for replica in ("math-0.g1", "math-0.g2"):
+        job = JobDir(run, replica)
+        job.claim()
+        job.write(JobInfo("20", "login1", runner=Runner.SLURM, dependency=WANTED))
+        job.write(Process(1, 1, "n1"))
+    changed = {"math": "afterok:18", "code": "afterok:18"}
+    assert dependency_of(run, "math-0.g3", **changed) == "afterok:18"
+    assert dependency_of(run, "code-0.g1", **changed) == "afterok:18"
+    assert dependency_of(run, "math-0.g3") is None
+
+
+def test_an_added_dependency_was_not_met_by_jobs_without_one(run: RunDir) -> None:
+    job = JobDir(run, "math-0.g1")
+    job.claim()
+    job.write(JobInfo("20", "login1", runner=Runner.SLURM, dependency=""))
+    job.write(Process(1, 1, "n1"))
+    assert dependency_of(run, "math-0.g2") == WANTED
+
+
+def test_a_job_knows_the_configured_dependency_even_if_it_is_left_out(run: RunDir) -> None:
+    requests = job_requests(run, deployment(), ["math-0.g1"], exclude=())
+    for met in (False, True):
+        (job,) = batch_jobs(run, deployment(), [replace(each, dependency_met=met) for each in requests])
+        assert (job.dependency, job.options().get("dependency")) == (WANTED, None if met else WANTED)
