@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from hpc_router.cluster.commands.replica_view import ReplicaView
-from hpc_router.cluster.control_loop.slots import Attempt
 from hpc_router.errors import HpcRouterError
 from hpc_router.state.run_directory import RunDir
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a training has no aiohttp in its environment
+    from hpc_router.cluster.commands.replica_view import ReplicaView
+    from hpc_router.cluster.control_loop.slots import Attempt
     from hpc_router.cluster.planning.plan import Plan
 
 
@@ -50,7 +50,7 @@ class JsonEvents:
     def begin(self, run: RunDir, plan: "Plan") -> None:
         self.event("run", run=str(run.path), warnings=list(plan.warnings))
 
-    def show(self, shown: Sequence[ReplicaView]) -> None:
+    def show(self, shown: Sequence["ReplicaView"]) -> None:
         for view in shown:
             facts = {
                 "replica": view.replica,
@@ -64,7 +64,7 @@ class JsonEvents:
                 self._shown[key] = facts
                 self.event("replica", **facts)
 
-    def living(self, attempts: list[Attempt]) -> None:
+    def living(self, attempts: list["Attempt"]) -> None:
         """Prints an event with the jobs that are left, if these have changed. `down` calls this after each pass."""
         left = [attempt.replica for attempt in attempts]
         if left != self._left:

@@ -125,7 +125,9 @@ class ControlLoop:
     def preview(self, *, clear: bool = False, fresh: bool = False) -> LoopPass:
         """Returns a pass without carrying out its actions. `clear`: whether every live job must end, even routers and
         jobs that were started by hand. `fresh`: whether to query the Slurm controller now."""
-        return self.decide(replace(self._desired(), clear=clear), self.observer.observe(fresh=fresh))
+        # The desired state is read last: if `down` ended jobs meanwhile, no pass takes their end for a failure.
+        observed = self.observer.observe(fresh=fresh)
+        return self.decide(replace(self._desired(), clear=clear), observed)
 
     def _desired(self) -> Desired:
         """Returns the desired state. If its config revisions are not those of this loop's config, returns it without

@@ -23,7 +23,7 @@ from hpc_router.cluster.control_loop import loop as control_module
 from hpc_router.cluster.control_loop.loop import ControlLoop
 from hpc_router.cluster.control_loop.observer import record_exit
 from hpc_router.cluster.control_loop.reconcile import Desired, Submit
-from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Slot
+from hpc_router.cluster.control_loop.slots import ROUTER_SLOT, Attempt, Observed, Slot
 from hpc_router.cluster.launchers.interface import JobReport, JobRequest, JobState, Launcher
 from hpc_router.cluster.launchers.local import LocalLauncher
 from hpc_router.config import frozen
@@ -217,6 +217,23 @@ def test_down_ends_everything_and_cleans_up(run: RunDir, control: ControlLoop) -
     assert not run.registry_json.exists()
     assert down(run) == 0
     assert control.run_pass().submitted == []  # it stays down
+
+
+def test_a_pass_that_began_before_down_replaces_nothing(
+    run: RunDir, control: ControlLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes the run down, and the jobs end, while the leading loop observes them."""
+    control.run_pass()
+    eventually_sync(lambda: started(run, "math-0.g1") and started(run, "code-0.g1"))
+    observe = control.observer.observe
+
+    def overtaken(*, fresh: bool = False) -> Observed:
+        monkeypatch.setattr(control.observer, "observe", observe)
+        assert down(run) == 2
+        return observe(fresh=fresh)
+
+    monkeypatch.setattr(control.observer, "observe", overtaken)
+    assert control.run_pass(leading=True).submitted == []
 
 
 class SlowToCancel:
