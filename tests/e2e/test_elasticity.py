@@ -21,6 +21,7 @@ def test_from_zero_to_one_and_back_in_each_mode(tmp_path: Path) -> None:
         from_zero_to_one_and_back_in_each_mode(one)
 
 
+@pytest.mark.long
 def test_two_streams_get_two_replicas_and_scaling_down_breaks_none(tmp_path: Path) -> None:
     """Within the limit of GPUs, which a third expert may not exceed."""
     limits = (

@@ -23,7 +23,7 @@ from tests.e2e.deployment import Deployed, deployed
 from tests.support.needs import ROOT, VLLM_ENV, engine_python
 from tests.support.waiting import eventually_sync
 
-pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
+pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.long]
 
 DRAIN_S = 1
 TOKENS = 1900

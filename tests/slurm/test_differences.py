@@ -182,6 +182,7 @@ def test_a_job_whose_node_did_not_start_it_is_started_again(cluster: SlurmCluste
     cluster.wait_idle(within_s=60)
 
 
+@pytest.mark.long
 def test_a_lost_node_and_a_limit_that_is_enforced_late(cluster: SlurmCluster) -> None:
     """srun in the batch script ends once Slurm gives the node up: with status 1 or by SIGPIPE, before 24.11 with 0.
     Another job runs beyond its limit of a minute, and is warned before its end."""

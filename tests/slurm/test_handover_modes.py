@@ -55,6 +55,7 @@ def submit_limit(cluster: SlurmCluster, jobs: int) -> Iterator[None]:
         limit(-1)
 
 
+@pytest.mark.long
 async def test_a_refused_overlap_waits_for_the_end_and_why_says_so(cluster: SlurmCluster) -> None:
     """The association may have three jobs: the expert's, the router's and its standby."""
     overrides = (*SIM, "~experts.law", *QUICK, f"experts.math.engine.options={OPTIONS}", "cluster.walltime=2")

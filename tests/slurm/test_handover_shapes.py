@@ -26,9 +26,14 @@ SHAPES: Final = {
     "two nodes": (*SIM, "~experts.law", "experts.math.resources.nodes=2", "cluster.trusted_network=true"),
     "LoRA": ("topology=sim_lora", "experts.base.replicas=1", "policy.fallback=null"),
 }
+SHAPE_PARAMS: Final = [
+    pytest.param("replicas_per_job", marks=pytest.mark.newest),
+    pytest.param("two nodes", marks=pytest.mark.long),
+    pytest.param("LoRA", marks=pytest.mark.long),
+]
 
 
-@pytest.mark.parametrize("shape", [pytest.param("replicas_per_job", marks=pytest.mark.newest), "two nodes", "LoRA"])
+@pytest.mark.parametrize("shape", SHAPE_PARAMS)
 async def test_all_replicas_of_a_job_hand_over_together(cluster: SlurmCluster, shape: str) -> None:
     """After the first half of a walltime of two minutes."""
     hosts = ("base",) if shape == "LoRA" else ("math",) if shape == "two nodes" else ("math", "law")

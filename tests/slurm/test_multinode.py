@@ -180,6 +180,7 @@ def test_a_killed_rank_ends_its_job_and_another_takes_its_place(cluster: SlurmCl
         assert second == "math-0.g2"
 
 
+@pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.timeout(800)  # two starts of vLLM on two nodes, beside whatever else the machine runs
 @pytest.mark.usefixtures("left_as_found")
