@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 MIN_QUERY_INTERVAL_S: Final = 5.0
 """Minimum interval in seconds between queries to the Slurm controller about lost replicas."""
 HUNG_MESSAGE: Final = "its agent hung: it renewed no lease and answered no call while its process ran; it was killed"
+GONE_MESSAGE: Final = "its agent was gone: its port refused connections, while Slurm reported that its job runs"
 EXPLAINED_S: Final = 300.0
 """Time in seconds after which Slurm no longer knows an ended job (MinJobAge)."""
 _FROM_OUTSIDE: Final = (
@@ -70,6 +71,7 @@ class RunObserver:
         self._hang_detector = HangDetector()
         self._hung: set[str] = set()
         self._off: set[str] = set()
+        self._gone: set[str] = set()
         self._queried: set[str] = set()  # lost replicas about which the controller was queried
         self._queried_at = -math.inf
         self.records: Mapping[str, Record] = {}
@@ -113,6 +115,8 @@ class RunObserver:
         self._hung.difference_update(running)
         self._hung |= silent.hung
         self._off = silent.off
+        self._gone.difference_update(running)
+        self._gone |= silent.gone
         self._queried &= silent.lost
         newly_lost = silent.lost - self._queried
         if not newly_lost or read_at - self._queried_at < MIN_QUERY_INTERVAL_S:
@@ -224,7 +228,10 @@ class RunObserver:
         if (stop.drain_at or stop.cancel_at) is not None and job.replica not in self._hung:
             return Exit(ok=True, reason=FailureReason.DRAINED, message="it was asked to end, and left no exit record")
         if job.replica in self._hung and said in _OURS:
-            return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG_MESSAGE)
+            if job.replica not in self._gone:
+                return Exit(ok=False, reason=FailureReason.TIMEOUT, message=HUNG_MESSAGE)
+            if said is not FailureReason.KILLED:  # else the batch script has recorded the signal
+                return Exit(ok=False, reason=FailureReason.VANISHED, message=GONE_MESSAGE)
         if report.end is not None and said is not FailureReason.KILLED:
             return report.end
         info = job.info

@@ -45,7 +45,8 @@ class HostDied(Exception):
 
 @dataclass
 class Agent:
-    """One service of a job. `ends_at`: when its drain is over; `hung`: it neither beats, answers nor obeys TERM."""
+    """One service of a job. `ends_at`: when its drain is over; `hung`: it neither beats, answers nor obeys TERM.
+    `unknown`: it was killed with all that could report its end, so Slurm says that it runs."""
 
     replica: str
     step: str
@@ -53,6 +54,7 @@ class Agent:
     ready_at: float | None = None
     ends_at: float | None = None
     hung: bool = False
+    unknown: bool = False
     asked: bool = False
     beat: int = 0
     beat_at: float = 0.0
@@ -303,6 +305,16 @@ class FakeSlurm:
         }
         return {replica: job is None or job.node not in lost for replica, job in jobs.items()}
 
+    async def accepting(self, records: Sequence[Record]) -> set[str]:
+        """As `liveness`: the URLs of the agents that run."""
+        return {record.url for record in records if self.agent_of(record) is not None}
+
+    async def refusing(self, records: Sequence[Record]) -> set[str]:
+        """As `liveness`: the agents that have ended, on nodes that run."""
+        jobs = {record.replica: self.jobs.get(str(record.job_id)) for record in records}
+        ended = {agent.replica for job in self.jobs.values() for agent in job.agents if agent.phase == "ended"}
+        return {name for name, job in jobs.items() if name in ended and job is not None and job.node not in self.lost}
+
     def agent_of(self, record: Record) -> tuple[FakeJob, Agent] | None:
         """The agent that answers at the address in the record."""
         job = self.jobs.get(str(record.job_id))
@@ -405,8 +417,8 @@ class FakeSlurm:
         agent.beat, agent.beat_at = agent.beat + 1, self.now
         kind = RecordKind.ROUTER if agent.is_router else RecordKind.EXPERT
         record = Record(
-            kind, agent.replica, "http://127.0.0.1:1", state, {expert: "m"}, generation, nonce="n", job_id=job.job_id,
-            node=job.node, beat=agent.beat, beat_s=BEAT_S, expires_at=job.ends_at,
+            kind, agent.replica, f"http://127.0.0.1:1/{agent.replica}", state, {expert: "m"}, generation, nonce="n",
+            job_id=job.job_id, node=job.node, beat=agent.beat, beat_s=BEAT_S, expires_at=job.ends_at,
         )  # fmt: skip
         registry.publish(self.run.registry, record)
 
@@ -440,6 +452,7 @@ class FakeSlurm:
         for agent in agents:
             if agent.phase != "ended":
                 self._end_agent(job, agent, None, status=137)
+            agent.unknown = False
         job.final = final or job.final
         self._end_if_empty(job)
 
@@ -453,6 +466,11 @@ class FakeSlurm:
         for agent in job.agents:
             agent.phase = "ended"
         self.end(job, "OUT_OF_MEMORY")
+
+    def lose_step(self, job: FakeJob) -> None:
+        """Agent, batch script and slurmstepd are killed together: Slurm says that the job runs until it is ended."""
+        for agent in job.agents:
+            agent.phase, agent.unknown = "ended", True
 
     def preempt(self, job: FakeJob, grace_s: float) -> None:
         job.final, job.kill_at = "PREEMPTED", self.now + grace_s
@@ -477,7 +495,7 @@ class FakeSlurm:
         folder.write(Ended(status, self.now))
 
     def _end_if_empty(self, job: FakeJob) -> None:
-        if job.state == "RUNNING" and all(agent.phase == "ended" for agent in job.agents):
+        if job.state == "RUNNING" and all(agent.phase == "ended" and not agent.unknown for agent in job.agents):
             self.end(job, job.final)
 
     def end(self, job: FakeJob, state: str) -> None:

@@ -128,7 +128,8 @@ class Storm:
         else:
             kinds = [
                 (0.03, self._lose_node), (0.05, self._restore_node), (0.03, self._preempt), (0.03, self._cancel),
-                (0.03, self._kill), (0.03, self._crash), (0.02, self._hang), (0.02, self._vanish), (0.03, self._away),
+                (0.03, self._kill), (0.03, self._crash), (0.02, self._hang), (0.02, self._vanish),
+                (0.02, self._lose_step), (0.03, self._away),
                 (0.06, self._lag), (0.03, self._change_limit), (0.03, self._scale), (0.02, self._stall),
                 (0.04, self._io_errors), (0.08, self._fail_submission), (0.03, self._login_loop),
             ]  # fmt: skip
@@ -189,6 +190,12 @@ class Storm:
         if (one := self._one()) is not None:
             self._log(f"{one[1].replica} vanishes")
             self.slurm.vanish(one[0])
+
+    def _lose_step(self) -> None:
+        """Not a router, for the same reason as in `_hang`."""
+        if (one := self._one()) is not None and not one[1].is_router:
+            self._log(f"{one[1].replica} is gone, and Slurm does not know")
+            self.slurm.lose_step(one[0])
 
     def _away(self) -> None:
         self.slurm.away_until = self.slurm.now + self.random.uniform(10.0, 120.0)
@@ -410,6 +417,8 @@ def storm(seed: int, folder: Path, *, calm: bool = False) -> Iterator[Storm]:
         patch(f"{launchers}.submitit.process._executor", slurm.executor),
         patch(f"{loops}.loop.ask_to_drain", slurm.drain_calls),
         patch(f"{loops}.liveness._unanswering", slurm.unanswering),
+        patch(f"{loops}.liveness._accepting", slurm.accepting),
+        patch(f"{loops}.liveness._refusing", slurm.refusing),
         patch("hpc_router.state.job_reader.load_json", made.load_json),
         patch.object(down_module, "sweep", lambda _: None),
         patch(f"{loops}.loop.deployment_of", lambda _: made.deployment),

@@ -12,12 +12,18 @@ from urllib.parse import urlsplit
 import pytest
 
 from hpc_router.cluster.control_loop import liveness
-from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS, HangDetector
+from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LATE_BEATS, LOST_BEATS, HangDetector, SilentReplicas
 from hpc_router.state.registry import Record, RecordKind, State
 
 BEAT_S = 2.0
 LIMIT_S = HUNG_BEATS * BEAT_S
 NOBODY = "http://127.0.0.1:1"
+NAME = {"math-0.g1"}
+NONE = SilentReplicas(set(), set(), set(), set())
+LOST = SilentReplicas(NAME, set(), set(), set())
+HUNG = SilentReplicas(NAME, NAME, set(), set())
+OFF = SilentReplicas(NAME, NAME, NAME, set())
+GONE = SilentReplicas(NAME, NAME, set(), NAME)
 
 
 class Clock:
@@ -73,11 +79,11 @@ def test_an_agent_is_lost_before_it_hangs() -> None:
     pulse = HangDetector()
     pulse.silent([record()], read_at=clock())
     clock.now += LOST_BEATS * BEAT_S - 0.1
-    assert pulse.silent([record()], read_at=clock()) == (set(), set(), set())
+    assert pulse.silent([record()], read_at=clock()) == NONE
     clock.now += 0.1
-    assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set(), set())
+    assert pulse.silent([record()], read_at=clock()) == LOST
     with answering("math-0.g1") as url:
-        assert pulse.silent([record(url)], read_at=clock()) == (set(), set(), set())
+        assert pulse.silent([record(url)], read_at=clock()) == NONE
 
 
 @contextmanager
@@ -99,9 +105,9 @@ def test_a_hung_agent_with_a_full_queue_does_not_show_that_its_node_is_off() -> 
     with unreachable() as url:
         pulse.silent([record(url)], read_at=clock())
         clock.now += LOST_BEATS * BEAT_S
-        assert pulse.silent([record(url)], read_at=clock()) == ({"math-0.g1"}, set(), set())
+        assert pulse.silent([record(url)], read_at=clock()) == LOST
         clock.now += LIMIT_S
-        assert pulse.silent([record(url)], read_at=clock()) == ({"math-0.g1"}, {"math-0.g1"}, set())
+        assert pulse.silent([record(url)], read_at=clock()) == HUNG
 
 
 def test_one_whose_node_is_off_hangs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +118,75 @@ def test_one_whose_node_is_off_hangs_at_once(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(liveness, "UNUSED_PORT", urlsplit(url).port)
         pulse.silent([record(url)], read_at=clock())
         clock.now += LOST_BEATS * BEAT_S - 0.1
-        assert pulse.silent([record(url)], read_at=clock()) == (set(), set(), set())
+        assert pulse.silent([record(url)], read_at=clock()) == NONE
         clock.now += 0.1
-        assert pulse.silent([record(url)], read_at=clock()) == ({"math-0.g1"}, {"math-0.g1"}, {"math-0.g1"})
-        assert pulse.silent([record()], read_at=clock()) == ({"math-0.g1"}, set(), set()), "its node refuses: it is up"
+        assert pulse.silent([record(url)], read_at=clock()) == OFF
+        assert pulse.silent([record()], read_at=clock()) == LOST, "its node refuses: it is up"
+
+
+def test_an_agent_whose_port_refuses_connections_is_gone_at_its_first_late_beat() -> None:
+    """Slurm may say for hours that its job runs."""
+    clock = Clock()
+    pulse = HangDetector()
+    with answering("math-0.g1") as url:
+        assert pulse.silent([record(url)], read_at=clock()) == NONE
+    clock.now += LATE_BEATS * BEAT_S - 0.1
+    assert pulse.silent([record(url)], read_at=clock()) == NONE
+    clock.now += 0.1
+    assert pulse.silent([record(url)], read_at=clock()) == GONE
+    assert pulse.silent([record(url, beat=2)], read_at=clock()) == NONE
+
+
+def test_a_host_that_always_refused_connections_shows_nothing() -> None:
+    """A firewall may refuse them; the file system may be slow at the same time."""
+    clock = Clock()
+    pulse = HangDetector()
+    pulse.silent([record()], read_at=clock())
+    clock.now += LATE_BEATS * BEAT_S
+    assert pulse.silent([record()], read_at=clock()) == NONE
+    clock.now += (LOST_BEATS - LATE_BEATS) * BEAT_S
+    assert pulse.silent([record()], read_at=clock()) == LOST
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_refusal_shows_nothing_of_an_agent_that_drains(state: State) -> None:
+    """It closes its port before it writes its exit record."""
+    clock = Clock()
+    pulse = HangDetector()
+    with answering("math-0.g1") as url:
+        pulse.silent([record(url)], read_at=clock())
+    clock.now += LATE_BEATS * BEAT_S
+    seen = pulse.silent([replace(record(url), state=state)], read_at=clock())
+    assert seen == (NONE if state is State.DRAINING else GONE)
+
+
+@pytest.mark.parametrize("second", ["ACCEPTED", "NONE", "REFUSED"])
+def test_one_refusal_is_not_enough(monkeypatch: pytest.MonkeyPatch, second: str) -> None:
+    clock = Clock()
+    pulse = HangDetector()
+    answers = [liveness._Answer[name] for name in ("ACCEPTED", "REFUSED", second)]
+
+    async def attempt(_url: str) -> object:
+        return answers.pop(0)
+
+    monkeypatch.setattr(liveness, "_attempt", attempt)
+    pulse.silent([record()], read_at=clock())
+    clock.now += LATE_BEATS * BEAT_S
+    assert pulse.silent([record()], read_at=clock()) == (GONE if second == "REFUSED" else NONE)
+    assert not answers
+
+
+def test_a_frozen_agent_refuses_nothing() -> None:
+    """The kernel accepts connections in its place."""
+    clock = Clock()
+    pulse = HangDetector()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        pulse.silent([record(url)], read_at=clock())
+        clock.now += LATE_BEATS * BEAT_S
+        assert pulse.silent([record(url)], read_at=clock()) == NONE
+        clock.now += (LOST_BEATS - LATE_BEATS) * BEAT_S
+        assert pulse.silent([record(url)], read_at=clock()) == LOST
 
 
 def test_one_that_answers_does_not_hang() -> None:

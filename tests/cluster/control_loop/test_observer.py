@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from hpc_router.cluster.control_loop import liveness
-from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LOST_BEATS
-from hpc_router.cluster.control_loop.observer import MIN_QUERY_INTERVAL_S, RunObserver
+from hpc_router.cluster.control_loop.liveness import HUNG_BEATS, LATE_BEATS, LOST_BEATS
+from hpc_router.cluster.control_loop.observer import GONE_MESSAGE, MIN_QUERY_INTERVAL_S, RunObserver
 from hpc_router.cluster.control_loop.slots import CLAIM_S
 from hpc_router.cluster.launchers.interface import JobReport, JobState
 from hpc_router.state.job_records import (
@@ -303,6 +303,42 @@ def test_a_node_that_is_off_is_recorded_once_whatever_slurm_says_later(
             (attempt,) = next(iter(each.observe().values()))
             assert (attempt.exit, attempt.live) == (found, False)
     assert ends(run) == [(RECORD.replica, "node_failed")]
+
+
+@pytest.mark.parametrize("word", ["CANCELLED", "OUT_OF_MEMORY", "killed"])
+def test_an_agent_that_is_gone_is_replaced_and_its_end_explained_later(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """The loop's own scancel is no reason; Slurm's reason and the signal in the batch script's record are."""
+
+    async def accepting(records: Iterable[Record]) -> set[str]:
+        return {record.url for record in records}
+
+    async def refusing(records: Iterable[Record]) -> set[str]:
+        return {record.replica for record in records}
+
+    monkeypatch.setattr(liveness, "_accepting", accepting)
+    monkeypatch.setattr(liveness, "_refusing", refusing)
+    submitted(run, RECORD)
+    slurm, job = Ends(), JobDir(run, RECORD.replica)
+    observer = RunObserver(run, slurm, clock=lambda: slurm.now)
+    observer.observe()
+    slurm.now = LATE_BEATS * BEAT_S
+    (attempt,) = next(iter(observer.observe().values()))
+    assert attempt.hung, "its successor is submitted now"
+    assert observer.lost == [RECORD.replica], "Slurm was asked"
+    assert job.exit() is None
+    job.write(Stop(cancel_at=time.time()))
+    (job.path / "7_batch.log").touch()
+    reason = {"CANCELLED": FailureReason.CANCELLED, "OUT_OF_MEMORY": FailureReason.OUT_OF_MEMORY}.get(
+        word, FailureReason.KILLED
+    )
+    slurm.state, slurm.word, slurm.end = JobState.ENDED, word, Exit(ok=False, reason=reason, message=word)
+    (attempt,) = next(iter(observer.observe().values()))
+    assert attempt.exit is not None
+    vanished = (FailureReason.VANISHED, GONE_MESSAGE)
+    assert (attempt.exit.reason, attempt.exit.message) == (vanished if word == "CANCELLED" else (reason, word))
+    assert not attempt.exit.ok
 
 
 @pytest.mark.parametrize("begun", ["no", "log", "process", "ended", "stop", "unseen"])
