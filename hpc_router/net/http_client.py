@@ -13,6 +13,7 @@ import aiohttp
 from hpc_router.net.tls import client_context
 
 DEFAULT_TIMEOUT_S: Final = 2.0
+MAX_CONNECTIONS: Final = 100
 MAX_RESPONSE_BYTES: Final = 2**20
 
 
@@ -37,10 +38,18 @@ class Unreachable(Exception):
 
 
 @asynccontextmanager
-async def session(*, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> AsyncIterator[aiohttp.ClientSession]:
-    limits = aiohttp.ClientTimeout(total=timeout_s, connect=DEFAULT_TIMEOUT_S)
+async def session(
+    *,
+    timeout_s: float | None = DEFAULT_TIMEOUT_S,
+    connect_s: float = DEFAULT_TIMEOUT_S,
+    connections: int = MAX_CONNECTIONS,
+) -> AsyncIterator[aiohttp.ClientSession]:
+    """Yields a client session with at most `connections` connections. Time limits in seconds: `timeout_s` of a request
+    with its response, None for none; `connect_s` of making a connection, without the wait for a free one."""
+    limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s)
+    connector = aiohttp.TCPConnector(limit=connections)
     jar = aiohttp.DummyCookieJar()
-    async with aiohttp.ClientSession(timeout=limits, trust_env=False, cookie_jar=jar) as client:
+    async with aiohttp.ClientSession(timeout=limits, trust_env=False, connector=connector, cookie_jar=jar) as client:
         yield client
 
 

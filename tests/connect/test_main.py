@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from hpc_router.state.registry import State
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.client.fakes import FakeRouter, drains, enter, fake_router, record_of
 from tests.support.needs import ROOT
+from tests.support.processes import ignores
 from tests.support.waiting import GUARD_S, eventually
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
@@ -192,9 +192,7 @@ async def test_a_signal_ends_it_in_order(run: RunDir, number: signal.Signals) ->
 async def test_a_signal_that_the_shell_ignores_does_not_end_it(run: RunDir, router: FakeRouter) -> None:
     """An example is `nohup hpc-router connect &` when the terminal is closed."""
     async with foreground(run, "nohup") as (process, address):
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        ignored = int(re.findall(r"^SigIgn:\s*(\w+)", status, re.MULTILINE)[0], 16)
-        assert ignored & 1 << (signal.SIGHUP - 1)
+        assert ignores(process.pid, signal.SIGHUP)
         process.send_signal(signal.SIGHUP)
         assert await models(address) == 200
         process.terminate()

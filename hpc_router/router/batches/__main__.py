@@ -15,6 +15,7 @@ import uvloop
 
 from hpc_router.config import frozen
 from hpc_router.errors import HpcRouterError
+from hpc_router.net.job_environment import END_SIGNALS, WARNING_SIGNALS
 from hpc_router.net.tie import when_stdin_ends
 from hpc_router.router.batches.executor import execute
 from hpc_router.router.settings import with_desired
@@ -40,7 +41,7 @@ async def _run(run: RunDir, replica: str) -> None:
     stopping, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # Slurm's warnings are for the router
+    for number in (signal.SIGHUP, *WARNING_SIGNALS, *END_SIGNALS):  # only the router in this job must handle them
         signal.signal(number, signal.SIG_IGN)
     when_stdin_ends(lambda: loop.call_soon_threadsafe(stopping.set))
     await execute(run, with_desired(frozen.read(run.config), run.read_desired()), replica=replica, stopping=stopping)

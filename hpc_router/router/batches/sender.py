@@ -12,7 +12,7 @@ from typing import Final
 import aiohttp
 
 from hpc_router.net import protocol
-from hpc_router.net.http_client import tls_option
+from hpc_router.net.http_client import session, tls_option
 from hpc_router.router.batches.line_results import LineResponse
 from hpc_router.state.registry import record_file
 from hpc_router.state.run_directory import RunDir
@@ -63,10 +63,7 @@ class RouterSender:
 @asynccontextmanager
 async def sending(run: RunDir, replica: str, *, connections: int) -> AsyncIterator[RouterSender]:
     """Yields a sender that has at most `connections` connections. Responses may take any time."""
-    limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
-    connector = aiohttp.TCPConnector(limit=connections)
-    jar = aiohttp.DummyCookieJar()
-    async with aiohttp.ClientSession(timeout=limits, trust_env=False, connector=connector, cookie_jar=jar) as client:
+    async with session(timeout_s=None, connect_s=CONNECT_S, connections=connections) as client:
         yield RouterSender(run, replica, client)
 
 

@@ -35,6 +35,7 @@ from hpc_router.state.registry import Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir
 from tests.cluster.control_loop.support import DUE, ended, serving
 from tests.cluster.support import request_of
+from tests.support.processes import handles, ignores
 from tests.support.waiting import eventually_sync
 
 MATH = Slot("math", "0")
@@ -437,7 +438,7 @@ def test_a_failing_pass_does_not_end_the_loop(run: RunDir, control: ControlLoop)
     try:
         assert loop.stderr is not None
         assert loop.stdin is not None
-        eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM))
+        eventually_sync(lambda: handles(loop.pid, signal.SIGTERM))
         run.registry.rename(hidden)
         said = ""
         while "a pass of the control loop failed" not in said:
@@ -461,7 +462,7 @@ def test_the_loop_ends_with_its_run_directory(run: RunDir, tmp_path: Path) -> No
         stderr=subprocess.DEVNULL,
     )
     try:
-        eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM))
+        eventually_sync(lambda: handles(loop.pid, signal.SIGTERM))
         run.path.rename(tmp_path / "away")
         assert loop.wait(30) == 0
     finally:
@@ -480,9 +481,9 @@ def test_the_loop_ends_on_sigterm(run: RunDir, options: list[str]) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as loop:
-        eventually_sync(lambda: _handles(loop.pid, signal.SIGTERM) and _ignores(loop.pid, signal.SIGUSR2))
-        assert all(_ignores(loop.pid, number) for number in (signal.SIGUSR1, signal.SIGALRM, signal.SIGQUIT))
-        assert _ignores(loop.pid, signal.SIGHUP) is bool(options), "a loop on a terminal ends with it"
+        eventually_sync(lambda: handles(loop.pid, signal.SIGTERM) and ignores(loop.pid, signal.SIGUSR2))
+        assert all(ignores(loop.pid, number) for number in (signal.SIGUSR1, signal.SIGALRM, signal.SIGQUIT))
+        assert ignores(loop.pid, signal.SIGHUP) is bool(options), "a loop on a terminal ends with it"
         if options:
             eventually_sync(lambda: len(list(Path(f"/proc/{loop.pid}/task").iterdir())) > 1)  # the one that reads
         for number in (signal.SIGUSR1, signal.SIGALRM, signal.SIGQUIT, *([signal.SIGHUP] if options else [])):
@@ -493,17 +494,3 @@ def test_the_loop_ends_on_sigterm(run: RunDir, options: list[str]) -> None:
         assert start_ticks(loop.pid) is None
         assert loop.stderr is not None
         assert "Fatal" not in loop.stderr.read()
-
-
-def _handles(pid: int, number: signal.Signals) -> bool:
-    return _has(pid, "SigCgt", number)
-
-
-def _ignores(pid: int, number: signal.Signals) -> bool:
-    return _has(pid, "SigIgn", number)
-
-
-def _has(pid: int, mask: str, number: signal.Signals) -> bool:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    found = next(int(line.split()[1], 16) for line in lines if line.startswith(mask))
-    return bool(found >> (number - 1) & 1)

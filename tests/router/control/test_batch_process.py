@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_router.net.job_environment import END_SIGNALS, WARNING_SIGNALS
 from hpc_router.router.batches.stored_batches import StoredBatches
 from hpc_router.router.batches.stored_files import StoredFiles
 from hpc_router.router.control import batch_process
@@ -16,7 +17,7 @@ from hpc_router.router.control.batch_process import BatchProcess
 from hpc_router.state.io_thread import FileThread
 from hpc_router.state.run_directory import RunDir, make_run
 from tests.router.batches.support import line, stored_batch, stored_file
-from tests.support.processes import with_word
+from tests.support.processes import handles, ignores, with_word
 from tests.support.waiting import eventually
 
 
@@ -74,6 +75,19 @@ async def test_it_runs_while_there_is_a_batch_and_this_router_leads(run: RunDir,
         batches.ended(batch.id)
         router.leads = True
     assert not router.programs()
+
+
+async def test_only_its_router_handles_the_signals_of_their_job(run: RunDir, files: FileThread) -> None:
+    """At some sites Slurm sends them to every process of the job."""
+    stored_batch(run, line(0))
+    numbers = (signal.SIGHUP, *WARNING_SIGNALS, *END_SIGNALS)
+    async with Router(run, files) as router:
+        (program,) = await eventually(router.programs)
+        await eventually(lambda: handles(program, signal.SIGTERM))
+        await eventually(lambda: all(ignores(program, number) for number in numbers))
+        for number in numbers:
+            os.kill(program, number)
+        assert router.programs() == [program]
 
 
 async def test_it_ends_with_its_router(run: RunDir, files: FileThread) -> None:
