@@ -16,6 +16,7 @@ from typing import Final
 
 from hpc_router.cluster.launchers.interface import ROUTER
 from hpc_router.errors import ConfigError, RegistryError, suggest
+from hpc_router.state.atomic_files import refresh_folder
 from hpc_router.state.job_records import JobDir
 from hpc_router.state.log_file import rotated_path
 from hpc_router.state.registry import split_replica
@@ -48,6 +49,8 @@ def log_files(run: RunDir, name: str | None) -> dict[str, list[Path]]:
 
 def files_of(job: JobDir) -> list[Path]:
     """Returns all log files of a job that exist. Leaves out empty output of the batch script and of submitit."""
+    with suppress(OSError):
+        refresh_folder(job.run.logs)
     ranks = sorted(job.run.logs.glob(f"{job.replica}.rank*.log"))  # of an engine on several nodes
     workers = sorted(job.run.logs.glob(f"{job.replica}.worker*.log"))  # of a router
     return [path for path in (*early_files(job), job.agent_log, job.engine_log, *ranks, *workers) if path.exists()]
@@ -55,6 +58,8 @@ def files_of(job: JobDir) -> list[Path]:
 
 def early_files(job: JobDir) -> list[Path]:
     """Returns the non-empty output files of the batch script and of submitit."""
+    with suppress(OSError):  # the folder may be gone
+        refresh_folder(job.path)  # without this, an NFS client may not see a log that exists
     found = [*sorted(job.path.glob("*_batch.log")), *sorted(job.path.glob("*_log.err"))]
     return [path for path in found if path.stat().st_size]
 
