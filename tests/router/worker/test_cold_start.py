@@ -11,11 +11,23 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+from aiohttp import web
 
 from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.run_directory import RunDir
 from tests.router.classifying import deployed, trained
-from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, event, fake_replica, hang, refuse, stream
+from tests.router.fakes import (
+    FakeReplica,
+    RunningRouter,
+    a_deployment,
+    a_router,
+    a_run,
+    event,
+    fake_replica,
+    hang,
+    refuse,
+    stream,
+)
 from tests.router.support import CHAT, GUARD_S, all_gauges_zero, chat, client_of, post, ready, session
 from tests.router.support import relay as relay
 from tests.support.waiting import eventually
@@ -236,12 +248,18 @@ async def test_a_held_stream_is_tried_on_another_replica(tmp_path: Path) -> None
         messages: Any = chat()["messages"]
         events = await client.chat.completions.create(model="math", messages=messages, stream=True)
         await held(router)
-        async with (
-            fake_replica(run, "math-0.g1", refuse(500)),
-            fake_replica(run, "math-1.g1", refuse(500), stream([event("a"), DONE])) as second,
-        ):
-            second.acts.popleft()
-            assert [e.choices[0].delta.content async for e in events] == ["a"]
+
+        async def refuse_later(fake: FakeReplica, request: web.BaseRequest) -> web.StreamResponse:
+            await fake.go_on.wait()
+            return await refuse(500)(fake, request)
+
+        async with fake_replica(run, "math-0.g1", refuse_later) as first:
+            await eventually(first.arrived.wait)
+            async with fake_replica(run, "math-1.g1", stream([event("a"), DONE])) as second:
+                await ready(router, count=2)
+                first.go_on.set()
+                assert [e.choices[0].delta.content async for e in events] == ["a"]
+        assert (len(first.bodies), len(second.bodies)) == (1, 1)
         assert all_gauges_zero(router)
 
 
