@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from hpc_router.net.http_client import Unreachable, call_blocking
 from hpc_router.state.job_records import JobDir
+from hpc_router.state.registry import RegistryReader, leading_router
 from hpc_router.state.run_directory import RunDir
 from tests.e2e.deployment import Deployed
 from tests.slurm.cluster import SlurmCluster
@@ -111,17 +113,31 @@ class OnSlurm(Deployed):
         return record if record["state"] == "ready" else None
 
     def until_ready(self, slot: str, *, after: str, within_s: float = 90) -> str:
-        """Waits until a generation of the slot after that one serves, and returns the first that does."""
+        """Waits until a generation of the slot after that one serves and the router has found it, and returns the first
+        that does."""
 
         def serving() -> str | None:
             later = [r for r in self.claimed(f"{slot}.g") if _generation(r) > _generation(after)]
             return next((r for r in sorted(later, key=_generation) if self.record(r) is not None), None)
 
         try:
-            return eventually_sync(serving, within_s=within_s, every_s=0.1)
+            replica = eventually_sync(serving, within_s=within_s, every_s=0.1)
+            eventually_sync(lambda: self.record(replica) is None or self.is_found(replica), within_s=30, every_s=0.1)
+            return replica
         except AssertionError as error:
             error.add_note(self.what_happened())
             raise
+
+    def is_found(self, *replicas: str) -> bool:
+        """Whether the leading router has found these replicas and they are ready. Leaves out routers."""
+        router = leading_router(RegistryReader(self.run / "registry").snapshot())
+        try:
+            answer = None if router is None else call_blocking("GET", f"{router.url}/status", token=self.token)
+        except Unreachable:
+            return False
+        experts = {} if answer is None or answer.status != 200 else answer.body["experts"]
+        ready = {r["replica"] for e in experts.values() for r in e["replicas"] if r["state"] == "ready"}
+        return ready >= {name for name in replicas if not name.startswith("router-")}
 
     def what_happened(self) -> str:
         """What Slurm and the run directory say at this moment, for the report of a failed test."""

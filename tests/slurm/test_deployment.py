@@ -17,6 +17,7 @@ import pytest
 
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.deployment import OnSlurm, on_slurm
+from tests.slurm.incidents import submitted_once
 from tests.support.needs import ROOT
 from tests.support.waiting import eventually_sync
 
@@ -64,6 +65,8 @@ def ask(deployed: OnSlurm, *prompts: str) -> list[dict[str, str]]:
 
 
 def all_experts_answer(deployed: OnSlurm) -> None:
+    serving = [deployed.serving(f"{name}-0") for name in EXPERTS]
+    eventually_sync(lambda: deployed.is_found(*serving), every_s=0.1)  # a new router has not found them at once
     answers = ask(deployed, *PROMPTS.values())
     assert [answer["x-expert"] for answer in answers] == list(PROMPTS)
     assert {answer["x-route-reason"] for answer in answers} == {"classified"}
@@ -329,6 +332,21 @@ def test_in_steady_state_slurm_is_queried_once_per_half_minute(deployed: OnSlurm
     quiet = [q.at for q in asked if not any(-3 <= q.at - at <= 6 for at in times)]
     assert {question.command for question in asked} == {"squeue"}
     assert all(later - earlier >= 29 for earlier, later in itertools.pairwise(quiet)), quiet
+
+
+def test_two_experts_and_the_router_that_are_lost_at_once_are_replaced_once(deployed: OnSlurm) -> None:
+    """The control loop was beside that router. The one beside its successor finds what happened meanwhile."""
+    eventually_sync(lambda: deployed.status()["router"]["standby"], within_s=60, every_s=1.0)
+    before = deployed.claimed()
+    lost = {slot: deployed.serving(slot) for slot in ("router-0", "code-0", "medicine-0")}
+    for replica in lost.values():
+        process = deployed.job(replica).process()
+        assert process is not None
+        deployed.cluster.node(process.host).enter(["kill", f"-{signal.SIGKILL.value}", str(process.pid)])
+    for slot, replica in lost.items():
+        deployed.until_ready(slot, after=replica)
+    all_experts_answer(deployed)
+    assert submitted_once(deployed, before)
 
 
 def test_why_shows_the_reason_of_a_waiting_job(deployed: OnSlurm, cluster: SlurmCluster) -> None:

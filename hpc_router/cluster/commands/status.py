@@ -4,7 +4,7 @@ Files show the state of jobs even when no router runs. Only the router knows req
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,9 @@ _ROUTER_KEYS = (
     "sick",
     "engine_load",
 )
+
+_UNPROBED = "starting"
+"""The router's state of a replica that it has not probed yet, or that reports that it is not ready."""
 
 
 def status(run: RunDir) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def status(run: RunDir) -> dict[str, Any]:
     }
     for view in expert_views(shown):
         entry = experts.setdefault(view.expert, {"replicas": [], "wanted": 0, "adapter_of": None, "elastic": None})
-        entry["replicas"].append(_merged(view, known.get(view.replica)))
+        entry["replicas"].append(_merged(view, known.get(view.replica), answered=bool(answer)))
     for entry in experts.values():
         host = entry["adapter_of"]
         if host is not None:  # an adapter's name may also have external endpoints
@@ -139,17 +142,27 @@ def ask_router(run: RunDir, path: str = "/status") -> tuple[RouterAccess | None,
     return access, answer.body, None
 
 
-def _merged(view: ReplicaView, known: Mapping[str, Any] | None) -> dict[str, Any]:
+def _merged(view: ReplicaView, known: Mapping[str, Any] | None, *, answered: bool) -> dict[str, Any]:
     """Returns the view as JSON, with values that only the router knows. `known`: the router's data on the replica; None
-    if it has none. If the view shows the replica as ready or registered, the router's state replaces the view's,
-    because only the router probes replicas."""
+    if it has none. `answered`: whether the router answers. If the view shows the replica as ready or registered, the
+    router's state replaces the view's, because only the router probes replicas: a replica is not ready for clients
+    before the router has found it."""
     merged = view.to_json() | {"phase": view.state.value} | dict.fromkeys(_ROUTER_KEYS)
     if known is None:
+        if answered and view.state is DisplayedState.READY:
+            merged["state"] = DisplayedState.STARTING.value
         return merged
     merged |= {key: known.get(key) for key in _ROUTER_KEYS}
     if view.state in (DisplayedState.READY, DisplayedState.REGISTERED):
         merged["state"] = known.get("state", merged["state"])
     return merged
+
+
+def found_by_router(run: RunDir, replicas: Iterable[str]) -> bool:
+    """Returns whether the router of a run has found and probed these replicas; False if it does not answer."""
+    _, answer, _ = ask_router(run)
+    known = {r["replica"]: r["state"] for e in (answer.get("experts") or {}).values() for r in e.get("replicas", ())}
+    return bool(answer) and all(known.get(name, _UNPROBED) != _UNPROBED for name in replicas)
 
 
 def process_problems(router: Mapping[str, Any]) -> list[str]:

@@ -16,8 +16,10 @@ from typing import Final, Protocol
 from hpc_router.cluster.commands.advice import FAILURE_ADVICE
 from hpc_router.cluster.commands.down import NoWatcher, down, leftover_text, unended_jobs
 from hpc_router.cluster.commands.replica_view import DisplayedState, ReplicaView, expert_views, views
+from hpc_router.cluster.commands.status import found_by_router
 from hpc_router.cluster.control_loop.desired_state import desired_of, want_up, with_desired_counts
 from hpc_router.cluster.control_loop.loop import ControlLoop
+from hpc_router.cluster.control_loop.observer import record_exit
 from hpc_router.cluster.control_loop.slots import all_attempts
 from hpc_router.cluster.launchers.interface import ROUTER, JobState
 from hpc_router.cluster.launchers.select import check_reach
@@ -30,7 +32,7 @@ from hpc_router.cluster.signals import Interrupted, explaining_interrupt, interr
 from hpc_router.config.schema import Deployment
 from hpc_router.errors import ArtefactError, HpcRouterError, LaunchError
 from hpc_router.net.http_client import Unreachable, call_blocking
-from hpc_router.state.job_records import FailureReason
+from hpc_router.state.job_records import Exit, FailureReason, JobDir
 from hpc_router.state.registry import RecordKind, record_file, split_replica
 from hpc_router.state.run_directory import RunDir, private_umask
 
@@ -141,6 +143,7 @@ class _BringUp:
                 return Served(self._run, url, tuple(shown))
             reasons = _cannot_serve(shown)
             if reasons and not seen.submitted:
+                self._cancel_unstartable(shown)
                 self._end_submitted()
                 raise LaunchError(reasons)
             interrupted.wait(POLL_S)
@@ -153,7 +156,7 @@ class _BringUp:
 
     def _serving(self, shown: Sequence[ReplicaView], *, wait_all: bool) -> str | None:
         """Returns the router's address once the router and at least one expert serve; None before that. With
-        `wait_all`, returns None while an expert is starting."""
+        `wait_all`, returns None while an expert is starting, or is ready and the router has not found it yet."""
         routers = [v for v in shown if v.kind is RecordKind.ROUTER and v.state is DisplayedState.READY and v.url]
         if not routers or routers[-1].url is None:
             return None
@@ -166,7 +169,18 @@ class _BringUp:
             ready = call_blocking("GET", url + path, certificate=certificate).status == 200
         except Unreachable:
             return None
-        return url if ready else None
+        serving = [view.replica for view in experts if view.state is DisplayedState.READY]
+        return url if ready and (not wait_all or found_by_router(self._run, serving)) else None
+
+    def _cancel_unstartable(self, shown: Sequence[ReplicaView]) -> None:
+        """Cancels those jobs of this call of `up` that Slurm will never start, and records the reason as their end, so
+        that `why` shows it afterwards."""
+        found = {
+            v.replica: why for v in shown if v.replica in self._submitted and (why := _never_starts(v)) is not None
+        }
+        self._control.cancel(list(found))
+        for replica, reason in found.items():
+            record_exit(JobDir(self._run, replica), Exit(ok=False, reason=FailureReason.REFUSED, message=reason))
 
     def _end_submitted(self) -> None:
         """Ends the jobs that this call of `up` submitted. Ends the whole deployment if the router's job is among them
