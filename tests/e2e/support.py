@@ -1,5 +1,6 @@
 """Prompts for a deployment, what its router reports, and services in processes of their own."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -8,11 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import aiohttp
 import openai
 
+from hpc_router.net.http_client import tls_option
+from hpc_router.net.protocol import MODELS
 from tests.e2e.deployment import Deployed, cli
 from tests.support.needs import ROOT
-from tests.support.waiting import eventually_sync
+from tests.support.waiting import eventually, eventually_sync
 
 PROMPTS = {
     "code": "Write a Python function that reverses a linked list.",
@@ -42,6 +46,28 @@ def ask(client: openai.OpenAI, text: str, *, model: str = "auto") -> tuple[str, 
         model=model, messages=[{"role": "user", "content": text}], max_tokens=4
     )
     return raw.parse().choices[0].message.content or "", dict(raw.headers)
+
+
+async def are_known(url: str, *tokens: str, certificate: str | None = None) -> bool:
+    """Whether every worker of the router knows the tokens, which it takes a second to read: as far as 20 connections
+    for each token show it, which the kernel spreads over the workers."""
+    connector = aiohttp.TCPConnector(force_close=True, ssl=tls_option(certificate))
+    async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
+
+        async def status(token: str) -> int:
+            async with session.get(url + MODELS, headers={"authorization": f"Bearer {token}"}) as response:
+                return response.status
+
+        return set(await asyncio.gather(*(status(token) for token in tokens for _ in range(20)))) == {200}
+
+
+def until_known(url: str, *tokens: str, certificate: str | None = None) -> None:
+    asyncio.run(eventually(lambda: are_known(url, *tokens, certificate=certificate)))
+
+
+def until_listed(client: openai.OpenAI, *models: str) -> None:
+    """Until the router has found the replicas of these experts, which a new router has not at once."""
+    eventually_sync(lambda: set(models) <= {model.id for model in client.models.list()})
 
 
 @contextmanager

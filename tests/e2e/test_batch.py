@@ -12,6 +12,7 @@ from hpc_router.state.run_directory import open_run
 from hpc_router.state.user_tokens import create_token
 from tests.e2e.batch_storm import TOPOLOGY, RouterProcesses, engine_of, submit, write_lines
 from tests.e2e.deployment import Deployed, deployed
+from tests.e2e.support import until_known
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
@@ -96,14 +97,8 @@ def test_the_verb_and_a_user(tmp_path: Path) -> None:
 
         _, token = create_token(open_run(one.run), "alice")
         with openai.OpenAI(base_url=f"{one.url}/v1", api_key=token, max_retries=5) as alice:
-
-            def known() -> bool:
-                try:
-                    return not list(alice.batches.list())
-                except openai.AuthenticationError:
-                    return False
-
-            eventually_sync(known)
+            until_known(one.url, token)
+            assert not list(alice.batches.list())
             with pytest.raises(openai.NotFoundError):
                 alice.batches.retrieve(batch)
             hers = submit(alice, tmp_path / "lines.jsonl")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.deployment import cli
-from tests.e2e.support import engine, router
+from tests.e2e.support import engine, router, until_listed
 from tests.support.needs import need
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
@@ -119,6 +119,7 @@ def test_a_page_of_an_allowed_origin_uses_the_router(tmp_path: Path) -> None:
         limits = ["router.max_body_mb=0.01", f"router.allowed_origins=['{own.origin}']", "policy=model_field"]
         cli("register", "--run", run, "--expert", "math", "--url", at)
         with router(Path(run), *limits) as client:
+            until_listed(client, "math")
             url = str(client.base_url).removesuffix("/v1/")
             own.settings = other.settings = {"url": url, "token": client.api_key, "chat": CHAT}
             found, refused = opened(own, tmp_path / "own"), opened(other, tmp_path / "other")

@@ -19,7 +19,7 @@ from hpc_router.state import registry
 from hpc_router.state.registry import Record, RecordKind, RegistryReader, State, leading_router
 from hpc_router.state.run_directory import RunDir, make_run
 from hpc_router.state.user_tokens import create_token
-from tests.e2e.support import running
+from tests.e2e.support import are_known, running
 from tests.router.fakes import completion
 from tests.support.waiting import eventually
 
@@ -115,24 +115,13 @@ async def send(session: aiohttp.ClientSession, url: str, token: str, text: str, 
         return response.status
 
 
-async def are_known(session: aiohttp.ClientSession, url: str, *tokens: str) -> bool:
-    """Whether every worker knows the tokens, as far as many connections show it."""
-
-    async def status(token: str) -> int:
-        headers = {"authorization": f"Bearer {token}", "connection": "close"}
-        async with session.get(f"{url}/v1/models", headers=headers) as response:
-            return response.status
-
-    return set(await asyncio.gather(*(status(token) for token in tokens for _ in range(20)))) == {200}
-
-
 async def test_a_flood_delays_another_user_by_at_most_the_number_of_places_and_workers(tmp_path: Path) -> None:
     """User A has 2,000 requests in the router, user B sends one at a time. No place is free."""
     run = make_run(tmp_path / "run")
     a, b = (create_token(run, name)[1] for name in ("a", "b"))
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=GUARD_S)
     async with served(run) as (engine, url), aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        await eventually(lambda: are_known(session, url, a, b))
+        await eventually(lambda: are_known(url, a, b))
         flood = [asyncio.create_task(send(session, url, a, "a")) for _ in range(FLOOD)]
 
         async def waits(count: int) -> None:

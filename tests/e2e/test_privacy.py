@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import openai
 import pytest
 
 from tests.e2e.deployment import Deployed, deployed, kill
-from tests.e2e.support import FAST
+from tests.e2e.support import FAST, until_known
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
@@ -32,16 +31,6 @@ def get(url: str, token: str) -> bytes:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
         return bytes(response.read())
-
-
-def is_known(one: Deployed, token: str) -> bool:
-    """Whether the router has read the token, which takes it a second."""
-    try:
-        return bool(get(f"{one.url}/v1/models", token))
-    except urllib.error.HTTPError as error:
-        if error.code != 401:
-            raise
-        return False
 
 
 def requests_of_all_kinds(one: Deployed, token: str) -> list[str]:
@@ -81,7 +70,7 @@ def test_no_prompt_and_no_token_is_written_or_shown(tmp_path: Path) -> None:
     with deployed(tmp_path, "topology=sim", FAST) as one:
         secret, token = (one.run / "secret").read_text().strip(), one.token
         user_token = one.verb("token", "create", "--user", "alice").stdout.strip()
-        eventually_sync(lambda: is_known(one, user_token))
+        until_known(one.url, user_token)
         ids = [*requests_of_all_kinds(one, token), *requests_of_all_kinds(one, user_token)]
         for each in ids:
             eventually_sync(lambda each=each: one.verb("trace", each, check=False).returncode == 0)  # type: ignore[misc]

@@ -16,6 +16,7 @@ from hpc_router.connect.main import ConnectOptions, connect
 from hpc_router.errors import HpcRouterError
 from hpc_router.state.share_dir import open_share
 from tests.e2e.deployment import Deployed, deployed, kill
+from tests.e2e.support import until_known
 from tests.support.shared_router import status_of
 from tests.support.users import (
     MEMBER,
@@ -95,6 +96,7 @@ def test_members_of_the_group_call_and_others_do_nothing(open_path: Path) -> Non
     with deployed(open_path, *EXPERTS, *sharing) as one:
         assert asked(one.run) == "answered"  # also loads what the forks below need
         tokens = {user: one.verb("token", "create", "--user", user).stdout.strip() for user in ("games", "man")}
+        until_known(one.url, *tokens.values())
         for user in (MEMBER, OTHER_MEMBER):
             until(user, share, "answered")
         assert as_user(MEMBER, lambda: [status_of(share, path) for path in ("/v1/models", "/status")]) == [200, 403]
