@@ -243,6 +243,49 @@ def test_a_dependency_that_was_met_is_not_submitted_again(cluster: SlurmCluster)
         assert script_of(one, third) & {f"#SBATCH --dependency=afterok:{another}"}
 
 
+def test_a_dependency_that_was_met_before_any_job_started_is_not_submitted_again(cluster: SlurmCluster) -> None:
+    """All jobs with it wait for GPUs, and one is cancelled there."""
+    done = cluster.run(["sbatch", "--parsable", "--output=/dev/null", "--wrap=true"]).strip()
+    hog = ["sbatch", "--parsable", "--nodes=3", "--gres=gpu:4", "--output=/dev/null", "--wrap=sleep 600"]
+    blocker = cluster.run(hog).strip()
+    wish = f"experts.math.resources={{gpus: 1, sbatch: {{dependency: afterok:{done}}}}}"
+    others = [f"experts.{name}.replicas=0" for name in ("code", "medicine")]
+    try:
+        with on_slurm(cluster, "met", *FOUR, *others, wish, "cluster.ask_s=1", wait_all=False) as one:
+            first = one.newest("math-0")
+            assert script_of(one, first) & {f"#SBATCH --dependency=afterok:{done}"}
+
+            def reason() -> object:
+                queued = json.loads((one.run / "squeue.json").read_text())["jobs"]
+                return queued.get(one.job_id(first), {}).get("reason")
+
+            eventually_sync(lambda: reason() in ("Resources", "Priority"), every_s=0.2)
+            cluster.run(["scancel", one.job_id(first)])
+            second = eventually_sync(
+                lambda: next((r for r in one.claimed("math-0.g") if r != first and one.job(r).info()), None)
+            )
+            assert not [line for line in script_of(one, second) if "--dependency" in line]
+            cluster.run(["scancel", blocker])
+            assert one.until_ready("math-0", after=first) == second
+    finally:
+        cluster.run(["scancel", blocker])
+
+
+def test_a_dependency_that_can_never_be_met_is_the_cause_also_afterwards(cluster: SlurmCluster) -> None:
+    """`up` ends what it has submitted; `why` still knows the reason."""
+    failed = cluster.run(["sbatch", "--parsable", "--output=/dev/null", "--wrap=false"]).strip()
+    eventually_sync(lambda: "FAILED" in cluster.run(["squeue", "--states=all", "--format=%T", f"--jobs={failed}"]))
+    wish = f"cluster.sbatch={{dependency: afterok:{failed}}}"
+    one = OnSlurm(cluster.shared / "never", cluster.shared, ["cluster=slurm", *FOUR, *ONLY_MATH, wish], cluster=cluster)
+    done = one.up(check=False)
+    assert done.returncode == 1
+    assert "DependencyNeverSatisfied: it waits for a job that cannot end" in done.stderr
+    assert one.queued() == []
+    told = {cause["replica"]: (cause["reason"], cause["message"]) for cause in causes(one)}
+    assert set(told) == {"router-0.g1", "math-0.g1"}
+    assert all(reason == "refused" and "DependencyNeverSatisfied" in message for reason, message in told.values())
+
+
 def script_of(one: OnSlurm, replica: str) -> set[str]:
     """The lines of the replica's batch script, as it was submitted."""
     (path,) = one.job(replica).path.glob("*_submission.sh")

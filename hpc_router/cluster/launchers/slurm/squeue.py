@@ -123,6 +123,13 @@ class Queue:
             self._claim.unlink(missing_ok=True)
 
 
+def stored_snapshot(run: RunDir) -> QueueSnapshot | None:
+    """Returns the newest snapshot that the processes of a run have stored, however old it is; None if there is none."""
+    with contextlib.suppress(OSError):
+        return StampedFile(run.squeue_json, _from_json).read()
+    return None
+
+
 def ask_squeue() -> dict[str, QueuedJob]:
     """Returns the user's jobs by id, from one call of `squeue`. Raises SlurmCommandError."""
     argv = ["squeue", "--me", "--states=all", "--noheader", f"--format={_FORMAT}"]

@@ -1,13 +1,15 @@
 """A site's dependency counts as met as soon as one job of the run has started with it."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from hpc_router.cluster.control_loop.job_requests import job_requests
 from hpc_router.cluster.launchers.slurm.sbatch import batch_jobs, without_job_dependencies
+from hpc_router.cluster.launchers.slurm.squeue import QueuedJob, QueueSnapshot
 from hpc_router.config.schema import ClusterConfig, Deployment, ExpertConfig, ResourceConfig, RouterConfig
+from hpc_router.state.atomic_files import replace_json
 from hpc_router.state.job_records import Ended, JobDir, JobInfo, Process, Runner
 from hpc_router.state.run_directory import RunDir
 
@@ -45,6 +47,17 @@ def test_the_dependency_is_submitted_until_a_job_has_started(run: RunDir) -> Non
     job.write(Process(1, 1, "n1"))
     for replica in ("math-0.g2", "math-1.g1", "code-0.g1", "router-0.g2"):
         assert dependency_of(run, replica) is None
+
+
+@pytest.mark.parametrize("state", ["PENDING", "CANCELLED"])
+@pytest.mark.parametrize("reason", ["Resources", "Priority", "Dependency", "DependencyNeverSatisfied", None])
+def test_a_job_that_waits_for_something_else_has_met_it(run: RunDir, state: str, reason: str | None) -> None:
+    """Also after the job was cancelled in the queue. Without it, no replacement could be submitted once Slurm has
+    forgotten the job that the dependency names."""
+    submitted(run, "math-0.g1")
+    replace_json(run.squeue_json, asdict(QueueSnapshot(0.0, {"20": QueuedJob(state=state, reason=reason)})))
+    met = reason in ("Resources", "Priority")
+    assert dependency_of(run, "math-0.g2") == (None if met else WANTED)
 
 
 def test_a_job_whose_setup_failed_had_started(run: RunDir) -> None:
