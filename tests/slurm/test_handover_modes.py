@@ -90,7 +90,7 @@ async def test_apply_changes_an_engine_option_and_fails_nothing(cluster: SlurmCl
     with on_slurm(cluster, "apply", *overrides, "cluster.walltime=30", "experts.math.replicas=2") as deployed:
         async with under_load(deployed, "math", "law") as service:
             await asyncio.to_thread(deployed.verb, "apply", "experts.math.engine.options.seed=7")
-        assert sorted(deployed.ready("math")) == ["math-0.g2", "math-1.g2"]
+        await eventually(lambda: sorted(deployed.ready("math")) == ["math-0.g2", "math-1.g2"])
         assert deployed.ready("law") == ["law-0.g1"]
         assert [failure for load in service.loads for failure in load.failures] == []
         assert service.unready("math") == service.unready("law") == 0

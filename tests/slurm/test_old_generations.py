@@ -47,6 +47,6 @@ def test_old_generations_go_and_live_ones_stay(cluster: SlurmCluster) -> None:
         one.until_ready("router-0", after="router-0.g1")
         eventually_sync(lambda: not files_of(one, MATH[0]) and not files_of(one, MATH[1]), within_s=60)
         assert all(files_of(one, replica) for replica in (*MATH[2:], "router-0.g1"))
-        assert one.ready("math") == [MATH[-1]]
+        eventually_sync(lambda: one.ready("math") == [MATH[-1]], every_s=0.5)  # the new router has found it
         one.verb("drain", "math-0")
         assert one.until_ready("math-0", after=MATH[-1]) == "math-0.g6"
