@@ -8,13 +8,14 @@ token contains a space or mixes letters with `*`, so terms are unambiguous.
 
 Kind `cbtm`: words of two or more characters with their counts, as in c-BTM (arXiv 2303.14177).
 
-Of a text longer than the window, both ends are read. `text_version` 1 keeps the rules that older artefacts were trained
-with. Splitting uses functions written in C (translate, split). This module must not know weights, clusters or experts.
+Of a text longer than the window, both ends are read. Lower values of `text_version` keep the rules that older artefacts
+were trained with. Splitting uses functions written in C (translate, split). This module must not know weights, clusters
+or experts.
 """
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Final
@@ -30,7 +31,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-TEXT_VERSION: Final = 2
+TEXT_VERSION: Final = 3
 
 # Han and kana are written without spaces.
 _UNSPACED: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -47,13 +48,18 @@ SYMBOLS: Final = bytes(c for c in range(33, 127) if c not in _WORD_BYTES)
 _NON_SYMBOLS: Final = bytes(c for c in range(256) if c not in SYMBOLS)
 # Typographic variants of ASCII characters. Most non-ASCII texts contain no other characters beyond ASCII.
 _TYPOGRAPHIC: Final = tuple(zip("’‘“”–—…\u00a0", ("'", "'", '"', '"', "-", "-", "...", " "), strict=True))
+MIN_MISSPELT: Final = 4
+"""Minimum length of a misspelt word: in a shorter one only the last two letters could be swapped."""
+MAX_MISSPELT: Final = 20
+"""Maximum length of a misspelt word, because the number of its forms grows with it."""
 # Spaces that `_normalised` replaces itself: bytes.split splits only at ASCII spaces, and NFKC leaves these.
 _UNICODE_SPACES: Final = ("\x85", "\u1680", "\u2028", "\u2029")
 
 
 _COURTESY: Final = frozenset(
     {"hello", "hi", "hey", "dear", "greetings", "please", "thank", "thanks"}
-    | {"grateful", "kindly", "regards", "could", "would", "help"}
+    | {"grateful", "kindly", "regards", "could", "would", "help", "assist"}
+    | {"you", "me", "very", "much", "appreciate", "appreciated"}
 )
 _COURTESY_PREFIXES: Final = frozenset(f"{word[:n]}*" for word in _COURTESY for n in range(5, len(word) + 1))
 
@@ -76,8 +82,9 @@ class Features:
 
     `ngrams`: 1, or 2 to add pairs of neighbouring words. `prefix`: a token with at least this number of characters also
     gives the term of its first `prefix` characters (0: off). `fold_numbers`: every digit is read as `0`. Kind `cbtm`
-    ignores these three. `text_version`: with 1, only the start of a text is read, tokens in scripts without spaces are
-    single characters, and combining marks split words.
+    ignores these three. `text_version`: with less than 3, misspelt words are not recognised (`misspelt_forms`); with 1,
+    also only the start of a text is read, tokens in scripts without spaces are single characters, and combining marks
+    split words.
     """
 
     kind: str = "lexical"
@@ -96,8 +103,8 @@ class Features:
             raise ValueError(f"features.ngrams is {self.ngrams}; valid: 1 or 2")
         if self.prefix < 0:
             raise ValueError(f"features.prefix is {self.prefix}; valid: 0 (off) or more")
-        if self.text_version not in (1, TEXT_VERSION):
-            raise ValueError(f"features.text_version is {self.text_version}; valid: 1 or {TEXT_VERSION}")
+        if not 1 <= self.text_version <= TEXT_VERSION:
+            raise ValueError(f"features.text_version is {self.text_version}; valid: 1 to {TEXT_VERSION}")
         if self.kind == "cbtm" and (self.ngrams, self.prefix) != (1, 0):
             raise ValueError("features.kind 'cbtm' has neither pairs nor prefixes: ngrams=1 prefix=0")
 
@@ -216,6 +223,20 @@ def is_courtesy(term: str) -> bool:
     """Returns whether a term is a word of courtesy, contains one, or is the prefix of one. Such words say nothing of
     the topic but are common in the prompts of some sources, so new vocabularies leave them out."""
     return any(word in _COURTESY or word in _COURTESY_PREFIXES for word in term.split(" "))
+
+
+def misspelt_forms(token: bytes) -> Iterator[bytes]:
+    """Yields the words of which an unknown `token` may be a misspelling: those with two neighbouring letters swapped,
+    then those with one letter less where it stands twice. The first letter stays. Yields nothing for a token with other
+    characters than ASCII letters, with fewer than 4, or with more than 20."""
+    if not (MIN_MISSPELT <= len(token) <= MAX_MISSPELT and token.isalpha()):
+        return
+    for at in range(1, len(token) - 1):
+        if token[at] != token[at + 1]:
+            yield token[:at] + token[at + 1 : at + 2] + token[at : at + 1] + token[at + 2 :]
+    for at in range(1, len(token)):
+        if token[at] == token[at - 1]:
+            yield token[:at] + token[at + 1 :]
 
 
 def vocabulary_of(texts: Iterable[str], *, features: Features) -> Vocabulary:

@@ -36,8 +36,8 @@ def split_message(text: str) -> tuple[str, str | None]:
 
     Where a client marks the user's words with a block, the message says the content of that block, else the whole text.
     The question is looked for without other marked blocks and without quoted lines: it is the last paragraph, or the
-    first one if only that ends in a question mark. In a message of one paragraph it is the last sentence, if that ends
-    in a question mark.
+    first one if only that ends in a question mark. In a message of one paragraph it is the last line or sentence, if
+    that ends in a question mark: other lines may be options of one question, which say less than the whole.
     """
     own = text = text.strip()
     if len(text) < MIN_CHARS:
@@ -71,10 +71,12 @@ def _paragraph(text: str) -> str | None:
     if "\n" not in text:
         return _last_sentence(text)
     end = text.rfind("\n\n")
-    separator = "\n\n" if end >= 0 else "\n"
-    last = text[end if end >= 0 else text.rfind(separator) :].lstrip()
+    if end < 0:
+        last = text[text.rfind("\n") :].strip()
+        return last if last.endswith(QUESTION_MARKS) else None
+    last = text[end:].lstrip()
     if not last.endswith(QUESTION_MARKS):
-        first = text[: text.find(separator)].rstrip()
+        first = text[: text.find("\n\n")].rstrip()
         if first.endswith(QUESTION_MARKS):
             return first
     return last

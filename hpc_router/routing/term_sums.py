@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from hpc_router.routing.features import SYMBOLS, Features, Floats
+from hpc_router.routing.features import SYMBOLS, Features, Floats, misspelt_forms
 
 MAX_TOKENS: Final = 50_000
 """Maximum number of cached tokens outside the vocabulary. A full cache takes about 8 MB."""
@@ -68,7 +68,9 @@ class TermSums:
         vocabulary: dict[bytes | int, int] = dict.fromkeys(SYMBOLS, 0)
         vocabulary |= {word: rows[row] for word, row in words.items()}
         prefix_rows = {prefix: rows[row] for prefix, row in prefixes.items()}
-        self._token_rows = _TokenRows(vocabulary, prefix_rows, prefix=features.prefix)
+        self._token_rows = _TokenRows(
+            vocabulary, prefix_rows, prefix=features.prefix, corrected=features.text_version >= 3
+        )
         self._row_of = self._token_rows.__getitem__
         self._pair_rows = {pair: rows[row] for pair, row in pairs.items()}
 
@@ -86,8 +88,8 @@ class TermSums:
     def by_term(self, text: str) -> dict[str, list[float]]:
         """Returns, for each term of the text, its contribution to each column of `sums`.
 
-        The contribution of a word includes that of its prefix. A word without a row appears as its prefix (`diabe*`);
-        if that has none either, it is left out.
+        The contribution of a word includes that of its prefix. A word without a row appears as the word of which it is
+        a misspelling, or as its prefix (`diabe*`); if these have none either, it is left out.
         """
         words, symbols = self._features.split(text)
         words = words[: self._max_words]
@@ -108,19 +110,21 @@ class TermSums:
 
 
 class _TokenRows(dict[bytes | int, int]):
-    """Maps a token to its packed row: the row of the word or symbol, else the row of its prefix, else 0. The result of
-    every look-up is kept."""
+    """Maps a token to its packed row: the row of the word or symbol; else that of the word of which it is a
+    misspelling, if `corrected`; else the row of its prefix; else 0. The result of every look-up is kept."""
 
-    def __init__(self, known: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int) -> None:
+    def __init__(
+        self, known: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int, corrected: bool
+    ) -> None:
         super().__init__(known)
         self._known = known
         self._prefix_rows = prefix_rows
         self._prefix = prefix
+        self._corrected = corrected
         self._max_size = len(known) + MAX_TOKENS
 
     def __missing__(self, token: bytes) -> int:
-        # The slice of a token shorter than the prefix length is the token itself, which is not in `_prefix_rows`.
-        value = self._prefix_rows.get(token.decode()[: self._prefix], 0)
+        value = self._resolved(token)[1]
         if len(token) <= MAX_TOKEN_CHARS:
             if len(self) >= self._max_size:
                 self.clear()
@@ -132,7 +136,22 @@ class _TokenRows(dict[bytes | int, int]):
         """Returns the term whose row is used for the token."""
         if isinstance(token, int):
             return chr(token)
-        return token.decode() if token in self._known else f"{token.decode()[: self._prefix]}*"
+        return token.decode() if token in self._known else self._resolved(token)[0]
+
+    def _resolved(self, token: bytes) -> tuple[str, int]:
+        """Returns the term that stands for a token outside the vocabulary, and its row. A row of 0 means that no term
+        does."""
+        rows, prefix = self._prefix_rows, self._prefix
+        forms = [*misspelt_forms(token)] if self._corrected else []
+        for form in forms:
+            if form in self._known:
+                return form.decode(), self._known[form]
+        # The slice of a token shorter than the prefix length is the token itself, which is not in `_prefix_rows`.
+        for start in (token, *forms):
+            name = start.decode()[:prefix]
+            if name in rows:
+                return f"{name}*", rows[name]
+        return f"{token.decode()[:prefix]}*", 0
 
 
 def _add_prefixes(table: Floats, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, size: int) -> Floats:

@@ -8,13 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_router.routing import term_sums
-from hpc_router.routing.features import Features, Floats, counts_of, vocabulary_of
+from hpc_router.routing.features import Features, Floats, counts_of, misspelt_forms, vocabulary_of
 from hpc_router.routing.term_sums import TermSums
 
 ANY_TEXT = st.text(st.characters(), max_size=300)
+# A text version without corrections: the terms of a text do not depend on the vocabulary.
 FEATURES = st.builds(
-    Features, prefix=st.integers(0, 6), ngrams=st.sampled_from([1, 2]), fold_numbers=st.booleans()
-) | st.just(Features(kind="cbtm", prefix=0))
+    Features,
+    prefix=st.integers(0, 6),
+    ngrams=st.sampled_from([1, 2]),
+    fold_numbers=st.booleans(),
+    text_version=st.just(2),
+) | st.just(Features(kind="cbtm", prefix=0, text_version=2))
 
 
 def one_column(values: dict[str, float], **options: object) -> TermSums:
@@ -49,7 +54,7 @@ def test_the_rounding_error_is_bounded_by_the_largest_value_of_the_column(
     table: tuple[list[str], Floats], words: list[str], wide_lanes: bool
 ) -> None:
     terms, values = table
-    sums = TermSums(terms, values, features=Features(prefix=0), wide_lanes=wide_lanes)
+    sums = TermSums(terms, values, features=Features(prefix=0, text_version=2), wide_lanes=wide_lanes)
     known = [values[terms.index(word)].astype(float) for word in set(words) if word in terms]
     near = (
         np.abs(values).max(axis=0).astype(float) * 2.0 ** (-52 if wide_lanes else -20) * max(1, len(known)) + 2.0**-70
@@ -104,3 +109,47 @@ def test_by_term_gives_the_contribution_of_each_term() -> None:
         "diabetes": [3],
         "diabe*": [4],
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("diabetes", 3),  # the word and its prefix
+        ("diabtees", 3),
+        ("diabettes", 3),
+        ("Diabtees!", 3),
+        ("diabetic", 2),
+        ("diabtic", 0),  # neither two letters swapped nor one doubled
+        ("diatbic", 0),
+        ("dibaetic", 2),  # the prefix with two letters swapped
+        ("idabetes", 0),  # the first letter stays
+        ("from", 4),
+        ("form", 4),
+        ("teh", 0),
+        ("x1abc", 0),
+    ],
+)
+def test_a_word_with_two_letters_swapped_or_one_doubled_counts_as_the_word(text: str, value: int) -> None:
+    table: dict[str, float] = {"diabetes": 1, "diabe*": 2, "from": 4, "the": 8, "xa1bc": 16}
+    assert one_column(table).sums(text) == [value]
+
+
+@pytest.mark.parametrize("text_version", [1, 2])
+def test_artefacts_of_before_do_not_correct_words(text_version: int) -> None:
+    sums = one_column({"diabetes": 1, "diabe*": 2, "from": 4}, text_version=text_version)
+    assert [sums.sums(text) for text in ("diabtees", "diabettes", "form")] == [[0], [2], [0]]
+
+
+def test_a_known_word_is_no_misspelling_of_another() -> None:
+    assert one_column({"form": 1, "from": 2}).sums("form") == [1]
+
+
+def test_by_term_names_the_word_that_a_misspelt_one_stands_for() -> None:
+    sums = one_column({"diabetes": 1, "diabe*": 2})
+    assert sums.by_term("diabtees dibaetic") == {"diabetes": [3], "diabe*": [2]}
+
+
+def test_the_misspelt_forms_of_a_long_word_are_few() -> None:
+    """Unknown words must not make a decision slow."""
+    assert len([*misspelt_forms(b"abcdefghijklmnopqrst")]) == 18
+    assert [*misspelt_forms(b"abcdefghijklmnopqrstu")] == []
