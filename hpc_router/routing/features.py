@@ -13,9 +13,10 @@ were trained with. Splitting uses functions written in C (translate, split). Thi
 or experts.
 """
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Final
@@ -52,6 +53,8 @@ MIN_MISSPELT: Final = 4
 """Minimum length of a misspelt word: in a shorter one only the last two letters could be swapped."""
 MAX_MISSPELT: Final = 20
 """Maximum length of a misspelt word, because the number of its forms grows with it."""
+_LETTER_NUMBERS: Final = tuple(int.from_bytes(hashlib.sha256(bytes([c])).digest()[:7], "big") for c in range(256))
+_DOUBLED: Final = re.compile(rb"(.)(?=\1)", re.DOTALL)
 # Spaces that `_normalised` replaces itself: bytes.split splits only at ASCII spaces, and NFKC leaves these.
 _UNICODE_SPACES: Final = ("\x85", "\u1680", "\u2028", "\u2029")
 
@@ -113,16 +116,20 @@ class Features:
 
         The words are UTF-8 and include symbols beyond ASCII. Kind `cbtm` returns no symbols.
         """
-        if len(text) > self.window_bytes or not text.isascii():
-            clipped = clip if self.text_version == 1 else clip_ends
-            text = clipped(text, window_bytes=self.window_bytes)
         if self.kind == "cbtm":
-            return [word.encode() for word in self._cbtm_words(text.lower()) if not word[0].isdigit()], b""
-        try:
-            raw = text.encode("ascii")
-        except UnicodeEncodeError:
-            raw = _normalised(text, text_version=self.text_version).encode()
+            return [
+                word.encode() for word in self._cbtm_words(self._clipped(text).lower()) if not word[0].isdigit()
+            ], b""
+        if text.isascii() and len(text) <= self.window_bytes:  # the usual case, without a call of a Python function
+            raw = text.encode()
+        else:
+            text = self._clipped(text)
+            raw = (text if text.isascii() else _normalised(text, text_version=self.text_version)).encode()
         return raw.translate(_WORD_TABLES[self.fold_numbers]).split(), raw.translate(None, _NON_SYMBOLS)
+
+    def _clipped(self, text: str) -> str:
+        """Returns the text without lone surrogates, cut to the window."""
+        return (clip if self.text_version == 1 else clip_ends)(text, window_bytes=self.window_bytes)
 
     def _cbtm_words(self, text: str) -> list[str]:
         if self.text_version == 1 or text.isascii():
@@ -225,18 +232,30 @@ def is_courtesy(term: str) -> bool:
     return any(word in _COURTESY or word in _COURTESY_PREFIXES for word in term.split(" "))
 
 
-def misspelt_forms(token: bytes) -> Iterator[bytes]:
-    """Yields the words of which an unknown `token` may be a misspelling: those with two neighbouring letters swapped,
-    then those with one letter less where it stands twice. The first letter stays. Yields nothing for a token with other
-    characters than ASCII letters, with fewer than 4, or with more than 20."""
-    if not (MIN_MISSPELT <= len(token) <= MAX_MISSPELT and token.isalpha()):
-        return
-    for at in range(1, len(token) - 1):
-        if token[at] != token[at + 1]:
-            yield token[:at] + token[at + 1 : at + 2] + token[at : at + 1] + token[at + 2 :]
-    for at in range(1, len(token)):
-        if token[at] == token[at - 1]:
-            yield token[:at] + token[at + 1 :]
+def letter_sum(token: bytes) -> int:
+    """Returns a number that only depends on the letters of the token and on how often each occurs. Tokens with other
+    letters have other numbers, but for a chance of about 2^-50."""
+    return sum(map(_LETTER_NUMBERS.__getitem__, token))
+
+
+def misspelt_forms(token: bytes, *, known_letters: Container[int]) -> list[bytes]:
+    """Returns the words of which an unknown `token` may be a misspelling: those with two neighbouring letters swapped,
+    then those with one letter less where it stands twice. The first letter stays. Empty for a token with other
+    characters than ASCII letters, with fewer than 4, or with more than 20.
+
+    `known_letters`: the letter sums of all known words; forms with other letters are left out, so that few tokens have
+    any.
+    """
+    size, forms = len(token), list[bytes]()
+    if not (MIN_MISSPELT <= size <= MAX_MISSPELT and token.isalpha()):
+        return forms
+    letters = letter_sum(token)
+    if letters in known_letters:
+        forms += (b"%b%c%c%b" % (token[:n], token[n + 1], token[n], token[n + 2 :]) for n in range(1, size - 1))
+    for twice in _DOUBLED.finditer(token):
+        if letters - _LETTER_NUMBERS[token[twice.start()]] in known_letters:
+            forms.append(token[: twice.start()] + token[twice.start() + 1 :])
+    return forms
 
 
 def vocabulary_of(texts: Iterable[str], *, features: Features) -> Vocabulary:

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from hpc_router.routing.features import SYMBOLS, Features, Floats, misspelt_forms
+from hpc_router.routing.features import SYMBOLS, Features, Floats, letter_sum, misspelt_forms
 
 MAX_TOKENS: Final = 50_000
 """Maximum number of cached tokens outside the vocabulary. A full cache takes about 8 MB."""
@@ -88,8 +88,8 @@ class TermSums:
     def by_term(self, text: str) -> dict[str, list[float]]:
         """Returns, for each term of the text, its contribution to each column of `sums`.
 
-        The contribution of a word includes that of its prefix. A word without a row appears as the word of which it is
-        a misspelling, or as its prefix (`diabe*`); if these have none either, it is left out.
+        The contribution of a word includes that of its prefix. A word without a row appears as its prefix (`diabe*`),
+        or as the word of which it is a misspelling; if these have none either, it is left out.
         """
         words, symbols = self._features.split(text)
         words = words[: self._max_words]
@@ -110,8 +110,8 @@ class TermSums:
 
 
 class _TokenRows(dict[bytes | int, int]):
-    """Maps a token to its packed row: the row of the word or symbol; else that of the word of which it is a
-    misspelling, if `corrected`; else the row of its prefix; else 0. The result of every look-up is kept."""
+    """Maps a token to its packed row: the row of the word or symbol; else that of its prefix; else, if `corrected`,
+    that of the word of which it is a misspelling; else 0. The result of every look-up is kept."""
 
     def __init__(
         self, known: Mapping[bytes | int, int], prefix_rows: Mapping[str, int], *, prefix: int, corrected: bool
@@ -121,6 +121,7 @@ class _TokenRows(dict[bytes | int, int]):
         self._prefix_rows = prefix_rows
         self._prefix = prefix
         self._corrected = corrected
+        self._known_letters = {letter_sum(word) for word in known if isinstance(word, bytes)} if corrected else set()
         self._max_size = len(known) + MAX_TOKENS
 
     def __missing__(self, token: bytes) -> int:
@@ -141,17 +142,15 @@ class _TokenRows(dict[bytes | int, int]):
     def _resolved(self, token: bytes) -> tuple[str, int]:
         """Returns the term that stands for a token outside the vocabulary, and its row. A row of 0 means that no term
         does."""
-        rows, prefix = self._prefix_rows, self._prefix
-        forms = [*misspelt_forms(token)] if self._corrected else []
-        for form in forms:
-            if form in self._known:
-                return form.decode(), self._known[form]
         # The slice of a token shorter than the prefix length is the token itself, which is not in `_prefix_rows`.
-        for start in (token, *forms):
-            name = start.decode()[:prefix]
-            if name in rows:
-                return f"{name}*", rows[name]
-        return f"{token.decode()[:prefix]}*", 0
+        name = token.decode()[: self._prefix]
+        row = self._prefix_rows.get(name)
+        if row is None and self._corrected:
+            known = self._known
+            for form in misspelt_forms(token, known_letters=self._known_letters):
+                if form in known:
+                    return form.decode(), known[form]
+        return f"{name}*", row or 0
 
 
 def _add_prefixes(table: Floats, words: Mapping[bytes | int, int], prefixes: Mapping[str, int], *, size: int) -> Floats:
