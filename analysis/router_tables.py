@@ -26,7 +26,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,6 +74,12 @@ def read_table(name: str, folder: Path) -> ResultTable:
         rows = list(READERS[name](folder))
     except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
         raise ConfigError(f"{folder}: the files are not those of {name} ({type(error).__name__}: {error})") from error
+    return checked_table(name, rows, folder=folder)
+
+
+def checked_table(name: str, rows: Sequence[TableRow], *, folder: Path) -> ResultTable:
+    """Returns the table of these rows, without the results of models that are not in every row, and without training
+    rows that are in a test set. Raises ConfigError, with `folder`, if the rows are too few for a table."""
     if not rows:
         raise ConfigError(f"{folder}: no file of {name}; see python -m analysis.routers --help")
     models = set.intersection(*({*row.right} for row in rows))
@@ -92,7 +98,7 @@ def _key(prompt: str) -> str:
 def _limited(row: TableRow, models: set[str]) -> TableRow:
     right = {model: row.right[model] for model in sorted(models)}
     cost = {model: row.cost[model] for model in right} if models <= row.cost.keys() else {}
-    return TableRow(prompt=row.prompt, dataset=row.dataset, split=row.split, right=right, cost=cost)
+    return replace(row, right=right, cost=cost)
 
 
 def half_of(row_id: str) -> str:
@@ -116,17 +122,23 @@ def _routerdc(folder: Path) -> Iterator[TableRow]:
 def _mmlu_pro(folder: Path) -> Iterator[TableRow]:
     prompts: dict[str, tuple[str, str]] = {}
     right: dict[str, dict[str, float]] = {}
-    paths = sorted([*folder.glob("model_outputs_*.json"), *folder.glob("model_outputs_*.zip")])
-    for path in paths:
-        model = path.stem.removeprefix("model_outputs_").removesuffix("_5shots")
-        for value in _outputs(path):
+    models = 0
+    for model, outputs in mmlu_pro_outputs(folder):
+        models += 1
+        for value in outputs:
             row_id = str(value["question_id"])
             prompts[row_id] = "\n".join((value["question"], *map(str, value["options"]))), value["category"]
             right.setdefault(row_id, {})[model] = float(value["pred"] == value["answer"])
     for row_id in sorted(prompts):
         prompt, category = prompts[row_id]
-        if len(right[row_id]) == len(paths):
+        if len(right[row_id]) == models:
             yield TableRow(prompt=prompt, dataset=category, split=half_of(row_id), right=right[row_id], cost={})
+
+
+def mmlu_pro_outputs(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yields the name of each model of MMLU-Pro's files in `folder`, with its outputs."""
+    for path in sorted([*folder.glob("model_outputs_*.json"), *folder.glob("model_outputs_*.zip")]):
+        yield path.stem.removeprefix("model_outputs_").removesuffix("_5shots"), _outputs(path)
 
 
 def _outputs(path: Path) -> list[dict[str, Any]]:
