@@ -2,7 +2,6 @@
 
 import json
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,28 +14,32 @@ from matplotlib.figure import Figure
 
 from analysis import markdown
 from analysis.figures import RC, STYLES, WIDTH_IN, Drawing
+from analysis.router_tables import READERS
 from hpc_router.bench.provenance import git_state, hardware
 
 ROOT: Final = Path(__file__).parent.parent
+COMMAND: Final = "python -m analysis.routers --tables DIR"
 SPLITS: Final = {"known": "data sets of the training", "unknown": "data sets that the training does not have"}
 
 
 def write(results: Mapping[str, Mapping[str, Any]], *, out: Path) -> None:
     """Writes `routers.json`, `routers.md` and the figures to `out`. `results`: what `analysis.routers.measure` returns,
-    by table."""
+    by table. Results of other tables that `out` has stay there, with the commit and the time of their own run."""
     out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "command": shlex.join(["python", "-m", "analysis.routers", "--tables", "DIR"]),
+    stored = out / "routers.json"
+    tables: dict[str, Mapping[str, Any]] = json.loads(stored.read_text())["tables"] if stored.exists() else {}
+    run = {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": git_state(ROOT),
         "hardware": {key: value for key, value in hardware().items() if key != "host"},
         "python": platform.python_version(),
         "arguments": [word for word in sys.argv[1:] if word.startswith("--")],
-        "tables": results,
     }
-    (out / "routers.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = [*_head(report)]
-    for name, result in results.items():
+    tables |= {name: {"run": run, **result} for name, result in results.items()}
+    tables = {name: tables[name] for name in READERS if name in tables}
+    stored.write_text(json.dumps({"command": COMMAND, "tables": tables}, indent=1) + "\n")
+    lines = [*_head()]
+    for name, result in tables.items():
         lines += [f"\n## {name}\n", *_markdown(result)]
         for drawing in _drawings(name, result):
             drawing.save(out)
@@ -44,18 +47,23 @@ def write(results: Mapping[str, Mapping[str, Any]], *, out: Path) -> None:
     (out / "routers.md").write_text("\n".join(lines) + "\n")
 
 
-def _head(report: Mapping[str, Any]) -> Iterator[str]:
-    machine, git = report["hardware"], report["git"] or {}
-    commit = f"commit {git.get('commit', 'unknown')[:12]}{' with changes' if git.get('changed') else ''}"
+def _head() -> Iterator[str]:
     yield "# Routers on public tables\n"
-    yield f"`{report['command']}`, {report['at']}; {machine['cpu']}, {machine['cpus']} cores, {commit}\n"
+    yield f"`{COMMAND}`\n"
     yield "Shares of right answers, with 95 % bootstrap intervals over prompts. In the mean over data sets each set"
     yield "counts the same, in that over prompts each prompt. Training rows alone decide everything; the lines in"
     yield "hindsight and the oracle are bounds."
 
 
+def _run(run: Mapping[str, Any]) -> str:
+    machine, git = run["hardware"], run["git"] or {}
+    commit = f"commit {git.get('commit', 'unknown')[:12]}{' with changes' if git.get('changed') else ''}"
+    return f"Measured {run['at']} on {machine['cpu']}, {machine['cpus']} cores, {commit}.\n"
+
+
 def _markdown(result: Mapping[str, Any]) -> Iterator[str]:
     prompts = result["prompts"]
+    yield _run(result["run"])
     yield (
         f"{len(result['models'])} models; {prompts['train']} prompts in the training, {prompts['known']} in tests on "
         f"its data sets, {prompts['unknown']} in tests on others; {result['left_out']} training prompts left out: "

@@ -277,7 +277,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--tables", type=Path, required=True, metavar="DIR", help="folder with a folder per table")
     parser.add_argument("--encoder", metavar="MODEL", help="also measure distilled features, with this encoder")
-    parser.add_argument("--only", action="append", choices=[*READERS], help="measure this table (may be repeated)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[*READERS],
+        help="measure this table (may be repeated) and keep the results of others in --out",
+    )
     parser.add_argument("--out", type=Path, default=Path("analysis/results/routers"))
     options = parser.parse_args(arguments)
     names = [name for name in READERS if (options.tables / name).is_dir() and name in (options.only or READERS)]

@@ -182,6 +182,22 @@ def test_the_whole_analysis_finds_the_model_of_each_topic(tmp_path: Path, monkey
     }
 
 
+def test_a_table_that_is_measured_alone_leaves_the_results_of_the_others(tmp_path: Path) -> None:
+    for name in ("routerdc", "routerbench"):
+        (tmp_path / "tables" / name).mkdir(parents=True)
+        WRITERS[name](tmp_path / "tables" / name)
+    out = tmp_path / "out"
+    runs = []
+    for only in ("routerbench", "routerdc"):
+        assert routers.main(["--tables", str(tmp_path / "tables"), "--only", only, "--out", str(out)]) == 0
+        runs.append(json.loads((out / "routers.json").read_text())["tables"])
+    assert [list(tables) for tables in runs] == [["routerbench"], ["routerdc", "routerbench"]]
+    assert runs[1]["routerbench"] == runs[0]["routerbench"]
+    report = (out / "routers.md").read_text()
+    assert report.count("\nMeasured 20") == 2
+    assert report.index("## routerdc") < report.index("## routerbench")
+
+
 def test_a_folder_without_a_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         routers.main(["--tables", str(tmp_path)])
