@@ -16,21 +16,33 @@ def read_descriptions(path: Path, *, labels: Collection[str]) -> dict[str, str]:
     In a folder, `NAME.yaml` has the key `description`. A file is YAML or JSON: {label: text}, {label: {description:
     text}}, or either of them under the key `experts`. Raises ConfigError if no label has a description.
     """
-    found = {name: text.strip() for name, text in _entries(path) if name in labels and text.strip()}
+    texts = {name: _text(value, place) for name, value, place in _entries(path)}
+    found = {name: text.strip() for name, text in texts.items() if name in labels and text.strip()}
     if not found:
         raise ConfigError(f"descriptions={path}: it describes none of the labels {', '.join(sorted(labels))}")
     return dict(sorted(found.items()))
 
 
-def _entries(path: Path) -> Iterator[tuple[str, str]]:
+def read_exemplars(path: Path, *, labels: Collection[str]) -> list[tuple[str, str]]:
+    """Returns the exemplars of `labels` in the same files, as pairs of label and prompt; empty if there are none."""
+    found: list[tuple[str, str]] = []
+    for name, value, _ in _entries(path):
+        exemplars = value.get("exemplars") if isinstance(value, Mapping) else None
+        if name in labels and isinstance(exemplars, list):
+            found += ((name, text) for text in exemplars if isinstance(text, str) and text.strip())
+    return found
+
+
+def _entries(path: Path) -> Iterator[tuple[str, object, str]]:
+    """Yields each name with its content and the place for errors."""
     if path.is_dir():
         for file in sorted(path.glob("*.yaml")):
-            yield file.stem, _text(_load(file), f"{file}")
+            yield file.stem, _load(file), f"{file}"
         return
     content = _load(path)
     experts = content.get("experts")
     for name, value in (experts if isinstance(experts, Mapping) else content).items():
-        yield str(name), _text(value, f"{path}: '{name}'")
+        yield str(name), value, f"{path}: '{name}'"
 
 
 def _text(value: object, place: str) -> str:

@@ -28,14 +28,14 @@ from hpc_router.config.parsing import bounded, check_values
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import NORM_SPACE, NORM_TERMS, Artefact, SoftDecision
 from hpc_router.routing.classifier import Classifier
-from hpc_router.routing.confidence import Calibration, calibrate
+from hpc_router.routing.confidence import MIN_DECISIONS, Calibration, calibrate
 from hpc_router.routing.evaluation import majority
 from hpc_router.routing.exemplars import margin_threshold, part_decision, usable_exemplars
 from hpc_router.routing.features import Doubles, Features, Floats, Ids, Mask
 from hpc_router.routing.quality import Quality
 from hpc_router.routing.training import feature_spaces
 from hpc_router.routing.training.dataset import Row, deduplicated, fingerprint, read_corpus, read_rows
-from hpc_router.routing.training.descriptions import read_descriptions
+from hpc_router.routing.training.descriptions import read_descriptions, read_exemplars
 from hpc_router.routing.training.encoder import ENCODER_PACKAGE, Encoder, ProgressCallback, installed_encoder
 from hpc_router.routing.training.feature_spaces import FeatureSpace
 from hpc_router.routing.training.kmeans import balanced_kmeans, centroids_of
@@ -73,7 +73,8 @@ class TrainConfig:
     corpus: str | None = None  # further text for the student: JSON lines, or one passage per line
     # method=exemplars with features=distilled: descriptions of the labels; a file, or a folder of expert files
     descriptions: str | None = None
-    # method=exemplars: labelled prompts of other sources, for the margin threshold and for `policy.min_confidence` only
+    # method=exemplars: labelled prompts of other sources, for the margin threshold and for `policy.min_confidence`
+    # only; null: the exemplars beside the descriptions, if there are any
     validation: str | None = None
     output: str = ""
     weight: float = bounded(0.0, 0, 1e9)  # method=measured: how much correctness one unit of cost is worth
@@ -121,12 +122,18 @@ def train(config: TrainConfig, *, progress: ProgressCallback) -> Artefact:
 
 
 def _validation_rows(config: TrainConfig, rows: Sequence[Row]) -> list[Row]:
-    """Returns the labelled rows of the validation file, without prompts that are in `rows`, the training rows; none if
-    there is no such file. Raises ConfigError."""
-    if config.validation is None:
+    """Returns labelled rows of other sources, without prompts that are in `rows`, the training rows: those of the
+    validation file, or without one the exemplars beside the descriptions, if there are enough; else none. Raises
+    ConfigError."""
+    if config.validation is not None:
+        path = Path(config.validation)
+        found, _ = deduplicated(read_rows(path), path=path, need_label=True)
+    elif config.descriptions is not None:
+        exemplars = read_exemplars(Path(config.descriptions), labels={str(row.label) for row in rows})
+        found = [Row(line=n, id=n, text=text, domain=label) for n, (label, text) in enumerate(exemplars, 1)]
+        found = found if len(found) >= MIN_DECISIONS else []
+    else:
         return []
-    path = Path(config.validation)
-    found, _ = deduplicated(read_rows(path), path=path, need_label=True)
     known = {" ".join(row.text.lower().split()) for row in rows}
     return [row for row in found if " ".join(row.text.lower().split()) not in known]
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from hpc_router.errors import ConfigError
+from hpc_router.routing.artefact import Artefact
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.training import train as train_module
-from hpc_router.routing.training.descriptions import read_descriptions
+from hpc_router.routing.training.descriptions import read_descriptions, read_exemplars
 from hpc_router.routing.training.label_directions import label_directions
 from hpc_router.routing.training.train import TrainConfig, train, train_exemplars
 from tests.routing.training.encoders import WordSums
@@ -90,6 +91,41 @@ def test_a_prompt_that_has_only_words_of_a_description_goes_to_its_label(tmp_pat
             assert classifier.classify(f"{word} {word}").expert == name
     right = [classifier.classify(str(row["prompt"])).expert == row["domain"] for row in prompts(seed=1)]
     assert np.mean(right) > 0.9
+
+
+def test_exemplars_are_read_beside_the_descriptions(tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text(
+        "experts:\n  law: {description: courts, exemplars: [May I sue, ' ']}\n  math: {description: sums}\n"
+        "  other: {description: x, exemplars: [y]}\n"
+    )
+    assert read_exemplars(tmp_path / "d.yaml", labels=LABELS) == [("law", "May I sue")]
+    packaged = read_exemplars(ROOT / "conf" / "expert", labels=LABELS)
+    assert {name for name, _ in packaged} == LABELS
+    assert len(packaged) >= 40
+
+
+@pytest.mark.usefixtures("encoder")
+def test_exemplars_beside_the_descriptions_set_the_threshold(tmp_path: Path) -> None:
+    """They are prompts of another source than the data, so fewer right decisions on other sources count as low."""
+    data = write_jsonl(tmp_path / "data.jsonl", prompts())
+
+    def trained(exemplars: dict[str, list[str]]) -> Artefact:
+        lines = (
+            f"{name}: {{description: {text}, exemplars: {exemplars.get(name, [])}}}\n"
+            for name, text in DESCRIPTIONS.items()
+        )
+        (tmp_path / "d.yaml").write_text("".join(lines))
+        config = TrainConfig(data=str(data), output="x", method="exemplars", features="distilled", encoder="words")
+        config.descriptions = str(tmp_path / "d.yaml")
+        return train(config, progress=lambda *_: None)
+
+    # Prompts of which each has one word of its label and several that all labels share.
+    hard = {name: [f"{word} {' '.join(SHARED[:4])}" for word in words[:6]] for name, words in WORDS.items()}
+    without, few, given = trained({}), trained({name: texts[:1] for name, texts in hard.items()}), trained(hard)
+    assert few.margin_threshold == without.margin_threshold
+    assert (few.training["data"]["validation"], given.training["data"]["validation"]) == (0, 18)  # type: ignore[index]
+    assert given.margin_threshold < without.margin_threshold
+    assert (given.weights == without.weights).all()
 
 
 @pytest.mark.usefixtures("encoder")
