@@ -293,8 +293,8 @@ def _markdown(head: Mapping[str, Any], result: Result) -> Iterator[str]:
     prompts, large = result["prompts"], result["large"]
     git = head["git"] or {}
     yield "# What answers say beyond the prompt\n"
-    yield f"`{head['command']}`, {head['at']}, commit {git.get('commit', 'unknown')[:12]}; MMLU-Pro, "
-    yield f"{len(result['models'])} models, {prompts['train']} prompts in the training, {prompts['test']} in the test\n"
+    yield f"`{head['command']}`, {head['at']}, commit {git.get('commit', 'unknown')[:12]}. MMLU-Pro:"
+    yield f"{len(result['models'])} models, {prompts['train']} training prompts, {prompts['test']} test prompts.\n"
     yield "`one model` is what a router can do, which sees the prompt alone; the other lines read answers. Intervals:"
     yield "95 % bootstrap over prompts.\n"
     rows = [
