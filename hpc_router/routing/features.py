@@ -53,6 +53,7 @@ MIN_MISSPELT: Final = 4
 """Minimum length of a misspelt word: in a shorter one only the last two letters could be swapped."""
 MAX_MISSPELT: Final = 20
 """Maximum length of a misspelt word, because the number of its forms grows with it."""
+# A fixed random number for each letter (`letter_sum`).
 _LETTER_NUMBERS: Final = tuple(int.from_bytes(hashlib.sha256(bytes([c])).digest()[:7], "big") for c in range(256))
 _DOUBLED: Final = re.compile(rb"(.)(?=\1)", re.DOTALL)
 # Spaces that `_normalised` replaces itself: bytes.split splits only at ASCII spaces, and NFKC leaves these.
