@@ -91,6 +91,13 @@ class HistogramCollector(Collector):
         counts[bisect_left(self._bounds, value)] += 1
         added[0] += value
 
+    def add_many(self, values: Sequence[float], *labels: str) -> None:
+        counts, added = self._series.get(labels) or self._new_series(labels)
+        bounds = self._bounds
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+        added[0] += sum(values)
+
     def _new_series(self, labels: tuple[str, ...]) -> tuple[list[int], list[float]]:
         return self._series.setdefault(labels, ([0] * (len(self._bounds) + 1), [0.0]))
 

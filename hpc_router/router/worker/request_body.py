@@ -64,8 +64,11 @@ class ApiCall:
 
     def estimated_tokens(self) -> int:
         """Returns an estimate of the tokens of the prompt and the longest response together."""
-        allowed = next((n for name in _MAX_TOKENS if type(n := self.fields.get(name)) is int), 0)
-        return len(self.raw) // BYTES_PER_TOKEN + max(allowed, 0)
+        prompt = len(self.raw) // BYTES_PER_TOKEN
+        for name in _MAX_TOKENS:
+            if type(allowed := self.fields.get(name)) is int:
+                return prompt + max(allowed, 0)
+        return prompt
 
     @property
     def model_span(self) -> tuple[int, int]:

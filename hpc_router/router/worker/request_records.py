@@ -1,20 +1,22 @@
 """Counts the requests that have ended and their tokens, and writes one line about each request to a file, in batches,
 without waiting for the file system.
 
-At the end of a request, only what is needed later is appended to a list. The rest is done for `BATCH` requests at once,
-because code that runs many times in a row costs less than half of what it costs between other code, and one call of the
-JSON library then decodes or encodes all of them. The file thread writes the lines every `FLUSH_S` seconds, or once
-there are `MAX_LINES`. While the file system hangs, at most `MAX_UNWRITTEN_BYTES` are kept; further lines are dropped
-and counted. A line has no text of a prompt or a response, and no token. Prompts are written into other files, and only
-if `router.sample_prompts` is set.
+At the end of a request, only what is needed later is appended to a list: the request's group, and the values that it
+does not have in common with the rest of its group. Everything else is done for `BATCH` requests at once, because code
+that runs many times in a row costs less than half of what it costs between other code. The file thread writes the lines
+every `FLUSH_S` seconds, or once there are `MAX_LINES`. While the file system hangs, at most `MAX_UNWRITTEN_BYTES` are
+kept; further lines are dropped and counted. A line has no text of a prompt or a response, and no token. Prompts are
+written into other files, and only if `router.sample_prompts` is set.
 """
 
 import asyncio
 import logging
 import random
 import time
-from collections import defaultdict
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -52,7 +54,7 @@ BROKEN: Final = "broken"
 CANCELLED: Final = "cancelled"
 """How a request ended: with the complete response of a replica, with an error response of the router, with a failure
 after the first byte, or with the client's disconnect."""
-_MAX_COMMON: Final = 4096
+_MAX_GROUPS: Final = 4096
 _NO_USAGE: Final = TokenUsage(None, None)
 _dumps: Final = orjson.dumps
 _LINE_BEGIN: Final = b'{"kind":'
@@ -61,16 +63,39 @@ EndedResponse = bytes | StreamSummary | TokenUsage | None
 """What the tokens of a response are known from: its body, if it is complete and no stream; its summary; or their
 numbers. None if no engine has accepted the request."""
 _Key = tuple[Any, ...]
-_Ended = tuple[_Key, str, float, float, float, float | None, EndedResponse, Decision | None]
-"""A request that has ended: what its line has in common with others (see `_common_members`), its id, its arrival on the
-clock of `time.perf_counter`, the durations in seconds until its end, in queues, and until its first byte, its response,
-and the policy's decision."""
+_Ended = tuple["RequestGroup", str, float, float | None, float, float | None, EndedResponse, Decision | None]
+"""A request that has ended: its group, its id, its arrival on the clock of `time.perf_counter`, the durations in
+seconds until its end (None for a short response: as until its first byte), in queues, and until its first byte, its
+response, and the policy's decision."""
+_group_of: Final = itemgetter(0)
 _OWN_KEYS: Final = (
     *("id", "at", "prompt_tokens", "cached_tokens", "generated_tokens", "token_source"),
     *("queue_s", "first_byte_s", "total_s"),
 )
 """The keys of a line whose values differ between requests."""
 _DECISION_KEYS: Final = ("cluster", "score", "margin", "runner_up")
+
+
+@dataclass(slots=True, eq=False)
+class RequestGroup:
+    """Requests whose lines have most members in common, because their keys are equal (see `group_of`).
+
+    `members`: the common ones, as JSON after the key `kind`. `expert`, `replica`: their names. `labels`: those of the
+    metric of answered requests; None if the requests of the group were not answered. `classified`: whether a classifier
+    has chosen the expert. The other fields are what the metrics do not contain yet: the times in seconds to the first
+    byte of short responses, the numbers of prompt tokens and of generated tokens that the responses state, and the
+    number of chunks of streams that state none.
+    """
+
+    members: orjson.Fragment
+    expert: str
+    replica: str
+    labels: tuple[str, RouteReason, int | None] | None
+    classified: bool
+    first_bytes_s: list[float] = field(default_factory=list, init=False)
+    prompt: int = field(default=0, init=False)
+    generated: int = field(default=0, init=False)
+    chunks: int = field(default=0, init=False)
 
 
 class RequestRecords:
@@ -87,7 +112,7 @@ class RequestRecords:
         self._lines: list[bytes] = []  # that are not written yet; an element may have many lines
         self._line_count = 0
         self._sampled: list[bytes] = []
-        self._common: dict[_Key, orjson.Fragment] = {}  # the members that many lines have in common
+        self._groups: dict[_Key, RequestGroup] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._posted = self._written = 0  # bytes; `_written` is changed by the file thread only, as is `_failed`
         self._failed = self._counted = 0  # lines that could not be written; those of them that are counted
@@ -111,11 +136,14 @@ class RequestRecords:
         outcome: str,
         response: EndedResponse = None,
         error: str | None = None,
+        *,
+        short: bool = False,
     ) -> None:
-        """Records the end of a request. It is counted in the metrics if its outcome is `ANSWERED`, and so are the
+        """Records the end of a request. If its outcome is `ANSWERED`, it is counted in the metrics, and so are the
         tokens of its response. `expert`, `replica`: those of its last attempt; no `replica` if there was none.
         `status`: status of the response that the client got; None if it got none. `outcome`: `ANSWERED` or one of the
-        constants beside it. `error`: error code if the response was an error of the router."""
+        constants beside it. `error`: error code if the response was an error of the router. `short`: whether the
+        response was received as a whole. The time to its first byte is then that to its end, and is counted here."""
         endpoint, fields, reason, failures = routed.endpoint, routed.call.fields, routed.reason, None
         if expert != routed.experts[0]:
             reason = RouteReason.UNAVAILABLE
@@ -126,14 +154,15 @@ class RequestRecords:
                 response = stated_usage(response)
         elif isinstance(response, StreamSummary) and len(response.last) + len(response.before_last) > MAX_KEPT_BYTES:
             response.shorten()
+        key = (
+            replica, endpoint.path, endpoint.request_class, fields["model"], fields.get("stream") is True, expert,
+            reason, routed.user, routed.artefact, status, outcome, failures,
+        )  # fmt: skip
         ended = self._ended
         ended.append((
-            (
-                replica, endpoint.path, endpoint.request_class, fields["model"], fields.get("stream") is True, expert,
-                reason, routed.user, routed.artefact, status, outcome, failures,
-            ),
-            routed.request_id, routed.started, time.perf_counter() - routed.started, routed.queued_s,
-            routed.first_byte_s, response, routed.decision,
+            self._groups.get(key) or self._new_group(key),
+            routed.request_id, routed.started, None if short else time.perf_counter() - routed.started,
+            routed.queued_s, routed.first_byte_s, response, routed.decision,
         ))  # fmt: skip
         if self._timer is None:
             self._schedule()
@@ -145,33 +174,34 @@ class RequestRecords:
     def settle(self) -> None:
         """Counts the requests that have ended and their tokens, and makes their lines."""
         ended, self._ended = self._ended, []
-        metrics, common = self._metrics, self._common
-        requests = defaultdict[tuple[str, str, int | None], int](int)
-        tokens = defaultdict[tuple[str, str], int](int)
         stated = iter(stated_usages([one[6] for one in ended if isinstance(one[6], bytes)]))
         to_wall = time.time() - time.perf_counter()
         lines = []
-        for key, request_id, started, total_s, queue_s, first_byte_s, response, decision in ended:
-            expert, source = key[5], _USAGE
-            if key[10] is ANSWERED:
-                requests[expert, key[6], key[9]] += 1
+        for group, request_id, started, total_s, queue_s, first_byte_s, response, decision in ended:
+            if total_s is None:
+                total_s = first_byte_s or 0.0
+                group.first_bytes_s.append(total_s)
+            source = _USAGE
             if isinstance(response, bytes):
                 usage = next(stated)
             elif isinstance(response, StreamSummary):
                 usage, source = _usage_of(response)
                 if response.streamed and usage is not None and first_byte_s is not None:
-                    self._count_token_time(usage, total_s - first_byte_s, expert)
+                    self._count_token_time(usage, total_s - first_byte_s, group.expert)
             else:
                 usage = response
             prompt, generated, cached = usage or _NO_USAGE
-            if prompt:
-                tokens[expert, "prompt"] += prompt
-            if generated:
-                tokens[expert, source] += generated
+            if prompt is not None:
+                group.prompt += prompt
+            if generated is not None:
+                if source is _USAGE:
+                    group.generated += generated
+                else:
+                    group.chunks += generated
             if not self.enabled:
                 continue
             line = {
-                "kind": common.get(key) or self._new_common(key),
+                "kind": group.members,
                 "id": request_id,
                 "at": started + to_wall,
                 "prompt_tokens": prompt,
@@ -182,16 +212,13 @@ class RequestRecords:
                 "first_byte_s": first_byte_s,
                 "total_s": total_s,
             }
-            if decision is not None and key[8] is not None:
+            if decision is not None and group.classified:
                 _, _, line["cluster"], line["score"], line["margin"], line["runner_up"] = decision
-            lines.append(line)
-        for labels, count in requests.items():
-            metrics.requests.add_many(count, *labels)
-        for kind, count in tokens.items():
-            metrics.tokens.add_many(count, *kind)
-        if lines:  # the replaced bytes are not within a line: quotes in its strings are escaped
-            text = _dumps(lines)[1:-1].replace(b"}," + _LINE_BEGIN, b"}\n" + _LINE_BEGIN)
-            self._add(text + b"\n", len(lines))
+            lines.append(_dumps(line, None, orjson.OPT_APPEND_NEWLINE))
+        for group, count in Counter(map(_group_of, ended)).items():
+            self._count(group, count)
+        if lines:
+            self._add(b"".join(lines), len(lines))
 
     def refused(self, request_id: str, path: str, status: int, error: str, *, user: str | None) -> None:
         """Records a request that the router refused before it chose an expert. `error`: the error code. `user`: the
@@ -199,7 +226,8 @@ class RequestRecords:
         if not self.enabled:
             return
         key = (None, path, None, None, False, None, None, user, None, status, REFUSED, (error, 0, ()))
-        line = {"kind": self._common.get(key) or self._new_common(key), **dict.fromkeys(_OWN_KEYS)}
+        group = self._groups.get(key) or self._new_group(key)
+        line = {"kind": group.members, **dict.fromkeys(_OWN_KEYS)}
         self._add(_dumps(line | {"id": request_id, "at": time.time()}) + b"\n", 1)
 
     def feedback(self, request_id: str, score: float, *, user: str | None) -> None:
@@ -243,11 +271,24 @@ class RequestRecords:
     def _schedule(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
-    def _new_common(self, key: _Key) -> orjson.Fragment:
-        if len(self._common) >= _MAX_COMMON:
-            self._common.clear()
-        common = self._common[key] = _common_members(key)
-        return common
+    def _new_group(self, key: _Key) -> RequestGroup:
+        if len(self._groups) >= _MAX_GROUPS:
+            self._groups.clear()
+        group = self._groups[key] = group_of(key)
+        return group
+
+    def _count(self, group: RequestGroup, requests: int) -> None:
+        """Adds the number of requests that have ended, and the counts of their group, to the metrics."""
+        metrics, expert = self._metrics, group.expert
+        if group.labels is not None:
+            metrics.requests.add_many(requests, *group.labels)
+        if group.first_bytes_s:
+            metrics.first_byte.add_many(group.first_bytes_s, expert, group.replica)
+            group.first_bytes_s.clear()
+        for kind, count in (("prompt", group.prompt), (_USAGE, group.generated), (_CHUNKS, group.chunks)):
+            if count:
+                metrics.tokens.add_many(count, expert, kind)
+        group.prompt = group.generated = group.chunks = 0
 
     def _count_token_time(self, usage: TokenUsage, streamed_s: float, expert: str) -> None:
         """Counts the mean time between two tokens of a stream that took `streamed_s` seconds from its first byte on."""
@@ -292,11 +333,10 @@ def _usage_of(summary: StreamSummary) -> tuple[TokenUsage | None, TokenSource]:
     return usage, _USAGE
 
 
-def _common_members(key: _Key) -> orjson.Fragment:
-    """Returns the members of a request's line that are the same for many requests, as JSON after the key `kind`: the
-    JSON library writes a fragment as it is. `key`: replica, path, class, model, whether it is a stream, expert, reason,
-    user, version of the classifier, status, outcome; and error code, number of attempts, and failed attempts, or None
-    for a request whose only attempt has not failed."""
+def group_of(key: _Key) -> RequestGroup:
+    """Returns a new group for the requests with this key: replica, path, class, model, whether it is a stream, expert,
+    reason, user, version of the classifier, status, outcome; and error code, number of attempts, and failed attempts,
+    or None for a request whose only attempt has not failed."""
     replica, path, request_class, model, stream, expert, reason, user, artefact, status, outcome, failures = key
     name = served = revision = job = node = None
     if replica is not None:
@@ -327,4 +367,6 @@ def _common_members(key: _Key) -> orjson.Fragment:
     }
     if artefact is None:
         members |= dict.fromkeys(_DECISION_KEYS)
-    return orjson.Fragment(_dumps(members)[len(_LINE_BEGIN) : -1])
+    text = orjson.Fragment(_dumps(members)[len(_LINE_BEGIN) : -1])  # the JSON library writes a fragment as it is
+    labels = (expert, reason, status) if outcome == ANSWERED else None
+    return RequestGroup(text, expert or "", name or "", labels, classified=artefact is not None)

@@ -281,14 +281,14 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             if self.early.started:
                 return False
         assert reservation is not None
-        head = self.accept(reservation, status, headers)
+        head = self.accept(reservation, status, headers, short=True)
         self.measure(reservation)
         reservation.release()
         accepted = body if 200 <= status < 300 else None
         if self.charge is not None:
             self._settle_short(accepted)
         dispatcher.in_flight.leave()
-        dispatcher.records.ended(self, reservation.expert, reservation.replica, status, ANSWERED, accepted)
+        dispatcher.records.ended(self, reservation.expert, reservation.replica, status, ANSWERED, accepted, short=True)
         self.request.respond(status, head, body)
         return True
 
@@ -351,9 +351,10 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.cold = True
             self.dispatcher.metrics.cold_starts.add(self.experts[0], outcome)
 
-    def accept(self, reservation: Reservation, status: int, headers: Headers) -> bytes:
+    def accept(self, reservation: Reservation, status: int, headers: Headers, *, short: bool = False) -> bytes:
         """Records that the client gets the reserved replica's response, and returns the header lines to send to the
-        client. `status`, `headers`: those of the replica's response."""
+        client. `status`, `headers`: those of the replica's response. `short`: whether the response is complete, so that
+        `RequestRecords.ended` counts the time to its first byte."""
         dispatcher, replica, expert = self.dispatcher, reservation.replica, reservation.expert
         if status not in REVIEWED_STATUSES and replica.recent_error:
             dispatcher.health.request_succeeded(replica)
@@ -367,8 +368,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         if dispatcher.in_flight.closing:
             self.request.keep_alive = False
         self.status = status
-        self.first_byte_s = time.perf_counter() - self.started
-        dispatcher.metrics.first_byte.add(self.first_byte_s, expert, replica.record.replica)
+        self.first_byte_s = first_byte_s = time.perf_counter() - self.started
+        if not short:
+            dispatcher.metrics.first_byte.add(first_byte_s, expert, replica.record.replica)
         self.phase = "streaming"
         return self.response_head(reservation, headers)
 

@@ -133,6 +133,22 @@ async def test_many_requests_are_counted_and_recorded(tmp_path: Path, monkeypatc
     assert {found[f"refused-{number}"]["error"] for number in range(7)} == {"unknown_model"}
 
 
+@pytest.mark.parametrize("kept", [10, 4096])
+async def test_the_time_to_the_first_byte_of_each_response_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """A stream, a response that the client gets although it is an error, and a short response."""
+    monkeypatch.setattr(request_records, "MAX_KEPT_BYTES", kept)
+    run = a_run(tmp_path)
+    async with served(run, stream([event("a"), DONE]), refuse(422), answer) as router:
+        for number, (is_stream, expected) in enumerate([(True, 200), (False, 422), (False, 200)], 1):
+            assert (await post(router, chat(stream=is_stream)))[0] == expected
+            [[labels, counts, seconds]] = router.gateway.metrics.dump()["first_byte"]
+            assert (list(labels), sum(counts)) == (["math", "math-0.g1"], number)
+        await flushed(router)
+    assert seconds == pytest.approx(sum(record["first_byte_s"] for record in records_of(run)))
+
+
 async def test_requests_that_ended_before_records_were_turned_off_are_recorded(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     async with served(run) as router:
