@@ -196,6 +196,8 @@ def test_a_node_cut_off_and_a_node_lost_are_replaced(deployed: OnSlurm, cluster:
     cut, lost = sorted({node for node in where.values() if node != "c1"})[:2]
     before = {slot: deployed.newest(slot) for slot, node in where.items() if node in (cut, lost)}
     assert len(before) >= 2
+    for node in (cut, lost):  # else Slurm may send successors there, and count their GPUs as used for ever too
+        cluster.run(["scontrol", "update", f"nodename={node}", "state=drain", "reason=test"])
     cluster.node(cut).cut_off()
     cluster.node(lost).kill()
     try:
@@ -204,6 +206,8 @@ def test_a_node_cut_off_and_a_node_lost_are_replaced(deployed: OnSlurm, cluster:
             assert deployed.start_to_ready_s(successor) < CAPACITY_BACK_S
         all_experts_answer(deployed)
     finally:
+        for node in (cut, lost):
+            cluster.run(["scontrol", "update", f"nodename={node}", "state=undrain"])
         cluster.node(cut).reconnect()
         cluster.node(lost).restart()
 
