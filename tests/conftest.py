@@ -16,9 +16,11 @@ settings.load_profile("any machine")
 
 
 def pytest_configure() -> None:
-    """A background shell leaves SIGINT ignored, and every process started by a test would inherit that."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A background shell leaves SIGINT ignored and nohup SIGHUP, and every process started by a test would inherit
+    that."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     os.environ.pop("PYTHONUNBUFFERED", None)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hpc_router.config import frozen
+from hpc_router.config.schema import Deployment
 from hpc_router.net.job_environment import END_SIGNALS, WARNING_SIGNALS
 from hpc_router.router.batches.stored_batches import StoredBatches
 from hpc_router.router.batches.stored_files import StoredFiles
@@ -79,6 +81,7 @@ async def test_it_runs_while_there_is_a_batch_and_this_router_leads(run: RunDir,
 
 async def test_only_its_router_handles_the_signals_of_their_job(run: RunDir, files: FileThread) -> None:
     """At some sites Slurm sends them to every process of the job."""
+    run.config.write_text(frozen.to_yaml(Deployment()))  # without it, the program ends at once
     stored_batch(run, line(0))
     numbers = (signal.SIGHUP, *WARNING_SIGNALS, *END_SIGNALS)
     async with Router(run, files) as router:
