@@ -418,8 +418,11 @@ def call(one: Deployed, method: str, path: str, body: dict[str, Any]) -> tuple[i
 
 def test_a_killed_engine_fails_its_streams_and_comes_back(pair: Deployed) -> None:
     """Its stream gets an error event, the other expert serves on, and the capacity returns without action."""
+    endless = {} if engine_of(pair) == "transformers" else {"ignore_eos": True}
     with pair.client() as client:
-        chunks = client.chat.completions.create(model="math", messages=MESSAGES, max_tokens=TOKENS, stream=True)
+        chunks = client.chat.completions.create(
+            model="math", messages=MESSAGES, max_tokens=TOKENS, stream=True, extra_body=endless
+        )
         next(chunks)
         kill(int(pair.progress("math-0.g1")["engine_pid"]))
         with pytest.raises(openai.APIError, match="failed before it had finished"):

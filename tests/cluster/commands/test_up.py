@@ -376,7 +376,9 @@ def test_a_router_and_an_expert_by_hand(place: Place) -> None:
 
 
 def _ready(place: Place) -> list[str]:
+    """The replicas that the router has found ready."""
     if not (place.folder / "run" / "registry").is_dir():
         return []
-    experts = json.loads(place.run("status", "--run", "run", "--json").stdout)["experts"]
-    return [r["replica"] for e in experts.values() for r in e["replicas"] if r["state"] == "ready"]
+    status = json.loads(place.run("status", "--run", "run", "--json").stdout)
+    found = [r["replica"] for e in status["experts"].values() for r in e["replicas"] if r["state"] == "ready"]
+    return found if status["router"]["answers"] else []
