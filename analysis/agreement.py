@@ -298,7 +298,7 @@ def _markdown(head: Mapping[str, Any], result: Result) -> Iterator[str]:
     yield "`one model` is what a router can do, which sees the prompt alone; the other lines read answers. Intervals:"
     yield "95 % bootstrap over prompts.\n"
     rows = [
-        (name, f"{one['calls']:.2f}", _interval(one["prompts"]), _interval(one["macro"]))
+        (name, f"{one['calls']:.2f}", markdown.interval(one["prompts"]), markdown.interval(one["macro"]))
         for name, one in result["strategies"].items()
     ]
     yield from markdown.table(("strategy", "calls per prompt", "right, over prompts", "mean over categories"), rows)
@@ -320,10 +320,6 @@ def _markdown(head: Mapping[str, Any], result: Result) -> Iterator[str]:
     yield f"{cascade['right_where_two_agree']:.3f} (the large one: {cascade['large_right_where_two_agree']:.3f}). With"
     yield f"the large model for the others, {cascade['right']:.4f} are right; that is {above[0]:.4f} ({above[1]:.3f} to"
     yield f"{above[2]:.3f}) more than with the same share at random."
-
-
-def _interval(value: Sequence[float]) -> str:
-    return f"{value[0]:.4f} ({value[1]:.3f} to {value[2]:.3f})"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,7 +71,10 @@ def _markdown(result: Mapping[str, Any]) -> Iterator[str]:
     )
     for split, scores in result["splits"].items():
         yield f"\n### Test: {SPLITS[split]}\n"
-        rows = [(name, _interval(one["macro"]), _interval(one["prompts"])) for name, one in scores["routers"].items()]
+        rows = [
+            (name, markdown.interval(one["macro"]), markdown.interval(one["prompts"]))
+            for name, one in scores["routers"].items()
+        ]
         rows += [(name, f"{one[split]:.4f}, as published", "") for name, one in result["published"].items()]
         yield from markdown.table(("router", "mean over data sets", "over prompts"), rows)
         best = max(scores["models"], key=scores["models"].get)
@@ -79,7 +82,7 @@ def _markdown(result: Mapping[str, Any]) -> Iterator[str]:
     if result["labels"] is not None:
         labels = result["labels"]
         yield f"\nThe data set of a test prompt, out of {labels['data_sets']}, is recognised without an encoder"
-        yield f"(`exemplars`, `lexical`) for {_interval(labels['prompts'])} of the prompts."
+        yield f"(`exemplars`, `lexical`) for {markdown.interval(labels['prompts'])} of the prompts."
     yield "\n### Robustness, time and size\n"
     yield "Robustness: share of the prompts that keep their model after a change.\n"
     changes = [*next(iter(result["families"].values()))["robustness"]]
@@ -164,7 +167,3 @@ def _cost(table: str, cost: Mapping[str, Any]) -> Drawing:
         "Single markers: one model for all prompts."
     )
     return Drawing(f"{table}-cost", title, description, figure)
-
-
-def _interval(value: Sequence[float]) -> str:
-    return f"{value[0]:.4f} ({value[1]:.3f} to {value[2]:.3f})"

@@ -99,7 +99,6 @@ class Classifier:
             features=artefact.features,
             wide_lanes=self._in_space,  # a length in the space can be close to zero
         )
-        self._sums = self._terms.sums
         self._offsets: list[float] | None = artefact.offsets.tolist() if artefact.offsets.any() else None
         self._soft: SoftScores | None = None
         if artefact.soft is not None and artefact.quality is not None:
@@ -164,15 +163,7 @@ class Classifier:
         return _new_tuple(Reading, (self._classify(text), text, "all"))
 
     def _classify(self, text: str) -> Classification:
-        # The lines of `_values`, because the call would take a hundredth of the time of a short prompt's decision.
-        sums, clusters = self._sums(text), self._clusters
-        values = sums[:clusters]
-        length = (math.hypot(*sums[clusters + 2 :]) if self._in_space else math.sqrt(sums[clusters])) or 1.0
-        if self._offsets is not None:
-            values = [value / length + offset for value, offset in zip(values, self._offsets, strict=True)]
-        for cluster in self._excluded:
-            values[cluster] = _EXCLUDED
-        known = int(sums[clusters + 1])
+        values, length, known = self._values(text)
         if self._soft is not None:
             cluster, expert, score, margin, runner_up = self._soft.choose(values, length)
             return _new_tuple(

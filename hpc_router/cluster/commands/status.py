@@ -34,9 +34,6 @@ _ROUTER_KEYS = (
     "engine_load",
 )
 
-_UNPROBED = "starting"
-"""The router's state of a replica that it has not probed yet, or that reports that it is not ready."""
-
 
 def status(run: RunDir) -> dict[str, Any]:
     """Returns `{run, down, full, slurm, router, policy, experts}` of a run; unknown values are None. `down`: whether
@@ -47,7 +44,7 @@ def status(run: RunDir) -> dict[str, Any]:
     down = seen.desired.down
     shown = replica_views(control, seen)
     access, answer, trouble = ask_router(run)
-    known = {r["replica"]: r for e in (answer.get("experts") or {}).values() for r in e.get("replicas", ())}
+    known = _known_replicas(answer)
     routers = [view for view in shown if view.kind is RecordKind.ROUTER]
     router: dict[str, Any] = {"url": None, "state": "down" if down else "missing", "replica": None}
     if routers:
@@ -159,10 +156,16 @@ def _merged(view: ReplicaView, known: Mapping[str, Any] | None, *, answered: boo
 
 
 def found_by_router(run: RunDir, replicas: Iterable[str]) -> bool:
-    """Returns whether the router of a run has found and probed these replicas; False if it does not answer."""
+    """Returns whether the router of a run has found these replicas, and none of them is `starting`, its state of
+    one that it has not probed yet; False if it does not answer."""
     _, answer, _ = ask_router(run)
-    known = {r["replica"]: r["state"] for e in (answer.get("experts") or {}).values() for r in e.get("replicas", ())}
-    return bool(answer) and all(known.get(name, _UNPROBED) != _UNPROBED for name in replicas)
+    known = _known_replicas(answer)
+    return bool(answer) and all(name in known and known[name]["state"] != DisplayedState.STARTING for name in replicas)
+
+
+def _known_replicas(answer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the router's data on each replica that it knows. `answer`: that of `ask_router`."""
+    return {r["replica"]: r for e in (answer.get("experts") or {}).values() for r in e.get("replicas", ())}
 
 
 def process_problems(router: Mapping[str, Any]) -> list[str]:
