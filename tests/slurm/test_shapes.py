@@ -64,10 +64,13 @@ def test_replicas_that_share_a_job_start_and_end_independently(cluster: SlurmClu
 
 HELD: Final = """\
 #!/bin/bash
-#SBATCH --nodes=2 --ntasks-per-node=1 --cpus-per-task=6 --gres=gpu:2 --time=10 --output={folder}/held-%j.log
-{python} -m hpc_router.cli up --run {run} {overrides} --wait all || exit 1
-touch {folder}/up
-while [[ ! -e {folder}/enough ]]; do sleep 0.2; done
+#SBATCH --nodes=2 --ntasks-per-node=1 --cpus-per-task=6 --gres=gpu:2 --mem-per-cpu=683 --time=10
+#SBATCH --output={folder}/held-%j.log
+for time in first second; do
+    {python} -m hpc_router.cli up --run {run} {overrides} --wait all || exit 1
+    touch {folder}/up-$time
+    while [[ ! -e {folder}/enough-$time ]]; do sleep 0.2; done
+done
 {python} -m hpc_router.cli down --run {run}
 touch {folder}/down
 """
@@ -77,21 +80,21 @@ def test_steps_inside_a_job_of_the_user(cluster: SlurmCluster) -> None:
     folder = cluster.shared / "held"
     folder.mkdir()
     run = folder / "run"
-    gpus = [f"experts.{name}.resources.gpus=1" for name in ("code", "math", "medicine", "law")]
-    overrides = [*FOUR, *gpus, "'router.resources={cpus: 1}'", "cluster=allocation"]
+    halves = [f"'experts.{name}.resources={{gpus: 1, memory_gb: 2}}'" for name in ("code", "math", "medicine", "law")]
+    overrides = [*FOUR, *halves, "'router.resources={cpus: 1}'", "cluster=allocation"]
     script = folder / "held.sbatch"
     script.write_text(HELD.format(folder=folder, run=run, python=sys.executable, overrides=" ".join(overrides)))
     job_id = cluster.run(["sbatch", "--parsable", f"--chdir={ROOT}", str(script)]).strip()
     one = OnSlurm(run, folder, overrides, cluster=cluster)
     one.record_queries()
 
-    def is_up() -> bool:
+    def is_there(name: str) -> bool:
         log = folder / f"held-{job_id}.log"
         assert cluster.run(["squeue", "--noheader", f"--jobs={job_id}"]).strip(), log.read_text()
-        return (folder / "up").exists()
+        return (folder / name).exists()
 
     try:
-        eventually_sync(is_up, within_s=60, every_s=0.5)
+        eventually_sync(lambda: is_there("up-first"), within_s=60, every_s=0.5)
         replicas = [f"{name}-0.g1" for name in ("router", "code", "math", "medicine", "law")]
         assert {one.job_id(replica) for replica in replicas} == {job_id}
         processes = {replica: one.job(replica).process() for replica in replicas}
@@ -105,8 +108,17 @@ def test_steps_inside_a_job_of_the_user(cluster: SlurmCluster) -> None:
         one.until_ready("math-0", after="math-0.g1")
         assert answers(one, "math") == "math-0.g2"
         assert one.status()["experts"]["math"]["replicas"][0]["job_id"] == job_id
+
+        router = processes["router-0.g1"]
+        assert router is not None
+        cluster.node(router.host).enter(["kill", f"-{signal.SIGKILL.value}", str(router.pid)])
+        eventually_sync(lambda: one.job("router-0.g1").ended(), every_s=0.1)
+        (folder / "enough-first").touch()
+        eventually_sync(lambda: is_there("up-second"), within_s=60, every_s=0.5)
+        assert answers(one, "math") == "math-0.g2", "the other steps hold all memory of the job"
     finally:
-        (folder / "enough").touch()
+        for time in ("first", "second"):
+            (folder / f"enough-{time}").touch()
         eventually_sync(
             lambda: not cluster.run(["squeue", "--noheader", f"--jobs={job_id}"]).strip(), within_s=60, every_s=0.5
         )
@@ -125,7 +137,7 @@ plan() {{
 }}
 hpc_router="{python} -m hpc_router.cli plan topology=sim cluster=allocation {one}"
 plan srun srun $hpc_router
-plan overlap srun --overlap $hpc_router
+plan overlap srun --overlap --mem=0 $hpc_router
 plan script $hpc_router
 plan nodes $hpc_router experts.math.resources.nodes=2 cluster.trusted_network=true
 plan gpus $hpc_router experts.math.replicas=2 experts.math.resources.gpus=1
@@ -148,7 +160,7 @@ def test_steps_that_can_never_start_are_refused(cluster: SlurmCluster) -> None:
     status = dict(re.findall(r"== (\w+)\n(?:.*\n)*?== status (\d+)", said))
     assert status == {"srun": "2", "overlap": "0", "script": "0", "nodes": "2", "gpus": "2"}, said
     assert f"beside step {job_id}.0, in which this command runs" in parts["srun"]
-    assert "`srun --overlap`" in parts["srun"]
+    assert "`srun --overlap --mem=0`" in parts["srun"]
     assert f"experts.math.resources.nodes=2: job {job_id} has 1" in parts["nodes"]
     assert f"resources.gpus: job {job_id} has 1, all replicas need 2 (math 2)" in parts["gpus"]
 

@@ -113,6 +113,6 @@ def step_fault(jobs: Sequence[BatchJob]) -> str | None:
                 return (
                     f"cluster.kind=allocation: no step for {request.replica} can start beside step {own}, in which "
                     "this command runs and which holds the job's resources: run it without srun (in the sbatch "
-                    "script, or in the shell of salloc), or with `srun --overlap`"
+                    "script, or in the shell of salloc), or with `srun --overlap --mem=0`"
                 )
     return None
