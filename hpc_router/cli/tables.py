@@ -244,6 +244,8 @@ def route_text(value: Mapping[str, Any]) -> RenderableType:
         return decision
     part = value.get("decided_by") or "all"
     decided_by = [] if part == "all" else [Text(f"decided by: {part}")]
+    if value.get("topic"):
+        decided_by.append(Text(f"nearer than any expert: {value['topic']}"))
     weights = new_table("term", "weight")
     for term in terms:
         weights.add_row(str(term["term"]), str(term["weight"]))

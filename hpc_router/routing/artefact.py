@@ -7,7 +7,9 @@ Every training method writes this format, and `classifier` reads it. The value o
 `weights` combines all linear steps of the training in one table. With norm `terms` the length is that of the prompt's
 TF-IDF row, sqrt(sum of idf^2); with norm `space` it is that of the prompt's vector, |sum of space[term]|. Offsets are
 0, or -|centroid|^2 / 2 if the nearest centroid is chosen. With `soft` clusters the values do not choose a cluster but
-weight the measured quality of the experts (`classifier`).
+weight the measured quality of the experts (`classifier`). Further columns of `weights` belong to `topics`, which are
+the domain of no expert: no prompt is sent to them, but the score and the margin of a prompt are relative to the nearest
+one.
 
 The files contain no pickles and no timestamps, so the same training gives the same bytes. They are read and checked
 completely instead of memory-mapped, because a stalled or replaced file on a shared file system would crash the router.
@@ -37,6 +39,8 @@ from hpc_router.routing.quality import Quality, stored_quality
 SCHEMA = 2
 SOFT_SCHEMA = 3
 """Schema of artefacts with soft clusters, which versions that know schema 2 alone would decide wrongly."""
+TOPIC_SCHEMA = 4
+"""Schema of artefacts with topics."""
 MANIFEST = "artefact.json"
 TABLES = "tables.safetensors"
 NORM_TERMS = "terms"
@@ -84,7 +88,8 @@ _WHOLE_NUMBERS: Final = ("nearest", "question_terms", "message_terms")
 class Artefact:
     """The tables of a trained classifier. Raises ValueError if the values do not fit together.
 
-    `weights[i, j]` belongs to the term `terms[i]` and to the cluster `clusters[j]`, whose expert is `experts[j]`.
+    `weights[i, j]` belongs to the term `terms[i]` and to the cluster `clusters[j]`, whose expert is `experts[j]`; the
+    columns after those of the clusters belong to `topics`.
     `idf[i]` and `discriminative[i]` belong to a term, `offsets[j]` to a cluster. `space` has a row per term and a
     column per dimension of the feature space. `discriminative[i]` is 1 if the term distinguishes clusters; a
     prompt without such a term counts as unknown. `training`: data fingerprint, settings, scores and package versions,
@@ -110,6 +115,8 @@ class Artefact:
     """The probability that a decision is right; None if it is unknown."""
     parts: PartDecision | None = None
     """When a part of a prompt decides; None if the whole text always does."""
+    topics: tuple[str, ...] = ()
+    """Names of topics that are the domain of no expert (see the module)."""
 
     def __post_init__(self) -> None:
         if not self.offsets.size:
@@ -138,13 +145,14 @@ class Artefact:
     def _content(self) -> dict[str, object]:
         optional = {key: asdict(value) for key in _SECTIONS if (value := getattr(self, key)) is not None}
         return {
-            "schema": SCHEMA if self.soft is None else SOFT_SCHEMA,
+            "schema": TOPIC_SCHEMA if self.topics else SCHEMA if self.soft is None else SOFT_SCHEMA,
             "method": self.method,
             "features": _features_content(self.features),
             "norm": self.norm,
             "clusters": list(self.clusters),
             "experts": list(self.experts),
             "margin_threshold": self.margin_threshold,
+            **({"topics": list(self.topics)} if self.topics else {}),
             **optional,
             "tables_sha256": hashlib.sha256(self.tables).hexdigest(),
             "training": dict(self.training),
@@ -209,10 +217,10 @@ def _read_manifest(path: Path) -> dict[str, object]:
     if not isinstance(manifest, dict):
         raise ArtefactError(f"{path} is damaged: not a JSON object; train the artefact again")
     schema = manifest.get("schema")
-    if schema not in (SCHEMA, SOFT_SCHEMA):
-        newer = isinstance(schema, int) and schema > SOFT_SCHEMA
+    if schema not in (SCHEMA, SOFT_SCHEMA, TOPIC_SCHEMA):
+        newer = isinstance(schema, int) and schema > TOPIC_SCHEMA
         advice = "update hpc_router" if newer else "train the artefact again"
-        raise ArtefactError(f"{path} has schema {schema!r}; this version reads {SCHEMA} and {SOFT_SCHEMA}: {advice}")
+        raise ArtefactError(f"{path} has schema {schema!r}; this version reads {SCHEMA} to {TOPIC_SCHEMA}: {advice}")
     content = {key: value for key, value in manifest.items() if key != "version"}
     if manifest.get("version") != _version(content):
         raise ArtefactError(f"{path} is damaged or was edited by hand: its version does not match its content")
@@ -240,6 +248,7 @@ def _parse(manifest: Mapping[str, object], tensors: Mapping[str, NDArray[np.gene
         soft=_section(manifest, "soft", SoftDecision),
         calibration=_section(manifest, "calibration", Calibration),
         parts=_section(manifest, "parts", PartDecision),
+        topics=tuple(str(name) for name in _value({"topics": [], **manifest}, "topics", list, "list")),
         **arrays,
     )
 
@@ -255,7 +264,7 @@ def _validate(artefact: Artefact) -> None:
     if artefact.norm not in (NORM_TERMS, NORM_SPACE):
         raise ValueError(f"norm is '{artefact.norm}'; valid: '{NORM_TERMS}', '{NORM_SPACE}'")
     dimensions = artefact.space.shape[1] if artefact.norm == NORM_SPACE else 0
-    shapes = ((rows, columns), (rows,), (rows,), (columns,), (rows, dimensions))
+    shapes = ((rows, columns + len(artefact.topics)), (rows,), (rows,), (columns,), (rows, dimensions))
     for (name, attribute, _), shape in zip(_TENSORS, shapes, strict=True):
         table = getattr(artefact, attribute)
         if table.shape != shape:
@@ -268,6 +277,8 @@ def _validate(artefact: Artefact) -> None:
         raise ValueError("calibration has a value that is not finite")
     if artefact.parts is not None and not 0 < artefact.parts.clear_margin < np.inf:
         raise ValueError("parts.clear_margin must be a positive number")
+    if artefact.topics and (artefact.offsets.any() or artefact.soft is not None):
+        raise ValueError("topics need clusters without offsets that are not soft")
     if artefact.soft is not None:
         _validate_soft(artefact, artefact.soft)
 

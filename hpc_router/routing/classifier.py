@@ -5,6 +5,10 @@ the sentence encoder is predicted to give, minus the mean for that kind of text.
 difference between the score of its best cluster and that of the best cluster of another expert. An expert that is not
 in the deployment counts as no expert.
 
+With topics (`artefact`), which are the domain of no expert, score and margin are relative to the nearest topic: it is
+subtracted from the score, and it counts like the best cluster of another expert for the margin. So both are negative if
+the prompt is nearer to a topic than to any cluster.
+
 With soft clusters (`artefact.SoftDecision`), the score of an expert is its expected quality, the mean of its measured
 rates in the prompt's nearest clusters, and the margin is the difference to the next expert of the deployment.
 
@@ -35,10 +39,11 @@ _new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own con
 
 
 class Classification(NamedTuple):
-    """The best cluster of a prompt, and its margin to the best cluster of another expert.
+    """The best cluster of a prompt, and its margin to the best cluster of another expert or the nearest topic.
 
     `known_terms`: number of the prompt's discriminative terms; if it is 0, the other fields say nothing about the
-    prompt. `margin` and `runner_up`, the other expert, are None if all clusters belong to one expert.
+    prompt. `margin` and `runner_up`, the other expert, are None if all clusters belong to one expert; with topics there
+    is always a margin.
     """
 
     cluster: str
@@ -88,10 +93,12 @@ class Classifier:
         self.experts = tuple(name if experts is None or name in experts else None for name in table)
         self._excluded: tuple[int, ...] = ()  # clusters that are never chosen
         self._clusters = len(artefact.clusters)
+        self._columns = self._clusters + len(artefact.topics)
         self._in_space = artefact.norm == NORM_SPACE
         self._parts = artefact.parts
         by_frequency = np.argsort(artefact.idf, kind="stable")
-        # Columns: the clusters, the squared length, the number of discriminative terms, the dimensions of the space.
+        # Columns: the clusters, the topics, the squared length, the number of discriminative terms, the dimensions of
+        # the space.
         columns = [artefact.weights, np.square(artefact.idf)[:, None], artefact.discriminative[:, None], artefact.space]
         self._terms = TermSums(
             [artefact.terms[row] for row in by_frequency],
@@ -163,7 +170,7 @@ class Classifier:
         return _new_tuple(Reading, (self._classify(text), text, "all"))
 
     def _classify(self, text: str) -> Classification:
-        values, length, known = self._values(text)
+        values, length, known, topic = self._values(text)
         if self._soft is not None:
             cluster, expert, score, margin, runner_up = self._soft.choose(values, length)
             return _new_tuple(
@@ -174,36 +181,38 @@ class Classifier:
         for cluster in self._same_expert[best]:
             values[cluster] = _EXCLUDED
         second = max(values)
-        if self._offsets is None:
+        alone = second == _EXCLUDED
+        if topic is not None:
+            score, margin = (top - topic) / length, (top - (topic if topic > second else second)) / length
+        elif self._offsets is None:
             score, margin = top / length, (top - second) / length
         else:  # the values are already divided by the length, and centroids do not have length one
             offset = self._offsets[best]
             score = (top - offset) / (math.sqrt(-2 * offset) or 1.0)
             margin = top - second
-        alone = second == _EXCLUDED
         return _new_tuple(
             Classification,
             (
                 self.artefact.clusters[best],
                 self.experts[best],
                 score if -1.0 <= score <= 1.0 else math.copysign(1.0, score),
-                None if alone else margin,
+                None if alone and topic is None else margin,
                 None if alone else self.experts[values.index(second)],
                 known,
             ),
         )
 
     def scores(self, text: str) -> list[float]:
-        """Returns the score of every cluster, including its offset."""
-        values, length, _ = self._values(text)
-        return values if self._offsets is not None else [value / length for value in values]
+        """Returns the score of every cluster, including its offset; relative to the nearest topic if there are any."""
+        values, length, _, topic = self._values(text)
+        return values if self._offsets is not None else [(value - (topic or 0.0)) / length for value in values]
 
     def expected_quality(self, text: str) -> dict[str, float]:
         """Returns the expected quality of each expert for the text; empty if the artefact has no measured quality."""
         quality = self.artefact.quality
         if quality is None:
             return {}
-        values, length, _ = self._values(text)
+        values, length, _, _ = self._values(text)
         if self._soft is not None:
             return self._soft.expected(values, length)
         rates = quality.rate[values.index(max(values))].tolist()
@@ -216,7 +225,7 @@ class Classifier:
         With soft clusters, the weight of a term is its effect on the margin in linear approximation.
         """
         text = self.read(prompt).text
-        values, length, _ = self._values(text)
+        values, length, _, topic = self._values(text)
         if self._soft is not None:
             gradient = self._soft.gradient(values, length)
             effects = (
@@ -228,29 +237,43 @@ class Classifier:
         for cluster in self._same_expert[best]:
             values[cluster] = _EXCLUDED
         second = max(values)
-        runner_up = values.index(second)
+        other = None if second == _EXCLUDED else values.index(second)
+        if topic is not None and topic > second:
+            other = self._clusters + self._topic_values(text).index(topic)
         terms = []
         for term, columns in self._terms.by_term(text).items():
-            weight = (columns[best] - (0.0 if second == _EXCLUDED else columns[runner_up])) / length
+            weight = (columns[best] - (0.0 if other is None else columns[other])) / length
             if weight:
                 terms.append(Term(term, weight))
         return tuple(sorted(terms, key=lambda term: -abs(term.weight))[:limit])
 
-    def _values(self, text: str) -> tuple[list[float], float, int]:
-        """Returns the clusters' values for the text, its length (see `artefact`), and its number of discriminative
-        terms.
+    def nearest_topic(self, prompt: Prompt) -> str | None:
+        """Returns the topic that is nearer to the prompt than any cluster is, if there is one."""
+        text = self.read(prompt).text
+        values, _, _, topic = self._values(text)
+        if topic is None or topic <= max(values):
+            return None
+        return self.artefact.topics[self._topic_values(text).index(topic)]
+
+    def _topic_values(self, text: str) -> list[float]:
+        return self._terms.sums(text)[self._clusters : self._columns]
+
+    def _values(self, text: str) -> tuple[list[float], float, int, float | None]:
+        """Returns the clusters' values for the text, its length (see `artefact`), its number of discriminative terms,
+        and the value of the nearest topic; None without topics.
 
         The values are divided by the length only if the artefact has offsets.
         """
         sums = self._terms.sums(text)
-        clusters = self._clusters
+        clusters, columns = self._clusters, self._columns
         values = sums[:clusters]
-        length = (math.hypot(*sums[clusters + 2 :]) if self._in_space else math.sqrt(sums[clusters])) or 1.0
+        length = (math.hypot(*sums[columns + 2 :]) if self._in_space else math.sqrt(sums[columns])) or 1.0
         if self._offsets is not None:
             values = [value / length + offset for value, offset in zip(values, self._offsets, strict=True)]
         for cluster in self._excluded:
             values[cluster] = _EXCLUDED
-        return values, length, int(sums[clusters + 1])
+        topic = max(sums[clusters:columns]) if columns > clusters else None
+        return values, length, int(sums[columns + 1]), topic
 
 
 def _is_clear(found: Classification, parts: PartDecision, *, terms: int) -> bool:

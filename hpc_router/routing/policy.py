@@ -46,7 +46,7 @@ _CLASSIFIED: Final = RouteReason.CLASSIFIED  # a global name is faster than a lo
 
 class Decision(NamedTuple):
     """The decision for one prompt. `expert` is None if no expert can take the prompt. `margin`: by how much the
-    prompt's score exceeds that of the expert `runner_up`."""
+    prompt's score exceeds that of the expert `runner_up`, or of the nearest topic of no expert if that is higher."""
 
     expert: str | None
     reason: RouteReason
@@ -72,15 +72,17 @@ class Decision(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """A decision, and the terms that contributed most to it. `decided_by`: the part of the prompt that decided (see
-    `classifier.Reading.part`); None if the prompt had no influence."""
+    `classifier.Reading.part`); None if the prompt had no influence. `topic`: the topic of no expert that is nearer to
+    the prompt than the cluster, if there is one."""
 
     decision: Decision
     terms: tuple[Term, ...] = ()
     decided_by: str | None = None
+    topic: str | None = None
 
     def to_dict(self, *, id: str | int | None) -> dict[str, object]:
         terms = [{"term": term.term, "weight": _rounded(term.weight)} for term in self.terms]
-        return {**self.decision.to_dict(id=id), "terms": terms, "decided_by": self.decided_by}
+        return {**self.decision.to_dict(id=id), "terms": terms, "decided_by": self.decided_by, "topic": self.topic}
 
 
 class Policy(Protocol):
@@ -167,7 +169,9 @@ class ClassifierPolicy:
         decision = self.select(prompt, ready=ready)
         if decision.reason is RouteReason.NO_KNOWN_TERMS:
             return Explanation(decision)
-        return Explanation(decision, self._classifier.explain(prompt), self._classifier.read(prompt).part)
+        classifier = self._classifier
+        part, topic = classifier.read(prompt).part, classifier.nearest_topic(prompt)
+        return Explanation(decision, classifier.explain(prompt), part, topic)
 
     def order(self, decision: Decision) -> tuple[str, ...]:
         key = decision.expert, decision.cluster, decision.runner_up

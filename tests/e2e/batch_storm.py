@@ -121,11 +121,11 @@ class RouterProcesses:
             self.peaks[name] = max(self.peaks.get(name, 0.0), memory_mb)
 
 
-def write_lines(path: Path, count: int) -> None:
+def write_lines(path: Path, count: int, *, model: str = "auto", max_tokens: int = 2) -> None:
     with path.open("w") as file:
         for number in range(count):
             text = QUESTIONS[number % len(QUESTIONS)].format(number)
-            body = {"model": "auto", "max_tokens": 2, "messages": [{"role": "user", "content": text}]}
+            body = {"model": model, "max_tokens": max_tokens, "messages": [{"role": "user", "content": text}]}
             line = {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
             file.write(json.dumps(line) + "\n")
 

@@ -115,7 +115,19 @@ def test_the_verbs_show_what_runs(sim: Deployed) -> None:
     assert sim.verb("token").stdout.strip() == sim.token
     assert "math" in sim.verb("route", PROMPTS["math"]).stdout
     explained = json.loads(sim.verb("route", PROMPTS["law"], "--json").stdout)
-    shown = {"id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms", "decided_by", "replicas"}
+    shown = {
+        "id",
+        "cluster",
+        "expert",
+        "score",
+        "margin",
+        "runner_up",
+        "reason",
+        "terms",
+        "decided_by",
+        "topic",
+        "replicas",
+    }
     assert set(explained) == shown
     assert explained["expert"] == "law"
     assert sim.verb("chat", "--model", "math", "hello").stdout.strip()

@@ -41,6 +41,19 @@ def artefact(features: Features | None = None) -> Artefact:
     return train(EXEMPLARS, features=features)
 
 
+def topic_artefact(**changes: object) -> Artefact:
+    """The artefact of three labels, of which the last, `medicine`, is a topic of no expert."""
+    trained = artefact()
+    values: dict[str, object] = {
+        "clusters": trained.clusters[:2],
+        "experts": trained.experts[:2],
+        "topics": trained.clusters[2:],
+        "offsets": trained.offsets[:2],
+        **changes,
+    }
+    return dataclasses.replace(trained, **values)  # type: ignore[arg-type]
+
+
 def soft_artefact(*, names: tuple[str, str] = ("big", "small"), **changes: object) -> Artefact:
     """The artefact of three labels, with the measured quality of two experts."""
     trained = artefact()

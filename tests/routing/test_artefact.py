@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 from hpc_router.errors import ArtefactError
 from hpc_router.routing.artefact import MANIFEST, TABLES, Artefact, read
 from hpc_router.routing.features import Features
-from tests.routing.samples import artefact, edit
+from tests.routing.samples import artefact, edit, topic_artefact
 
 
 def names(folder: Path) -> list[str]:
@@ -28,6 +28,16 @@ def test_an_artefact_survives_writing_and_reading(tmp_path: Path) -> None:
         assert np.array_equal(getattr(stored, entry.name), getattr(trained, entry.name)), entry.name
     assert stored.version == trained.version == json.loads((tmp_path / "a" / MANIFEST).read_text())["version"]
     assert len(stored.version) == 12
+
+
+def test_topics_are_stored_and_have_a_schema_of_their_own(tmp_path: Path) -> None:
+    topic_artefact().write(tmp_path / "a")
+    assert read(tmp_path / "a").topics == ("medicine",)
+    assert json.loads((tmp_path / "a" / MANIFEST).read_text())["schema"] == 4
+    with pytest.raises(ValueError, match="shape"):
+        topic_artefact(topics=())
+    with pytest.raises(ValueError, match="topics need clusters without offsets"):
+        topic_artefact(offsets=np.ones(2, np.float32))
 
 
 def test_the_same_training_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -101,7 +111,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tables empty": (lambda f: (f / TABLES).write_bytes(b""), "damaged"),
     "tables truncated": (lambda f: truncate(f / TABLES), "damaged"),
     "one bit flipped": (lambda f: flip(f / TABLES), "damaged"),
-    "newer schema": (lambda f: edit(f, schema=4), "schema 4.*update hpc_router"),
+    "newer schema": (lambda f: edit(f, schema=5), "schema 5.*update hpc_router"),
     "no schema": (lambda f: edit(f, schema=None), "schema None.*train"),
     "unknown norm": (lambda f: edit(f, norm="student"), "norm is 'student'"),
     "unknown features": (lambda f: edit(f, features={"kind": "lexical"}), "features must have exactly"),

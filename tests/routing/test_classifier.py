@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hpc_router.routing.artefact import read
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.features import Features
-from tests.routing.samples import EXEMPLARS, artefact
+from tests.routing.samples import EXEMPLARS, artefact, topic_artefact
 
 VARIANTS = [Features(), Features(ngrams=2, prefix=0), Features(ngrams=2, prefix=3, fold_numbers=False)]
 CLASSIFIERS = {features: Classifier(artefact(features)) for features in VARIANTS}
@@ -120,6 +120,29 @@ def test_the_margin_is_the_distance_to_another_expert() -> None:
     assert alone.margin is not None
     assert result.margin is not None
     assert result.margin > alone.margin
+
+
+def test_score_and_margin_are_relative_to_the_nearest_topic() -> None:
+    plain, with_topic = Classifier(artefact()), Classifier(topic_artefact())
+    for text in ("Solve the equation 2x = 4", "symptoms of asthma in a patient", "Sort the patient list in Python"):
+        before, after = plain.scores(text), with_topic.classify(text)
+        best, second = sorted(before[:2], reverse=True)
+        assert after.score == pytest.approx(best - before[2])
+        assert after.margin == pytest.approx(best - max(second, before[2]))
+        assert after.expert == plain.limited_to({"code", "math"}).classify(text).expert, "never a topic"
+        terms = with_topic.explain(text, limit=1000)
+        assert sum(term.weight for term in terms) == pytest.approx(after.margin, abs=1e-5)
+        assert with_topic.nearest_topic(text) == ("medicine" if before[2] > best else None)
+    assert with_topic.nearest_topic("symptoms of asthma in a patient") == "medicine"
+
+
+def test_one_expert_has_a_margin_to_the_nearest_topic() -> None:
+    classifier = Classifier(topic_artefact()).limited_to({"math"})
+    for text, positive in (("Solve the equation 2x = 4", True), ("symptoms of asthma in a patient", False)):
+        result = classifier.classify(text)
+        assert (result.expert, result.runner_up) == ("math", None)
+        assert result.margin is not None
+        assert (result.margin > 0) == positive
 
 
 def test_one_expert_for_all_has_no_margin() -> None:

@@ -136,7 +136,8 @@ def test_explaining_changes_no_state(kind: str) -> None:
 def test_the_explanation_has_the_keys_of_the_contract() -> None:
     """`POST /route` returns id, cluster, expert, score, margin, runner_up and reason, plus the terms."""
     shown = by_classifier().explain(MATHS, ready=READY).to_dict(id="req-1")
-    assert list(shown) == ["id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms", "decided_by"]
+    keys = ["id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms", "decided_by", "topic"]
+    assert list(shown) == keys
     assert (shown["id"], shown["reason"], type(shown["reason"])) == ("req-1", "classified", str)
     terms = shown["terms"]
     assert isinstance(terms, list)

@@ -1,16 +1,20 @@
 """Preemption, cancel, dead agents and nodes, a controller and a file system that stall, under load: only streams that
 were in flight on a replica that died break."""
 
+import asyncio
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.e2e.batch_storm import reached, submit, write_lines
 from tests.slurm.cluster import SlurmCluster, lacking
 from tests.slurm.configuration import Proctrack
-from tests.slurm.continuity import under_load
+from tests.slurm.continuity import Service, under_load
 from tests.slurm.deployment import OnSlurm, on_slurm
 from tests.slurm.disk import mounted_disk
-from tests.slurm.incidents import Incident, incidents, submitted_once
+from tests.slurm.incidents import Incident, incidents, preempted, submitted_once
 from tests.support.needs import need
 from tests.support.waiting import eventually
 
@@ -32,6 +36,8 @@ OVERRIDES = (
 )
 
 
+LINES = 1500
+"""Of a batch, which two replicas serve in about 20 s."""
 INCIDENTS = incidents(away_s=20, stalled_s=20)
 BY_SIGNAL = [incident for incident in INCIDENTS if incident.name in ("preemption", "cancel")]
 
@@ -61,6 +67,23 @@ def on(*proctracks: Proctrack) -> pytest.MarkDecorator:
 @pytest.mark.parametrize("incident", BY_SIGNAL, ids=lambda incident: incident.name)
 async def test_only_streams_on_signalled_replicas_break(deployed: OnSlurm, incident: Incident) -> None:
     await only_streams_on_dead_replicas_break(deployed, incident)
+
+
+@on("cgroup", "linuxproc")
+async def test_a_batch_outlives_a_preemption(deployed: OnSlurm, tmp_path: Path) -> None:
+    """Each line has one result, in the order of the input, although Slurm takes the node of a replica."""
+    write_lines(tmp_path / "lines.jsonl", LINES, model="law", max_tokens=20)
+    with deployed.client() as client:
+        batch = submit(client, tmp_path / "lines.jsonl")
+        await eventually(lambda: reached(deployed, batch, LINES / 10))
+        before = reached(deployed, batch, 0)
+        outcome = await preempted(Service(deployed, ()))
+        print(before, reached(deployed, batch, 0), outcome)
+        await eventually(lambda: reached(deployed, batch, LINES), within_s=120)
+        shown = await asyncio.to_thread(client.batches.retrieve, batch)
+        assert (shown.status, shown.request_counts and shown.request_counts.failed) == ("completed", 0)
+        results = client.files.content(str(shown.output_file_id)).text.splitlines()
+    assert [json.loads(line)["custom_id"] for line in results] == [f"line-{number}" for number in range(LINES)]
 
 
 @on("cgroup")

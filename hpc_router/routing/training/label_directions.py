@@ -29,12 +29,12 @@ def label_directions(vectors: Floats, labels: Ids, *, descriptions: Floats | Non
     mean = vectors.mean(axis=0, dtype=np.float64)
     sums = np.zeros((count, vectors.shape[1]))
     np.add.at(sums, labels, vectors - mean)
-    means = _unit(sums)
+    means = unit(sums)
     if descriptions is None:
-        return _unit(means + discriminant_directions(vectors, labels, clusters=count)).astype(np.float32)
+        return unit(means + discriminant_directions(vectors, labels, clusters=count)).astype(np.float32)
     described = descriptions.any(axis=1, keepdims=True)
-    offsets = np.where(described, _unit(descriptions - mean), 0.0)
-    return _unit(means + DESCRIPTION_WEIGHT * offsets).astype(np.float32)
+    offsets = np.where(described, unit(descriptions - mean), 0.0)
+    return unit(means + DESCRIPTION_WEIGHT * offsets).astype(np.float32)
 
 
 def discriminant_directions(vectors: Floats, assignment: Ids, *, clusters: int) -> Floats:
@@ -52,6 +52,7 @@ def discriminant_directions(vectors: Floats, assignment: Ids, *, clusters: int) 
     return directions.astype(np.float32)
 
 
-def _unit(rows: Doubles) -> Doubles:
+def unit(rows: Doubles) -> Doubles:
+    """Returns the rows scaled to length one; rows of zeros stay as they are."""
     scaled: Doubles = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     return scaled

@@ -19,6 +19,7 @@ from hpc_router.routing.features import Doubles, Features, Floats, Ids, Mask, Vo
 from hpc_router.routing.training.encoder import ProgressCallback, Teacher
 from hpc_router.routing.training.feature_spaces import frequent_vocabulary, smooth_idf, tfidf_rows
 from hpc_router.routing.training.ridge import ridge_regression
+from hpc_router.routing.training.topics import read_topics, texts_of
 
 RIDGE: Final = 1.0
 WORD_WEIGHT: Final = 1.0
@@ -57,6 +58,8 @@ class Student:
     descriptions: Floats | None = None
     """The encoder's vector of each label's description, labels x dimensions, zeros for a label without one; None if no
     label has one."""
+    topics: Floats | None = None
+    """The encoder's vectors of `topics.texts_of(read_topics())`, texts x dimensions; None without descriptions."""
     spherical: bool = True
     dimensions: Floats | None = None
 
@@ -112,6 +115,8 @@ def distilled(
     source = np.full(rows.shape[0], -1)
     source[: len(texts)] = np.arange(len(texts))
     source[len(given) : len(given) + len(numbered)] = [number for number, _ in numbered]
+    described = _encoded_descriptions(descriptions, encoder, progress)
+    topics = texts_of(read_topics()) if described is not None else []
     return Student(
         vocabulary=vocabulary,
         idf=idf,
@@ -121,7 +126,8 @@ def distilled(
         weight=weight,
         source=source,
         encoder=encoder.fingerprint(),
-        descriptions=_encoded_descriptions(descriptions, encoder, progress),
+        descriptions=described,
+        topics=encoder.encode(topics, stage="topics", progress=progress) if topics else None,
     )
 
 

@@ -3,8 +3,8 @@
 Method *discovered*: balanced k-means over all prompts; a cluster gets the expert that its rows name most often.
 
 Method *exemplars*: one cluster per label. With `distilled` features the cluster lies at the mean of its prompts plus
-its description (`label_directions`), with `cbtm` features at the mean of its prompts; with `lexical` features a ridge
-regression predicts the label.
+its description (`label_directions`), and with descriptions there are topics of no label (`topics`). With `cbtm`
+features it lies at the mean of its prompts; with `lexical` features a ridge regression predicts the label.
 
 Method *measured*: discovered clusters; each gets the expert with the highest correctness minus `weight` times the
 expert's cost.
@@ -44,6 +44,7 @@ from hpc_router.routing.training.quality import estimate_quality
 from hpc_router.routing.training.ridge import label_space
 from hpc_router.routing.training.soft_clusters import NEAREST, soft_clusters
 from hpc_router.routing.training.student import Student, distilled
+from hpc_router.routing.training.topics import TopicGroups, read_topics, topic_groups
 from hpc_router.routing.training.validation import measured_cluster_count
 
 TrainMethod = Literal["discovered", "exemplars", "measured"]
@@ -56,6 +57,9 @@ DISCOVERED_CLUSTERS: Final = 16
 FOLDS: Final = 5
 ONE_FOLD_FROM: Final = 2000
 """Number of prompts from which one held-out fold is large enough to set the threshold."""
+OUTSIDE_WEIGHT: Final = 0.3
+"""Weight of the prompts of no label in the calibration, where the prompts of each source together have the weight 1. It
+was chosen on prompts of no domain and of other sources."""
 _PATHS: Final = ("data", "corpus", "descriptions", "validation", "output", "encoder")
 _PACKAGES: Final = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "tokenizers")
 
@@ -175,7 +179,7 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
     texts = [row.text for row in rows]
     trained = _clustered(config, given, progress)
     names, space, assignment = trained.names, trained.space, trained.assignment
-    artefact = _artefact(config, space, names, trained.experts, trained.directions)
+    artefact = _artefact(config, space, names, trained.experts, trained.directions, topics=trained.topics)
     tested, predicted, margins, values = _cross_validated(config, trained, texts, progress)
     correct = predicted == assignment[tested]
     # Between experts of nearly the same expected quality, a small margin is no reason to use another one.
@@ -184,7 +188,8 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
     if trained.soft is None:
         parts = part_decision(margin_threshold(margins[correct]))
         held_out = Decisions(margins=margins, scores=values, right=correct)
-        threshold, calibration = _confidence(artefact, held_out, given.validation)
+        outside = () if trained.topics is None else trained.topics.questions
+        threshold, calibration = _confidence(artefact, held_out, given.validation, outside)
     shares = np.bincount(predicted, minlength=len(names)) / len(tested)
     scores: dict[str, object] = {
         "held_out_agreement": float(np.mean(correct)),
@@ -223,26 +228,35 @@ def train_on(given: TrainingSet, *, config: TrainConfig, progress: ProgressCallb
     )
 
 
-def _confidence(artefact: Artefact, held_out: Decisions, validation: Sequence[Row]) -> tuple[float, Calibration | None]:
-    """Returns margin threshold and calibration. They come from two groups of decisions with the same total weight:
-    `held_out`, on the training's sources, and those on the prompts in `validation`, which have other sources."""
-    threshold = margin_threshold(held_out.margins[held_out.right])
-    if not validation:
-        return threshold, calibrate(held_out.margins, held_out.scores, held_out.right)
+def _confidence(
+    artefact: Artefact, held_out: Decisions, validation: Sequence[Row], outside: Sequence[str]
+) -> tuple[float, Calibration | None]:
+    """Returns margin threshold and calibration. They come from groups of decisions: `held_out`, on the training's
+    sources; those on the prompts in `validation`, which have other sources; and for the calibration those on `outside`,
+    prompts of no label, of which none is right. The first two groups have the same total weight."""
+    groups = [held_out]
+    if validation:
+        groups.append(_decisions(artefact, [row.text for row in validation], [row.label for row in validation]))
+    threshold = min(margin_threshold(group.margins[group.right]) for group in groups)
+    weight = [np.full(len(group.right), 1 / len(group.right)) for group in groups]
+    if outside:
+        groups.append(_decisions(artefact, outside, [None] * len(outside)))
+        weight.append(np.full(len(outside), OUTSIDE_WEIGHT * len(weight) / 2 / len(outside)))
+    margins, scores, right = (
+        np.concatenate([getattr(group, name) for group in groups]) for name in ("margins", "scores", "right")
+    )
+    weights = np.concatenate(weight) if len(groups) > 1 else None
+    return threshold, calibrate(margins, scores, right, weight=weights)
+
+
+def _decisions(artefact: Artefact, texts: Sequence[str], labels: Sequence[str | None]) -> Decisions:
+    """Returns the artefact's decisions on texts, whose labels are known."""
     classifier = Classifier(artefact)
-    decided = [classifier.classify(row.text) for row in validation]
-    others = Decisions(
+    decided = [classifier.classify(text) for text in texts]
+    return Decisions(
         margins=np.array([each.margin for each in decided]),
         scores=np.array([each.score for each in decided]),
-        right=np.array([each.expert == row.label for each, row in zip(decided, validation, strict=True)]),
-    )
-    parts = held_out, others
-    weight = np.concatenate([np.full(len(part.right), 1 / len(part.right)) for part in parts])
-    margins, scores, right = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("margins", "scores", "right")
-    )
-    return min(threshold, margin_threshold(others.margins[others.right])), calibrate(
-        margins, scores, right, weight=weight
+        right=np.array([each.expert == label for each, label in zip(decided, labels, strict=True)]),
     )
 
 
@@ -314,6 +328,7 @@ class _Clusters:
     quality: Quality | None = None
     soft: SoftDecision | None = None
     held_out_score: float | None = None
+    topics: TopicGroups | None = None
 
 
 def _clustered(config: TrainConfig, given: TrainingSet, progress: ProgressCallback) -> _Clusters:
@@ -342,7 +357,13 @@ def _labels(config: TrainConfig, given: TrainingSet, progress: ProgressCallback)
         space.labels = assignment
     used = np.ones(len(rows), np.bool_)
     directions = _directions(config, space, assignment, used, clusters=len(names))
-    return _Clusters(names=names, space=space, assignment=assignment, directions=directions, experts=names)
+    topics = None
+    if isinstance(space, Student) and space.topics is not None:
+        mean = space.vectors.mean(axis=0, dtype=np.float64)
+        topics = topic_groups(read_topics(), space.topics, mean=mean, labels=directions)
+    return _Clusters(
+        names=names, space=space, assignment=assignment, directions=directions, experts=names, topics=topics
+    )
 
 
 def _soft(config: TrainConfig, rows: Sequence[Row], progress: ProgressCallback) -> _Clusters:
@@ -416,12 +437,14 @@ def _artefact(
     experts: tuple[str | None, ...],
     directions: Floats,
     *,
+    topics: TopicGroups | None = None,
     held_out: Mask | None = None,
 ) -> Artefact:
-    """Returns an artefact with these clusters and directions. Its margin threshold is 0 and all its terms are
+    """Returns an artefact with these clusters, directions and topics. Its margin threshold is 0 and all its terms are
     discriminative; `train_on` sets both later. `held_out`: prompts that must not influence the weights."""
     offsets = np.zeros(len(names), np.float32) if space.spherical else -0.5 * np.square(directions).sum(axis=1)
     dimensions = space.dimensions
+    columns = directions if topics is None else np.vstack([directions, topics.directions])
     return Artefact(
         features=space.vocabulary.features,
         method=f"{config.method}-{config.features}",
@@ -429,12 +452,13 @@ def _artefact(
         experts=experts,
         margin_threshold=0.0,
         terms=space.vocabulary.terms,
-        weights=space.fold(directions, held_out=held_out),
+        weights=space.fold(columns, held_out=held_out),
         idf=space.idf.astype(np.float32),
         discriminative=np.ones(len(space.vocabulary), np.uint8),
         offsets=offsets.astype(np.float32),
         space=np.zeros((len(space.vocabulary), 0), np.float32) if dimensions is None else dimensions,
         norm=NORM_TERMS if dimensions is None else NORM_SPACE,
+        topics=() if topics is None else topics.names,
     )
 
 
@@ -464,7 +488,10 @@ def _cross_validated(
         known = np.isin(np.arange(len(names)), assignment[~held_out])
         fold_directions = _directions(config, space, assignment, ~held_out, clusters=len(names))
         fold_directions = np.where(known[:, None], fold_directions, directions)
-        classifier = Classifier(_artefact(config, space, names, names, fold_directions, held_out=held_out))
+        fold_artefact = _artefact(
+            config, space, names, names, fold_directions, topics=trained.topics, held_out=held_out
+        )
+        classifier = Classifier(fold_artefact)
         for i in np.flatnonzero(held_out).tolist():
             decided = classifier.classify(texts[i])
             predicted[i], scores[i] = names.index(decided.cluster), decided.score

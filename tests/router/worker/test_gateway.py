@@ -630,7 +630,19 @@ async def test_status_metrics_and_route_tell_the_truth(tmp_path: Path) -> None:
         assert 'hpc_router_replicas{expert="math",standing="ready"} 1.0' in metrics
         assert "hpc_router_requests_in_flight 0.0" in metrics
         explained = (await post(router, {"prompt": "2+2"}, path="/route"))[1]
-        keys = {"id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms", "decided_by", "replicas"}
+        keys = {
+            "id",
+            "cluster",
+            "expert",
+            "score",
+            "margin",
+            "runner_up",
+            "reason",
+            "terms",
+            "decided_by",
+            "topic",
+            "replicas",
+        }
         assert set(explained) == keys
         assert explained["replicas"] == [], "there is no choice"
         assert (explained["expert"], explained["reason"]) == ("math", "policy")

@@ -9,6 +9,7 @@ import pytest
 from hpc_router.errors import ConfigError
 from hpc_router.routing.artefact import Artefact
 from hpc_router.routing.classifier import Classifier
+from hpc_router.routing.training import student
 from hpc_router.routing.training import train as train_module
 from hpc_router.routing.training.descriptions import read_descriptions, read_exemplars
 from hpc_router.routing.training.label_directions import label_directions
@@ -24,6 +25,9 @@ DESCRIPTIONS = {"astronomy": "zodiac quasar", "cooking": "casserole", "sailing":
 
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder that knows the prompts' words only, and no topics."""
+    for module in (train_module, student):
+        monkeypatch.setattr(module, "read_topics", list)
     words = [*SHARED, *(word for own in WORDS.values() for word in own), *" ".join(DESCRIPTIONS.values()).split()]
     monkeypatch.setattr(train_module, "Encoder", lambda source: WordSums(words, dimensions=64))
 
