@@ -22,6 +22,7 @@ no I/O. After the sum (`term_sums`) it uses Python lists, because numpy calls co
 import copy
 import math
 from collections.abc import Collection
+from operator import mul
 from typing import Final, NamedTuple, Self
 
 import numpy as np
@@ -105,7 +106,13 @@ class Classifier:
             np.hstack(columns)[by_frequency],
             features=artefact.features,
             wide_lanes=self._in_space,  # a length in the space can be close to zero
+            same_step=self._columns,
         )
+        # Lengths are in units of the first step, as the values of the clusters and topics are.
+        steps = self._terms.steps
+        self._step = steps[0]
+        self._square_step, self._known_step = steps[self._columns] / self._step**2, steps[self._columns + 1]
+        self._space_steps = [step / self._step for step in steps[self._columns + 2 :]]
         self._offsets: list[float] | None = artefact.offsets.tolist() if artefact.offsets.any() else None
         self._soft: SoftScores | None = None
         if artefact.soft is not None and artefact.quality is not None:
@@ -226,10 +233,11 @@ class Classifier:
         """
         text = self.read(prompt).text
         values, length, _, topic = self._values(text)
+        unit = length * self._step
         if self._soft is not None:
             gradient = self._soft.gradient(values, length)
             effects = (
-                Term(term, sum(slope * columns[c] for c, slope in gradient.items()) / length)
+                Term(term, sum(slope * columns[c] for c, slope in gradient.items()) / unit)
                 for term, columns in self._terms.by_term(text).items()
             )
             return tuple(sorted((t for t in effects if t.weight), key=lambda term: -abs(term.weight))[:limit])
@@ -242,7 +250,7 @@ class Classifier:
             other = self._clusters + self._topic_values(text).index(topic)
         terms = []
         for term, columns in self._terms.by_term(text).items():
-            weight = (columns[best] - (0.0 if other is None else columns[other])) / length
+            weight = (columns[best] - (0.0 if other is None else columns[other])) / unit
             if weight:
                 terms.append(Term(term, weight))
         return tuple(sorted(terms, key=lambda term: -abs(term.weight))[:limit])
@@ -255,25 +263,29 @@ class Classifier:
             return None
         return self.artefact.topics[self._topic_values(text).index(topic)]
 
-    def _topic_values(self, text: str) -> list[float]:
-        return self._terms.sums(text)[self._clusters : self._columns]
+    def _topic_values(self, text: str) -> tuple[int, ...]:
+        return self._terms.lanes(text)[self._clusters : self._columns]
 
     def _values(self, text: str) -> tuple[list[float], float, int, float | None]:
         """Returns the clusters' values for the text, its length (see `artefact`), its number of discriminative terms,
-        and the value of the nearest topic; None without topics.
+        and the value of the nearest topic; None without topics. All values and the length are in units of the step of
+        the clusters' columns, which no quotient shows.
 
         The values are divided by the length only if the artefact has offsets.
         """
-        sums = self._terms.sums(text)
+        lanes = self._terms.lanes(text)
         clusters, columns = self._clusters, self._columns
-        values = sums[:clusters]
-        length = (math.hypot(*sums[columns + 2 :]) if self._in_space else math.sqrt(sums[columns])) or 1.0
+        values: list[float] = [*lanes[:clusters]]
+        if self._in_space:
+            length = math.hypot(*map(mul, lanes[columns + 2 :], self._space_steps)) or 1.0
+        else:
+            length = math.sqrt(lanes[columns] * self._square_step) or 1.0
         if self._offsets is not None:
             values = [value / length + offset for value, offset in zip(values, self._offsets, strict=True)]
         for cluster in self._excluded:
             values[cluster] = _EXCLUDED
-        topic = max(sums[clusters:columns]) if columns > clusters else None
-        return values, length, int(sums[columns + 1]), topic
+        topic = max(lanes[clusters:columns]) if columns > clusters else None
+        return values, length, int(lanes[columns + 1] * self._known_step), topic
 
 
 def _is_clear(found: Classification, parts: PartDecision, *, terms: int) -> bool:

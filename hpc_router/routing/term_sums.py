@@ -26,9 +26,11 @@ MAX_TOKEN_CHARS: Final = 40
 class TermSums:
     """A table with packed rows, whose rows it adds for a text."""
 
-    def __init__(self, terms: Sequence[str], table: Floats, *, features: Features, wide_lanes: bool = False) -> None:
+    def __init__(
+        self, terms: Sequence[str], table: Floats, *, features: Features, wide_lanes: bool = False, same_step: int = 0
+    ) -> None:
         """Packs `table`, which has the shape terms x columns. If the terms are sorted by falling frequency, frequent
-        rows share cache lines.
+        rows share cache lines. The first `same_step` columns have the same step (see `steps`).
 
         With a window of 2 KiB, the rounding error of a value is at most about 2^-20 of the largest value in its column.
         With `wide_lanes` (64 bits per column) it is 2^-52, for sums whose exact value matters even close to zero.
@@ -59,7 +61,9 @@ class TermSums:
         max_terms = features.ngrams * self._max_words + len(SYMBOLS)
         largest = np.abs(table).max(axis=0, initial=2.0**-60).astype(np.float64)
         scales = np.exp2(np.floor(np.log2((bias / max_terms - 1) / largest)))
-        self._step_sizes: list[float] = (1 / scales).tolist()
+        scales[:same_step] = scales[:same_step].min(initial=np.inf)
+        self.steps: list[float] = (1 / scales).tolist()
+        """The value of one unit of each column in `lanes`."""
         self._unpack = struct.Struct(f"<{columns}{'q' if wide_lanes else 'i'}").unpack
         self._bytes = columns * lane_bytes
         self._bias = int.from_bytes(np.full(columns, bias, f"<u{lane_bytes}").tobytes(), "little")
@@ -76,14 +80,18 @@ class TermSums:
 
     def sums(self, text: str) -> list[float]:
         """Returns the sum of each column over the terms of the text."""
+        return [*map(mul, self.lanes(text), self.steps)]
+
+    def lanes(self, text: str) -> tuple[int, ...]:
+        """Returns the sum of each column over the terms of the text, in units of its step."""
         words, symbols = self._features.split(text)
         if len(words) > self._max_words:
             words = words[: self._max_words]
         total = sum(map(self._row_of, words if self._counts_repeats else {*words, *symbols}), self._bias)
         if self._pair_rows:
             total = sum(map(self._pair_rows.get, set(pairwise(words)), repeat(0)), total)
-        lanes = (total ^ self._bias).to_bytes(self._bytes, "little")  # biased lanes -> two's complement
-        return [*map(mul, self._unpack(lanes), self._step_sizes)]
+        lanes: tuple[int, ...] = self._unpack((total ^ self._bias).to_bytes(self._bytes, "little"))
+        return lanes  # biased lanes -> two's complement
 
     def by_term(self, text: str) -> dict[str, list[float]]:
         """Returns, for each term of the text, its contribution to each column of `sums`.
@@ -106,7 +114,7 @@ class TermSums:
 
     def _columns(self, total: int) -> list[float]:
         lanes = (total ^ self._bias).to_bytes(self._bytes, "little")  # biased lanes -> two's complement
-        return [*map(mul, self._unpack(lanes), self._step_sizes)]
+        return [*map(mul, self._unpack(lanes), self.steps)]
 
 
 class _TokenRows(dict[bytes | int, int]):
