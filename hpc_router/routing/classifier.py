@@ -190,7 +190,8 @@ class Classifier:
         second = max(values)
         alone = second == _EXCLUDED
         if topic is not None:
-            score, margin = (top - topic) / length, (top - (topic if topic > second else second)) / length
+            score = (top - topic) / length
+            margin = score if topic > second else (top - second) / length
         elif self._offsets is None:
             score, margin = top / length, (top - second) / length
         else:  # the values are already divided by the length, and centroids do not have length one
