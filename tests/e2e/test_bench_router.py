@@ -51,10 +51,11 @@ def test_everything_is_measured(place: Path) -> None:
     assert process.returncode == 0, err
     value = json.loads(out)
     assert set(value["relays"]) | set(value["absent"]) == {
-        *("direct", "nginx", "haproxy", "vllm-router", "sglang-router", "router", "router-2-workers", "router+agent")
+        *("direct", "nginx", "haproxy", "vllm-router", "sglang-router", "router", "router-user"),
+        *("router-2-workers", "router+agent"),
     }
-    assert {"direct", "router", "router-2-workers", "router+agent"} <= set(value["relays"])
-    for name in ("direct", "router", "router-2-workers", "router+agent"):
+    assert {"direct", "router", "router-user", "router-2-workers", "router+agent"} <= set(value["relays"])
+    for name in ("direct", "router", "router-user", "router-2-workers", "router+agent"):
         relay = value["relays"][name]
         assert relay["broken"] == []
         assert relay["rounds"]["0"]["failed"] == {}

@@ -44,7 +44,7 @@ class RelayCostResults:
         of other relays do not count."""
         return any(
             self.measured[name].failed
-            for name in ("direct", "router", "router-2-workers", "router+agent")
+            for name in ("direct", "router", "router-user", "router-2-workers", "router+agent")
             if name in self.measured
         )
 

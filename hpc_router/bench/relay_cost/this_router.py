@@ -1,7 +1,8 @@
 """This router as a relay under test: a run directory, endpoints in its registry, and `python -m launch.router`.
 
 Its policy is the classifier of `topology=sim`, trained from the packaged exemplars. Only requests for `auto` are
-classified. No control loop runs, because there are no jobs to manage.
+classified. No control loop runs, because there are no jobs to manage. Requests have the owner's token, or that of a
+user with limits that are never reached.
 """
 
 import os
@@ -29,8 +30,10 @@ from hpc_router.bench.relay_cost.processes import ProcessGroup, pinned_to, proce
 from hpc_router.state import registry
 from hpc_router.state.registry import Record, RecordKind, RegistryReader, State, leading_router
 from hpc_router.state.run_directory import RunDir, make_run
+from hpc_router.state.user_tokens import TokenLimits, create_token
 
 CAPACITY: Final = 100_000
+NEVER_REACHED: Final = TokenLimits(requests=10**9, tokens=10**12, concurrency=CAPACITY)
 OPTIONS: Final = ("topology=sim", "policy=classifier", "router.host=127.0.0.1", "router.reconcile=false")
 
 
@@ -42,6 +45,7 @@ class ThisRouter(Relay):
     classifies: bool = True
     tree: Path = ROOT  # the checkout of the code to run
     workers: int = 1  # number of workers, all on the relay's core
+    user: str | None = None  # whose token the requests have; None: the owner's
 
     def version(self) -> str:
         return hpc_router.__version__ if self.tree == ROOT else ""
@@ -56,7 +60,8 @@ class ThisRouter(Relay):
                 processes.start(
                     router_argv(run, workers=self.workers), log=placement.log, environment=environment_of(self.tree)
                 )
-            yield _wait_until_serving(run, processes, placement, models=(*NAMES, "auto"))
+            token = None if self.user is None else create_token(run, self.user, limits=NEVER_REACHED)[1]
+            yield _wait_until_serving(run, processes, placement, models=(*NAMES, "auto"), token=token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,13 @@ class RouterAndAgent(Relay):
 def this_router(trees: Mapping[str, Path] | None = None) -> list[Relay]:
     """Returns the variants of this router as relays, and one for each of `trees`, other checkouts of it by name."""
     others = [ThisRouter(name=name, tree=tree) for name, tree in (trees or {}).items()]
-    return [ThisRouter(), ThisRouter(name="router-2-workers", classifies=False, workers=2), RouterAndAgent(), *others]
+    return [
+        ThisRouter(),
+        ThisRouter(name="router-user", user="bench"),
+        ThisRouter(name="router-2-workers", classifies=False, workers=2),
+        RouterAndAgent(),
+        *others,
+    ]
 
 
 def router_argv(run: RunDir, *, workers: int = 1, options: Sequence[str] = OPTIONS) -> list[str]:
@@ -117,15 +128,21 @@ def _external(expert: str, url: str) -> Record:
 
 
 def _wait_until_serving(
-    run: RunDir, processes: ProcessGroup, placement: RelayPlacement, *, models: tuple[str, ...]
+    run: RunDir,
+    processes: ProcessGroup,
+    placement: RelayPlacement,
+    *,
+    models: tuple[str, ...],
+    token: str | None = None,
 ) -> StartedRelay:
-    """Blocks until the router serves all of `models`, and returns the running router. Raises LaunchError."""
+    """Blocks until the router serves all of `models`, and returns the running router. `token`: None: the owner's.
+    Raises LaunchError."""
     deadline = time.monotonic() + START_TIMEOUT_S
     missing = list(models)
     while True:
         record = leading_router(RegistryReader(run.registry).snapshot())
         if record is not None:
-            started = StartedRelay(int(record.url.rpartition(":")[2]), processes, run.token())
+            started = StartedRelay(int(record.url.rpartition(":")[2]), processes, token or run.token())
             while missing and serves(started, missing[0]):
                 missing.pop(0)
             if not missing:

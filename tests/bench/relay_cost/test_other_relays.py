@@ -90,6 +90,7 @@ def test_a_missing_relay_is_named_with_its_installation(
     assert {name for name, why in absent.items() if why is None} == {
         "direct",
         "router",
+        "router-user",
         "router-2-workers",
         "router+agent",
     }

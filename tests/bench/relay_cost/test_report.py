@@ -92,6 +92,7 @@ def full() -> RelayCostResults:
         measured(Direct(), {"ttft_ms_p50": 0.1}),
         measured(Nginx(), {"stream_us": 20.0, "short_200B_us": 12.0}),
         measured(ThisRouter(), FIGURES, soak=[(0, 50.0), (100_000, 60.0), (200_000, 60.05)]),
+        measured(ThisRouter(name="router-user"), {"short_200B_us": 46.0, "stream_us": 25.0}),
         measured(RouterAndAgent(), {"short_200B_us": 81.0, "stream_lower_us": 60.0}),
         absent={"haproxy": "not installed (apt-get install haproxy)"},
     )
@@ -111,6 +112,8 @@ def test_every_target_is_checked() -> None:
         "requests and streams that failed": True,
         "private memory with 1000 open streams": True,
         "private memory, growth per million requests": True,
+        "CPU of a user's token, limits and class, per short request": True,
+        "CPU of a user's token, limits and class, per event": False,
         "CPU per short request with two workers on one core, against one": None,
         "CPU per event with two workers on one core, against one": None,
         "CPU per short request through the agent, against one hop": False,
@@ -141,7 +144,7 @@ def test_the_content_of_the_files() -> None:
     assert value["relays"]["router"]["figures"]["stream_us"] == {"median": 24.0, "low": 24.0, "high": 24.0}
     assert value["relays"]["router"]["rounds"]["0"]["figures"]["leave_before_ms_p50"] is None
     assert value["relays"]["router"]["soak"] == [[0, 50.0], [100_000, 60.0], [200_000, 60.05]]
-    assert len(value["checks"]) == 16
+    assert len(value["checks"]) == 18
     assert value["cores"] == {"relay": [1], "load": [0]}
     text = markdown(found)
     for part in ("commit 0123456789ab with changes", "| router 1.0 | 40 |", "NOT MET", "haproxy: not measured", "0.2"):
