@@ -22,7 +22,7 @@ from hpc_router.relay.early_stream import EarlyStream
 from hpc_router.relay.headers import NOT_DOWNSTREAM, NOT_UPSTREAM, REQUEST_ID, Headers, crossing
 from hpc_router.relay.response_relay import EventStream, ResponseRelay
 from hpc_router.relay.sse import CONTENT_TYPE
-from hpc_router.relay.stream_summary import StreamSummary, stated_usage
+from hpc_router.relay.stream_summary import StreamSummary, TokenUsage, stated_usage
 from hpc_router.relay.upstream.interface import (
     PendingRequest,
     ResponseCallback,
@@ -229,20 +229,21 @@ class RoutedRequest(PendingResponse, ResponseCallback):
             self.settle()
         self.dispatcher.in_flight.leave()
 
-    def _settle_short(self, accepted: bytes | None) -> None:
+    def _settle_short(self, accepted: bytes | None) -> bytes | TokenUsage | None:
         """Ends the charge against the token's limits after a complete, short response. `accepted`: its body; None if
         its status is not 2xx, so that it counts as 0 tokens. If the body does not state the number of generated tokens,
-        those that were reserved stay charged."""
+        those that were reserved stay charged. Returns the numbers of tokens if they had to be read, else `accepted`."""
         charge, self.charge = self.charge, None
         assert charge is not None
         if not charge.counted or accepted is None:
             charge.end(0)
-            return
+            return accepted
         usage = stated_usage(accepted)
         generated = None if usage is None else usage.generated
         charge.end(generated)
         if generated is None:
             self.dispatcher.metrics.tokens.add_many(charge.reserved, charge.expert, TokenSource.RESERVED)
+        return usage
 
     def settle(self) -> None:
         """Ends the charge of the request against its token's limits: frees the place of the request, and replaces the
@@ -285,10 +286,9 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         self.measure(reservation)
         reservation.release()
         accepted = body if 200 <= status < 300 else None
-        if self.charge is not None:
-            self._settle_short(accepted)
+        counted = accepted if self.charge is None else self._settle_short(accepted)
         dispatcher.in_flight.leave()
-        dispatcher.records.ended(self, reservation.expert, reservation.replica, status, ANSWERED, accepted, short=True)
+        dispatcher.records.ended(self, reservation.expert, reservation.replica, status, ANSWERED, counted, short=True)
         self.request.respond(status, head, body)
         return True
 
