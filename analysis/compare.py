@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"analysis.compare: {error}\n")
         return 2
     comparison = compare(before, after, tolerance=options.tolerance / 100)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = Console(markup=False) if sys.stdout.isatty() else Console(width=160, markup=False)
     console.print(table(comparison))
     for point in comparison.not_compared:
         print(f"not compared: {point}")

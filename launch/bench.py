@@ -157,7 +157,7 @@ def measure_new(call: Call, config: BenchConfig, prompts: list[BenchPrompt], eve
     def context(point: Point, done: int) -> AbstractContextManager[None]:
         return progress(_console(), config, point, done=done, total=total, label=label, event=_event_of(events))
 
-    with UpProgress(Console(stderr=True)) if events is None else nullcontext(events) as reporter:
+    with UpProgress(Console(stderr=True, markup=False)) if events is None else nullcontext(events) as reporter:
         rows = measure_missing(sweep, reporter=reporter, context=context, origin=origin)
     limit = None if config.search is None else limit_text(sweep.measured_rates(), config)
     return _print_results(rows, origins[0], store.folder, limit, events)
@@ -202,7 +202,7 @@ def _print_results(
 
 
 def _console() -> Console:
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, WIDTH)
     return console
 

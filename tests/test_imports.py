@@ -38,6 +38,23 @@ def test_a_class_name_stands_once_in_the_package() -> None:
     assert {name: where for name, where in modules.items() if len(where) > 1} == {}
 
 
+def test_no_text_is_read_as_markup() -> None:
+    """rich would drop `[train]` from a message, and raise at a path with `[/x]` in it."""
+    root = Path(hpc_router.__file__).parents[1]
+    calls = [
+        (
+            f"{path.relative_to(root)}:{node.lineno}",
+            {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords},
+        )
+        for folder in ("hpc_router", "launch", "analysis")
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Console", "TextColumn")
+    ]
+    assert len(calls) > 10
+    assert [place for place, options in calls if options.get("markup") != "False"] == []
+
+
 def test_no_test_imports_another_test_file() -> None:
     """What several test files use stands in a support module."""
     tests = Path(__file__).parent

@@ -34,7 +34,8 @@ def progress(
     begun = time.monotonic()
     if event is None and console.file.isatty():
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(),
+            TextColumn("{task.fields[status]}", markup=False), TimeElapsedColumn(),
         )  # fmt: skip
         with Progress(*columns, console=console, transient=True) as bars:
             bars.add_task("points", total=total, completed=done, status=f"{done} of {total} done")
@@ -43,7 +44,7 @@ def progress(
                 yield
         return
     facts = {"point": point.name, "deployment": label, "number": done + 1, "total": total}
-    lines = Console(stderr=True)
+    lines = Console(stderr=True, markup=False)
 
     def show(name_: str, text: str, **more: float) -> None:
         if event is not None:

@@ -169,7 +169,8 @@ def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
 
     console, begun, last = stderr_console(), time.monotonic(), ("", -1)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]} failed", markup=False),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:

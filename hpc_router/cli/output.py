@@ -20,7 +20,7 @@ def print_value(value: "RenderableType | Mapping[str, Any] | list[Any]", *, fold
         return 0
     from rich.console import Console
 
-    console = Console() if sys.stdout.isatty() else Console(width=WIDE)
+    console = Console(markup=False) if sys.stdout.isatty() else Console(width=WIDE, markup=False)
     console.print(value, soft_wrap=not fold)
     return 0
 
@@ -39,4 +39,4 @@ def print_warnings(warnings: Iterable[str]) -> None:
 def stderr_console() -> "Console":
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, markup=False)

@@ -25,7 +25,12 @@ class StageProgress:
 
     def __enter__(self) -> "StageProgress":
         if self._events is None and self._console.is_terminal:
-            columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description:>10}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
             self._bars = Progress(*columns, console=self._console)
             self._bars.start()
         return self

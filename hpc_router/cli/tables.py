@@ -307,7 +307,7 @@ class TextProgress:
     that the verb still works."""
 
     def __init__(self) -> None:
-        self._console = Console()
+        self._console = Console(markup=False)
         self._status: Status | None = None
 
     def __enter__(self) -> "TextProgress":

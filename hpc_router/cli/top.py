@@ -220,7 +220,7 @@ def _until(at: float | None, now: float) -> str:
 def watch(read: Callable[[], Overview | str], view: TopView, *, interval_s: float) -> None:
     """Shows overviews on the terminal until the user presses a key that ends the view. `read` returns an overview, or a
     text that says why there is none; then the last overview stays on the screen below that text."""
-    console = Console()
+    console = Console(markup=False)
     shown: Overview | None = None
     with _single_keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
