@@ -176,7 +176,7 @@ def test_keys_sort_and_end_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
     with os.fdopen(other, "r+b", buffering=0) as end, os.fdopen(terminal, "r+b", buffering=0) as keyboard:
         monkeypatch.setattr(sys, "stdin", end)
         drawn = Console(file=open(os.devnull, "w"), force_terminal=True, width=80, height=24)  # noqa: SIM115, PTH123
-        monkeypatch.setattr(top, "Console", lambda: drawn)
+        monkeypatch.setattr(top, "Console", lambda **_: drawn)
         answers = iter([PAIR, "the router does not answer"])
         view = TopView()
 
