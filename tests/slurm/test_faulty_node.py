@@ -71,7 +71,7 @@ def waits_elsewhere(one: OnSlurm, after: str) -> str | None:
 @pytest.mark.timeout(600)
 def test_a_node_that_fails_twice_is_excluded_until_it_is_forgotten(cluster: SlurmCluster) -> None:
     with closed(cluster, "n2", "n3"), on_slurm(cluster, "faulty", *OVERRIDES, wait_all=False) as one:
-        first = one.until_ready("math-0", after="", within_s=90)
+        first = one.until_ready("math-0", after="math-0.g0", within_s=90)
         assert one.nodes_of(first) == FAULTY
         reasons = [switched_off(one, first)]
         second = one.until_ready("math-0", after=first, within_s=120)
