@@ -123,6 +123,11 @@ class SlurmCluster:
         return self.folder / "shared"
 
     @property
+    def hosts(self) -> list[Host]:
+        """The controller, the nodes, and for another release the host through which this machine uses its commands."""
+        return list(self._hosts.values())
+
+    @property
     def controller(self) -> Host:
         return self._hosts[CONTROLLER]
 

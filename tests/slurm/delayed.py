@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.configuration import NODES
 from tests.support.needs import need
 
 CACHED_S: Final = 5
@@ -29,7 +28,7 @@ _TIMEOUTS: Final = (
 def delayed_folder(cluster: SlurmCluster) -> Iterator[Path]:
     """The folder at its path on all hosts and on this machine. No host may be switched off meanwhile."""
     need(SERVER.exists() and Path("/dev/fuse").exists(), "sshfs, OpenSSH's sftp-server and /dev/fuse")
-    hosts = [cluster.controller.enter, *(cluster.node(name).enter for name in NODES)]
+    hosts = [host.enter for host in cluster.hosts]
     with tempfile.TemporaryDirectory(prefix="hpcr-delayed-", dir="/var/tmp") as name:
         behind, seen, server = (Path(name) / part for part in ("behind", "seen", "server"))
         behind.mkdir()
