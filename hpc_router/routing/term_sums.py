@@ -78,10 +78,6 @@ class TermSums:
         self._row_of = self._token_rows.__getitem__
         self._pair_rows = {pair: rows[row] for pair, row in pairs.items()}
 
-    def sums(self, text: str) -> list[float]:
-        """Returns the sum of each column over the terms of the text."""
-        return [*map(mul, self.lanes(text), self.steps)]
-
     def lanes(self, text: str) -> tuple[int, ...]:
         """Returns the sum of each column over the terms of the text, in units of its step."""
         words, symbols = self._features.split(text)
@@ -94,7 +90,7 @@ class TermSums:
         return lanes  # biased lanes -> two's complement
 
     def by_term(self, text: str) -> dict[str, list[float]]:
-        """Returns, for each term of the text, its contribution to each column of `sums`.
+        """Returns, for each term of the text, its contribution to each column.
 
         The contribution of a word includes that of its prefix. A word without a row appears as its prefix (`diabe*`),
         or as the word of which it is a misspelling; if these have none either, it is left out.

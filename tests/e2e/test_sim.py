@@ -15,6 +15,7 @@ import pytest
 from hpc_router.state.registry import split_replica
 from tests.e2e.deployment import Deployed, cli, deployed, kill
 from tests.e2e.support import FAST, PROMPTS, ask, gauges_are_zero
+from tests.routing.samples import EXPLANATION_KEYS
 from tests.support.waiting import eventually_sync
 
 pytestmark = pytest.mark.e2e
@@ -115,20 +116,7 @@ def test_the_verbs_show_what_runs(sim: Deployed) -> None:
     assert sim.verb("token").stdout.strip() == sim.token
     assert "math" in sim.verb("route", PROMPTS["math"]).stdout
     explained = json.loads(sim.verb("route", PROMPTS["law"], "--json").stdout)
-    shown = {
-        "id",
-        "cluster",
-        "expert",
-        "score",
-        "margin",
-        "runner_up",
-        "reason",
-        "terms",
-        "decided_by",
-        "topic",
-        "replicas",
-    }
-    assert set(explained) == shown
+    assert set(explained) == {*EXPLANATION_KEYS, "replicas"}
     assert explained["expert"] == "law"
     assert sim.verb("chat", "--model", "math", "hello").stdout.strip()
     assert "math-0" in sim.verb("logs", "math").stdout

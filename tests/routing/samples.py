@@ -13,6 +13,8 @@ from hpc_router.routing.features import Features
 from hpc_router.routing.quality import Quality
 from hpc_router.routing.training.soft_clusters import NEAREST
 
+EXPLANATION_KEYS = ["id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms", "decided_by", "topic"]
+"""Those of `Explanation.to_dict`, in their order."""
 SOFT = SoftDecision(sharpness=5.0, nearest=NEAREST)
 
 EXEMPLARS = {

@@ -10,7 +10,7 @@ from hpc_router.errors import ConfigError
 from hpc_router.routing.classifier import Classifier
 from hpc_router.routing.confidence import Calibration
 from hpc_router.routing.policy import KINDS, Decision, Policy, RouteReason, build_policy
-from tests.routing.samples import artefact, soft_artefact
+from tests.routing.samples import EXPLANATION_KEYS, artefact, soft_artefact
 
 READY = {"code": 0, "general": 0, "math": 0, "medicine": 0}
 MATHS = "Solve the equation 3x + 4 = 10 and prove it"
@@ -136,8 +136,7 @@ def test_explaining_changes_no_state(kind: str) -> None:
 def test_the_explanation_has_the_keys_of_the_contract() -> None:
     """`POST /route` returns id, cluster, expert, score, margin, runner_up and reason, plus the terms."""
     shown = by_classifier().explain(MATHS, ready=READY).to_dict(id="req-1")
-    keys = ["id", "cluster", "expert", "score", "margin", "runner_up", "reason", "terms", "decided_by", "topic"]
-    assert list(shown) == keys
+    assert list(shown) == EXPLANATION_KEYS
     assert (shown["id"], shown["reason"], type(shown["reason"])) == ("req-1", "classified", str)
     terms = shown["terms"]
     assert isinstance(terms, list)

@@ -37,6 +37,7 @@ from tests.router.fakes import (
 )
 from tests.router.support import CHAT, all_gauges_zero, chat, client_of, post, ready, session
 from tests.router.support import relay as relay
+from tests.routing.samples import EXPLANATION_KEYS
 from tests.support.waiting import eventually
 
 
@@ -630,20 +631,7 @@ async def test_status_metrics_and_route_tell_the_truth(tmp_path: Path) -> None:
         assert 'hpc_router_replicas{expert="math",standing="ready"} 1.0' in metrics
         assert "hpc_router_requests_in_flight 0.0" in metrics
         explained = (await post(router, {"prompt": "2+2"}, path="/route"))[1]
-        keys = {
-            "id",
-            "cluster",
-            "expert",
-            "score",
-            "margin",
-            "runner_up",
-            "reason",
-            "terms",
-            "decided_by",
-            "topic",
-            "replicas",
-        }
-        assert set(explained) == keys
+        assert set(explained) == {*EXPLANATION_KEYS, "replicas"}
         assert explained["replicas"] == [], "there is no choice"
         assert (explained["expert"], explained["reason"]) == ("math", "policy")
 
