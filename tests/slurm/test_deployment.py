@@ -250,11 +250,9 @@ def test_an_agent_that_is_gone_is_replaced_within_seconds_although_slurm_says_th
     print(f"replaced after {took_s:.1f} s")
     assert took_s < NOTICED_S
     end = eventually_sync(deployed.job(replica).exit, within_s=60)
-    assert not end.ok
-    assert end.reason == "node_failed" or "refused connections" in end.message, (
-        "the first once Slurm has told the cause"
-    )
-    assert end.reason in ("vanished", "node_failed")
+    found = (end.ok, end.reason, "refused connections" in end.message)
+    told = [(False, "node_failed", False)] if deployed.cluster.version >= (24, 11) else []  # Slurm's own cause, later
+    assert found in [(False, "vanished", True), *told]
 
 
 def test_a_killed_control_loop_is_back_at_once(deployed: OnSlurm) -> None:
