@@ -10,6 +10,7 @@ that label's domain. The direction of a group is the mean of its remaining topic
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -43,10 +44,13 @@ class TopicGroups:
     questions: tuple[str, ...]
 
 
-def read_topics() -> list[Topic]:
+@cache
+def read_topics() -> tuple[Topic, ...]:
     """Returns the topics of the file."""
     groups = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
-    return [Topic(name, each["about"], tuple(each["questions"])) for name, topics in groups.items() for each in topics]
+    return tuple(
+        Topic(name, each["about"], tuple(each["questions"])) for name, topics in groups.items() for each in topics
+    )
 
 
 def texts_of(topics: Sequence[Topic]) -> list[str]:
