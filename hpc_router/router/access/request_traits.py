@@ -1,5 +1,5 @@
-"""The properties of a request on which its user's limits and the scheduling depend. They are read from the request's
-path and body, and only where a limit needs them."""
+"""The properties of a request on which its user's limit of generated tokens depends. They are read from the request's
+path and body, and only where such a limit is set."""
 
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -12,21 +12,18 @@ _GENERATE: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.EMBEDDINGS}
 
 
 class RequestTraits(NamedTuple):
-    """The traits of one request. `user`: the user of its token. `generates`: whether its response consists of generated
-    tokens, unlike an embedding. `choices`: number of responses that it asks for. `max_tokens`: the limit of the length
-    of each response in tokens; None if the request states none."""
+    """The traits of a request whose response consists of generated tokens. `choices`: number of responses that it asks
+    for. `max_tokens`: the limit of the length of each response in tokens; None if the request states none."""
 
-    user: str
-    generates: bool
     choices: int = 1
     max_tokens: int | None = None
 
 
-def traits_of(path: str, fields: Mapping[str, Any], *, user: str) -> RequestTraits:
-    """Returns the traits of a request by `user`. `fields`: its body; a value that an engine would refuse counts as
-    missing."""
+def traits_of(path: str, fields: Mapping[str, Any]) -> RequestTraits | None:
+    """Returns the traits of a request; None if its response has no generated tokens, like an embedding. `fields`: its
+    body; a value that an engine would refuse counts as missing."""
     if path not in _GENERATE:
-        return RequestTraits(user, False)
+        return None
     choices = 1
     if "n" in fields or "best_of" in fields:
         choices = max(_count(fields.get("n")), _count(fields.get("best_of")))
@@ -34,7 +31,7 @@ def traits_of(path: str, fields: Mapping[str, Any], *, user: str) -> RequestTrai
         prompt = fields["prompt"]
         if type(prompt) is list and prompt and type(prompt[0]) is not int:
             choices *= len(prompt)  # a list of prompts
-    return _new_tuple(RequestTraits, (user, True, choices, max_tokens_of(fields)))
+    return _new_tuple(RequestTraits, (choices, max_tokens_of(fields)))
 
 
 def _count(value: object) -> int:

@@ -17,7 +17,7 @@ from hpc_router.relay.in_flight import Cells
 from hpc_router.router.access.request_traits import RequestTraits, traits_of
 from hpc_router.router.access.window_count import WINDOW_S, left_s, settle, try_add
 from hpc_router.router.replicas.admission import DEFAULT_WAIT_S, MAX_WAIT_S, MIN_WAIT_S, RATE_WINDOW_S
-from hpc_router.state.user_tokens import SLOTS, TokenLimits, UserToken, find_token
+from hpc_router.state.user_tokens import TokenLimits, UserToken, find_token
 
 DEFAULT_OUTPUT_TOKENS: Final = 256
 """Tokens that a request without `max_tokens` reserves at an expert whose responses are not measured yet."""
@@ -25,9 +25,12 @@ SAMPLES: Final = 256
 """Number of responses per expert of which the median is used; up to `_REFRESH` more."""
 _REFRESH: Final = 64
 """Number of responses after which the median is computed again."""
+TOKEN_COUNTS: Final = 3
+"""Number of cells of a token, from `TOKEN_COUNTS * slot` on: requests in flight, requests and generated tokens of the
+present minute. They are side by side, so that a request needs one line of the CPU's cache for them."""
+_REQUESTS: Final = 1
+_TOKENS: Final = 2
 Clock = Callable[[], float]
-_REQUESTS: Final = SLOTS
-_TOKENS: Final = 2 * SLOTS
 
 
 class TokenSource(StrEnum):
@@ -85,24 +88,25 @@ class Charge:
     def end(self, generated: int | None) -> None:
         """Counts the request as no longer in flight, and replaces the reserved number of tokens by `generated`; with
         None, the reserved number stays charged. Later calls have no effect."""
-        access, self._access = self._access, None
+        access = self._access
         if access is None:
             return
+        self._access = None
         access.leave()
         if self.counted and generated is not None:
             window = int(access.clock() // WINDOW_S)
-            settle(access.cells, access.tokens_at, self._window, window, generated - self.reserved)
+            settle(access.cells, _TOKENS + access.at, self._window, window, generated - self.reserved)
             access.lengths.add(self.expert, generated if self._choices == 1 else generated // self._choices)
 
 
 class UserAccess:
     """What one user's token allows, and its counts in one worker. `expires_at`: Unix seconds; 0 once the token is
-    revoked. The worker writes its counts to `cells` and reads those of the other workers from `peers`. `lengths`:
-    lengths of responses, from which the tokens to reserve are estimated."""
+    revoked. The worker writes its counts to `cells`, from index `at` on, and reads those of the other workers from
+    `peers`. `lengths`: lengths of responses, from which the tokens to reserve are estimated."""
 
     __slots__ = (
-        "_in_flight", "_in_flight_at", "_left", "_mean_s", "_requests_at", "_since", "cells", "clock", "experts",
-        "expires_at", "lengths", "peers", "revoked", "token", "tokens_at", "unlimited",
+        "_in_flight", "_left", "_limits", "_mean_s", "_since", "at", "cells", "clock", "experts", "expires_at",
+        "lengths", "peers", "revoked", "token", "unlimited",
     )  # fmt: skip
 
     def __init__(
@@ -120,7 +124,8 @@ class UserAccess:
         self.expires_at = float("inf") if token.expires_at is None else token.expires_at
         self.experts = None if token.experts is None else frozenset(token.experts)
         self.unlimited = token.limits == TokenLimits()
-        self._in_flight_at, self._requests_at, self.tokens_at = token.slot, _REQUESTS + token.slot, _TOKENS + token.slot
+        self._limits = token.limits.requests, token.limits.tokens, token.limits.concurrency
+        self.at = TOKEN_COUNTS * token.slot
 
     def revoke(self) -> None:
         self.revoked, self.expires_at = True, 0.0
@@ -139,41 +144,40 @@ class UserAccess:
     def charge(self, path: str, fields: Mapping[str, Any], expert: str) -> Charge:
         """Counts a request to the expert, and returns its charge. `fields`: the request's body. Raises
         RateLimitedError, and counts nothing, if a limit would be exceeded."""
-        cells, peers, limits, now = self.cells, self.peers, self.token.limits, self.clock()
+        cells, peers, now = self.cells, self.peers, self.clock()
+        max_requests, max_tokens, max_in_flight = self._limits
         self._in_flight = in_flight = self._in_flight + 1
-        cells[self._in_flight_at] = in_flight
-        if limits.concurrency is not None:
-            at = self._in_flight_at
+        at = self.at
+        cells[at] = in_flight
+        if max_in_flight is not None:
             for peer in peers:
                 in_flight += peer[at]
-            if in_flight > limits.concurrency:
+            if in_flight > max_in_flight:
                 self._forget()
-                text = f"limit of {limits.concurrency} requests at the same time"
+                text = f"limit of {max_in_flight} requests at the same time"
                 raise self._limited("concurrency", text, retry_after_s=self._wait_s(now))
         window, reserved, choices, counted = int(now // WINDOW_S), 0, 1, False
-        if limits.tokens is not None:
-            traits = traits_of(path, fields, user=self.token.user)
-            counted = traits.generates
-            if counted:
-                choices = traits.choices
-                reserved = choices * (self.lengths.expected(expert) if traits.max_tokens is None else traits.max_tokens)
-                added = try_add(cells, peers, self.tokens_at, window, reserved, limits.tokens)
-                if added is None:
-                    self._forget()
-                    raise self._too_many_tokens(traits, expert, reserved, limits.tokens, now)
-                window = added
-        if limits.requests is not None and try_add(cells, peers, self._requests_at, window, 1, limits.requests) is None:
+        if max_tokens is not None and (traits := traits_of(path, fields)) is not None:
+            counted = True
+            choices, length = traits
+            reserved = choices * (self.lengths.expected(expert) if length is None else length)
+            added = try_add(cells, peers, _TOKENS + at, window, reserved, max_tokens)
+            if added is None:
+                self._forget()
+                raise self._too_many_tokens(traits, expert, reserved, max_tokens, now)
+            window = added
+        if max_requests is not None and try_add(cells, peers, _REQUESTS + at, window, 1, max_requests) is None:
             self._forget()
             if counted:
-                settle(cells, self.tokens_at, window, window, -reserved)
-            text = f"limit of {limits.requests} requests per minute"
+                settle(cells, _TOKENS + at, window, window, -reserved)
+            text = f"limit of {max_requests} requests per minute"
             raise self._limited("requests", text, retry_after_s=left_s(now))
         return Charge(self, expert, reserved, window, choices, counted)
 
     def leave(self) -> None:
         """Counts the end of a request: one fewer is in flight."""
         self._in_flight = in_flight = self._in_flight - 1
-        self.cells[self._in_flight_at] = in_flight
+        self.cells[self.at] = in_flight
         self._left += 1
 
     def _wait_s(self, now: float) -> float:
@@ -188,7 +192,7 @@ class UserAccess:
 
     def _forget(self) -> None:
         self._in_flight = in_flight = self._in_flight - 1
-        self.cells[self._in_flight_at] = in_flight
+        self.cells[self.at] = in_flight
 
     def _too_many_tokens(
         self, traits: RequestTraits, expert: str, reserved: int, limit: int, now: float

@@ -61,8 +61,10 @@ def settle(cells: Cells, at: int, added_in: int, window: int, difference: int) -
     window. If it is a later one, a positive difference is added to it, and a negative one has no effect, because the
     amount has expired with its own window."""
     cell = cells[at]
-    of = max(window, cell >> _SHIFT)
+    of, count = cell >> _SHIFT, cell & MAX_COUNT
+    if of < window:
+        of, count = window, 0
     if difference < 0 and of != added_in:
         return
-    count = difference + (cell & MAX_COUNT if cell >> _SHIFT == of else 0)
-    cells[at] = of << _SHIFT | (0 if count < 0 else count if count <= MAX_COUNT else MAX_COUNT)
+    count += difference
+    cells[at] = of << _SHIFT | (count if 0 <= count <= MAX_COUNT else MAX_COUNT if count > 0 else 0)

@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from hpc_router.relay.in_flight import Cells
+from hpc_router.router.access.user_access import TOKEN_COUNTS
 from hpc_router.router.replicas.fair_order import SharedOrder, cells_for
 from hpc_router.router.replicas.replica import NO_COLUMN, PREFILL_COLUMNS
 from hpc_router.state.user_tokens import SLOTS
@@ -31,8 +32,6 @@ CUT_OFF: Final = 2
 _FIRST: Final = 3
 _CELL: Final = 8
 _ORDER_CELLS: Final = cells_for(COLUMNS)
-TOKEN_COUNTS: Final = 3
-"""Number of cells per slot of a user's token: requests in flight, requests and tokens of the present minute."""
 
 
 class Counters:
@@ -56,8 +55,7 @@ class Counters:
         return tuple(self._row(other) for other in range(self.workers) if other != worker)
 
     def token_row(self, worker: int) -> Cells:
-        """Returns the worker's row of the counts of users' tokens: first the number of requests in flight of each
-        token, then the other counts."""
+        """Returns the worker's row of the counts of users' tokens (`user_access.TOKEN_COUNTS`)."""
         return self._token_row(worker)
 
     def token_others(self, worker: int) -> Sequence[Cells]:
@@ -84,7 +82,7 @@ class Counters:
         of users' tokens."""
         self._row(worker)[:] = memoryview(bytes(_ROW * _CELL)).cast("q")
         self._order_row(worker)[:] = memoryview(bytes(_ORDER_CELLS * _CELL)).cast("q")
-        self._token_row(worker)[:SLOTS] = memoryview(bytes(SLOTS * _CELL)).cast("q")
+        self._token_row(worker)[::TOKEN_COUNTS] = memoryview(bytes(SLOTS * _CELL)).cast("q")
 
     def allocate(self, used: Collection[int]) -> int:
         """Returns a column that is not in `used` and has only zeros. Only the control process calls this. The next

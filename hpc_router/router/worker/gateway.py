@@ -53,7 +53,7 @@ from hpc_router.router.worker.control_client import ControlClient
 from hpc_router.router.worker.dispatcher import Dispatcher
 from hpc_router.router.worker.error_responses import RETRY_AFTER_S, DrainingError, error_code
 from hpc_router.router.worker.request_body import ApiCall, decode
-from hpc_router.router.worker.route_request import UNKNOWN_ENDPOINT, RequestRouting, endpoint_of
+from hpc_router.router.worker.route_request import RequestRouting, endpoint_of
 from hpc_router.router.worker.routed_request import ApiEndpoint, session_key
 from hpc_router.routing.policy import Explanation, Policy
 from hpc_router.routing.prompt_text import PROMPT_FIELDS
@@ -83,6 +83,9 @@ _UNKNOWN_TOKEN: Final = (
 )
 
 Handler = Callable[[Request, str], Awaitable[Response | None]]
+_KnownHead = tuple[ApiEndpoint, UserAccess | None]
+"""What is cached with the head of a request that needs no task to be routed: its endpoint, and what its token allows;
+None for the owner's token."""
 
 
 @dataclass(slots=True, eq=False)
@@ -157,17 +160,16 @@ class Gateway:
         else:
             request_id = f"{random.getrandbits(128):032x}"
         body = request.complete_body()
-        endpoint: ApiEndpoint | None = request.headers.cached.get(self, UNKNOWN_ENDPOINT)
-        if endpoint is UNKNOWN_ENDPOINT:
-            endpoint = self._simple_endpoint(request)
+        known: _KnownHead | None = request.headers.cached.get(self) or self._known_head(request)
         if self.in_flight.closing:
             request.keep_alive = False
-            endpoint = None
-        access: UserAccess | None = None
-        if body is None or endpoint is None or len(body) > LONG_BODY_BYTES:
-            access, endpoint = self._users_endpoint(request)
-            if endpoint is None or body is None or len(body) > LONG_BODY_BYTES:
-                return self._respond(request, request_id)
+            known = None
+        if known is None or body is None or len(body) > LONG_BODY_BYTES:
+            return self._respond(request, request_id)
+        endpoint, access = known
+        if access is not None and access.expires_at <= time.time():
+            del request.headers.cached[self]
+            return self._respond(request, request_id)
         try:
             self._admit(endpoint)
             routed = self.routing.route(request, request_id, decode(body), endpoint, access)
@@ -199,34 +201,17 @@ class Gateway:
             self.dispatcher.records.refused(request_id, path, response.status, error_code(error), user=user)
         return response
 
-    def _simple_endpoint(self, request: Request) -> ApiEndpoint | None:
-        """Returns the API endpoint of a request that has the owner's token and whose head shows that it needs no task
-        to be routed; None for any other request. The result is cached for later requests with the same head. If the
-        request has another user's token, the endpoint is cached for `_users_endpoint` and the result is None."""
-        cached = request.headers.cached
+    def _known_head(self, request: Request) -> _KnownHead | None:
+        """Returns the API endpoint of a request whose head shows that it needs no task to be routed, and what its token
+        allows; None for any other request. The result is cached for later requests with the same head."""
         if request.method != "POST" or request.path not in _FAST_PATHS:
-            cached[self] = None
             return None
         try:
             access = self._authorize(request.headers)
-            endpoint = endpoint_of(request)
+            known = request.headers.cached[self] = endpoint_of(request), access
         except (UnauthorizedError, BadRequestError):
             return None
-        if access is not None:
-            cached[self], cached[access] = None, endpoint
-            return None
-        cached[self] = endpoint
-        return endpoint
-
-    def _users_endpoint(self, request: Request) -> tuple[UserAccess | None, ApiEndpoint | None]:
-        """Returns what the user's token in this request allows, and the request's API endpoint, from the cache of its
-        head. The endpoint is None if the request needs a task. Both are None if the cache has no user's token, if the
-        token has expired, or if the router drains."""
-        cached = request.headers.cached
-        access: UserAccess | None = cached.get(self.users)
-        if access is None or self.in_flight.closing or access.expires_at <= time.time():
-            return None, None
-        return access, cached.get(access)
+        return known
 
     def _find_route(self, request: Request) -> Handler:
         """Returns the handler of the request. Raises an error with a 4xx or 503 status if the request is not

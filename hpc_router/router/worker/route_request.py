@@ -38,10 +38,6 @@ CLASS_NAMES: Final = {of.label: of for of in CLASSES}
 _TRUE_WORDS: Final = ("true", "t", "yes", "y", "on", "1")
 
 
-UNKNOWN_ENDPOINT: Final = ApiEndpoint("", "", api_format_of(""))
-"""Marks a head whose endpoint is not cached yet."""
-
-
 def endpoint_of(request: Request) -> ApiEndpoint:
     """Returns the API endpoint of the request. Raises BadRequestError if the request states an unknown class."""
     path = request.path.rstrip("/")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import ExpertForbiddenError, RateLimitedError
 from hpc_router.router.access.request_traits import RequestTraits, traits_of
-from hpc_router.router.access.user_access import DEFAULT_OUTPUT_TOKENS, Charge, UserTokens
+from hpc_router.router.access.user_access import DEFAULT_OUTPUT_TOKENS, TOKEN_COUNTS, Charge, UserTokens
 from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.state.user_tokens import TokenLimits, UserToken
 
@@ -125,17 +125,17 @@ def test_without_max_tokens_the_median_of_the_experts_responses_is_reserved() ->
 @pytest.mark.parametrize(
     ("path", "fields", "expected"),
     [
-        (CHAT, {"max_completion_tokens": 7, "n": 3}, RequestTraits("u", True, 3, 7)),
-        ("/v1/responses", {"max_output_tokens": 7}, RequestTraits("u", True, 1, 7)),
-        ("/v1/completions", {"prompt": ["a", "b"], "best_of": 2}, RequestTraits("u", True, 4)),
-        ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 0}, RequestTraits("u", True, 1)),
-        ("/v1/completions", {"prompt": [[1], [2]], "n": "x"}, RequestTraits("u", True, 2)),
-        ("/v1/embeddings", {"max_tokens": 5}, RequestTraits("u", False)),
-        ("/tokenize", {}, RequestTraits("u", False)),
+        (CHAT, {"max_completion_tokens": 7, "n": 3}, RequestTraits(3, 7)),
+        ("/v1/responses", {"max_output_tokens": 7}, RequestTraits(1, 7)),
+        ("/v1/completions", {"prompt": ["a", "b"], "best_of": 2}, RequestTraits(4)),
+        ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 0}, RequestTraits(1)),
+        ("/v1/completions", {"prompt": [[1], [2]], "n": "x"}, RequestTraits(2)),
+        ("/v1/embeddings", {"max_tokens": 5}, None),
+        ("/tokenize", {}, None),
     ],
 )
-def test_the_traits_of_a_request(path: str, fields: dict[str, Any], expected: RequestTraits) -> None:
-    assert traits_of(path, fields, user="u") == expected
+def test_the_traits_of_a_request(path: str, fields: dict[str, Any], expected: RequestTraits | None) -> None:
+    assert traits_of(path, fields) == expected
 
 
 def test_a_refused_request_takes_nothing() -> None:
@@ -199,7 +199,7 @@ def test_every_count_is_zero_after_any_sequence_of_requests(data: st.DataObject)
         assert len(open_charges) <= 3
     for charge in open_charges:
         charge.end(None)
-    assert [router.counters.token_row(w)[TOKEN.slot] for w in range(2)] == [0, 0]
+    assert [router.counters.token_row(w)[TOKEN_COUNTS * TOKEN.slot] for w in range(2)] == [0, 0]
     router.clock.now += 60
     for _ in range(6):
         router.charge(0, max_tokens=10).end(10)
