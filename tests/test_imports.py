@@ -17,7 +17,10 @@ import hpc_router
         ("hpc_router.router.main", ["torch", "vllm", "sklearn", "submitit", "transformers", "hpc_router.expert"]),
         ("hpc_router.connect.main", ["openai", "aiohttp", "submitit", "torch", "hydra", "hpc_router.router"]),
         ("launch.train_classifier", ["torch", "vllm", "sklearn", "submitit", "aiohttp", "hpc_router.cluster.commands"]),
-        ("hpc_router.expert.agent.agent", ["torch", "vllm", "submitit", "hpc_router.router", "hpc_router.routing"]),
+        (
+            "hpc_router.expert.job",
+            ["torch", "vllm", "submitit", "aiohttp", "hydra", "numpy", "hpc_router.router", "hpc_router.routing"],
+        ),
     ],
 )
 def test_a_process_loads_only_what_it_needs(module: str, forbidden: list[str]) -> None:

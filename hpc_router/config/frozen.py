@@ -25,9 +25,11 @@ IGNORED_KEYS: Final = ("hydra",)
 ROOT_KEYS: Final = frozenset(f.name for f in fields(Deployment))
 """Keys at the root of a config."""
 _WIDTH: Final = 120
+_SafeLoader: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""PyYAML's loader in C, which takes a tenth of the time, if PyYAML was built with it."""
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(_SafeLoader):  # type: ignore[misc]
     """YAML loader that refuses a mapping with the same key twice; PyYAML alone would take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -1,4 +1,7 @@
-"""HTTP requests of commands and the control loop: short, with a time limit, and never through a proxy."""
+"""HTTP requests of commands and the control loop: short, with a time limit, and never through a proxy.
+
+aiohttp is loaded by the first request, because it takes half of the start of a command that sends none.
+"""
 
 import asyncio
 import json
@@ -6,11 +9,12 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
-
-import aiohttp
+from typing import TYPE_CHECKING, Any, Final
 
 from hpc_router.net.tls import client_context
+
+if TYPE_CHECKING:
+    import aiohttp
 
 DEFAULT_TIMEOUT_S: Final = 2.0
 MAX_CONNECTIONS: Final = 100
@@ -43,9 +47,11 @@ async def session(
     timeout_s: float | None = DEFAULT_TIMEOUT_S,
     connect_s: float = DEFAULT_TIMEOUT_S,
     connections: int = MAX_CONNECTIONS,
-) -> AsyncIterator[aiohttp.ClientSession]:
+) -> AsyncIterator["aiohttp.ClientSession"]:
     """Yields a client session with at most `connections` connections. Time limits in seconds: `timeout_s` of a request
     with its response, None for none; `connect_s` of making a connection, without the wait for a free one."""
+    import aiohttp
+
     limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s)
     connector = aiohttp.TCPConnector(limit=connections)
     jar = aiohttp.DummyCookieJar()
@@ -54,7 +60,7 @@ async def session(
 
 
 async def call(
-    client: aiohttp.ClientSession,
+    client: "aiohttp.ClientSession",
     method: str,
     url: str,
     *,
@@ -64,6 +70,8 @@ async def call(
 ) -> HttpResponse:
     """Sends one request and returns the response, whatever its status. `certificate`: the only certificate, in PEM,
     that an https server may have; None: any that the system's authorities have signed. Raises Unreachable."""
+    import aiohttp
+
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with client.request(
@@ -80,7 +88,7 @@ def tls_option(certificate: str | None) -> ssl.SSLContext | bool:
     return True if certificate is None else client_context(certificate)
 
 
-async def bounded_body(response: aiohttp.ClientResponse) -> bytes:
+async def bounded_body(response: "aiohttp.ClientResponse") -> bytes:
     """Returns the body of a response. Raises ValueError if it is longer than `MAX_RESPONSE_BYTES`."""
     body = bytearray()
     async for chunk in response.content.iter_any():

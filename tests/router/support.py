@@ -12,7 +12,8 @@ import pytest
 
 from hpc_router.router.replicas.replica import Event, Replica, RoutingState
 from hpc_router.router.replicas.table import ReplicaTable
-from hpc_router.sim import SimConfig, SimServer
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.server import SimServer
 from hpc_router.state import registry
 from hpc_router.state.registry import EngineInfo, Record, RecordKind, State
 from hpc_router.state.run_directory import RunDir

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from hpc_router.sim import SimConfig, SimServer
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.server import SimServer
 
 INSTANT = SimConfig(ttft_s=0.0, itl_s=0.0, jitter=0.0)
 GUARD_S = 60.0

@@ -4,7 +4,8 @@ from contextlib import AsyncExitStack
 import aiohttp
 import pytest
 
-from hpc_router.sim import SimConfig, SimServer
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.server import SimServer
 from tests.sim.calls import INSTANT, client
 from tests.sim.support import Start
 

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from hpc_router.sim import SimConfig, SimServer
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.server import SimServer
 from tests.sim.calls import GUARD_S, decoded
 
 INSTANT_FLAGS = ("--ttft-ms", "0", "--itl-ms", "0")

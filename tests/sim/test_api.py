@@ -13,7 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hpc_router.errors import ConfigError, LaunchError
-from hpc_router.sim import SimConfig, SimServer
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.server import SimServer
 from tests.sim.calls import INSTANT, at, chat, client, decoded, events, post, stream, until
 from tests.sim.support import Start
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_router.sim import SimServer
+from hpc_router.sim.server import SimServer
 from tests.sim.calls import DISCONNECTED, GUARD_S, INSTANT, JsonObject, chat, client, faulty, until
 from tests.sim.support import Start
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import aiohttp
 import pytest
 
-from hpc_router.sim import SimServer
 from hpc_router.sim.fault_injection import GARBAGE
 from hpc_router.sim.faults import parse_rules
+from hpc_router.sim.server import SimServer
 from tests.sim.calls import (
     DISCONNECTED,
     INSTANT,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_router.config.schema import Roofline
-from hpc_router.sim import SimConfig
+from hpc_router.sim.config import SimConfig
 from hpc_router.sim.continuous_batching import Batch
 from hpc_router.sim.kv_cache import BlockPool, SequenceBlocks, block_hashes
 from hpc_router.sim.roofline import BLOCK

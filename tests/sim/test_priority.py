@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from hpc_router.sim import SimServer
 from hpc_router.sim.admission import Places
+from hpc_router.sim.server import SimServer
 from tests.sim.calls import INSTANT, JsonObject, chat, client, post, stream, until
 
 VALUES = (1, 1, 0, -3, 0)

@@ -11,9 +11,9 @@ import anthropic
 import openai
 import pytest
 
-from hpc_router.sim import SimServer
 from hpc_router.sim.generation import ParsedPrompt
 from hpc_router.sim.response_store import ResponseStore
+from hpc_router.sim.server import SimServer
 from hpc_router.sim.tokens import Completion
 from tests.sim import calls
 from tests.sim.calls import DISCONNECTED, GUARD_S, JsonObject, at, post, typed, until

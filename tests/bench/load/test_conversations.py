@@ -11,7 +11,8 @@ from hpc_router.bench.figures import CANCELLED, MeasurementPart, Observation, fi
 from hpc_router.bench.load.generator import LoadResult, LoadTarget, run_load
 from hpc_router.bench.prompts import built_in
 from hpc_router.bench.workload import Point, workload
-from hpc_router.sim import SimConfig, SimServer
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.server import SimServer
 from tests.bench.fakes import DONE, ROLE, WHOLE, fake_router, piece, responds
 from tests.sim.calls import client
 

@@ -17,7 +17,7 @@ from hpc_router.expert.agent.engine_relay import ENGINE_LIMITS
 from hpc_router.expert.agent.http_api import HEADROOM, AgentHttpApi
 from hpc_router.net import protocol
 from hpc_router.net.auth import challenge_answer
-from hpc_router.sim import SimServer
+from hpc_router.sim.server import SimServer
 from hpc_router.state.registry import State
 from tests.sim.calls import GUARD_S, INSTANT, JsonObject, chat, faulty
 from tests.support.relays import OWN, RELAYS

@@ -10,7 +10,8 @@ from hpc_router.net.http_client import session
 from hpc_router.router.control import engine_metrics
 from hpc_router.router.control.engine_metrics import EngineLoads
 from hpc_router.router.replicas.engine_load import EngineLoad
-from hpc_router.sim import SimConfig, SimServer
+from hpc_router.sim.config import SimConfig
+from hpc_router.sim.server import SimServer
 from tests.router.fakes import RunningRouter, a_deployment, a_router, a_run, fake_replica
 from tests.router.support import ready, replica, table_of
 from tests.support.waiting import eventually
