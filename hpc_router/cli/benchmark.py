@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hpc_router.cli import INTERRUPTED
 from hpc_router.cli.output import print_lines, print_value, stderr_console
 from hpc_router.cli.parser import Parser, Verbs, add_verb, count, name_list, named_folder, number
 from hpc_router.config.assignments import unique
@@ -34,7 +35,10 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _add_router(benchmarks: "Verbs[Parser]") -> None:
-    details = " Relays that are not installed are skipped, with a note."
+    details = (
+        " Relays that are not installed are skipped, with a note. Ctrl-C ends the benchmark; the rounds that it has "
+        "measured are reported and written."
+    )
     parser = add_verb(benchmarks, _bench_router, details=details, run=False, json=True)
     parser.add_argument("--only", type=name_list, default=(), metavar="NAME,...", help="measure only these relays")
     parser.add_argument("--streams", type=count, metavar="N", help="concurrent streams (default 1000)")
@@ -97,7 +101,7 @@ def _bench_router(arguments: argparse.Namespace) -> int:
     ).checked()
     results = measure_relay_cost(options, stderr_console())
     print_value(to_json(results) if arguments.json else on_screen(results))
-    return 1 if results.failed else 0
+    return INTERRUPTED if results.interrupted else 1 if results.failed else 0
 
 
 def _add_soak(benchmarks: "Verbs[Parser]") -> None:

@@ -76,6 +76,20 @@ def test_everything_is_measured(place: Path) -> None:
     assert all(f"{name}: not measured, {why}" in table for name, why in value["absent"].items())
 
 
+def test_an_interrupt_keeps_the_rounds_that_were_measured(place: Path) -> None:
+    with started(place, "--only", "direct", "--rounds", "100", "--json") as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "round 2 of 100" in line)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    value = json.loads(out)
+    assert set(value["relays"]["direct"]["rounds"]) == {"0"}
+    assert "interrupted: every relay has 1 of 100 rounds" in value["notes"]
+    (written,) = (place / "out").glob("router-*.json")
+    assert json.loads(written.read_text()) == value
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_all_processes(place: Path, number: signal.Signals) -> None:
     with started(place, "--only", "router+agent") as process:

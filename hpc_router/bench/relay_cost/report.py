@@ -26,13 +26,15 @@ DISTURBED_SHARE: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class RelayCostResults:
-    """The results of all relays. `absent`: relay that was not measured -> reason. `origin`: provenance as JSON."""
+    """The results of all relays. `absent`: relay that was not measured -> reason. `origin`: provenance as JSON.
+    `interrupted`: whether the benchmark was stopped before all rounds were measured."""
 
     options: RelayCostOptions
     cores: Cores
     measured: Mapping[str, RelayRounds]
     absent: Mapping[str, str]
     origin: Mapping[str, Any]
+    interrupted: bool = False
 
     @property
     def checks(self) -> list[targets.Check]:
@@ -74,6 +76,9 @@ def notes(results: RelayCostResults) -> list[str]:
         if opened is not None and opened.low < wanted:
             found.append(f"{name}: only {opened.low:.0f} of {wanted} streams were open at the same time")
         found += _disturbed(measured)
+    if results.interrupted:
+        rounds = min(len(measured.rounds) for measured in results.measured.values())
+        found.append(f"interrupted: every relay has {rounds} of {results.options.rounds} rounds")
     if results.options.quick:
         found.append("a quick run only shows that the benchmark works: its figures and checks are not meaningful")
     if not results.cores.separate:

@@ -38,20 +38,19 @@ class RelayRounds:
         return len(self.broken) + sum(sum(one.failed.values()) for one in self.rounds.values())
 
 
-def measure_all(relays: Sequence[Relay], options: RelayCostOptions, cores: Cores, show: ShowStep) -> list[RelayRounds]:
-    found = [RelayRounds(relay, relay.version()) for relay in relays]
+def measure_all(found: Sequence[RelayRounds], options: RelayCostOptions, cores: Cores, show: ShowStep) -> None:
+    """Adds the figures of all rounds to `found`. An interrupt (KeyboardInterrupt) leaves there what was measured."""
     # The name is short, because the length of a unix socket's path is limited.
     with tempfile.TemporaryDirectory(prefix="hr-bench-", ignore_cleanup_errors=True) as name, pinned_to(cores.load):
         folder = Path(name)
         for number in range(options.rounds):
             first = number % len(found)
-            for measured in found[first:] + found[:first]:
+            for measured in (*found[first:], *found[:first]):
                 _measure(measured, options, cores, folder, show, number=number)
         if options.soak:
             for measured in found:
                 if measured.relay.name == "router":
                     _measure(measured, options, cores, folder, show, number=None)
-    return found
 
 
 def _measure(

@@ -16,7 +16,7 @@ from hpc_router.bench.relay_cost.options import RelayCostOptions
 from hpc_router.bench.relay_cost.other_relays import other_relays
 from hpc_router.bench.relay_cost.processes import cores_of
 from hpc_router.bench.relay_cost.report import RelayCostResults, markdown, to_json
-from hpc_router.bench.relay_cost.rounds import measure_all
+from hpc_router.bench.relay_cost.rounds import RelayRounds, measure_all
 from hpc_router.bench.relay_cost.this_router import this_router
 from hpc_router.cluster.signals import sigterm_as_interrupt
 from hpc_router.errors import ConfigError, LaunchError, suggest
@@ -32,7 +32,8 @@ def default_environment() -> Path | None:
 
 
 def measure_relay_cost(options: RelayCostOptions, console: Console) -> RelayCostResults:
-    """Measures all relays, writes JSON and Markdown, and returns the results. Raises ConfigError and LaunchError."""
+    """Measures all relays, writes JSON and Markdown, and returns the results; after an interrupt, those of the rounds
+    that were measured. Raises ConfigError, LaunchError, and KeyboardInterrupt if nothing was measured yet."""
     chosen = _chosen([*other_relays(options.environment), *this_router(options.trees)], options)
     absent = {relay.name: why for relay in chosen if (why := relay.absent()) is not None}
     present = [relay for relay in chosen if relay.name not in absent]
@@ -46,10 +47,18 @@ def measure_relay_cost(options: RelayCostOptions, console: Console) -> RelayCost
     cores = cores_of(list(os.sched_getaffinity(0)))
     if not cores.separate:
         console.print("only one core: the figures are less meaningful", style="yellow")
-    at = utc_now()
-    with sigterm_as_interrupt(), StepDisplay(console) as steps:
-        found = measure_all(present, options, cores, steps.show)
-    results = RelayCostResults(options, cores, {one.relay.name: one for one in found}, absent, origin_of(at))
+    at, interrupted = utc_now(), False
+    found = [RelayRounds(relay, relay.version()) for relay in present]
+    try:
+        with sigterm_as_interrupt(), StepDisplay(console) as steps:
+            measure_all(found, options, cores, steps.show)
+    except KeyboardInterrupt:
+        if not any(one.rounds for one in found):
+            raise
+        interrupted = True
+    results = RelayCostResults(
+        options, cores, {one.relay.name: one for one in found}, absent, origin_of(at), interrupted=interrupted
+    )
     path = write_results(options.out, stem_of("router", at), to_json(results), {"md": markdown(results)})
     console.print(f"written: {path}.json and .md", highlight=False, soft_wrap=True)
     return results

@@ -193,6 +193,13 @@ def test_a_note_on_a_quick_run() -> None:
     assert any(note.startswith("a quick run") for note in notes(quick))
 
 
+def test_a_note_on_an_interrupt() -> None:
+    direct, router = measured(Direct(), {"x": 1.0}, {"x": 1.0}), measured(ThisRouter(), {"x": 1.0})
+    found = replace(results(direct, router), interrupted=True)
+    assert notes(found) == ["interrupted: every relay has 1 of 3 rounds"]
+    assert "- interrupted: every relay" in markdown(found)
+
+
 def test_a_note_on_a_single_core() -> None:
     found = full()
     alone = RelayCostResults(found.options, cores_of([3]), found.measured, {}, ORIGIN)
