@@ -184,11 +184,17 @@ def test_a_killed_rank_ends_its_job_and_another_takes_its_place(cluster: SlurmCl
 @pytest.mark.vllm
 @pytest.mark.timeout(800)  # two starts of vLLM on two nodes, beside whatever else the machine runs
 @pytest.mark.usefixtures("left_as_found")
-def test_vllm_on_two_nodes_serves_its_domain_and_outlives_the_loss_of_either(cluster: SlurmCluster) -> None:
+@pytest.mark.parametrize("frontend", ["python", "rust"])
+def test_vllm_on_two_nodes_serves_its_domain_and_outlives_the_loss_of_either(
+    cluster: SlurmCluster, frontend: str
+) -> None:
     """Both ranks end whichever node is lost, and the control loop starts the replica on the remaining nodes."""
     model = cluster.shared / "tiny"
     subprocess.run([engine_python("transformers"), tiny_model.__file__, model], check=True)
-    options = "device: cpu, dtype: bfloat16, max_model_len: 512, tensor_parallel_size: 2, extra: {enforce-eager: true}"
+    options = (
+        f"frontend: {frontend}, device: cpu, dtype: bfloat16, max_model_len: 512, tensor_parallel_size: 2, "
+        "extra: {enforce-eager: true}"
+    )
     overrides = (
         "topology=sim",
         "policy.fallback=null",
@@ -202,7 +208,7 @@ def test_vllm_on_two_nodes_serves_its_domain_and_outlives_the_loss_of_either(clu
         "cluster.beat_s=0.5",
         f"cluster.env={VLLM_ENV}",
     )
-    with on_slurm(cluster, "vllm", *overrides) as deployed:
+    with on_slurm(cluster, f"vllm-{frontend}", *overrides) as deployed:
         try:
             first = deployed.serving("math-0")
             leader, other = leaders_node(deployed, first), other_rank(deployed, first)
