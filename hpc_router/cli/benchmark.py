@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpc_router.cli import INTERRUPTED
 from hpc_router.cli.output import print_lines, print_value, stderr_console
 from hpc_router.cli.parser import Parser, Verbs, add_verb, count, name_list, named_folder, number
 from hpc_router.config.assignments import unique
@@ -101,7 +100,9 @@ def _bench_router(arguments: argparse.Namespace) -> int:
     ).checked()
     results = measure_relay_cost(options, stderr_console())
     print_value(to_json(results) if arguments.json else on_screen(results))
-    return INTERRUPTED if results.interrupted else 1 if results.failed else 0
+    if results.interrupted:
+        raise KeyboardInterrupt
+    return 1 if results.failed else 0
 
 
 def _add_soak(benchmarks: "Verbs[Parser]") -> None:
