@@ -63,7 +63,7 @@ def test_the_verbs_know_the_host_of_an_adapter(one: Deployed) -> None:
 
 
 def test_each_expert_of_a_replica_is_measured_without_the_router(one: Deployed, tmp_path: Any) -> None:
-    words = ("bench.users=[4]", "bench.duration_s=4", "bench.warmup_s=0.2", "bench.max_tokens=2", "bench.direct=true")
+    words = ("bench.users=[16]", "bench.duration_s=1", "bench.warmup_s=0.2", "bench.max_tokens=2", "bench.direct=true")
     subprocess.run(
         [sys.executable, "-m", "launch.bench", f"run={one.run}", f"bench.output={tmp_path}", *words],
         cwd=ROOT, check=True, capture_output=True,
