@@ -86,6 +86,7 @@ class StreamSummary:
 _USAGE: Final = b'"usage"'
 _KEY: Final = b'"usage":'
 _loads: Final = orjson.loads
+_new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
 _Counts = tuple[int, int, int | None]
 
 
@@ -149,7 +150,7 @@ def _usage_from(end: bytes | bytearray) -> TokenUsage | None:
         counts = _usual_form(_loads(b"{" + end).get("usage"))
     except orjson.JSONDecodeError:
         return None
-    return None if counts is None else TokenUsage(*counts)
+    return None if counts is None else _new_tuple(TokenUsage, counts)
 
 
 def _usual_form(usage: Any) -> _Counts | None:
