@@ -62,8 +62,8 @@ test: .venv/.stamp engines slurm-newest ## all that this machine can run
 	$(BIN)/lint-imports --no-logo
 	$(MAKE) --no-print-directory shellcheck
 	$(BIN)/pytest --numprocesses 2
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m '(e2e or slurm) and not long'
-	TEST_SLURM_RELEASE=newest $(BIN)/pytest tests/slurm --numprocesses 2 --dist loadfile -m 'newest and not long'
+	$(BIN)/pytest --numprocesses 3 --dist loadfile -m '(e2e or slurm) and not long'
+	TEST_SLURM_RELEASE=newest $(BIN)/pytest tests/slurm --numprocesses 3 --dist loadfile -m 'newest and not long'
 
 test-long: test clients ## and what takes minutes
 	$(BIN)/pytest -m long
