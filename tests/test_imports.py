@@ -17,6 +17,8 @@ import hpc_router
         ("hpc_router.router.main", ["torch", "vllm", "sklearn", "submitit", "transformers", "hpc_router.expert"]),
         ("hpc_router.connect.main", ["openai", "aiohttp", "submitit", "torch", "hydra", "hpc_router.router"]),
         ("launch.train_classifier", ["torch", "vllm", "sklearn", "submitit", "aiohttp", "hpc_router.cluster.commands"]),
+        ("hpc_router.cluster.control_loop.loop", ["torch", "aiohttp", "hydra", "numpy", "submitit", "rich"]),
+        ("hpc_router.cli.tables", ["torch", "aiohttp", "hydra", "numpy", "submitit"]),
         (
             "hpc_router.expert.job",
             ["torch", "vllm", "submitit", "aiohttp", "hydra", "numpy", "hpc_router.router", "hpc_router.routing"],

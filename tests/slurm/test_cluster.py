@@ -202,7 +202,7 @@ def test_a_killed_starter_is_swept(stage: str) -> None:
     starter.wait(10)
     eventually_sync(lambda: not with_word(script))  # a child that was just forked still has its name
     assert folder in claim.sweep()
-    eventually_sync(lambda: traces(folder, number, set()) == [])  # a killed process goes a moment later
+    eventually_sync(lambda: traces(folder, number, set()) == [])  # a host that was just booting ends a moment later
 
 
 @pytest.mark.usefixtures("machine")
