@@ -251,8 +251,8 @@ def test_an_agent_that_is_gone_is_replaced_within_seconds_although_slurm_says_th
     assert took_s < NOTICED_S
     end = eventually_sync(deployed.job(replica).exit, within_s=60)
     found = (end.ok, end.reason, "refused connections" in end.message)
-    told = [(False, "node_failed", False)] if deployed.cluster.version >= (24, 11) else []  # Slurm's own cause, later
-    assert found in [(False, "vanished", True), *told]
+    # Slurm calls it a node failure if slurmd registers meanwhile, and without its batch step; that may be at any time.
+    assert found in [(False, "vanished", True), (False, "node_failed", False)]
 
 
 def test_a_killed_control_loop_is_back_at_once(deployed: OnSlurm) -> None:
