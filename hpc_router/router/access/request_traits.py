@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from hpc_router.net import protocol
-from hpc_router.router.replicas.lifetime import max_tokens_of
+from hpc_router.router.replicas.lifetime import MAX_TOKENS_KEYS, max_tokens_of
 
 _new_tuple: Final = tuple.__new__  # written in C, while a named tuple's own constructor is Python code
 _GENERATE: Final = frozenset(protocol.GENERATE_PATHS) - {protocol.EMBEDDINGS}
@@ -19,11 +19,18 @@ class RequestTraits(NamedTuple):
     max_tokens: int | None = None
 
 
+_NO_TRAITS: Final = RequestTraits()
+_KEYS: Final = frozenset({"n", "best_of", "prompt", *MAX_TOKENS_KEYS})
+"""Keys of a request that has traits of its own."""
+
+
 def traits_of(path: str, fields: Mapping[str, Any]) -> RequestTraits | None:
     """Returns the traits of a request; None if its response has no generated tokens, like an embedding. `fields`: its
     body; a value that an engine would refuse counts as missing."""
     if path not in _GENERATE:
         return None
+    if _KEYS.isdisjoint(fields):
+        return _NO_TRAITS
     choices = 1
     if "n" in fields or "best_of" in fields:
         choices = max(_count(fields.get("n")), _count(fields.get("best_of")))

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from hpc_router.relay.in_flight import Cells
-from hpc_router.router.access.user_access import TOKEN_COUNTS
+from hpc_router.router.access.window_count import TOKEN_CELLS
 from hpc_router.router.replicas.fair_order import SharedOrder, cells_for
 from hpc_router.router.replicas.replica import NO_COLUMN, PREFILL_COLUMNS
 from hpc_router.state.user_tokens import SLOTS
@@ -41,7 +41,7 @@ class Counters:
     def __init__(self, *, workers: int) -> None:
         self.workers = workers
         self._cells = memoryview(mmap.mmap(-1, (workers + 1) * _ROW * _CELL)).cast("q")
-        self._token_cells = memoryview(mmap.mmap(-1, workers * TOKEN_COUNTS * SLOTS * _CELL)).cast("q")
+        self._token_cells = memoryview(mmap.mmap(-1, workers * TOKEN_CELLS * SLOTS * _CELL)).cast("q")
         self._order_cells = memoryview(mmap.mmap(-1, workers * _ORDER_CELLS * _CELL)).cast("q")
         self._own = self._row(workers)  # row of the control process; its first cell is the next column to assign
         if not self._own[NO_COLUMN]:
@@ -55,7 +55,7 @@ class Counters:
         return tuple(self._row(other) for other in range(self.workers) if other != worker)
 
     def token_row(self, worker: int) -> Cells:
-        """Returns the worker's row of the counts of users' tokens (`user_access.TOKEN_COUNTS`)."""
+        """Returns the worker's row of the counts of users' tokens (`window_count`)."""
         return self._token_row(worker)
 
     def token_others(self, worker: int) -> Sequence[Cells]:
@@ -82,7 +82,7 @@ class Counters:
         of users' tokens."""
         self._row(worker)[:] = memoryview(bytes(_ROW * _CELL)).cast("q")
         self._order_row(worker)[:] = memoryview(bytes(_ORDER_CELLS * _CELL)).cast("q")
-        self._token_row(worker)[::TOKEN_COUNTS] = memoryview(bytes(SLOTS * _CELL)).cast("q")
+        self._token_row(worker)[::TOKEN_CELLS] = memoryview(bytes(SLOTS * _CELL)).cast("q")
 
     def allocate(self, used: Collection[int]) -> int:
         """Returns a column that is not in `used` and has only zeros. Only the control process calls this. The next
@@ -103,7 +103,7 @@ class Counters:
         return sum(1 for worker in range(self.workers) for count in self.counts(worker) if count)
 
     def _token_row(self, worker: int) -> memoryview:
-        size = TOKEN_COUNTS * SLOTS
+        size = TOKEN_CELLS * SLOTS
         return self._token_cells[worker * size : (worker + 1) * size]
 
     def _order_row(self, worker: int) -> memoryview:

@@ -18,7 +18,8 @@ SAMPLES: Final = 256
 PERCENTILE: Final = 0.95
 HORIZON_S: Final = 1800.0
 """Remaining walltime in seconds above which a replica can take every request."""
-_KEYS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+MAX_TOKENS_KEYS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+"""The keys of a request body that limit the length of the response, the first ones first."""
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ def outliving(replicas: Sequence[Replica], needed_s: float) -> Sequence[Replica]
 
 def max_tokens_of(fields: Mapping[str, object]) -> int | None:
     """Returns the maximum length of the response that a request body states, in tokens; None without a valid one."""
-    for key in _KEYS:
+    for key in MAX_TOKENS_KEYS:
         value = fields.get(key)
         if value is not None:
             return value if type(value) is int and value > 0 else None

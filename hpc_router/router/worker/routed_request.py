@@ -242,7 +242,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         generated = None if usage is None else usage.generated
         charge.end(generated)
         if generated is None:
-            self.dispatcher.metrics.tokens.add_many(charge.reserved, charge.expert, TokenSource.RESERVED)
+            self.dispatcher.metrics.tokens.add_many(charge.reserved, self.experts[0], TokenSource.RESERVED)
         return usage
 
     def settle(self) -> None:
@@ -257,7 +257,7 @@ class RoutedRequest(PendingResponse, ResponseCallback):
         generated, source = self._generated(self.summary)
         charge.end(generated)
         if source is TokenSource.RESERVED:
-            self.dispatcher.metrics.tokens.add_many(charge.reserved, charge.expert, source)
+            self.dispatcher.metrics.tokens.add_many(charge.reserved, self.experts[0], source)
 
     def _generated(self, summary: StreamSummary | None) -> tuple[int | None, TokenSource | None]:
         """Returns the number of generated tokens, and how it is known. The number is 0, with None, if no engine has

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from hpc_router.errors import ExpertForbiddenError, RateLimitedError
 from hpc_router.router.access.request_traits import RequestTraits, traits_of
-from hpc_router.router.access.user_access import DEFAULT_OUTPUT_TOKENS, TOKEN_COUNTS, Charge, UserTokens
+from hpc_router.router.access.user_access import DEFAULT_OUTPUT_TOKENS, Charge, UserTokens
+from hpc_router.router.access.window_count import TOKEN_CELLS
 from hpc_router.router.ipc.shared_counters import Counters
 from hpc_router.state.user_tokens import TokenLimits, UserToken
 
@@ -199,7 +200,7 @@ def test_every_count_is_zero_after_any_sequence_of_requests(data: st.DataObject)
         assert len(open_charges) <= 3
     for charge in open_charges:
         charge.end(None)
-    assert [router.counters.token_row(w)[TOKEN_COUNTS * TOKEN.slot] for w in range(2)] == [0, 0]
+    assert [router.counters.token_row(w)[TOKEN_CELLS * TOKEN.slot] for w in range(2)] == [0, 0]
     router.clock.now += 60
     for _ in range(6):
         router.charge(0, max_tokens=10).end(10)

@@ -1,12 +1,14 @@
-"""Counts per minute that several workers share without a lock."""
+"""The counts of a token that several workers share without a lock."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_router.router.access.window_count import WINDOW_S, left_s, settle, try_add, window_at
+from hpc_router.relay.in_flight import Cells
+from hpc_router.router.access.window_count import WINDOW_S, Limit, LimitCounts, left_s
+from hpc_router.state.user_tokens import TokenLimits
 
 AT = 3
 
@@ -27,60 +29,98 @@ class SteppedCells(defaultdict[int, int]):
         self._between()
 
 
+def workers(limits: TokenLimits, count: int = 2) -> list[LimitCounts]:
+    rows = [defaultdict[int, int](int) for _ in range(count)]
+    return [counts(row, rows, limits) for row in rows]
+
+
+def counts(row: Cells, rows: Sequence[Cells], limits: TokenLimits) -> LimitCounts:
+    made = LimitCounts(row, [other for other in rows if other is not row], AT)
+    made.limit(limits)
+    return made
+
+
 def test_a_window_is_a_minute() -> None:
-    assert window_at(59.9) == 0
-    assert window_at(60.0) == 1
     assert left_s(60.0) == WINDOW_S
     assert left_s(119.0) == 1.0
+    mine, _ = workers(TokenLimits(requests=1))
+    assert mine.begin(60.0, 0) is None
+    assert mine.begin(119.9, 0) is Limit.REQUESTS
+    assert mine.begin(120.0, 0) is None
 
 
 def test_the_limit_itself_is_admitted_and_one_more_is_not() -> None:
-    mine, other = defaultdict[int, int](int), defaultdict[int, int](int)
-    assert try_add(mine, (other,), AT, 7, 2, 5) == 7
-    assert try_add(other, (mine,), AT, 7, 3, 5) == 7
-    assert try_add(mine, (other,), AT, 7, 1, 5) is None
-    assert try_add(mine, (other,), AT, 8, 5, 5) == 8, "the next window starts at 0"
+    mine, other = workers(TokenLimits(tokens=5))
+    assert mine.begin(420.0, 2) is None
+    assert other.begin(420.0, 3) is None
+    assert mine.begin(420.0, 1) is Limit.TOKENS
+    assert mine.begin(480.0, 5) is None, "the next window starts at 0"
 
 
 def test_a_refused_amount_is_taken_back() -> None:
-    mine, other = defaultdict[int, int](int), defaultdict[int, int](int)
-    assert try_add(other, (mine,), AT, 7, 4, 5) == 7
-    assert try_add(mine, (other,), AT, 7, 2, 5) is None
-    assert try_add(mine, (other,), AT, 7, 1, 5) == 7
+    mine, other = workers(TokenLimits(tokens=5, requests=2, concurrency=2))
+    assert other.begin(420.0, 4) is None
+    assert mine.begin(420.0, 2) is Limit.TOKENS
+    assert mine.begin(420.0, 1) is None
+    assert other.begin(420.0, 0) is Limit.CONCURRENCY
+    other.end(7, 0, 420.0)
+    assert mine.begin(420.0, 0) is Limit.REQUESTS
 
 
 def test_a_worker_whose_clock_was_read_before_the_turn_of_the_minute_counts_in_the_new_one() -> None:
     """Another worker is in the new window already, and its count of the old one is gone."""
-    mine, other = defaultdict[int, int](int), defaultdict[int, int](int)
-    assert try_add(other, (mine,), AT, 7, 5, 5) == 7
-    assert try_add(other, (mine,), AT, 8, 5, 5) == 8
-    assert try_add(mine, (other,), AT, 7, 1, 5) is None
-    assert try_add(mine, (other,), AT, 7, 1, 6) == 8
+    mine, other = workers(TokenLimits(tokens=6))
+    assert other.begin(479.9, 5) is None
+    assert other.begin(480.0, 5) is None
+    assert mine.begin(479.9, 2) is Limit.TOKENS
+    assert mine.begin(479.9, 1) is None
+    assert mine.window == 8
+    assert other.begin(480.0, 1) is Limit.TOKENS
 
 
 def test_a_reservation_is_settled_in_its_window_only() -> None:
-    cells = defaultdict[int, int](int)
-    assert try_add(cells, (), AT, 7, 10, 10) == 7
-    settle(cells, AT, 7, 7, -4)
-    assert try_add(cells, (), AT, 7, 5, 10) is None
-    assert try_add(cells, (), AT, 7, 4, 10) == 7
-    settle(cells, AT, 7, 8, -4)
-    assert try_add(cells, (), AT, 8, 10, 10) == 8, "nothing is given back that the new window has not lent"
-    settle(cells, AT, 7, 9, 3)
-    assert try_add(cells, (), AT, 9, 8, 10) is None
-    assert try_add(cells, (), AT, 9, 7, 10) == 9, "what was generated beyond the reservation counts when it is known"
+    (mine,) = workers(TokenLimits(tokens=10), 1)
+    assert mine.begin(420.0, 10) is None
+    mine.end(7, -4, 430.0)
+    assert mine.begin(430.0, 5) is Limit.TOKENS
+    assert mine.begin(430.0, 4) is None
+    mine.end(7, -4, 480.0)
+    assert mine.begin(480.0, 10) is None, "nothing is given back that the new window has not lent"
+    mine.end(7, 3, 540.0)
+    assert mine.begin(540.0, 8) is Limit.TOKENS
+    assert mine.begin(540.0, 7) is None, "what was generated beyond the reservation counts when it is known"
+
+
+def test_a_process_that_takes_over_the_cells_of_another_counts_on() -> None:
+    row = defaultdict[int, int](int)
+    before, after = (counts(row, [row], TokenLimits(tokens=10, requests=2)) for _ in range(2))
+    assert before.begin(420.0, 6) is None
+    assert after.begin(430.0, 5) is Limit.TOKENS
+    assert after.begin(430.0, 4) is None
+    assert after.begin(430.0, 0) is Limit.REQUESTS
+
+
+def test_an_amount_beyond_the_size_of_a_cell() -> None:
+    (mine,) = workers(TokenLimits(tokens=10), 1)
+    assert mine.begin(420.0, 10**40) is Limit.TOKENS
+    assert mine.begin(420.0, 1) is None
+    mine.end(7, 10**40, 420.0)
+    assert mine.begin(420.0, 0) is Limit.TOKENS
+    assert mine.begin(480.0, 10) is None
 
 
 @given(
-    additions=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=14),
-    limit=st.integers(1, 20),
+    requests=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=14),
+    limits=st.builds(
+        TokenLimits, requests=st.integers(1, 12), tokens=st.integers(1, 20), concurrency=st.integers(1, 12)
+    ),
     data=st.data(),
 )
 def test_the_limit_is_never_exceeded_however_workers_interleave(
-    additions: list[tuple[int, int]], limit: int, data: st.DataObject
+    requests: list[tuple[int, int]], limits: TokenLimits, data: st.DataObject
 ) -> None:
-    """At any access to a cell, another worker may run an addition of its own."""
-    left, admitted, busy = list(additions), [0], set[int]()
+    """At any access to a cell, another worker may begin a request of its own."""
+    left, admitted, busy = list(requests), list[int](), set[int]()
 
     def between() -> None:
         interleaves: bool = data.draw(st.booleans())
@@ -88,18 +128,21 @@ def test_the_limit_is_never_exceeded_however_workers_interleave(
             run_next()
 
     rows = [SteppedCells(between) for _ in range(4)]
+    all_counts = [counts(row, rows, limits) for row in rows]
 
     def run_next() -> None:
         worker, amount = left.pop()
         if worker in busy:  # a worker does one thing at a time
             return
         busy.add(worker)
-        peers = [row for row in rows if row is not rows[worker]]
-        if try_add(rows[worker], peers, AT, 7, amount, limit) is not None:
-            admitted[0] += amount
+        if all_counts[worker].begin(420.0, amount) is None:
+            admitted.append(amount)
         busy.discard(worker)
-        assert admitted[0] <= limit
+        assert limits.tokens is not None
+        assert limits.requests is not None
+        assert limits.concurrency is not None
+        assert sum(admitted) <= limits.tokens
+        assert len(admitted) <= min(limits.requests, limits.concurrency)
 
     while left:
         run_next()
-    assert admitted[0] <= limit

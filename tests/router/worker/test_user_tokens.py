@@ -257,7 +257,7 @@ async def test_a_client_that_leaves_frees_its_place(tmp_path: Path) -> None:
             fake.arrived.clear()
         access = router.gateway.users.access_of(made.id)
         assert access is not None
-        assert access.cells[made.slot] == 0
+        assert access.counts.in_flight == 0
 
 
 @pytest.mark.parametrize(
