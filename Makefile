@@ -62,13 +62,13 @@ test: .venv/.stamp engines slurm-newest ## all that this machine can run
 	$(BIN)/lint-imports --no-logo
 	$(MAKE) --no-print-directory shellcheck
 	$(BIN)/pytest --numprocesses 2
-	$(BIN)/pytest --numprocesses 3 --dist loadfile -m '(e2e or slurm) and not long'
-	TEST_SLURM_RELEASE=newest $(BIN)/pytest tests/slurm --numprocesses 3 --dist loadfile -m 'newest and not long'
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m '(e2e or slurm) and not long'
+	TEST_SLURM_RELEASE=newest $(BIN)/pytest tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'newest and not long'
 
 test-long: test clients ## and what takes minutes
 	$(BIN)/pytest -m long
 	for release in trixie sid; do \
-	  TEST_SLURM_RELEASE=$$release $(BIN)/pytest tests/slurm --numprocesses 2 --dist loadfile -m slurm || exit 1; \
+	  TEST_SLURM_RELEASE=$$release $(BIN)/pytest tests/slurm --numprocesses 2 --dist loadfile --no-loadscope-reorder -m slurm || exit 1; \
 	done
 
 format: .venv/.stamp

@@ -11,6 +11,13 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.users import open_folder
 
+LONGEST_FILES = (
+    *("e2e/test_engines.py", "slurm/test_doctor.py", "slurm/test_incidents.py", "slurm/test_deployment.py"),
+    *("slurm/test_shapes.py", "slurm/test_handover.py", "slurm/test_handover_modes.py", "slurm/test_signals.py"),
+    *("cluster/commands/test_up.py", "e2e/test_bench_router.py", "slurm/test_elasticity.py"),
+    *("slurm/test_handover_shapes.py", "expert/multinode/test_ranks.py", "e2e/test_apply.py", "e2e/test_sim.py"),
+)
+"""The files whose tests take longer than a minute together, the longest first."""
 settings.register_profile("any machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
@@ -22,6 +29,13 @@ def pytest_configure() -> None:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
     os.environ.pop("PYTHONUNBUFFERED", None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first. `--dist loadfile` gives each worker one file after the other, so no long one should
+    begin when there are no others left. It needs `--no-loadscope-reorder`."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture
