@@ -39,17 +39,19 @@ Prompt = str | UserTurns
 def user_prompt(body: object, *, window: int = WINDOW_BYTES, first: str = "messages") -> Prompt:
     """Returns what the user says in a decoded body: a text as `prompt_text` does, or a conversation if at least two
     messages of the user have text. `window`, `first`: see `prompt_text`."""
-    text = prompt_text(body, window=window, first=first)
-    if not text or not isinstance(body, dict):
-        return text
+    if not isinstance(body, dict):
+        return ""
     name = _field(body, first)
-    messages = body[name] if name in _CONVERSATIONS else None
-    if type(messages) is not list or len(messages) == 1:
+    if name is None:
+        return ""
+    value = body[name]
+    text = _text(name, value, window)
+    if not text or name not in _CONVERSATIONS or type(value) is not list or len(value) == 1:
         return text
     turns: list[str] = []
-    for item in reversed(messages[-_LAST_MESSAGES:]):
+    for item in reversed(value[-_LAST_MESSAGES:]):
         if type(item) is dict and item.get("role") == "user" and item.get("type", "message") == "message":
-            turn = prompt_text({"messages": [item]}, window=window)
+            turn = _text("messages", [item], window)
             if turn:
                 turns.append(turn)
                 if len(turns) == LAST_TURNS:
@@ -67,9 +69,11 @@ def prompt_text(body: object, *, window: int = WINDOW_BYTES, first: str = "messa
     if not isinstance(body, dict):
         return ""
     name = _field(body, first)
-    if name is None:
-        return ""
-    value = body[name]
+    return "" if name is None else _text(name, body[name], window)
+
+
+def _text(name: str, value: object, window: int) -> str:
+    """Returns at most `window` characters of the user's text in `value`, the value of the field `name`."""
     if name == "messages" and type(value) is list and len(value) == 1:  # fast path for the usual first turn
         only = value[0]
         if type(only) is dict and only.get("role") == "user" and "type" not in only:

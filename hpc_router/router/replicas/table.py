@@ -12,6 +12,7 @@ No I/O. The table knows neither HTTP nor the source of its replicas.
 """
 
 import asyncio
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -111,6 +112,7 @@ class ReplicaTable:
     _line: WaitingLine = field(init=False)
     _class_in_flight: dict[tuple[str, RequestClass], int] = field(default_factory=dict)  # of this worker
     _acquired_total: int = 0
+    _shortest_context: float | None = None  # None: to be computed again
     _peer_refresh: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
@@ -144,7 +146,7 @@ class ReplicaTable:
 
     def renew(self, replica: Replica, record: Record) -> None:
         """Replaces the replica's record with a newer one of the same server process."""
-        before = replica.record
+        before, self._shortest_context = replica.record, None
         replica.renew(record)
         if record.serves != before.serves:
             self._index()
@@ -188,6 +190,14 @@ class ReplicaTable:
     def of(self, expert: str) -> Sequence[Replica]:
         """Returns the replicas of the expert, in any state."""
         return self._by_expert.get(expert, ())
+
+    def shortest_context(self) -> float:
+        """Returns the shortest context length of any replica, in tokens, among those that are known; infinite if none
+        is."""
+        if self._shortest_context is None:
+            lengths = (replica.max_model_len for replica in self._replicas.values())
+            self._shortest_context = min((length for length in lengths if length is not None), default=math.inf)
+        return self._shortest_context
 
     def experts(self) -> set[str]:
         return {expert for replica in self._replicas.values() for expert in replica.record.serves}
@@ -611,7 +621,7 @@ class ReplicaTable:
     def _index(self) -> None:
         """Rebuilds the lists of replicas by expert."""
         self._balance.indexed()
-        self._by_expert = {}
+        self._by_expert, self._shortest_context = {}, None
         for replica in self._replicas.values():
             if replica.record.kind is not RecordKind.ROUTER:
                 for expert in replica.record.serves:

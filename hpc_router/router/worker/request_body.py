@@ -17,9 +17,12 @@ from typing import Any, Final
 import orjson
 
 from hpc_router.errors import BadRequestError
+from hpc_router.router.replicas.lifetime import MAX_TOKENS_KEYS
 from hpc_router.routing.prompt_text import Prompt
 
 _MODEL: Final = b'"model"'
+_TYPE: Final = b'"type"'
+_ESCAPE: Final = b"\\u"
 _MAX_PREFIX_BYTES: Final = 16
 """Maximum number of bytes before `"model"` for which the short check in `_is_top_level` is made: that they are only the
 opening brace."""
@@ -42,7 +45,9 @@ _MEDIA: Final = {
 """Type of a part of a message -> the kind of input that it is."""
 MEDIA_KINDS: Final = frozenset(_MEDIA.values())
 _CONVERSATIONS: Final = ("messages", "input")
-_MAX_TOKENS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_TOOLS: Final = frozenset({"tools", "functions"})
+_LIMITS: Final = frozenset(MAX_TOKENS_KEYS)
+_NO_NEEDS: Final = frozenset[str]()
 BYTES_PER_TOKEN: Final = 4
 """Bytes of a body per token, for the estimate of a request's length."""
 
@@ -53,8 +58,7 @@ class ApiCall:
 
     prompt: Prompt | None = None
     """What a routing decision reads, if it was extracted in a thread; else None."""
-    needs: frozenset[str] | None = None
-    """What the request contains beyond text, if that was found in a thread (`needs_of`); else None."""
+    _needs: frozenset[str] | None = None
     _span: tuple[int, int] | None = None
 
     def __init__(self, raw: bytes, fields: dict[str, Any], model_at: int = -1) -> None:
@@ -65,10 +69,21 @@ class ApiCall:
     def estimated_tokens(self) -> int:
         """Returns an estimate of the tokens of the prompt and the longest response together."""
         prompt = len(self.raw) // BYTES_PER_TOKEN
-        for name in _MAX_TOKENS:
-            if type(allowed := self.fields.get(name)) is int:
-                return prompt + max(allowed, 0)
+        if not _LIMITS.isdisjoint(self.fields):
+            for name in MAX_TOKENS_KEYS:
+                if type(allowed := self.fields.get(name)) is int:
+                    return prompt + max(allowed, 0)
         return prompt
+
+    def needs(self) -> frozenset[str]:
+        """Returns what the request contains beyond text, as `needs_of` does. A body in which no part of a message can
+        have a type is not searched for one."""
+        if self._needs is None:
+            raw, fields = self.raw, self.fields
+            # The bytes of a key are its letters, except in UTF-16 and UTF-32, where no `"model"` is found, or escaped.
+            plain = self.model_at > 0 and raw.find(_TYPE) < 0 and raw.find(_ESCAPE) < 0
+            self._needs = _NO_NEEDS if plain and _TOOLS.isdisjoint(fields) else needs_of(fields)
+        return self._needs
 
     @property
     def model_span(self) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from hpc_router.router.replicas.sessions import PARAM, Sessions, session_id
 from hpc_router.router.replicas.table import ReplicaTable
 from hpc_router.router.worker.capabilities import SHORT_TOKENS, lacking
 from hpc_router.router.worker.dispatcher import Dispatcher
-from hpc_router.router.worker.request_body import MEDIA_KINDS, ApiCall, check_values, decode, needs_of
+from hpc_router.router.worker.request_body import MEDIA_KINDS, ApiCall, check_values, decode
 from hpc_router.router.worker.routed_request import ApiEndpoint, RoutedRequest
 from hpc_router.router.worker.stored_responses import StoredResponses, not_found
 from hpc_router.routing.policy import Decision, Explanation, Policy, RouteReason
@@ -157,9 +157,9 @@ class RequestRouting:
     def unable(self, call: ApiCall, access: UserAccess | None) -> frozenset[str]:
         """Returns those of the experts that the token allows which do not accept the request `call`. Raises
         BadRequestError if none of them accepts it."""
-        needs = call.needs if call.needs is not None else needs_of(call.fields)
+        needs = call.needs()
         tokens = 0 if needs & MEDIA_KINDS else call.estimated_tokens()  # the bytes of media are no tokens
-        if not needs and tokens < SHORT_TOKENS:
+        if not needs and (tokens < SHORT_TOKENS or tokens <= self.table.shortest_context()):
             return _NONE
         experts = self.experts() if access is None else access.allowed(self.experts())
         unable = lacking(experts, needs, tokens, deployment=self.deployment, table=self.table)
@@ -286,7 +286,7 @@ class RequestRouting:
         continued = path == protocol.RESPONSES and call.fields.get(PARAM) is not None
         if path == "/route" or (model == "auto" and not continued):
             call.prompt = self.prompt(call, first=api_format_of(path).prompt_field)
-            call.needs = needs_of(call.fields)
+            call.needs()  # cached for the choice of an expert
         return call
 
     def prompt(self, call: ApiCall, *, first: str = "messages") -> Prompt:

@@ -1,6 +1,7 @@
 """A request for `auto` goes to an expert that accepts it: pictures, sound, tools, length."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hpc_router.config.schema import Deployment
 from hpc_router.config.validation import check
 from hpc_router.errors import ConfigError
-from hpc_router.router.worker.request_body import needs_of
+from hpc_router.router.worker.request_body import decode, needs_of
 from hpc_router.state.registry import EngineInfo
 from hpc_router.state.run_directory import RunDir
 from tests.router.fakes import a_deployment, a_router, a_run, fake_replica
@@ -52,6 +53,10 @@ def user(*parts: object) -> dict[str, Any]:
 )
 def test_what_a_request_needs(fields: dict[str, Any], needs: list[str]) -> None:
     assert sorted(needs_of(fields)) == needs
+    body = json.dumps({"model": "auto", **fields})
+    escaped = body.replace('"type"', '"\\u0074ype"').replace('"tools"', '"to\\u006fls"')
+    for raw in (body.encode(), body.encode("utf-16"), body.encode("utf-32"), escaped.encode()):
+        assert sorted(decode(raw).needs()) == needs
 
 
 def a_classified_run(folder: Path) -> RunDir:
