@@ -16,7 +16,13 @@ def scratch() -> Iterator[Path]:
     For a killed agent its guard does so, a moment later."""
     folder = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))
     yield folder
+
+    def left() -> list[Path]:
+        return [path for parent in folder.iterdir() for path in parent.iterdir()]
+
     try:
-        eventually_sync(lambda: not any(True for parent in folder.iterdir() for _ in parent.iterdir()), within_s=10)
+        eventually_sync(lambda: not left(), within_s=10)
+    except AssertionError as error:
+        raise AssertionError(f"left: {left()}") from error
     finally:
         shutil.rmtree(folder)

@@ -29,7 +29,7 @@ def traits_of(path: str, fields: Mapping[str, Any]) -> RequestTraits | None:
     body; a value that an engine would refuse counts as missing."""
     if path not in _GENERATE:
         return None
-    if _KEYS.isdisjoint(fields):
+    if fields.keys().isdisjoint(_KEYS):
         return _NO_TRAITS
     choices = 1
     if "n" in fields or "best_of" in fields:

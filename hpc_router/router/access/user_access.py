@@ -138,7 +138,8 @@ class UserAccess:
     def charge(self, path: str, fields: Mapping[str, Any], expert: str) -> Charge:
         """Counts a request to the expert, and returns its charge. `fields`: the request's body. Raises
         RateLimitedError, and counts nothing, if a limit would be exceeded."""
-        now, reserved, choices, lengths = self.clock(), 0, 1, None
+        now, choices, lengths = self.clock(), 1, None
+        reserved: int | None = None
         if self._counts_tokens and (traits := traits_of(path, fields)) is not None:
             choices, length = traits
             lengths = self.lengths[expert]
@@ -146,7 +147,7 @@ class UserAccess:
         reached = self.counts.begin(now, reserved)
         if reached is not None:
             raise self._limited(reached, now, reserved, fields, expert)
-        return Charge(self, reserved, self.counts.window, choices, lengths)
+        return Charge(self, reserved or 0, self.counts.window, choices, lengths)
 
     def _wait_s(self, now: float) -> float:
         """Returns the expected time in seconds until one of the token's requests in flight ends: the mean time between
@@ -159,7 +160,7 @@ class UserAccess:
         return min(max(self._mean_s, MIN_WAIT_S), MAX_WAIT_S)
 
     def _limited(
-        self, limit: Limit, now: float, reserved: int, fields: Mapping[str, Any], expert: str
+        self, limit: Limit, now: float, reserved: int | None, fields: Mapping[str, Any], expert: str
     ) -> RateLimitedError:
         limits, wait_s = self.token.limits, None
         match limit:
@@ -172,7 +173,7 @@ class UserAccess:
                 text = (
                     f"{limits.tokens} generated tokens per minute, of which this request reserves {reserved} ({what})"
                 )
-                if limits.tokens is not None and reserved > limits.tokens:
+                if limits.tokens is not None and reserved is not None and reserved > limits.tokens:
                     text += f": set max_tokens so that it reserves at most {limits.tokens}"
                 else:
                     wait_s = left_s(now)
@@ -184,7 +185,7 @@ class UserTokens:
     """The tokens of all users in one worker. `cells` and `peers`: this worker's row of the shared counts, and those of
     the other workers."""
 
-    __slots__ = ("_by_id", "_cells", "_clock", "_entries", "_peers", "lengths")
+    __slots__ = ("_by_id", "_cells", "_clock", "_counts", "_entries", "_peers", "lengths")
 
     def __init__(
         self, cells: Cells | None = None, peers: Sequence[Cells] = (), *, clock: Clock = time.monotonic
@@ -192,6 +193,7 @@ class UserTokens:
         self._cells = defaultdict[int, int](int) if cells is None else cells
         self._peers, self._clock = peers, clock
         self.lengths = defaultdict[str, OutputLengths](OutputLengths)
+        self._counts: dict[int, LimitCounts] = {}
         self._entries: dict[str, UserToken] = {}
         self._by_id: dict[str, UserAccess] = {}
 
@@ -209,14 +211,21 @@ class UserTokens:
         for name, token in self._entries.items():
             access = before.get(name)
             if access is None or (access.token.digest, access.token.slot) != (token.digest, token.slot):
-                counts = LimitCounts(self._cells, self._peers, TOKEN_CELLS * token.slot)
-                access = UserAccess(token, counts, self.lengths, clock=self._clock)
+                access = UserAccess(token, self._counts_of(token.slot), self.lengths, clock=self._clock)
             else:
                 access.renew(token)
             self._by_id[name] = access
         for access in before.values():
             if self._by_id.get(access.token.id) is not access:
                 access.revoke()
+
+    def _counts_of(self, slot: int) -> LimitCounts:
+        """Returns the counts of the slot. There is one object for each, because requests of a token that was revoked
+        and has come back, or whose slot another token has now, may still be in flight."""
+        counts = self._counts.get(slot)
+        if counts is None:
+            counts = self._counts[slot] = LimitCounts(self._cells, self._peers, TOKEN_CELLS * slot)
+        return counts
 
     def access_of(self, token_id: str) -> UserAccess | None:
         return self._by_id.get(token_id)

@@ -19,7 +19,7 @@ from hpc_router.state.user_tokens import TokenLimits
 WINDOW_S: Final = 60
 """Length of a window in seconds."""
 TOKEN_CELLS: Final = 3
-"""Number of cells of a token. They are side by side, so that a request needs one line of the CPU's cache for them."""
+"""Number of cells of a token. They are side by side, so that a request needs few lines of the CPU's cache for them."""
 _REQUESTS: Final = 1
 _TOKENS: Final = 2
 _SHIFT: Final = 40
@@ -69,18 +69,20 @@ class LimitCounts:
         self._max_requests = MAX_COUNT if limits.requests is None else limits.requests
         self._max_tokens = MAX_COUNT if limits.tokens is None else limits.tokens
 
-    def begin(self, now: float, tokens: int) -> Limit | None:
-        """Counts a request that reserves `tokens` generated tokens, in the window at `now` or, if another worker has
-        already counted in a later one, in that. Returns the limit that it would exceed, in which case nothing is
-        counted; None if it was counted."""
+    def begin(self, now: float, reserved: int | None) -> Limit | None:
+        """Counts a request that reserves `reserved` generated tokens, in the window at `now` or, if another worker has
+        already counted in a later one, in that. `reserved` is None for a request without generated tokens, to which
+        their limit does not apply. Returns the limit that the request would exceed, in which case nothing is counted;
+        None if it was counted."""
         if now >= self._ends_at:
             self._begin_window(window_at(now))
-        in_flight, requests = self.in_flight + 1, self._requests + 1
-        tokens += self._tokens
+        in_flight, requests, tokens = self.in_flight + 1, self._requests + 1, self._tokens
         if in_flight > self._max_in_flight:
             return Limit.CONCURRENCY
-        if tokens > self._max_tokens:
-            return Limit.TOKENS
+        if reserved is not None:
+            tokens += reserved
+            if tokens > self._max_tokens:
+                return Limit.TOKENS
         if requests > self._max_requests:
             return Limit.REQUESTS
         cells, at = self._cells, self._at
@@ -88,15 +90,17 @@ class LimitCounts:
         cells[at] = in_flight
         cells[at + _REQUESTS] = first + requests
         cells[at + _TOKENS] = first + tokens
-        if self._peers and (reached := self._of_all(in_flight, requests, tokens)) is not None:
-            cells[at] = self.in_flight
-            cells[at + _REQUESTS] = first + self._requests
-            cells[at + _TOKENS] = first + self._tokens
-            if isinstance(reached, Limit):
-                return reached
-            added = tokens - self._tokens
-            self._begin_window(reached)
-            return self.begin(now, added)
+        if self._peers:
+            max_tokens = MAX_COUNT if reserved is None else self._max_tokens
+            reached = self._of_all(in_flight, requests, tokens, max_tokens)
+            if reached is not None:
+                cells[at + _TOKENS] = first + self._tokens
+                cells[at + _REQUESTS] = first + self._requests
+                cells[at] = self.in_flight  # last, so that meanwhile others are refused for the shortest time
+                if isinstance(reached, Limit):
+                    return reached
+                self._begin_window(reached)
+                return self.begin(now, reserved)
         self.in_flight, self._requests, self._tokens = in_flight, requests, tokens
         return None
 
@@ -114,7 +118,7 @@ class LimitCounts:
                 self._tokens = tokens = min(max(self._tokens + difference, 0), MAX_COUNT)
                 cells[at + _TOKENS] = (self.window << _SHIFT) + tokens
 
-    def _of_all(self, in_flight: int, requests: int, tokens: int) -> Limit | int | None:
+    def _of_all(self, in_flight: int, requests: int, tokens: int, max_tokens: int) -> Limit | int | None:
         """Adds the counts of the other workers to these of this worker. Returns the limit that a sum exceeds; the
         number of a later window if another worker counts in that; else None."""
         at, window = self._at, self.window
@@ -130,7 +134,7 @@ class LimitCounts:
                 tokens += more_tokens - first
         if in_flight > self._max_in_flight:
             return Limit.CONCURRENCY
-        if tokens > self._max_tokens:
+        if tokens > max_tokens:
             return Limit.TOKENS
         return Limit.REQUESTS if requests > self._max_requests else None
 

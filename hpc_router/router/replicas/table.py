@@ -193,7 +193,7 @@ class ReplicaTable:
 
     def shortest_context(self) -> float:
         """Returns the shortest context length of any replica, in tokens, among those that are known; infinite if none
-        is."""
+        is. It is computed again after a replica was added, renewed or removed."""
         if self._shortest_context is None:
             lengths = (replica.max_model_len for replica in self._replicas.values())
             self._shortest_context = min((length for length in lengths if length is not None), default=math.inf)

@@ -69,7 +69,7 @@ class ApiCall:
     def estimated_tokens(self) -> int:
         """Returns an estimate of the tokens of the prompt and the longest response together."""
         prompt = len(self.raw) // BYTES_PER_TOKEN
-        if not _LIMITS.isdisjoint(self.fields):
+        if not self.fields.keys().isdisjoint(_LIMITS):
             for name in MAX_TOKENS_KEYS:
                 if type(allowed := self.fields.get(name)) is int:
                     return prompt + max(allowed, 0)
@@ -82,7 +82,7 @@ class ApiCall:
             raw, fields = self.raw, self.fields
             # The bytes of a key are its letters, except in UTF-16 and UTF-32, where no `"model"` is found, or escaped.
             plain = self.model_at > 0 and raw.find(_TYPE) < 0 and raw.find(_ESCAPE) < 0
-            self._needs = _NO_NEEDS if plain and _TOOLS.isdisjoint(fields) else needs_of(fields)
+            self._needs = _NO_NEEDS if plain and fields.keys().isdisjoint(_TOOLS) else needs_of(fields)
         return self._needs
 
     @property

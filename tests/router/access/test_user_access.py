@@ -105,6 +105,31 @@ def test_a_reservation_stays_if_nothing_is_known_of_the_response() -> None:
     router.charge(1, max_tokens=20)
 
 
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_request_without_generated_tokens_is_not_refused_for_them(worker: int) -> None:
+    """Not even after a response that was longer than the rest of the limit."""
+    router = Router(TokenLimits(tokens=300, requests=9))
+    router.charge(0).end(1000)
+    access = router.workers[worker].access_of(TOKEN.id)
+    assert access is not None
+    access.charge("/v1/embeddings", {"input": "x"}, "math").end(None)
+    assert refusal(router, worker, max_tokens=1).param == "tokens"
+
+
+def test_a_token_that_was_away_for_a_moment_keeps_its_counts() -> None:
+    """Its requests in flight began with the entry of before."""
+    router = Router(TokenLimits(tokens=100, concurrency=2), workers=2)
+    users = router.workers[0]
+    before = router.charge(0, max_tokens=60)
+    users.update([])
+    users.update([router.token])
+    router.charge(0, max_tokens=40)
+    assert refusal(router, 1, max_tokens=1).param == "concurrency"
+    before.end(50)
+    assert "reserves 11" in str(refusal(router, 1, max_tokens=11))
+    router.charge(1, max_tokens=10)
+
+
 def test_a_request_that_can_never_fit_is_not_told_to_come_again() -> None:
     error = refusal(Router(TokenLimits(tokens=100)), max_tokens=101)
     assert error.retry_after_s is None
