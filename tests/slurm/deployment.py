@@ -128,6 +128,11 @@ class OnSlurm(Deployed):
             error.add_note(self.what_happened())
             raise
 
+    def until_standby(self) -> str:
+        """Waits until a standby of the router is in the queue, and returns it."""
+        standby: str = eventually_sync(lambda: self.status()["router"]["standby"], within_s=60, every_s=1.0)
+        return standby
+
     def is_found(self, *replicas: str) -> bool:
         """Whether the leading router has found these replicas and they are ready. Leaves out routers."""
         router = leading_router(RegistryReader(self.run / "registry").snapshot())

@@ -317,7 +317,7 @@ def test_drain_ends_a_replica_and_the_next_takes_its_slot(deployed: OnSlurm) -> 
 
 def test_the_routers_job_ends_and_its_successor_was_waiting(deployed: OnSlurm, cluster: SlurmCluster) -> None:
     """The control loop ends with its router, so only Slurm can start the next one."""
-    standby = eventually_sync(lambda: deployed.status()["router"]["standby"], within_s=60, every_s=1.0)
+    standby = deployed.until_standby()
     assert standby == "router-0.g2"
     address = deployed.url
     cluster.run(["scancel", deployed.job_id("router-0.g1")])
@@ -342,7 +342,7 @@ def test_in_steady_state_slurm_is_queried_once_per_half_minute(deployed: OnSlurm
 
 def test_two_experts_and_the_router_that_are_lost_at_once_are_replaced_once(deployed: OnSlurm) -> None:
     """The control loop was beside that router. The one beside its successor finds what happened meanwhile."""
-    eventually_sync(lambda: deployed.status()["router"]["standby"], within_s=60, every_s=1.0)
+    deployed.until_standby()
     before = deployed.claimed()
     lost = {slot: deployed.serving(slot) for slot in ("router-0", "code-0", "medicine-0")}
     for replica in lost.values():

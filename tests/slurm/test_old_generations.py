@@ -43,7 +43,7 @@ def test_old_generations_go_and_live_ones_stay(cluster: SlurmCluster) -> None:
         for replica in MATH[:-1]:
             eventually_sync(one.job(replica).exit, within_s=30)
             age(one, replica)
-        eventually_sync(lambda: one.status()["router"]["standby"], within_s=60, every_s=0.5)
+        one.until_standby()
         one.verb("drain", "router")
         one.until_ready("router-0", after="router-0.g1")
         eventually_sync(lambda: not files_of(one, MATH[0]) and not files_of(one, MATH[1]), within_s=60)

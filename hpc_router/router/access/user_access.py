@@ -66,10 +66,10 @@ class OutputLengths:
 
 class Charge:
     """What one request has taken of its token's limits. `reserved`: number of tokens reserved in the minute `window`,
-    for `choices` responses. `lengths`: those of the responses of the request's expert, if the token has a limit for
-    generated tokens, so that they are counted; else None."""
+    for `choices` responses. `lengths`: those of the responses of the request's expert, if generated tokens are counted;
+    else None."""
 
-    __slots__ = ("_access", "_choices", "_lengths", "_window", "counted", "reserved")
+    __slots__ = ("_access", "_choices", "_lengths", "_window", "reserved")
 
     def __init__(
         self, access: "UserAccess", reserved: int, window: int, choices: int, lengths: OutputLengths | None
@@ -79,7 +79,11 @@ class Charge:
         self._window = window
         self._choices = choices
         self._lengths = lengths
-        self.counted = lengths is not None
+
+    @property
+    def counted(self) -> bool:
+        """Whether the token has a limit for generated tokens, so that those of the response are counted."""
+        return self._lengths is not None
 
     def end(self, generated: int | None) -> None:
         """Counts the request as no longer in flight, and replaces the reserved number of tokens by `generated`; with
@@ -101,7 +105,7 @@ class UserAccess:
 
     __slots__ = (
         "_counts_tokens", "_mean_s", "_since", "clock", "counts", "experts", "expires_at", "lengths", "revoked",
-        "slot", "token", "unlimited", "user",
+        "token", "unlimited",
     )  # fmt: skip
 
     def __init__(
@@ -113,7 +117,7 @@ class UserAccess:
 
     def renew(self, token: UserToken) -> None:
         """Takes experts, limits and expiry from `token`, a newer entry of the same token. The counts stay."""
-        self.token, self.user, self.slot = token, token.user, token.slot
+        self.token = token
         self.revoked = False
         self.expires_at = float("inf") if token.expires_at is None else token.expires_at
         self.experts = None if token.experts is None else frozenset(token.experts)
@@ -177,7 +181,7 @@ class UserAccess:
                     text += f": set max_tokens so that it reserves at most {limits.tokens}"
                 else:
                     wait_s = left_s(now)
-        message = f"user {self.user} has reached the limit of {text}"
+        message = f"user {self.token.user} has reached the limit of {text}"
         return RateLimitedError(message, param=limit, retry_after_s=wait_s)
 
 

@@ -283,7 +283,7 @@ def _discard(content: BinaryIO, remove: Callable[[], None]) -> None:
 
 
 def _user(access: UserAccess | None) -> str | None:
-    return None if access is None else access.user
+    return None if access is None else access.token.user
 
 
 def _window_s(window: object) -> float:

@@ -197,7 +197,7 @@ class Gateway:
         path = request.path.rstrip("/")
         if path in protocol.POST_PATHS and not isinstance(error, UnauthorizedError):
             access = self._access(request)
-            user = None if access is None else access.user
+            user = None if access is None else access.token.user
             self.dispatcher.records.refused(request_id, path, response.status, error_code(error), user=user)
         return response
 
@@ -375,7 +375,7 @@ class Gateway:
         if not self.dispatcher.records.enabled:
             raise BadRequestError("this router keeps no records of requests (router.records_gb is 0)")
         access = self._access(request)
-        self.dispatcher.records.feedback(rated, score, user=None if access is None else access.user)
+        self.dispatcher.records.feedback(rated, score, user=None if access is None else access.token.user)
         return json_response({"id": rated, "score": score})
 
     async def _generate(self, request: Request, request_id: str) -> Response | None:

@@ -135,7 +135,7 @@ class RequestRouting:
     def charge(self, routed: RoutedRequest, access: UserAccess) -> None:
         """Assigns the request to the user of the token, and counts it against the token's limits. Raises
         RateLimitedError if a limit is reached."""
-        routed.user, routed.user_slot = access.user, access.slot
+        routed.user, routed.user_slot = access.token.user, access.token.slot
         if not access.unlimited:
             routed.charge = access.charge(routed.endpoint.path, routed.call.fields, routed.experts[0])
 

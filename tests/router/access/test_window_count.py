@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_router.relay.in_flight import Cells
-from hpc_router.router.access.window_count import WINDOW_S, Limit, LimitCounts, left_s
+from hpc_router.router.access.window_count import WINDOW_S, Limit, LimitCounts, left_s, window_at
 from hpc_router.state.user_tokens import TokenLimits
 
 AT = 3
@@ -41,6 +41,8 @@ def counts(row: Cells, rows: Sequence[Cells], limits: TokenLimits) -> LimitCount
 
 
 def test_a_window_is_a_minute() -> None:
+    assert window_at(59.9) == 0
+    assert window_at(60.0) == 1
     assert left_s(60.0) == WINDOW_S
     assert left_s(119.0) == 1.0
     mine, _ = workers(TokenLimits(requests=1))
